@@ -1,0 +1,107 @@
+"""A checkpoint is named parts plus JSON in one safetensors file: whole or not there, and never unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from deit_kd.models import tensors_hash
+
+Tree = Any  # nested dicts and lists of tensors and JSON values
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all, and survives a power cut."""
+    aside = path.with_name(f".{path.name}.partial")
+    with open(aside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _flatten(tree: Tree, name: str, tensors: dict[str, Tensor]) -> Tree:
+    """Move the tensors of `tree` into `tensors`; return JSON that remembers where they were."""
+    if isinstance(tree, Tensor):
+        tensors[name] = tree.detach().contiguous()
+        return {"tensor": name}
+    if isinstance(tree, dict):
+        return {"dict": [[key, _flatten(value, f"{name}.{key}", tensors)] for key, value in tree.items()]}
+    if isinstance(tree, list | tuple):
+        return [_flatten(value, f"{name}.{index}", tensors) for index, value in enumerate(tree)]
+    return tree
+
+
+def _unflatten(tree: Tree, tensors: dict[str, Tensor]) -> Tree:
+    if isinstance(tree, list):
+        return [_unflatten(value, tensors) for value in tree]
+    if isinstance(tree, dict):
+        if "tensor" in tree:
+            return tensors[tree["tensor"]]
+        return {key: _unflatten(value, tensors) for key, value in tree["dict"]}
+    return tree
+
+
+def _digest(skeleton: str, tensors: dict[str, Tensor]) -> str:
+    in_order = {name: tensors[name] for name in sorted(tensors)}
+    return hashlib.blake2b((skeleton + tensors_hash(in_order)).encode(), digest_size=16).hexdigest()
+
+
+def save_checkpoint(folder: Path, step: int, parts: Tree, keep: int) -> Path:
+    """Write the parts of one step and delete all but the newest `keep` checkpoints.
+
+    Args:
+        folder: the run's ``checkpoints/``.
+        step: optimiser steps done.
+        parts: nested dicts and lists of tensors and JSON values, by part (``student``, ``optimizer``, …).
+        keep: how many checkpoints stay.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = json.dumps(_flatten(parts, "", tensors))
+    metadata = {"parts": skeleton, "digest": _digest(skeleton, tensors)}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:09d}.safetensors"
+    write_atomically(path, save(tensors, metadata))
+    for old in sorted(folder.glob("step-*.safetensors"))[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(path: Path) -> Tree:
+    """Read the parts of one checkpoint.
+
+    Raises:
+        ValueError: the file is truncated, altered or something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if metadata["digest"] != _digest(metadata["parts"], tensors):
+            raise ValueError("its checksum differs")
+        return _unflatten(json.loads(metadata["parts"]), tensors)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a complete checkpoint ({error})") from error
+
+
+def newest_checkpoint(folder: Path) -> tuple[Tree | None, list[str]]:
+    """Return the newest complete checkpoint of `folder`, if any, and a line for each newer one skipped."""
+    skipped = []
+    for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
+        try:
+            return load_checkpoint(path), skipped
+        except ValueError as error:
+            skipped.append(str(error))
+    return None, skipped

@@ -1,0 +1,18 @@
+"""Photos in, batches out: datasets, views, the order of an epoch, and mixing."""
+
+from deit_kd.data.loader import TrainingLoader, build_evaluation_loader, build_training_loader
+from deit_kd.data.photos import Photos, Splits, load_image
+from deit_kd.data.sets import build_splits
+from deit_kd.data.transforms import evaluation_transform, training_transform
+
+__all__ = [
+    "Photos",
+    "Splits",
+    "TrainingLoader",
+    "build_evaluation_loader",
+    "build_splits",
+    "build_training_loader",
+    "evaluation_transform",
+    "load_image",
+    "training_transform",
+]

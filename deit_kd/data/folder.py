@@ -1,0 +1,74 @@
+"""Any ImageFolder tree: one folder for each class, with or without split folders above them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+from deit_kd.data.photos import Photos, Splits, split_by_hash
+from deit_kd.interfaces import InputError
+
+
+def folder(
+    *,
+    root: str | None,
+    train_split: str,
+    validation_split: str,
+    validation_fraction: float,
+    **_: Any,
+) -> Splits:
+    """Return the splits of ``root/<split>/<class>/…``.
+
+    A tree without the validation folder is split by `split_by_hash`; a tree without either holds its
+    classes directly under `root`.
+
+    Raises:
+        InputError: the tree is missing or empty, a class has no images, or the splits' classes differ.
+    """
+    if root is None:
+        raise InputError("data.root: is not set; name a folder with one folder of images for each class")
+    top = Path(root).expanduser()
+    if not top.is_dir():
+        raise InputError(f"data.root: {root} is not a folder; name a folder with one folder of images for each class")
+    train_folder, validation_folder = top / train_split, top / validation_split
+    if validation_folder.is_dir() and not train_folder.is_dir():
+        raise InputError(f"data.train_split: {train_folder} is not a folder, though {validation_folder} is; name it")
+    if not validation_folder.is_dir():
+        return split_by_hash(_scan(train_folder if train_folder.is_dir() else top), validation_fraction)
+    splits = Splits(_scan(train_folder), _scan(validation_folder))
+    _check_same_classes(splits)
+    return splits
+
+
+def _scan(split_folder: Path) -> Photos:
+    try:
+        classes, class_to_label = find_classes(split_folder)
+    except FileNotFoundError as error:
+        raise InputError(f"data.root: {split_folder} holds no class folders; put each class in a folder") from error
+    samples = make_dataset(str(split_folder), class_to_label, extensions=IMG_EXTENSIONS, allow_empty=True)
+    empty = sorted(set(classes) - {classes[label] for _, label in samples})
+    if empty:
+        raise InputError(
+            f"data.root: {split_folder} has no images ({', '.join(IMG_EXTENSIONS)}) in class "
+            f"{', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}; add some or remove the folder"
+        )
+    return Photos(
+        names=[Path(path).relative_to(split_folder).as_posix() for path, _ in samples],
+        labels=[label for _, label in samples],
+        classes=tuple(classes),
+        root=split_folder,
+    )
+
+
+def _check_same_classes(splits: Splits) -> None:
+    train, validation = set(splits.train.classes), set(splits.validation.classes)
+    if train == validation:
+        return
+    differences = [
+        f"only in {part}: {', '.join(sorted(names)[:5])}{' …' if len(names) > 5 else ''}"
+        for part, names in (("train", train - validation), ("validation", validation - train))
+        if names
+    ]
+    raise InputError(f"data.root: class folders differ between the splits ({'; '.join(differences)}); make them agree")

@@ -1,0 +1,139 @@
+"""Loaders: workers that make views, in the order that the dealer lays down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from deit_kd.data.mixing import Example, Mixing
+from deit_kd.data.order import Dealer, ViewKey
+from deit_kd.data.photos import Photos
+from deit_kd.data.transforms import Transform
+from deit_kd.interfaces import Batch
+from deit_kd.randomness import seed_view
+
+
+class Views(Dataset[Example]):
+    """Augmented views of a split, by their keys; the same view for the same key, for ever."""
+
+    def __init__(self, photos: Photos, transform: Transform, seed: int) -> None:
+        self._photos, self._transform, self._seed = photos, transform, seed
+
+    def __getitem__(self, key: ViewKey) -> Example:
+        image = self._photos.image(key.index)
+        seed_view(self._seed, key.epoch, key.position)
+        return self._transform(image), self._photos.labels[key.index], key.epoch, key.position
+
+
+class TrainingLoader:
+    """All batches of a run in order; iterate from any step."""
+
+    def __init__(self, views: Views, dealer: Dealer, mixing: Mixing, workers: int, pin_memory: bool) -> None:
+        self._views, self._dealer, self._mixing = views, dealer, mixing
+        self._workers, self._pin_memory = workers, pin_memory
+        self.steps_per_epoch = dealer.steps_per_epoch
+        self.total_steps = dealer.total_steps
+
+    def batches(self, first_step: int) -> Iterable[Batch]:
+        """Return this process's micro-batches from `first_step` to the end of the run."""
+        self._dealer.first_step = first_step
+        return DataLoader(
+            self._views,
+            batch_sampler=self._dealer,
+            collate_fn=self._mixing,
+            num_workers=self._workers,
+            pin_memory=self._pin_memory,
+        )
+
+
+def build_training_loader(
+    photos: Photos,
+    transform: Transform,
+    *,
+    seed: int,
+    repeats: int,
+    mixup: float,
+    cutmix: float,
+    mix_probability: float,
+    mix_switch_probability: float,
+    label_smoothing: float,
+    batch_size: int,
+    accumulation_steps: int,
+    epochs: int,
+    rank: int,
+    processes: int,
+    workers: int,
+    pin_memory: bool,
+) -> TrainingLoader:
+    """Return the loader of training views for one process.
+
+    Raises:
+        InputError: the batch cannot be dealt evenly, or the set is smaller than one batch.
+    """
+    mixing = Mixing(
+        classes=len(photos.classes),
+        seed=seed,
+        mixup=mixup,
+        cutmix=cutmix,
+        probability=mix_probability,
+        switch_probability=mix_switch_probability,
+        label_smoothing=label_smoothing,
+    )
+    dealer = Dealer(
+        photos=len(photos),
+        repeats=repeats,
+        seed=seed,
+        batch_size=batch_size,
+        accumulation_steps=accumulation_steps,
+        rank=rank,
+        processes=processes,
+        pairs=mixing.is_on,
+        epochs=epochs,
+    )
+    return TrainingLoader(Views(photos, transform, seed), dealer, mixing, workers, pin_memory)
+
+
+class _Images(Dataset[tuple[torch.Tensor, int]]):
+    def __init__(self, photos: Photos, transform: Transform) -> None:
+        self._photos, self._transform = photos, transform
+
+    def __len__(self) -> int:
+        return len(self._photos)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self._transform(self._photos.image(index)), self._photos.labels[index]
+
+
+@dataclass(frozen=True)
+class _EvaluationCollate:
+    classes: int
+
+    def __call__(self, examples: list[tuple[torch.Tensor, int]]) -> Batch:
+        labels = torch.tensor([label for _, label in examples])
+        targets = torch.nn.functional.one_hot(labels, self.classes).float()
+        return Batch(torch.stack([image for image, _ in examples]), targets, labels)
+
+
+def build_evaluation_loader(
+    photos: Photos,
+    transform: Transform,
+    *,
+    batch_size: int,
+    rank: int,
+    processes: int,
+    workers: int,
+    pin_memory: bool,
+) -> Iterable[Batch]:
+    """Return a loader of this process's share of a split: every image exactly once over all processes."""
+    share = photos.subset(range(rank, len(photos), processes))
+    return DataLoader(
+        _Images(share, transform),
+        batch_size=batch_size,
+        collate_fn=_EvaluationCollate(len(photos.classes)),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+    )

@@ -1,0 +1,86 @@
+"""Mixup and CutMix in pairs: positions 2m and 2m + 1 of an epoch are mixed with each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deit_kd.interfaces import Batch, InputError
+from deit_kd.randomness import generator
+
+Example = tuple[Tensor, int, int, int]  # image [3, H, W], label, epoch, position
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Collates views into a batch and mixes its pairs; a pure function of (seed, epoch, pair).
+
+    Both partners of a pair get the same share `lam`, as timm's ``pair`` mode does.
+
+    Args:
+        classes: C.
+        seed: of the run.
+        mixup: alpha of mixup's beta distribution (Zhang et al. 2018); 0 is off.
+        cutmix: alpha of CutMix's (Yun et al. 2019); 0 is off.
+        probability: that a pair is mixed at all.
+        switch_probability: of CutMix, where both are on.
+        label_smoothing: mass spread evenly over all classes.
+    """
+
+    classes: int
+    seed: int
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    probability: float = 1.0
+    switch_probability: float = 0.5
+    label_smoothing: float = 0.0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any pair is ever mixed."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.probability > 0
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        """Return the batch of `examples`, whose positions are contiguous and start even when mixing is on."""
+        images = torch.stack([example[0] for example in examples])
+        labels = torch.tensor([example[1] for example in examples])
+        view_ids = torch.tensor([example[2:] for example in examples])
+        smooth = self.label_smoothing / self.classes
+        targets = torch.full((len(examples), self.classes), smooth)
+        targets.scatter_(1, labels[:, None], 1 - self.label_smoothing + smooth)
+        if self.is_on:
+            for first in range(0, len(examples), 2):
+                _, _, epoch, position = examples[first]
+                if position % 2 or first + 1 == len(examples):
+                    raise InputError(f"mixing needs whole pairs, but position {position} has lost its partner")
+                self._mix_pair(images[first : first + 2], targets[first : first + 2], epoch, position // 2)
+        return Batch(images, targets, labels, view_ids)
+
+    def _mix_pair(self, images: Tensor, targets: Tensor, epoch: int, pair: int) -> None:
+        choices = generator("mixing", self.seed, epoch, pair)
+        if choices.random() >= self.probability:
+            return
+        cut = self.cutmix > 0 and (self.mixup == 0 or choices.random() < self.switch_probability)
+        alpha = self.cutmix if cut else self.mixup
+        lam = float(choices.beta(alpha, alpha))
+        if cut:
+            lam = _exchange_box(images, lam, choices)
+        else:
+            images.copy_(images.lerp(images.flip(0), 1 - lam))
+        targets.copy_(targets.lerp(targets.flip(0), 1 - lam))
+
+
+def _exchange_box(images: Tensor, lam: float, choices: np.random.Generator) -> float:
+    """Exchange one box between two images [2, 3, H, W]; return the share that each keeps."""
+    height, width = images.shape[-2:]
+    box_height, box_width = int(height * sqrt(1 - lam)), int(width * sqrt(1 - lam))
+    centre_y, centre_x = int(choices.integers(height)), int(choices.integers(width))
+    top, bottom = max(0, centre_y - box_height // 2), min(height, centre_y + box_height // 2)
+    left, right = max(0, centre_x - box_width // 2), min(width, centre_x + box_width // 2)
+    box = images[..., top:bottom, left:right]
+    box.copy_(box.flip(0))
+    return 1 - (bottom - top) * (right - left) / (height * width)

@@ -1,0 +1,121 @@
+"""Which photo stands at which position of an epoch, and which positions a process computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from deit_kd.interfaces import InputError
+from deit_kd.randomness import generator
+
+BLOCK_PHOTOS = 16  # photos whose repeated views lie together
+
+
+class ViewKey(NamedTuple):
+    """One view: everything random about it follows from the seed, `epoch` and `position`."""
+
+    epoch: int
+    position: int
+    index: int  # of the photo in its split
+
+
+def epoch_order(photos: int, repeats: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the photo at each position of an epoch; a pure function of its arguments.
+
+    Without repeats this is a permutation. With repeated augmentation (Hoffer et al. 2020; DeiT) an epoch
+    keeps about the set's length: ``photos // repeats`` photos, `repeats` views each, another part of the set
+    every epoch. The views of a photo lie within one block of ``16 * repeats`` positions (a last block of
+    one photo joins the block before), and positions 2m and 2m + 1 never hold the same photo.
+
+    Returns:
+        [(photos // repeats) * repeats] indices.
+
+    Raises:
+        InputError: with repeats there are fewer than two photos an epoch.
+    """
+    if repeats == 1:
+        return generator("order", seed, epoch).permutation(photos)
+    taken = photos // repeats
+    if taken < 2:
+        raise InputError(f"augment.repeats: {repeats} is too many for {photos} photos; use {max(1, photos // 2)} or less")
+    cycle, part = divmod(epoch, repeats)
+    chosen = generator("order", seed, cycle).permutation(photos)[part * taken : (part + 1) * taken]
+    cuts = list(range(BLOCK_PHOTOS, taken - 1, BLOCK_PHOTOS))
+    blocks = np.split(chosen, cuts)
+    # Each round of a block is turned by one photo, so that mixing meets other partners; in a block of two
+    # photos the rounds do not straddle pairs, in a larger one neighbours across rounds differ.
+    return np.concatenate([np.roll(block, -turn) for block in blocks for turn in range(repeats)])
+
+
+class Dealer(Sampler[list[ViewKey]]):
+    """Deals the whole of training, micro-batch by micro-batch, to one process.
+
+    Optimiser step s of an epoch takes positions ``[s * batch_size, (s + 1) * batch_size)``; micro-step a of
+    rank r takes one contiguous block of them, so that no pair is torn apart. The last incomplete batch of an
+    epoch is dropped.
+
+    Args:
+        photos: size of the split.
+        repeats: views of each photo in an epoch.
+        seed: of the run.
+        batch_size: images per optimiser step, over all processes and accumulation steps.
+        accumulation_steps: micro-batches per optimiser step.
+        rank: of this process.
+        processes: how many there are.
+        pairs: whether mixing pairs neighbours, so that blocks must be even.
+        epochs: how many epochs to deal.
+
+    Raises:
+        InputError: the batch cannot be dealt evenly, or the set is smaller than one batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        photos: int,
+        repeats: int,
+        seed: int,
+        batch_size: int,
+        accumulation_steps: int,
+        rank: int,
+        processes: int,
+        pairs: bool,
+        epochs: int,
+    ) -> None:
+        unit = processes * accumulation_steps * (2 if pairs else 1)
+        if batch_size % unit:
+            raise InputError(
+                f"train.batch_size: {batch_size} is not a multiple of {unit} ({processes} processes x "
+                f"{accumulation_steps} accumulation steps{' x 2 for mixing in pairs' if pairs else ''}); "
+                f"use {max(unit, batch_size // unit * unit)}"
+            )
+        length = photos // repeats * repeats
+        if length < batch_size:
+            raise InputError(
+                f"train.batch_size: {batch_size} is more than the {length} views of an epoch; use {length // unit * unit} or less"
+            )
+        self._photos, self._repeats, self._seed = photos, repeats, seed
+        self._batch_size, self._accumulation_steps = batch_size, accumulation_steps
+        self._rank, self._processes = rank, processes
+        self._block = batch_size // (processes * accumulation_steps)
+        self.steps_per_epoch = length // batch_size
+        self.total_steps = self.steps_per_epoch * epochs
+        self.first_step = 0
+        epoch_order(photos, repeats, seed, 0)
+
+    def __len__(self) -> int:
+        return (self.total_steps - self.first_step) * self._accumulation_steps
+
+    def __iter__(self) -> Iterator[list[ViewKey]]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(self.first_step, self.total_steps):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = epoch_order(self._photos, self._repeats, self._seed, epoch)
+            batch_start = step % self.steps_per_epoch * self._batch_size
+            for micro_step in range(self._accumulation_steps):
+                start = batch_start + (micro_step * self._processes + self._rank) * self._block
+                yield [ViewKey(epoch, p, int(order[p])) for p in range(start, start + self._block)]

@@ -1,0 +1,44 @@
+"""The table of datasets: a name in a recipe becomes a training and a validation split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from deit_kd.data.digits import digits
+from deit_kd.data.downloads import cifar10, cifar100, imagenette
+from deit_kd.data.folder import folder
+from deit_kd.data.photos import Splits
+from deit_kd.interfaces import InputError, nearest
+
+SETS: dict[str, Callable[..., Splits]] = {
+    "folder": folder,
+    "digits": digits,
+    "imagenette": imagenette,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+}
+
+
+def build_splits(
+    *,
+    name: str,
+    root: str | None,
+    train_split: str,
+    validation_split: str,
+    validation_fraction: float,
+    download: bool,
+) -> Splits:
+    """Return the training and the validation split of the dataset called `name`.
+
+    Raises:
+        InputError: the name is unknown, or the data are missing, empty or inconsistent.
+    """
+    if name not in SETS:
+        raise InputError(f"data.name: {name!r} is unknown; use one of {', '.join(SETS)}{nearest(name, SETS)}")
+    return SETS[name](
+        root=root,
+        train_split=train_split,
+        validation_split=validation_split,
+        validation_fraction=validation_fraction,
+        download=download,
+    )

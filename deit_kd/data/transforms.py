@@ -1,0 +1,84 @@
+"""What turns an image into a view: timm's augmentation for training, resize and centre crop to evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+from timm.data.auto_augment import RandAugment
+from timm.data.transforms_factory import transforms_imagenet_eval, transforms_imagenet_train
+from torch import Tensor
+
+from deit_kd.interfaces import InputError
+
+Transform = Callable[[Image.Image], Tensor]
+Statistics = tuple[float, float, float]
+
+
+def training_transform(
+    *,
+    image_size: int,
+    mean: Statistics,
+    std: Statistics,
+    interpolation: str,
+    auto_augment: str | None,
+    color_jitter: float,
+    horizontal_flip: float,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    erasing: float,
+) -> Transform:
+    """Return timm's training transform: PIL image to normalised [3, H, W].
+
+    `auto_augment` is timm's policy string (``rand-m9-mstd0.5-inc1``, ``3a`` for three-augment, …) or None.
+
+    Raises:
+        InputError: timm does not know the policy.
+    """
+    try:
+        transform = transforms_imagenet_train(
+            img_size=image_size,
+            scale=scale,
+            ratio=ratio,
+            hflip=horizontal_flip,
+            color_jitter=color_jitter or None,
+            auto_augment=auto_augment,
+            interpolation=interpolation,
+            mean=mean,
+            std=std,
+            re_prob=erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise InputError(
+            f"augment.auto_augment: {auto_augment!r} is no policy of timm's; use rand-m9-mstd0.5-inc1, 3a or null"
+        ) from error
+    _keep_one_bit_of_posterise(transform)
+    return transform
+
+
+def evaluation_transform(
+    *, image_size: int, mean: Statistics, std: Statistics, interpolation: str, crop_fraction: float
+) -> Transform:
+    """Return timm's evaluation transform: resize, centre crop, normalise; PIL image to [3, H, W]."""
+    return transforms_imagenet_eval(
+        img_size=image_size, crop_pct=crop_fraction, interpolation=interpolation, mean=mean, std=std
+    )
+
+
+def _keep_one_bit_of_posterise(transform: Any) -> None:
+    # timm's ``inc1`` asks for 0 bits in about 1 view of 650, which Pillow 13 refuses.
+    for stage in transform.transforms:
+        for operation in stage.ops if isinstance(stage, RandAugment) else ():
+            if operation.name.startswith("Posterize"):
+                operation.level_fn = _AtLeastOneBit(operation.level_fn)
+
+
+class _AtLeastOneBit:
+    def __init__(self, level_fn: Callable[..., tuple[int, ...]]) -> None:
+        self._level_fn = level_fn
+
+    def __call__(self, *args: Any) -> tuple[int, ...]:
+        bits, *rest = self._level_fn(*args)
+        return (max(1, bits), *rest)

@@ -1,0 +1,97 @@
+"""The processes of one run under torchrun, and the few things they say to one another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deit_kd.interfaces import InputError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which process this is, of how many, and the device that it computes on."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the person."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of `tensor` over all processes."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share(self, value: Any) -> Any:
+        """Return the main process's `value` on every process."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def same_everywhere(self, value: Any) -> bool:
+        """Return whether every process holds the same `value`."""
+        if self.count == 1:
+            return True
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return all(other == value for other in values)
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite `tensors` with the main process's."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def wait(self) -> None:
+        """Wait for all the others."""
+        if self.count > 1:
+            dist.barrier()
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called `name`; ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: CUDA is asked for and there is none, or the name is no device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"train.device: {name!r} is no device; use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"train.device: {name!r}, but this machine has no CUDA device; use auto or cpu")
+    return device
+
+
+def start(device_name: str) -> Processes:
+    """Join the process group that torchrun describes; without torchrun, be the only process."""
+    device = pick_device(device_name)
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    if count > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(rank, count, device)
+
+
+def finish() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

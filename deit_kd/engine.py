@@ -1,0 +1,229 @@
+"""The step, the loop and the evaluation; parts are handed in, and no config is ever read here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from deit_kd.distributed import Processes
+from deit_kd.interfaces import Batch, Student, Teacher, head_probabilities
+from deit_kd.losses import Objective, Terms
+from deit_kd.metrics import Agreement, Score
+from deit_kd.randomness import seed_step
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Return the autocast context of a precision: ``bf16``, ``fp16`` or ``off``."""
+    dtype = AUTOCAST_DTYPES[precision]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+class Distiller:
+    """Student, teacher and objective in one call: a batch in, the loss and its terms out.
+
+    The student runs under autocast, the teacher without gradient, the losses in fp32. Nothing of the teacher
+    reaches an optimiser, a DDP wrapper or a state dict through this class.
+
+    Args:
+        student: answers ``[B, 3, H, W]`` with a `StudentOutput`; may be wrapped in DDP or compiled.
+        teacher: answers a `Batch` with a `TeacherOutput`; None only for an objective of kind ``none``.
+        objective: weighs the terms.
+        precision: ``bf16``, ``fp16`` or ``off``.
+    """
+
+    def __init__(
+        self, student: Student, teacher: Teacher | None, objective: Objective, precision: str = "off"
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.objective = objective
+        self.precision = precision
+
+    def __call__(self, batch: Batch) -> Terms:
+        """Return the mean loss and terms of `batch`; call ``.loss.backward()`` on the result."""
+        with autocast(batch.images.device, self.precision):
+            student_output = self.student(batch.images)
+        teacher_output = self.teacher(batch) if self.teacher is not None else None
+        return self.objective(student_output, teacher_output, batch.targets)
+
+
+@dataclass
+class Trainer:
+    """All that one optimiser step needs and changes.
+
+    Args:
+        distiller: gives the loss.
+        model: the network that learns, without any wrapper.
+        optimizer: over `model`'s parameters.
+        schedule: sets the learning rate from the step.
+        ema: average of `model`, or None.
+        scaler: of fp16; disabled otherwise.
+        processes: of the run.
+        accumulation_steps: micro-batches a step.
+        clip_grad_norm: largest gradient norm, over all parameters; None does not clip.
+        seed: of the run.
+    """
+
+    distiller: Distiller
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler
+    ema: ModelEmaV3 | None
+    scaler: torch.amp.GradScaler
+    processes: Processes
+    accumulation_steps: int
+    clip_grad_norm: float | None
+    seed: int
+
+    def step(self, batches: Iterator[Batch], step: int) -> Tensor:
+        """Do optimiser step `step` (from 0); return loss, classification and distillation [3], on the device."""
+        self.schedule.step_update(step)
+        terms = torch.zeros(3, device=self.processes.device)
+        for micro_step in range(self.accumulation_steps):
+            batch = next(batches).to(self.processes.device)
+            seed_step(self.seed, step, micro_step, self.processes.rank)
+            with self._sync_only_at(micro_step == self.accumulation_steps - 1):
+                micro_terms = self.distiller(batch)
+                self.scaler.scale(micro_terms.loss / self.accumulation_steps).backward()
+            terms += torch.stack(micro_terms).detach() / self.accumulation_steps
+        if self.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.model, step=step + 1)
+        return terms
+
+    def _sync_only_at(self, last: bool) -> AbstractContextManager[Any]:
+        student = self.distiller.student
+        return student.no_sync() if isinstance(student, DistributedDataParallel) and not last else nullcontext()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps; the teacher is not among it."""
+        return {
+            "student": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state that `state()` gave."""
+        self.model.load_state_dict(state["student"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def align_buffers(self) -> None:
+        """Give every process the main one's BatchNorm statistics, which DDP lets drift within a step."""
+        self.processes.broadcast(self.model.buffers())
+        if self.ema is not None:
+            self.processes.broadcast(self.ema.module.buffers())
+
+
+@torch.inference_mode()
+def evaluate(
+    models: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    *,
+    classes: int,
+    total: int,
+    processes: Processes,
+    precision: str,
+    fusion: str,
+    teacher_predictions: Tensor | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Score each model's heads over this process's share of a split, and sum over processes.
+
+    Args:
+        models: students by name, e.g. the model and its average; every one sees each batch once.
+        batches: this process's share.
+        classes: C.
+        total: images of the whole split.
+        processes: of the run.
+        precision: of autocast.
+        fusion: ``softmax`` or ``logits``, see `head_probabilities`.
+        teacher_predictions: [share], the teacher's classes in the order of `batches`.
+
+    Returns:
+        By model: ``{"heads": {"cls": {"top1", "top5", "nll"}, "dist": …, "fused": …}, "agreement": …}``, with
+        None for heads that are not there.
+    """
+    scores: dict[str, dict[str, Score]] = {name: {} for name in models}
+    agreements = {name: Agreement() for name in models}
+    was_training = {name: model.training for name, model in models.items()}
+    for model in models.values():
+        model.eval()
+    seen = 0
+    for batch in batches:
+        batch = batch.to(processes.device)
+        size = len(batch.labels)
+        for name, model in models.items():
+            with autocast(processes.device, precision):
+                output = model(batch.images)
+            predictions = {
+                head: scores[name].setdefault(head, Score(classes)).add(probabilities, batch.labels)
+                for head, probabilities in head_probabilities(output, fusion).items()
+            }
+            if teacher_predictions is not None:
+                predictions["teacher"] = teacher_predictions[seen : seen + size]
+            agreements[name].add(predictions)
+        seen += size
+    for name, model in models.items():
+        model.train(was_training[name])
+    return {
+        name: {
+            "heads": {
+                head: scores[name][head].result(total, processes) if head in scores[name] else None
+                for head in ("cls", "dist", "fused")
+            },
+            "agreement": agreements[name].result(total, processes),
+        }
+        for name in models
+    }
+
+
+@torch.inference_mode()
+def score_teacher(
+    teacher: Teacher, batches: Iterable[Batch], *, classes: int, total: int, processes: Processes
+) -> tuple[dict[str, float | None], Tensor]:
+    """Score a teacher over a split, as `evaluate` does.
+
+    Returns:
+        ``{"top1", "top5", "nll"}`` over all processes, and the predictions [share] of this process.
+    """
+    score = Score(classes)
+    predictions = []
+    for batch in batches:
+        batch = batch.to(processes.device)
+        predictions.append(score.add(teacher(batch).logits.float().softmax(-1), batch.labels))
+    joined = torch.cat(predictions) if predictions else torch.empty(0, dtype=torch.long, device=processes.device)
+    return score.result(total, processes), joined
+
+
+def train(
+    trainer: Trainer,
+    batches: Iterable[Batch],
+    *,
+    first_step: int,
+    total_steps: int,
+    after_step: Callable[[int, Tensor], None],
+) -> None:
+    """Train from `first_step` to the end; `after_step(steps_done, terms)` is called after every step."""
+    trainer.model.train()
+    stream = iter(batches)
+    for step in range(first_step, total_steps):
+        after_step(step + 1, trainer.step(stream, step))

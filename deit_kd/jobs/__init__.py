@@ -1,0 +1,1 @@
+"""One file for each verb; only a job knows all the rooms."""

@@ -1,0 +1,107 @@
+"""Fit a teacher: a plain supervised run on the same data, kept and found again under everything it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from deit_kd.config import Config, Distill, StudentSection, TeacherSection
+from deit_kd.data import Splits
+from deit_kd.distributed import Processes
+from deit_kd.interfaces import InputError
+from deit_kd.jobs.run import execute, prepare
+from deit_kd.tracking import HEADS_FILE, read_json, say, write_json
+
+KEY_FILE = "teacher_key.json"
+
+
+def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path:
+    """Return the folder of the teacher that `config` fits; train it where it is not there yet.
+
+    Raises:
+        InputError: the teacher's name or recipe cannot work.
+    """
+    if config.teacher.name is None:
+        raise InputError("teacher.name: is not set; name a timm model such as resnet18")
+    key = _key(config, splits)
+    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=5).hexdigest()
+    folder = Path(config.teacher.fit.folder) / f"{config.teacher.name}-{digest}"
+    if (folder / HEADS_FILE).is_file():
+        if processes.is_main:
+            say(f"teacher: found {folder}")
+        return folder
+    run = prepare(_fit_config(config, folder), processes, splits)
+    if processes.is_main:
+        say(f"teacher: fitting {config.teacher.name}{_why(key, folder)}")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / KEY_FILE).is_file():
+            write_json(folder / KEY_FILE, key)
+    execute(run, None)
+    return folder
+
+
+def _key(config: Config, splits: Splits) -> dict[str, Any]:
+    teacher = config.teacher.model_dump(mode="json")
+    del teacher["fit"]["folder"]
+    for how_it_answers in ("compile", "precision", "channels_last", "image_size"):
+        del teacher[how_it_answers]
+    data = config.data
+    return {
+        "data": {"train": splits.train.digest(), "validation": splits.validation.digest()},
+        "classes": list(splits.train.classes),
+        "teacher": teacher,
+        "image_size": data.image_size,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "interpolation": data.interpolation,
+        "crop_fraction": data.crop_fraction,
+        "precision": config.train.precision,
+        "seed": config.seed,
+    }
+
+
+def _fit_config(config: Config, folder: Path) -> Config:
+    fit, teacher = config.teacher.fit, config.teacher
+    return Config(
+        data=config.data,
+        augment=fit.augment,
+        student=StudentSection(
+            name=teacher.name, pretrained=teacher.pretrained, drop_path=fit.drop_path, args=teacher.args
+        ),
+        teacher=TeacherSection(),
+        distill=Distill(kind="none"),
+        optim=fit.optim,
+        train=config.train.model_copy(
+            update={
+                "epochs": fit.epochs,
+                "batch_size": fit.batch_size,
+                "ema_decay": fit.ema_decay,
+                "accumulation_steps": 1,
+                "compile": False,
+            }
+        ),
+        evaluate=config.evaluate,
+        recipe=config.recipe,
+        seed=config.seed,
+        output=str(folder),
+        resume="auto",
+    )
+
+
+def _why(key: dict[str, Any], folder: Path) -> str:
+    """Say which fields keep the most similar fitted teacher of that name from being used."""
+    name = folder.name.rsplit("-", 1)[0]
+    others = [read_json(path) for path in folder.parent.glob(f"{name}-*/{KEY_FILE}") if path.parent != folder]
+    if not others:
+        return ""
+    differences = min((_differences(other, key) for other in others), key=len)
+    return f" anew, since these differ from one that is there: {'; '.join(differences)}"
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if before == now else [f"{path}: {before!r} -> {now!r}"]

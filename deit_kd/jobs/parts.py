@@ -1,0 +1,128 @@
+"""From the sections of a config to the parts that several jobs build alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from deit_kd import data
+from deit_kd.config import Config
+from deit_kd.data import Photos, Splits
+from deit_kd.distributed import Processes
+from deit_kd.engine import AUTOCAST_DTYPES
+from deit_kd.interfaces import Batch
+from deit_kd.students import TimmStudent
+from deit_kd.students import build_student as build_timm_student
+from deit_kd.teachers import FrozenTeacher
+from deit_kd.teachers import build_teacher as build_frozen_teacher
+
+
+def build_splits(config: Config) -> Splits:
+    """Return the recipe's dataset."""
+    section = config.data
+    return data.build_splits(
+        name=section.name,
+        root=section.root,
+        train_split=section.train_split,
+        validation_split=section.validation_split,
+        validation_fraction=section.validation_fraction,
+        download=section.download,
+    )
+
+
+def build_training_loader(config: Config, photos: Photos, processes: Processes) -> data.TrainingLoader:
+    """Return the loader of this process's training views."""
+    augment = config.augment
+    transform = data.training_transform(
+        image_size=config.data.image_size,
+        mean=config.data.mean,
+        std=config.data.std,
+        interpolation=config.data.interpolation,
+        auto_augment=augment.auto_augment,
+        color_jitter=augment.color_jitter,
+        horizontal_flip=augment.horizontal_flip,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        erasing=augment.erasing,
+    )
+    return data.build_training_loader(
+        photos,
+        transform,
+        seed=config.seed,
+        repeats=augment.repeats,
+        mixup=augment.mixup,
+        cutmix=augment.cutmix,
+        mix_probability=augment.mix_probability,
+        mix_switch_probability=augment.mix_switch_probability,
+        label_smoothing=augment.label_smoothing,
+        batch_size=config.train.batch_size,
+        accumulation_steps=config.train.accumulation_steps,
+        epochs=config.train.epochs,
+        rank=processes.rank,
+        processes=processes.count,
+        workers=config.data.workers,
+        pin_memory=processes.device.type == "cuda",
+    )
+
+
+def build_evaluation_loader(config: Config, photos: Photos, processes: Processes) -> Iterable[Batch]:
+    """Return the loader of this process's share of a split."""
+    section = config.data
+    return data.build_evaluation_loader(
+        photos,
+        data.evaluation_transform(
+            image_size=section.image_size,
+            mean=section.mean,
+            std=section.std,
+            interpolation="bicubic" if section.interpolation == "random" else section.interpolation,
+            crop_fraction=section.crop_fraction,
+        ),
+        batch_size=config.evaluate.batch_size,
+        rank=processes.rank,
+        processes=processes.count,
+        workers=section.workers,
+        pin_memory=processes.device.type == "cuda",
+    )
+
+
+def build_student(config: Config, classes: tuple[str, ...], checkpoint: str | None = None) -> TimmStudent:
+    """Return the recipe's student, with its first weights or those of `checkpoint`."""
+    section = config.student
+    return build_timm_student(
+        name=section.name,
+        pretrained=section.pretrained and checkpoint is None,
+        checkpoint=checkpoint or section.checkpoint,
+        args=section.args,
+        drop_path=section.drop_path,
+        classes=len(classes),
+        image_size=config.data.image_size,
+        distilled=config.distill.kind != "none",
+        seed=config.seed,
+    )
+
+
+def build_teacher(
+    config: Config, classes: tuple[str, ...], processes: Processes, fitted: Path | None
+) -> FrozenTeacher:
+    """Return the recipe's teacher, with the weights of `fitted` where the recipe fits it first."""
+    section = config.teacher
+    precision = config.train.precision if section.precision == "auto" else section.precision
+    dtype = AUTOCAST_DTYPES[precision]
+    return build_frozen_teacher(
+        name=section.name,
+        pretrained=section.pretrained and fitted is None,
+        checkpoint=section.checkpoint if fitted is None else str(fitted),
+        random_weights=section.random_weights,
+        args=section.args,
+        image_size=section.image_size,
+        mean=section.mean,
+        std=section.std,
+        channels_last=section.channels_last,
+        compiled=section.compile,
+        classes=classes,
+        student_image_size=config.data.image_size,
+        student_mean=config.data.mean,
+        student_std=config.data.std,
+        **({} if dtype is None else {"dtype": dtype}),
+        device=processes.device,
+    )

@@ -1,0 +1,60 @@
+"""Exact scores of each head, counted on the device and summed over processes once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deit_kd.distributed import Processes
+
+
+@dataclass
+class Score:
+    """Counts of right answers and the summed negative log-likelihood of one head."""
+
+    classes: int
+    sums: Tensor | None = None  # [3], float64: top-1 count, top-5 count, summed NLL
+
+    def add(self, probabilities: Tensor, labels: Tensor) -> Tensor:
+        """Count one batch of probabilities [B, C]; return the predictions [B]."""
+        best = probabilities.topk(min(5, self.classes), dim=-1).indices
+        hits = best == labels[:, None]
+        chosen = probabilities.double().gather(1, labels[:, None]).clamp_min(1e-38)
+        batch = torch.stack([hits[:, 0].sum().double(), hits.sum().double(), -chosen.log().sum()])
+        self.sums = batch if self.sums is None else self.sums + batch
+        return best[:, 0]
+
+    def result(self, total: int, processes: Processes) -> dict[str, float | None]:
+        """Return ``top1`` and ``top5`` in percent and ``nll`` in nats, over all processes."""
+        sums = torch.zeros(3, dtype=torch.float64, device=processes.device) if self.sums is None else self.sums.clone()
+        top1, top5, nll = processes.sum(sums).tolist()
+        return {
+            "top1": 100 * top1 / total,
+            "top5": 100 * top5 / total if self.classes > 5 else None,
+            "nll": nll / total,
+        }
+
+
+@dataclass
+class Agreement:
+    """How often pairs of predictors gave the same class."""
+
+    counts: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, predictions: dict[str, Tensor]) -> None:
+        """Count one batch; `predictions` [B] of ``cls``, ``dist`` and ``teacher``, those there are."""
+        for first, second in (("cls", "teacher"), ("dist", "teacher"), ("cls", "dist")):
+            if first in predictions and second in predictions:
+                same = (predictions[first] == predictions[second]).sum()
+                name = f"{first}_{second}"
+                self.counts[name] = self.counts.get(name, torch.zeros_like(same)) + same
+
+    def result(self, total: int, processes: Processes) -> dict[str, float | None]:
+        """Return each agreement as a fraction, over all processes; None where a predictor is missing."""
+        result: dict[str, float | None] = {}
+        for name in ("cls_teacher", "dist_teacher", "cls_dist"):
+            count = self.counts.get(name)
+            result[name] = None if count is None else int(processes.sum(count.clone())) / total
+        return result

@@ -1,0 +1,77 @@
+"""timm's optimisers and its cosine schedule, as a pure function of the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from deit_kd.interfaces import InputError
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    lr_reference_batch: int,
+    weight_decay: float,
+    args: dict[str, Any],
+    batch_size: int,
+) -> torch.optim.Optimizer:
+    """Return a timm optimiser; tokens, position embeddings, biases and norms are not decayed.
+
+    Args:
+        model: the timm model; its ``no_weight_decay`` is honoured.
+        name: timm's, e.g. ``adamw``.
+        lr: for a batch of `lr_reference_batch`; scaled linearly with `batch_size` (Goyal et al. 2017).
+        lr_reference_batch: images; 0 takes `lr` as it is.
+        weight_decay: of matrices.
+        args: handed to the optimiser (betas, eps, …).
+        batch_size: images per optimiser step, over all processes.
+
+    Raises:
+        InputError: timm does not know the optimiser or an argument.
+    """
+    scale = batch_size / lr_reference_batch if lr_reference_batch else 1.0
+    arguments = dict(args)
+    if name in ("adam", "adamw", "sgd", "nesterov", "momentum"):
+        arguments.setdefault("fused", True)
+    try:
+        return create_optimizer_v2(model, opt=name, lr=lr * scale, weight_decay=weight_decay, **arguments)
+    except (AssertionError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or ["timm refuses it"])[0]
+        raise InputError(f"optim.name: {name!r} with {args} cannot be built ({reason}); use adamw, sgd or lamb") from error
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer,
+    *,
+    warmup_epochs: float,
+    warmup_lr: float,
+    min_lr: float,
+    epochs: int,
+    steps_per_epoch: int,
+) -> Scheduler:
+    """Return timm's cosine schedule with linear warm-up; ``schedule.step_update(step)`` sets the rate.
+
+    Raises:
+        InputError: the warm-up is as long as the run.
+    """
+    if warmup_epochs >= epochs:
+        raise InputError(f"optim.warmup_epochs: {warmup_epochs} is not below train.epochs {epochs}; warm up for less")
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        warmup_lr=warmup_lr,
+        min_lr=min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    return schedule

@@ -1,0 +1,41 @@
+"""Every random choice is a pure function of named integers, so nothing random is ever stored."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy as np
+import torch
+
+
+def derive(stream: str, *integers: int) -> int:
+    """Return a 64-bit seed from the name of a stream and the integers that index it.
+
+    The same on every machine and in every process (BLAKE2b), and independent between streams.
+    """
+    key = f"{stream}:{','.join(map(str, integers))}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+def generator(stream: str, *integers: int) -> np.random.Generator:
+    """Return a numpy generator for the choices of one stream, e.g. the order of an epoch."""
+    return np.random.Generator(np.random.PCG64(derive(stream, *integers)))
+
+
+def seed_view(seed: int, epoch: int, position: int) -> None:
+    """Seed the three generators that timm's and torchvision's transforms draw from, for one view."""
+    view_seed = derive("view", seed, epoch, position)
+    random.seed(view_seed)
+    np.random.seed(view_seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(view_seed)
+
+
+def seed_step(seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Seed drop-path and dropout of one forward pass, on every device."""
+    torch.manual_seed(derive("step", seed, step, micro_step, rank))
+
+
+def seed_initialisation(stream: str, seed: int) -> None:
+    """Seed the initial weights of one network, the same on every rank."""
+    torch.manual_seed(derive(f"initialisation of {stream}", seed))

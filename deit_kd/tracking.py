@@ -1,0 +1,157 @@
+"""The run folder and what is said about a run: records, TensorBoard, progress and tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from deit_kd.checkpoint import write_atomically
+from deit_kd.interfaces import InputError
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+HEADS_FILE = "heads.json"
+CHECKPOINTS = "checkpoints"
+
+
+def next_free_folder(parent: Path, recipe: str) -> Path:
+    """Return ``parent/<recipe>-<n>`` with the first n above every one that is there."""
+    return parent / f"{recipe}-{1 + max(_numbers(parent, recipe), default=0)}"
+
+
+def newest_folder(parent: Path, recipe: str) -> Path | None:
+    """Return the ``parent/<recipe>-<n>`` with the largest n, if there is one."""
+    numbers = _numbers(parent, recipe)
+    return parent / f"{recipe}-{max(numbers)}" if numbers else None
+
+
+def _numbers(parent: Path, recipe: str) -> list[int]:
+    names = os.listdir(parent) if parent.is_dir() else []
+    matches = (re.fullmatch(rf"{re.escape(recipe)}-(\d+)", name) for name in names)
+    return [int(match[1]) for match in matches if match]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as a file that appears whole or not at all."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON of a file.
+
+    Raises:
+        InputError: it is missing or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); name the folder of a run") from error
+
+
+class Journal:
+    """Writes ``metrics.jsonl`` and ``tensorboard/``, and tells the person; silent where it is not the main process.
+
+    Args:
+        folder: of the run.
+        title: of the progress line.
+        total_steps: of the run.
+        first_step: steps already done; records after it, of a run that was cut short, are dropped.
+        is_main: whether this process writes and talks.
+    """
+
+    def __init__(self, folder: Path, *, title: str, total_steps: int, first_step: int, is_main: bool) -> None:
+        self._is_main = is_main
+        self._metrics = folder / METRICS_FILE
+        self._progress: Progress | None = None
+        if not is_main:
+            return
+        self._cut_back(first_step)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._progress.add_task(title, total=total_steps, completed=first_step, note="")
+            self._progress.start()
+
+    def _cut_back(self, step: int) -> None:
+        lines = self._metrics.read_text().splitlines(keepends=True) if self._metrics.is_file() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomically(self._metrics, "".join(kept).encode())
+
+    def record(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
+        """Append one record, and its numbers to TensorBoard."""
+        if not self._is_main:
+            return
+        with open(self._metrics, "a") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **fields}) + "\n")
+        for name, value in _numbers_of(fields):
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def progress(self, step: int, note: str) -> None:
+        """Move the bar; where there is no terminal, print a line."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, note=note)
+        elif self._is_main:
+            say(note)
+
+    def close(self) -> None:
+        """Stop the bar and flush the files."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._is_main:
+            self._board.close()
+
+
+def _numbers_of(fields: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    numbers: list[tuple[str, float]] = []
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            numbers += _numbers_of(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and math.isfinite(value):
+            numbers.append((prefix + name, value))
+    return numbers
+
+
+console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    """Print one line, as it stands."""
+    console.print(line, markup=False)
+
+
+def print_heads(result: Mapping[str, Any]) -> None:
+    """Print the table of a ``heads.json``."""
+    table = Table(title=f"{result['n']} images, weights: {result['weights']}")
+    for column in ("head", "top-1 %", "top-5 %", "NLL", "agrees with teacher"):
+        table.add_column(column, justify="left" if column == "head" else "right")
+    agreement = result["agreement"]
+    rows = {**result["heads"], "teacher": result["teacher"]}
+    for name, score in rows.items():
+        if score is not None:
+            agrees = agreement.get(f"{name}_teacher")
+            table.add_row(
+                name,
+                f"{score['top1']:.2f}",
+                "-" if score["top5"] is None else f"{score['top5']:.2f}",
+                f"{score['nll']:.4f}",
+                "-" if agrees is None else f"{agrees:.3f}",
+            )
+    console.print(table)
