@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from deit_kd.files import write_atomically
 from deit_kd.models import tensors_hash
 
 Tree = Any  # nested dicts and lists of tensors and JSON values
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all, and survives a power cut."""
-    aside = path.with_name(f".{path.name}.partial")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _flatten(tree: Tree, name: str, tensors: dict[str, Tensor]) -> Tree:
@@ -98,7 +83,7 @@ def load_checkpoint(path: Path) -> Tree:
 
 def newest_checkpoint(folder: Path) -> tuple[Tree | None, list[str]]:
     """Return the newest complete checkpoint of `folder`, if any, and a line for each newer one skipped."""
-    skipped = []
+    skipped: list[str] = []
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         try:
             return load_checkpoint(path), skipped

@@ -4,23 +4,73 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from deit_kd.config import parse_config
+from jsonargparse import ArgumentParser
+
+from deit_kd.config import build_parser, parse_config
 from deit_kd.interfaces import InputError, nearest
 
+Arguments = list[str]
 
-def _train(arguments: list[str]) -> None:
+
+def _train(arguments: Arguments) -> None:
+    config, _ = parse_config(arguments, build_parser("deit-kd train"))
     from deit_kd.jobs.train import train
 
-    train(parse_config(arguments)[0])
+    train(config)
 
 
-VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+def _evaluate(arguments: Arguments) -> None:
+    parser = _run_parser("deit-kd eval")
+    parser.add_argument("--split", choices=["train", "validation"], default="validation", help="what to score on")
+    folder, arguments = _with_recipe_of_run(arguments, parser)
+    config, others = parse_config(arguments, parser)
+    from deit_kd.jobs.evaluate import evaluate_run
+
+    evaluate_run(folder, config, others["split"])
+
+
+def _predict(arguments: Arguments) -> None:
+    parser = _run_parser("deit-kd predict")
+    parser.add_argument("files", type=str, nargs="+", help="images")
+    parser.add_argument("--head", choices=["cls", "dist", "fused", "all"], default="fused", help="whose answer")
+    parser.add_argument("--csv", type=str, default=None, help="file to write; standard output unless set")
+    folder, arguments = _with_recipe_of_run(arguments, parser)
+    config, others = parse_config(arguments, parser)
+    from deit_kd.jobs.predict import predict
+
+    csv_file = None if others["csv"] is None else Path(others["csv"])
+    predict(folder, config, [Path(file) for file in others["files"]], others["head"], csv_file)
+
+
+def _run_parser(program: str) -> ArgumentParser:
+    parser = build_parser(program)
+    parser.add_argument("run", type=str, help="folder of a run, whose recipe the options override")
+    return parser
+
+
+def _with_recipe_of_run(arguments: Arguments, parser: ArgumentParser) -> tuple[Path, Arguments]:
+    """Return the run's folder, which is the first argument, and the arguments with its recipe before them."""
+    if any(argument in ("-h", "--help") for argument in arguments):
+        return Path(), arguments
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError(f"{parser.prog}: the first argument is the folder of a run")
+    folder = Path(arguments[0])
+    recipe = folder / "config.yaml"
+    if not recipe.is_file():
+        raise InputError(f"{folder}: is no run (it has no {recipe.name}); name the folder of a run")
+    return folder, [arguments[0], "--config", str(recipe), *arguments[1:]]
+
+
+VERBS: dict[str, tuple[str, Callable[[Arguments], None]]] = {
     "train": ("train a student, its teacher first where the recipe says so", _train),
+    "eval": ("score a run's heads apart and fused", _evaluate),
+    "predict": ("class, probability and head for unlabelled images", _predict),
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Arguments | None = None) -> int:
     """Run one verb; return the exit code: 0, or 2 where the input cannot be used."""
     arguments = sys.argv[1:] if arguments is None else arguments
     verb = arguments[0] if arguments else "--help"

@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from deit_kd.interfaces import InputError, nearest
 
 Statistics = tuple[float, float, float]
-Positive = Field(gt=0)
-NotNegative = Field(ge=0)
-Fraction = Field(ge=0, le=1)
 
 
 class Section(BaseModel):
@@ -94,7 +91,7 @@ class Optim(Section):
     """images; 0 takes lr as it is"""
     weight_decay: float = Field(0.05, ge=0)
     """of matrices; tokens, position embeddings, biases and norms have none"""
-    warmup_epochs: float = Field(5, ge=0)
+    warmup_epochs: int = Field(5, ge=0)
     """epochs of linear warm-up"""
     warmup_lr: float = Field(1e-6, ge=0)
     """where the warm-up starts"""
@@ -273,7 +270,7 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]
     return keys
 
 
-def parse_config(arguments: list[str], parser: ArgumentParser | None = None) -> tuple[Config, Namespace]:
+def parse_config(arguments: list[str], parser: ArgumentParser | None = None) -> tuple[Config, dict[str, Any]]:
     """Return the checked config of a command line, and whatever else the parser was told to read.
 
     Raises:
@@ -284,9 +281,9 @@ def parse_config(arguments: list[str], parser: ArgumentParser | None = None) -> 
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
         raise InputError(_one_line(str(error))) from error
-    values = parsed.clone().as_dict()
+    values = parsed.as_dict()
     files = values.pop("config") or []
-    others = Namespace(**{key: values.pop(key) for key in list(values) if key not in Config.model_fields})
+    others = {key: values.pop(key) for key in list(values) if key not in Config.model_fields}
     if files and values["recipe"] == Config.model_fields["recipe"].default:
         values["recipe"] = Path(str(files[-1])).stem
     try:
@@ -296,17 +293,6 @@ def parse_config(arguments: list[str], parser: ArgumentParser | None = None) -> 
         key = ".".join(map(str, first["loc"]))
         reason = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{key}: {first['input']!r}: {reason}" if key else reason) from error
-
-
-def load_config(path: Path) -> Config:
-    """Return the config that a run wrote.
-
-    Raises:
-        InputError: there is none, or it is not one of ours.
-    """
-    if not path.is_file():
-        raise InputError(f"{path.parent}: is no run (it has no {path.name}); name the folder of a run")
-    return parse_config(["--config", str(path)])[0]
 
 
 def _one_line(message: str) -> str:
@@ -320,7 +306,9 @@ def _one_line(message: str) -> str:
     value_match = re.search(r"Got value: (.*)", message, re.DOTALL)
     lines = [line.strip() for line in message.splitlines() if "For further information" not in line]
     reasons = [re.sub(r"\s*\[type=.*", "", line) for line in lines[1:]] or lines
-    reason = next((line for line in reasons if line.startswith(("Input should", "Expected", "Value error"))), reasons[0])
+    reason = next(
+        (line for line in reasons if line.startswith(("Input should", "Expected", "Value error"))), reasons[0]
+    )
     reason = re.sub(r"\.? ?Got value: .*", "", reason).replace("typing.", "")
     key = key_match[1] if key_match else ""
     value = f" {value_match[1].splitlines()[0]!r}" if value_match else ""

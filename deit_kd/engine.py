@@ -41,9 +41,7 @@ class Distiller:
         precision: ``bf16``, ``fp16`` or ``off``.
     """
 
-    def __init__(
-        self, student: Student, teacher: Teacher | None, objective: Objective, precision: str = "off"
-    ) -> None:
+    def __init__(self, student: Student, teacher: Teacher | None, objective: Objective, precision: str = "off") -> None:
         self.student = student
         self.teacher = teacher
         self.objective = objective
@@ -125,6 +123,11 @@ class Trainer:
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    # Fused optimisers walk memory in order: moments must lie as their parameter does.
+                    moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
 
     def align_buffers(self) -> None:

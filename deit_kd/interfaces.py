@@ -30,7 +30,12 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """Move every tensor to `device` without waiting for the copy."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        view_ids = None if self.view_ids is None else moved(self.view_ids)
+        return Batch(moved(self.images), moved(self.targets), moved(self.labels), view_ids)
 
 
 class StudentOutput(NamedTuple):

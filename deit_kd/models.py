@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -69,10 +70,7 @@ def create_model(
     try:
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-        if pretrained:
-            cure = "check the network, or give a checkpoint"
-        else:
-            cure = "see the arguments of timm's model"
+        cure = "check the network, or give a checkpoint" if pretrained else "see the arguments of timm's model"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{key}: {name!r} cannot be created with {kwargs} ({reason}); {cure}") from error
     _check_patches(key, model, image_size)
@@ -87,7 +85,9 @@ def _check_patches(key: str, model: nn.Module, image_size: int | None) -> None:
         if image_size % patch:
             below, above = image_size // patch * patch, (image_size // patch + 1) * patch
             choices = " or ".join(str(size) for size in (below, above) if size)
-            raise InputError(f"data.image_size: {image_size} is not a multiple of {key}'s patch size {patch}; use {choices}")
+            raise InputError(
+                f"data.image_size: {image_size} is not a multiple of {key}'s patch size {patch}; use {choices}"
+            )
 
 
 def weights_file(key: str, path: str | Path) -> Path:
@@ -118,7 +118,9 @@ def load_weights(key: str, path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"{key}: {file} cannot be read as weights ({str(error).splitlines()[0]})") from error
     except Exception as error:
         if type(error).__name__ == "UnpicklingError":
-            raise InputError(f"{key}: {file} holds more than tensors and is not unpickled; save its state dict") from error
+            raise InputError(
+                f"{key}: {file} holds more than tensors and is not unpickled; save its state dict"
+            ) from error
         raise
     state = loaded.get("model", loaded.get("state_dict", loaded)) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -142,7 +144,9 @@ def load_into(key: str, model: nn.Module, state: dict[str, Tensor], path: str | 
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:3])
-        raise InputError(f"{key}: {path} does not fit the model ({len(problems)} differences: {shown}); name its own model")
+        raise InputError(
+            f"{key}: {path} does not fit the model ({len(problems)} differences: {shown}); name its own model"
+        )
     model.load_state_dict(state)
 
 
@@ -174,7 +178,7 @@ def save_local_dir(
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     save_for_hf(
-        model,
+        copy.deepcopy(model).to(memory_format=torch.contiguous_format),
         str(aside),
         model_config={
             "num_classes": len(classes),

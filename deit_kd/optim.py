@@ -45,13 +45,15 @@ def build_optimizer(
         return create_optimizer_v2(model, opt=name, lr=lr * scale, weight_decay=weight_decay, **arguments)
     except (AssertionError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or ["timm refuses it"])[0]
-        raise InputError(f"optim.name: {name!r} with {args} cannot be built ({reason}); use adamw, sgd or lamb") from error
+        raise InputError(
+            f"optim.name: {name!r} with {args} cannot be built ({reason}); use adamw, sgd or lamb"
+        ) from error
 
 
 def build_schedule(
     optimizer: torch.optim.Optimizer,
     *,
-    warmup_epochs: float,
+    warmup_epochs: int,
     warmup_lr: float,
     min_lr: float,
     epochs: int,

@@ -16,12 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from deit_kd.checkpoint import write_atomically
-from deit_kd.interfaces import InputError
+from deit_kd.files import write_atomically
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 HEADS_FILE = "heads.json"
+FACTS_FILE = "run.json"  # what a run was made from: photos, classes, teacher
 CHECKPOINTS = "checkpoints"
 
 
@@ -40,23 +40,6 @@ def _numbers(parent: Path, recipe: str) -> list[int]:
     names = os.listdir(parent) if parent.is_dir() else []
     matches = (re.fullmatch(rf"{re.escape(recipe)}-(\d+)", name) for name in names)
     return [int(match[1]) for match in matches if match]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as a file that appears whole or not at all."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """Return the JSON of a file.
-
-    Raises:
-        InputError: it is missing or is no JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); name the folder of a run") from error
 
 
 class Journal:

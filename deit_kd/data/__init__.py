@@ -3,12 +3,13 @@
 from deit_kd.data.loader import TrainingLoader, build_evaluation_loader, build_training_loader
 from deit_kd.data.photos import Photos, Splits, load_image
 from deit_kd.data.sets import build_splits
-from deit_kd.data.transforms import evaluation_transform, training_transform
+from deit_kd.data.transforms import Transform, evaluation_transform, training_transform
 
 __all__ = [
     "Photos",
     "Splits",
     "TrainingLoader",
+    "Transform",
     "build_evaluation_loader",
     "build_splits",
     "build_training_loader",

@@ -23,9 +23,9 @@ class Views(Dataset[Example]):
         self._photos, self._transform, self._seed = photos, transform, seed
 
     def __getitem__(self, key: ViewKey) -> Example:
-        image = self._photos.image(key.index)
+        image = self._photos.image(key.photo)
         seed_view(self._seed, key.epoch, key.position)
-        return self._transform(image), self._photos.labels[key.index], key.epoch, key.position
+        return self._transform(image), self._photos.labels[key.photo], key.epoch, key.position
 
 
 class TrainingLoader:

@@ -19,7 +19,7 @@ class ViewKey(NamedTuple):
 
     epoch: int
     position: int
-    index: int  # of the photo in its split
+    photo: int  # index in its split
 
 
 def epoch_order(photos: int, repeats: int, seed: int, epoch: int) -> np.ndarray:
@@ -40,7 +40,9 @@ def epoch_order(photos: int, repeats: int, seed: int, epoch: int) -> np.ndarray:
         return generator("order", seed, epoch).permutation(photos)
     taken = photos // repeats
     if taken < 2:
-        raise InputError(f"augment.repeats: {repeats} is too many for {photos} photos; use {max(1, photos // 2)} or less")
+        raise InputError(
+            f"augment.repeats: {repeats} is too many for {photos} photos; use {max(1, photos // 2)} or less"
+        )
     cycle, part = divmod(epoch, repeats)
     chosen = generator("order", seed, cycle).permutation(photos)[part * taken : (part + 1) * taken]
     cuts = list(range(BLOCK_PHOTOS, taken - 1, BLOCK_PHOTOS))
@@ -95,7 +97,8 @@ class Dealer(Sampler[list[ViewKey]]):
         length = photos // repeats * repeats
         if length < batch_size:
             raise InputError(
-                f"train.batch_size: {batch_size} is more than the {length} views of an epoch; use {length // unit * unit} or less"
+                f"train.batch_size: {batch_size} is more than the {length} views of an epoch; "
+                f"use {length // unit * unit} or less"
             )
         self._photos, self._repeats, self._seed = photos, repeats, seed
         self._batch_size, self._accumulation_steps = batch_size, accumulation_steps

@@ -42,7 +42,7 @@ def training_transform(
             scale=scale,
             ratio=ratio,
             hflip=horizontal_flip,
-            color_jitter=color_jitter or None,
+            color_jitter=color_jitter,
             auto_augment=auto_augment,
             interpolation=interpolation,
             mean=mean,

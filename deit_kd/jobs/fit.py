@@ -10,9 +10,10 @@ from typing import Any
 from deit_kd.config import Config, Distill, StudentSection, TeacherSection
 from deit_kd.data import Splits
 from deit_kd.distributed import Processes
+from deit_kd.files import read_json, write_json
 from deit_kd.interfaces import InputError
 from deit_kd.jobs.run import execute, prepare
-from deit_kd.tracking import HEADS_FILE, read_json, say, write_json
+from deit_kd.tracking import HEADS_FILE, say
 
 KEY_FILE = "teacher_key.json"
 
@@ -103,5 +104,7 @@ def _why(key: dict[str, Any], folder: Path) -> str:
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(before.keys() | now.keys())
-        return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+        return [
+            line for key in keys for line in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+        ]
     return [] if before == now else [f"{path}: {before!r} -> {now!r}"]

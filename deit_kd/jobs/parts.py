@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
+
+import torch
 
 from deit_kd import data
 from deit_kd.config import Config
@@ -65,22 +66,27 @@ def build_training_loader(config: Config, photos: Photos, processes: Processes) 
     )
 
 
+def build_evaluation_transform(config: Config) -> data.Transform:
+    """Return what turns an image into the student's evaluation view."""
+    section = config.data
+    return data.evaluation_transform(
+        image_size=section.image_size,
+        mean=section.mean,
+        std=section.std,
+        interpolation="bicubic" if section.interpolation == "random" else section.interpolation,
+        crop_fraction=section.crop_fraction,
+    )
+
+
 def build_evaluation_loader(config: Config, photos: Photos, processes: Processes) -> Iterable[Batch]:
     """Return the loader of this process's share of a split."""
-    section = config.data
     return data.build_evaluation_loader(
         photos,
-        data.evaluation_transform(
-            image_size=section.image_size,
-            mean=section.mean,
-            std=section.std,
-            interpolation="bicubic" if section.interpolation == "random" else section.interpolation,
-            crop_fraction=section.crop_fraction,
-        ),
+        build_evaluation_transform(config),
         batch_size=config.evaluate.batch_size,
         rank=processes.rank,
         processes=processes.count,
-        workers=section.workers,
+        workers=config.data.workers,
         pin_memory=processes.device.type == "cuda",
     )
 
@@ -102,16 +108,16 @@ def build_student(config: Config, classes: tuple[str, ...], checkpoint: str | No
 
 
 def build_teacher(
-    config: Config, classes: tuple[str, ...], processes: Processes, fitted: Path | None
+    config: Config, classes: tuple[str, ...], processes: Processes, checkpoint: str | None
 ) -> FrozenTeacher:
-    """Return the recipe's teacher, with the weights of `fitted` where the recipe fits it first."""
+    """Return the recipe's teacher, with the weights of `checkpoint` where there is one."""
     section = config.teacher
     precision = config.train.precision if section.precision == "auto" else section.precision
-    dtype = AUTOCAST_DTYPES[precision]
     return build_frozen_teacher(
         name=section.name,
-        pretrained=section.pretrained and fitted is None,
-        checkpoint=section.checkpoint if fitted is None else str(fitted),
+        # A teacher that is fitted starts from timm's weights, and its checkpoint holds what became of them.
+        pretrained=section.pretrained and not section.fit.epochs,
+        checkpoint=checkpoint,
         random_weights=section.random_weights,
         args=section.args,
         image_size=section.image_size,
@@ -123,6 +129,7 @@ def build_teacher(
         student_image_size=config.data.image_size,
         student_mean=config.data.mean,
         student_std=config.data.std,
-        **({} if dtype is None else {"dtype": dtype}),
+        seed=config.seed,
+        dtype=AUTOCAST_DTYPES[precision] or torch.float32,
         device=processes.device,
     )

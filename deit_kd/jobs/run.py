@@ -15,11 +15,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from deit_kd.checkpoint import newest_checkpoint, save_checkpoint, write_atomically
+from deit_kd.checkpoint import newest_checkpoint, save_checkpoint
 from deit_kd.config import Config
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes
 from deit_kd.engine import Distiller, Trainer, evaluate, score_teacher, train
+from deit_kd.files import read_json, write_atomically, write_json
 from deit_kd.interfaces import Batch, InputError, Student
 from deit_kd.jobs import parts
 from deit_kd.losses import Objective
@@ -30,18 +31,16 @@ from deit_kd.teachers import FrozenTeacher
 from deit_kd.tracking import (
     CHECKPOINTS,
     CONFIG_FILE,
+    FACTS_FILE,
     HEADS_FILE,
     Journal,
     newest_folder,
     next_free_folder,
     print_heads,
-    read_json,
     say,
-    write_json,
 )
 
 RUNS = Path("runs")
-FACTS_FILE = "run.json"
 
 # Keys that a run may be resumed with another value of: they do not change a result.
 FREE_ON_RESUME = {
@@ -120,10 +119,10 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
     )
 
 
-def execute(run: Run, teacher: FrozenTeacher | None) -> dict[str, Any]:
+def execute(run: Run, teacher: FrozenTeacher | None, teacher_source: str | None = None) -> dict[str, Any]:
     """Train `run` to its end; return what ``heads.json`` holds."""
     config, processes, folder = run.config, run.processes, run.folder
-    teacher_facts, teacher_predictions = _meet_teacher(run, teacher)
+    teacher_facts, teacher_predictions = _meet_teacher(run, teacher, teacher_source)
     trainer = _build_trainer(run, teacher)
     first_step, window = 0, _Window(processes.device)
     if run.checkpoint is not None:
@@ -167,7 +166,9 @@ def execute(run: Run, teacher: FrozenTeacher | None) -> dict[str, Any]:
             record["lr"] = trainer.optimizer.param_groups[0]["lr"]
             record["epoch"] = (step - 1) // run.loader.steps_per_epoch
             if not math.isfinite(record["loss"]):
-                raise InputError(f"train: the loss is {record['loss']} at step {step}; lower optim.lr or set train.precision off")
+                raise InputError(
+                    f"train: the loss is {record['loss']} at step {step}; lower optim.lr or set train.precision off"
+                )
             journal.record("step", step, record)
             journal.progress(step, _step_note(step, run.loader.total_steps, record, config.distill.kind))
         if at_epoch_end:
@@ -191,7 +192,8 @@ def execute(run: Run, teacher: FrozenTeacher | None) -> dict[str, Any]:
         )
     finally:
         journal.close()
-    heads = _heads(run, trainer, score(), teacher_score)
+    weights = "model" if trainer.ema is None else "ema"
+    heads = head_scores(config, len(run.splits.validation), weights, score()[weights], teacher_score)
     if processes.is_main:
         _save_student(run, trainer)
         write_json(folder / HEADS_FILE, heads)
@@ -247,7 +249,9 @@ def _open_folder(config: Config, processes: Processes, data_facts: dict[str, str
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"output: {folder} holds something that is no run; name another folder")
     if config.resume != "auto":
-        raise InputError(f"output: {folder} already holds a run; continue it with --resume auto, or name another folder")
+        raise InputError(
+            f"output: {folder} already holds a run; continue it with --resume auto, or name another folder"
+        )
     _refuse_changes(config, folder, data_facts)
     checkpoint, skipped = newest_checkpoint(folder / CHECKPOINTS)
     for line in skipped if processes.is_main else ():
@@ -285,11 +289,17 @@ def _data_facts(splits: Splits) -> dict[str, str]:
     return {"train": splits.train.digest(), "validation": splits.validation.digest()}
 
 
-def _meet_teacher(run: Run, teacher: FrozenTeacher | None) -> tuple[dict[str, Any] | None, Tensor | None]:
+def _meet_teacher(
+    run: Run, teacher: FrozenTeacher | None, source: str | None
+) -> tuple[dict[str, Any] | None, Tensor | None]:
     """Score the teacher before the first step; refuse one that differs between processes or from before."""
     if teacher is None:
         return None, None
-    facts: dict[str, Any] = {"name": run.config.teacher.name, "weights": tensors_hash(teacher.state_dict())}
+    facts: dict[str, Any] = {
+        "name": run.config.teacher.name,
+        "source": source,
+        "weights": tensors_hash(teacher.state_dict()),
+    }
     if not run.processes.same_everywhere(facts["weights"]):
         raise InputError("teacher: its weights differ between processes; give all of them the same file")
     if run.checkpoint is not None and read_json(run.folder / FACTS_FILE)["teacher"]["weights"] != facts["weights"]:
@@ -375,15 +385,15 @@ def _epoch_note(epoch: int, epochs: int, results: dict[str, Any], teacher_score:
     return "   ".join(pieces)
 
 
-def _heads(run: Run, trainer: Trainer, results: dict[str, Any], teacher_score: Any) -> dict[str, Any]:
-    weights = "model" if trainer.ema is None else "ema"
+def head_scores(config: Config, n: int, weights: str, result: dict[str, Any], teacher_score: Any) -> dict[str, Any]:
+    """Return what ``heads.json`` holds, from one result of `evaluate`."""
     return {
-        "n": len(run.splits.validation),
+        "n": n,
         "weights": weights,
-        "fusion": run.config.evaluate.fusion,
-        "heads": results[weights]["heads"],
+        "fusion": config.evaluate.fusion,
+        "heads": result["heads"],
         "teacher": teacher_score,
-        "agreement": results[weights]["agreement"],
+        "agreement": result["agreement"],
     }
 
 

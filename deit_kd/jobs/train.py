@@ -20,10 +20,11 @@ def train(config: Config) -> dict[str, Any]:
     processes = start(config.train.device)
     try:
         run = prepare(config, processes)
-        teacher = None
-        if config.distill.kind != "none":
-            fitted = fitted_teacher(config, processes, run.splits) if config.teacher.fit.epochs else None
-            teacher = parts.build_teacher(config, run.classes, processes, fitted)
-        return execute(run, teacher)
+        if config.distill.kind == "none":
+            return execute(run, None)
+        checkpoint = config.teacher.checkpoint
+        if config.teacher.fit.epochs:
+            checkpoint = str(fitted_teacher(config, processes, run.splits))
+        return execute(run, parts.build_teacher(config, run.classes, processes, checkpoint), checkpoint)
     finally:
         finish()

@@ -52,7 +52,12 @@ def build_student(
         arguments["drop_path_rate"] = drop_path
     seed_initialisation("student", seed)
     backbone = create_model(
-        "student.name", architecture, pretrained=pretrained, image_size=image_size, num_classes=classes, **arguments
+        "student.name",
+        architecture,
+        pretrained=pretrained,
+        image_size=image_size,
+        num_classes=classes,
+        **arguments,
     )
     student = TimmStudent(backbone, model_args={**size_argument(architecture, image_size), **args})
     if distilled and not student.has_distillation_token:

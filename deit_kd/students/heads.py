@@ -26,7 +26,7 @@ class TimmStudent(nn.Module):
         super().__init__()
         is_convolutional = any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
         self._memory_format = torch.channels_last if is_convolutional else torch.contiguous_format
-        self.backbone = backbone.to(memory_format=self._memory_format)
+        self.backbone: Any = backbone.to(memory_format=self._memory_format)
         self.model_args = dict(model_args or {})
         self.has_distillation_token = _has_distillation_token(backbone)
         if _has_second_head(backbone) and not self.has_distillation_token:

@@ -9,6 +9,7 @@ from torch import nn
 
 from deit_kd.interfaces import InputError
 from deit_kd.models import create_model, label_names, load_into, load_weights
+from deit_kd.randomness import seed_initialisation
 from deit_kd.teachers.frozen import FrozenTeacher, Statistics
 
 
@@ -28,6 +29,7 @@ def build_teacher(
     student_image_size: int,
     student_mean: Statistics,
     student_std: Statistics,
+    seed: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> FrozenTeacher:
@@ -49,6 +51,7 @@ def build_teacher(
         student_image_size: pixels of the batch.
         student_mean: normalisation of the batch.
         student_std: the same.
+        seed: of random weights.
         dtype: of the weights.
         device: where it runs.
 
@@ -73,6 +76,7 @@ def build_teacher(
             f"teacher.name: {name!r} has {given} to take its weights from; set one of teacher.pretrained, "
             "teacher.checkpoint and teacher.fit.epochs"
         )
+    seed_initialisation("teacher", seed)
     arguments = dict(args) if pretrained else {"num_classes": len(classes), **args}
     network = create_model(
         "teacher.name", name, pretrained=pretrained, image_size=image_size or student_image_size, **arguments
@@ -82,7 +86,7 @@ def build_teacher(
         _check_class_names(label_names(checkpoint), classes, checkpoint)
         load_into("teacher.checkpoint", network, state, checkpoint)
     _check_class_count(network, classes, name)
-    pretrained_cfg = network.pretrained_cfg if pretrained else {}
+    pretrained_cfg: Any = network.pretrained_cfg if pretrained else {}
     return FrozenTeacher(
         network,
         student_mean=student_mean,
@@ -99,8 +103,8 @@ def build_teacher(
 def _check_class_count(network: nn.Module, classes: tuple[str, ...], name: str) -> None:
     if network.num_classes != len(classes):
         raise InputError(
-            f"teacher.name: {name!r} answers in {network.num_classes} classes, the dataset has {len(classes)}; its head "
-            "would teach the wrong ones. Name a checkpoint for these classes, or set teacher.fit.epochs to fine-tune it"
+            f"teacher.name: {name!r} answers in {network.num_classes} classes, the dataset has {len(classes)}; its "
+            "head would teach the wrong ones. Name a checkpoint for these classes, or set teacher.fit.epochs to fine-tune it"
         )
 
 

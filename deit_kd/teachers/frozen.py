@@ -28,6 +28,9 @@ class FrozenTeacher(nn.Module):
         compiled: run the network through ``torch.compile``.
     """
 
+    _gain: Tensor
+    _offset: Tensor
+
     def __init__(
         self,
         network: nn.Module,
@@ -43,7 +46,7 @@ class FrozenTeacher(nn.Module):
     ) -> None:
         super().__init__()
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.network = network.to(dtype=dtype, memory_format=self._memory_format).requires_grad_(False)
+        self.network = network.to(dtype=dtype).to(memory_format=self._memory_format).requires_grad_(False)
         self._answer = torch.compile(self.network) if compiled else self.network
         self._image_size = image_size
         self._dtype = dtype

@@ -1,0 +1,78 @@
+"""``deit-kd predict``: the class that a run's student gives unlabelled images, by head."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from deit_kd.config import Config
+from deit_kd.data import load_image
+from deit_kd.distributed import finish, start
+from deit_kd.engine import autocast
+from deit_kd.interfaces import InputError, head_probabilities
+from deit_kd.jobs import parts
+from deit_kd.jobs.evaluate import load_student
+from deit_kd.models import choose_attention
+from deit_kd.tracking import say
+
+HEADS = ("cls", "dist", "fused", "all")
+
+
+def predict(folder: Path, config: Config, files: list[Path], head: str, csv_file: Path | None) -> None:
+    """Write ``path,head,class,probability`` for each image, to `csv_file` or to standard output.
+
+    Args:
+        folder: of a finished run.
+        config: the run's.
+        files: images.
+        head: ``cls``, ``dist``, ``fused`` or ``all``; a student without a distillation token has ``cls`` alone,
+            which then stands for the fused one.
+        csv_file: where to write; None is standard output.
+
+    Raises:
+        InputError: a file is missing or no image, or the student has no such head. Nothing is written then.
+    """
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise InputError(f"{missing[0]}: is no file; name image files")
+    processes = start(config.train.device)
+    try:
+        choose_attention(config.train.attention, processes.device)
+        facts, student = load_student(folder, config, processes)
+        if not student.has_distillation_token:
+            if head == "dist":
+                raise InputError(f"--head: 'dist', but the student of {folder} has no distillation token; use cls")
+            head = "cls" if head == "fused" else head
+        transform = parts.build_evaluation_transform(config)
+        rows: list[tuple[str, str, str, str]] = []
+        for start_at in range(0, len(files), config.evaluate.batch_size):
+            block = files[start_at : start_at + config.evaluate.batch_size]
+            images = torch.stack([transform(load_image(file)) for file in block]).to(processes.device)
+            with torch.inference_mode(), autocast(processes.device, config.train.precision):
+                output = student(images)
+            best = {
+                name: probabilities.max(-1)
+                for name, probabilities in head_probabilities(output, config.evaluate.fusion).items()
+                if head in (name, "all")
+            }
+            for index, file in enumerate(block):
+                for name, (values, labels) in best.items():
+                    rows.append((str(file), name, facts["classes"][int(labels[index])], f"{float(values[index]):.4f}"))
+    finally:
+        finish()
+    if csv_file is None:
+        _write(sys.stdout, rows)
+        return
+    with open(csv_file, "w", newline="") as opened:
+        _write(opened, rows)
+    say(f"{len(files)} images: {csv_file}")
+
+
+def _write(file: TextIO, rows: list[tuple[str, str, str, str]]) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("path", "head", "class", "probability"))
+    writer.writerows(rows)
