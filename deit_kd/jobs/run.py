@@ -21,7 +21,7 @@ from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes
 from deit_kd.engine import Distiller, Trainer, evaluate, score_teacher, train
 from deit_kd.files import read_json, write_atomically, write_json
-from deit_kd.interfaces import Batch, InputError, Student
+from deit_kd.interfaces import Batch, InputError, Student, Teacher
 from deit_kd.jobs import parts
 from deit_kd.losses import Objective
 from deit_kd.models import STUDENT_FOLDER, choose_attention, save_local_dir, tensors_hash
@@ -123,7 +123,7 @@ def execute(run: Run, teacher: FrozenTeacher | None, teacher_source: str | None 
     """Train `run` to its end; return what ``heads.json`` holds."""
     config, processes, folder = run.config, run.processes, run.folder
     teacher_facts, teacher_predictions = _meet_teacher(run, teacher, teacher_source)
-    trainer = _build_trainer(run, teacher)
+    trainer = build_trainer(run, teacher)
     first_step, window = 0, _Window(processes.device)
     if run.checkpoint is not None:
         trainer.load_state(run.checkpoint["trainer"])
@@ -318,7 +318,8 @@ def _meet_teacher(
     return facts, predictions
 
 
-def _build_trainer(run: Run, teacher: FrozenTeacher | None) -> Trainer:
+def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
+    """Return the trainer of a prepared run, at its first step."""
     config, processes = run.config, run.processes
     learner: Any = torch.compile(run.student) if config.train.compile else run.student
     if processes.count > 1:
