@@ -39,7 +39,7 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / KEY_FILE).is_file():
             write_json(folder / KEY_FILE, key)
-    execute(run, None)
+    execute(run)
     return folder
 
 

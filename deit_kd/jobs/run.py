@@ -119,12 +119,12 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
     )
 
 
-def execute(run: Run, teacher: FrozenTeacher | None, teacher_source: str | None = None) -> dict[str, Any]:
+def execute(run: Run, teacher: FrozenTeacher | None = None, teacher_source: str | None = None) -> dict[str, Any]:
     """Train `run` to its end; return what ``heads.json`` holds."""
     config, processes, folder = run.config, run.processes, run.folder
     teacher_facts, teacher_predictions = _meet_teacher(run, teacher, teacher_source)
     trainer = build_trainer(run, teacher)
-    first_step, window = 0, _Window(processes.device)
+    first_step, window = 0, Window(processes.device)
     if run.checkpoint is not None:
         trainer.load_state(run.checkpoint["trainer"])
         first_step = run.checkpoint["step"]
@@ -203,7 +203,7 @@ def execute(run: Run, teacher: FrozenTeacher | None, teacher_source: str | None 
     return heads
 
 
-class _Window:
+class Window:
     """Sums of the loss terms since the last record, on the device, and the rate of images."""
 
     def __init__(self, device: torch.device) -> None:
@@ -212,14 +212,17 @@ class _Window:
         self.restart_clock()
 
     def restart_clock(self) -> None:
+        """Leave what has passed out of the rate."""
         self._since, self._steps_since = time.perf_counter(), 0
 
     def add(self, terms: Tensor) -> None:
+        """Add the terms [3] of one step."""
         self._sums += terms
         self._steps += 1
         self._steps_since += 1
 
     def read(self, processes: Processes, batch_size: int) -> dict[str, Any]:
+        """Return the means over steps and processes, and start anew; the one place that waits for the device."""
         means = (processes.sum(self._sums.clone()) / (self._steps * processes.count)).tolist()
         elapsed = time.perf_counter() - self._since
         rate = self._steps_since * batch_size / elapsed
@@ -230,9 +233,11 @@ class _Window:
         return {**record, "images_per_second": rate}
 
     def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
         return {"sums": self._sums, "steps": self._steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Go back to a state that `state()` gave."""
         self._sums.copy_(state["sums"])
         self._steps = state["steps"]
 
