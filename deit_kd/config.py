@@ -164,6 +164,12 @@ class TeacherSection(Section):
     """run it through torch.compile"""
     args: dict[str, Any] = {}
     """handed to timm.create_model"""
+    store: str | None = None
+    """folder of a label store: the teacher's answers to every view"""
+    store_mode: Literal["read", "record"] = "read"
+    """read trains with no teacher in memory; record fills the store while the teacher is asked"""
+    store_top: int | None = Field(None, ge=0)
+    """logits that a new store keeps of an answer; null is 10 for soft labels, and 0, the label alone, for hard ones"""
 
 
 class Distill(Section):
@@ -249,6 +255,17 @@ class Config(Section):
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every key with its value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested sections by the path of their keys, e.g. ``distill.temperature``."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and not key.endswith("args"):
+            values.update(flat(value, f"{prefix}{key}."))
+        else:
+            values[prefix + key] = value
+    return values
 
 
 def build_parser(program: str) -> ArgumentParser:

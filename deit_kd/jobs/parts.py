@@ -107,12 +107,16 @@ def build_student(config: Config, classes: tuple[str, ...], checkpoint: str | No
     )
 
 
+def teacher_precision(config: Config) -> str:
+    """Return the precision of the teacher's weights."""
+    return config.train.precision if config.teacher.precision == "auto" else config.teacher.precision
+
+
 def build_teacher(
     config: Config, classes: tuple[str, ...], processes: Processes, checkpoint: str | None
 ) -> FrozenTeacher:
     """Return the recipe's teacher, with the weights of `checkpoint` where there is one."""
     section = config.teacher
-    precision = config.train.precision if section.precision == "auto" else section.precision
     return build_frozen_teacher(
         name=section.name,
         # A teacher that is fitted starts from timm's weights, and its checkpoint holds what became of them.
@@ -130,6 +134,6 @@ def build_teacher(
         student_mean=config.data.mean,
         student_std=config.data.std,
         seed=config.seed,
-        dtype=AUTOCAST_DTYPES[precision] or torch.float32,
+        dtype=AUTOCAST_DTYPES[teacher_precision(config)] or torch.float32,
         device=processes.device,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deit_kd.checkpoint import newest_checkpoint, save_checkpoint
-from deit_kd.config import Config
+from deit_kd.config import Config, flat
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes
 from deit_kd.engine import Distiller, Trainer, evaluate, score_teacher, train
@@ -26,6 +26,7 @@ from deit_kd.jobs import parts
 from deit_kd.losses import Objective
 from deit_kd.models import STUDENT_FOLDER, choose_attention, save_local_dir, tensors_hash
 from deit_kd.optim import build_optimizer, build_schedule
+from deit_kd.store import RecordingTeacher, StoredTeacher
 from deit_kd.students import TimmStudent
 from deit_kd.teachers import FrozenTeacher
 from deit_kd.tracking import (
@@ -53,6 +54,9 @@ FREE_ON_RESUME = {
     "teacher.checkpoint",  # the weights themselves are compared
     "teacher.fit.folder",
     "teacher.compile",
+    "teacher.store",  # what it answers with is compared
+    "teacher.store_mode",
+    "teacher.store_top",
     "train.device",
     "train.log_every_steps",
     "train.checkpoint_every_steps",
@@ -119,8 +123,16 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
     )
 
 
-def execute(run: Run, teacher: FrozenTeacher | None = None, teacher_source: str | None = None) -> dict[str, Any]:
-    """Train `run` to its end; return what ``heads.json`` holds."""
+def execute(
+    run: Run,
+    teacher: FrozenTeacher | StoredTeacher | RecordingTeacher | None = None,
+    teacher_source: str | None = None,
+    after_epoch: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Train `run` to its end; return what ``heads.json`` holds.
+
+    `after_epoch(epoch)` is called in every process when the steps of an epoch are done.
+    """
     config, processes, folder = run.config, run.processes, run.folder
     teacher_facts, teacher_predictions = _meet_teacher(run, teacher, teacher_source)
     trainer = build_trainer(run, teacher)
@@ -172,8 +184,10 @@ def execute(run: Run, teacher: FrozenTeacher | None = None, teacher_source: str 
             journal.record("step", step, record)
             journal.progress(step, _step_note(step, run.loader.total_steps, record, config.distill.kind))
         if at_epoch_end:
-            results = score()
             epoch = step // run.loader.steps_per_epoch - 1
+            if after_epoch is not None:
+                after_epoch(epoch)
+            results = score()
             journal.record("epoch", step, {"epoch": epoch, **results, "teacher": teacher_score})
             if processes.is_main:
                 say(_epoch_note(epoch, config.train.epochs, results, teacher_score))
@@ -265,8 +279,8 @@ def _open_folder(config: Config, processes: Processes, data_facts: dict[str, str
 
 
 def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) -> None:
-    before = _flat(yaml.safe_load((folder / CONFIG_FILE).read_text()))
-    now = _flat(config.model_dump(mode="json"))
+    before = flat(yaml.safe_load((folder / CONFIG_FILE).read_text()))
+    now = flat(config.model_dump(mode="json"))
     changed = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -280,22 +294,12 @@ def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) ->
         )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and not key.endswith("args"):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def _data_facts(splits: Splits) -> dict[str, str]:
     return {"train": splits.train.digest(), "validation": splits.validation.digest()}
 
 
 def _meet_teacher(
-    run: Run, teacher: FrozenTeacher | None, source: str | None
+    run: Run, teacher: FrozenTeacher | StoredTeacher | RecordingTeacher | None, source: str | None
 ) -> tuple[dict[str, Any] | None, Tensor | None]:
     """Score the teacher before the first step; refuse one that differs between processes or from before."""
     if teacher is None:
@@ -303,22 +307,28 @@ def _meet_teacher(
     facts: dict[str, Any] = {
         "name": run.config.teacher.name,
         "source": source,
-        "weights": tensors_hash(teacher.state_dict()),
+        **(teacher.facts if isinstance(teacher, StoredTeacher) else {"weights": tensors_hash(teacher.state_dict())}),
     }
     if not run.processes.same_everywhere(facts["weights"]):
         raise InputError("teacher: its weights differ between processes; give all of them the same file")
-    if run.checkpoint is not None and read_json(run.folder / FACTS_FILE)["teacher"]["weights"] != facts["weights"]:
-        raise InputError(f"resume: {run.folder} was begun with other weights of the teacher; name the same ones")
-    facts["score"], predictions = score_teacher(
-        teacher,
-        run.validation,
-        classes=len(run.classes),
-        total=len(run.splits.validation),
-        processes=run.processes,
-    )
+    if run.checkpoint is not None:
+        before = read_json(run.folder / FACTS_FILE)["teacher"]
+        if any(before.get(key) != facts.get(key) for key in ("weights", "store")):
+            raise InputError(f"resume: {run.folder} was begun with other weights of the teacher; name the same ones")
+    if isinstance(teacher, StoredTeacher | RecordingTeacher):
+        facts["score"] = teacher.store.score()
+        predictions = teacher.store.predictions(run.processes.rank, run.processes.count).to(run.processes.device)
+    else:
+        facts["score"], predictions = score_teacher(
+            teacher,
+            run.validation,
+            classes=len(run.classes),
+            total=len(run.splits.validation),
+            processes=run.processes,
+        )
     if run.processes.is_main:
         say(f"teacher: {facts['name']}, top-1 {facts['score']['top1']:.2f} % on {len(run.splits.validation)} images")
-        if run.config.teacher.random_weights:
+        if run.config.teacher.random_weights or facts.get("random_weights"):
             say("warning: the teacher has random weights and teaches nothing")
     return facts, predictions
 
