@@ -248,6 +248,8 @@ class Config(Section):
             raise ValueError("teacher.random_weights and teacher.fit.epochs exclude each other")
         if teacher.checkpoint is not None and teacher.fit.epochs:
             raise ValueError("teacher.checkpoint and teacher.fit.epochs exclude each other; unset one")
+        if teacher.store_mode == "record" and teacher.store is None:
+            raise ValueError("teacher.store_mode: record needs a folder to fill; set teacher.store")
         if self.train.precision == "fp16" and self.train.device == "cpu":
             raise ValueError("train.precision: fp16 needs CUDA; use bf16 or off on the CPU")
         return self

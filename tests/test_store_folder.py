@@ -209,6 +209,18 @@ def test_a_builder_that_was_killed_lets_go(tmp_path: Path) -> None:
         pass
 
 
+def test_a_builder_that_was_killed_at_its_first_file_can_begin_again(tmp_path: Path) -> None:
+    (tmp_path / ".store.json.partial").write_text("{")
+    assert begin(tmp_path).epochs == 0
+
+
+def test_a_store_of_a_later_format_is_refused(store: LabelStore) -> None:
+    file = store.folder / "store.json"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(InputError, match="has format 2, this version reads 1"):
+        LabelStore(store.folder)
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="something that is no store"):

@@ -468,10 +468,11 @@ def test_other_libraries_are_refused_until_a_check_passes(
     assert ready(arguments).facts
 
 
-@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize(("kind", "changed"), [("hard", 0.01), ("soft", 0.01), ("soft", 1.0)])
 def test_a_check_finds_views_that_are_made_otherwise(
-    home: Home, hard: Path, soft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    home: Home, hard: Path, soft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, changed: float
 ) -> None:
+    monkeypatch.setattr("deit_kd.jobs.store.LARGEST_CHANGED_SHARE", changed)
     shutil.copytree(hard if kind == "hard" else soft, tmp_path / "store")
     before = (tmp_path / "store" / "store.json").read_bytes()
     seed_view = deit_kd.data.loader.seed_view
@@ -505,6 +506,7 @@ def test_evaluating_a_stored_run_reads_the_teacher_from_the_store(
         (["build"], "--store: is not set"),
         (["build", "--store", "S", "--distill.kind", "none"], "'none' asks no teacher"),
         (["build", "--store", "S", "--epochs", "0"], "must be above 0"),
+        (["build", "--teacher.store_mode", "record"], "teacher.store_mode: record needs a folder to fill"),
         (["check", "S"], "S is no label store"),
         (["check", "S", "--samples", "0"], "--samples: 0 is not above 0"),
         (["info"], "name one store's folder"),

@@ -75,7 +75,7 @@ class LabelStore:
         """
         place = Path(folder).expanduser()
         if not (place / MANIFEST).is_file():
-            if any(path.name != LOCK for path in place.iterdir()):
+            if any(not path.name.startswith(".") for path in place.iterdir()):
                 raise InputError(f"teacher.store: {folder} holds something that is no store; name another folder")
             with _said_clearly(place):
                 write_json(place / MANIFEST, {"format": FORMAT, **manifest})
