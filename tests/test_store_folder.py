@@ -87,11 +87,12 @@ class Echo(nn.Module):
 
 
 @pytest.mark.parametrize("blocks", [[20], [2] * 10, [6, 6, 8], [1] * 20])
-@pytest.mark.parametrize("views_per_piece", [1, 7, 4096])
+@pytest.mark.parametrize(("views_per_piece", "seconds_per_piece"), [(1, 60), (7, 60), (4096, 60), (4096, 0)])
 def test_records_do_not_depend_on_batches_or_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: list[int], views_per_piece: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: list[int], views_per_piece: int, seconds_per_piece: float
 ) -> None:
     monkeypatch.setattr(teacher_module, "VIEWS_PER_PIECE", views_per_piece)
+    monkeypatch.setattr(teacher_module, "SECONDS_PER_PIECE", seconds_per_piece)
     store = begin(tmp_path)
     recorder = RecordingTeacher(Echo(), store)
     for block in torch.arange(VIEWS).flip(0).split(blocks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from deit_kd.interfaces import Batch, InputError, TeacherOutput
 from deit_kd.store.folder import LabelStore, epoch_part
 
 VIEWS_PER_PIECE = 4096
+SECONDS_PER_PIECE = 60.0  # that a slow teacher can lose when it is killed
 
 
 class StoredTeacher:
@@ -51,7 +53,7 @@ class RecordingTeacher:
         self.store = store
         self._teacher = teacher
         self._kept: list[tuple[Tensor, dict[str, Tensor]]] = []
-        self._views = 0
+        self._views, self._since = 0, time.monotonic()
 
     def __call__(self, batch: Batch) -> TeacherOutput:
         """Answer `batch` as the other teacher does."""
@@ -59,7 +61,7 @@ class RecordingTeacher:
         if batch.view_ids is not None:
             self._kept.append((batch.view_ids, self.store.record.encode(answer.logits)))
             self._views += len(batch.view_ids)
-            if self._views >= VIEWS_PER_PIECE:
+            if self._views >= VIEWS_PER_PIECE or time.monotonic() - self._since >= SECONDS_PER_PIECE:
                 self.flush()
         return answer
 
@@ -73,6 +75,7 @@ class RecordingTeacher:
         Raises:
             InputError: an answer was not finite, or the disk is full.
         """
+        self._since = time.monotonic()
         if not self._kept:
             return
         view_ids = torch.cat([ids.cpu() for ids, _ in self._kept])
