@@ -73,6 +73,7 @@ class Run:
     student: TimmStudent
     objective: Objective
     optimizer: torch.optim.Optimizer
+    data_facts: dict[str, str]  # a hash of each split
     checkpoint: Any  # named parts, or None
 
     @property
@@ -102,7 +103,9 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
         args=config.optim.args,
         batch_size=config.train.batch_size,
     )
-    folder, checkpoint = _open_folder(config, processes, _data_facts(splits))
+    data_facts = {"train": splits.train.digest(), "validation": splits.validation.digest()}
+    folder, checkpoint = _open_folder(config, processes, data_facts)
+    processes.wait()  # until all have looked at the folder, nobody writes to it
     return Run(
         config=config,
         processes=processes,
@@ -115,6 +118,7 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
             config.distill.kind, config.distill.alpha, config.distill.temperature, config.distill.scale
         ),
         optimizer=optimizer,
+        data_facts=data_facts,
         checkpoint=checkpoint,
     )
 
@@ -290,10 +294,6 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _data_facts(splits: Splits) -> dict[str, str]:
-    return {"train": splits.train.digest(), "validation": splits.validation.digest()}
-
-
 def _meet_teacher(
     run: Run, teacher: FrozenTeacher | None, source: str | None
 ) -> tuple[dict[str, Any] | None, Tensor | None]:
@@ -354,7 +354,7 @@ def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
 def _write_facts(run: Run, teacher_facts: dict[str, Any] | None) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     facts = {
-        "data": _data_facts(run.splits),
+        "data": run.data_facts,
         "classes": list(run.classes),
         "teacher": teacher_facts,
         "processes": run.processes.count,
