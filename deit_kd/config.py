@@ -297,7 +297,13 @@ def parse_config(arguments: list[str], parser: ArgumentParser | None = None) -> 
 
 def _one_line(message: str) -> str:
     """Turn an error of jsonargparse or pydantic into ``key: value, reason, cure``."""
+    if message.startswith("Problems parsing config: "):
+        where = re.sub(r'in "<unicode string>", ', "in ", " ".join(message.split(": ", 1)[1].split()))
+        return f"config: is no YAML ({where}); correct the recipe file"
+    if message.startswith("Unexpected config: "):
+        return "config: is no recipe, which is YAML of keys and values such as 'seed: 0'"
     unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
+    unknown = unknown or re.search(r"Option '([\w.]+)' is not accepted", message)
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     if unknown or in_group:
         key = unknown[1].lstrip("-").split("=")[0] if unknown else f"{in_group[1]}.{in_group[2]}" if in_group else ""
@@ -309,7 +315,11 @@ def _one_line(message: str) -> str:
     reason = next(
         (line for line in reasons if line.startswith(("Input should", "Expected", "Value error"))), reasons[0]
     )
+    subtypes = next((line for line in lines if line.startswith("Subtypes: [")), None)
+    if subtypes is not None:
+        reason = f"Expected one of {subtypes[len('Subtypes: [') : -1]}"
     reason = re.sub(r"\.? ?Got value: .*", "", reason).replace("typing.", "")
+    reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason).replace("NoneType", "null")
     key = key_match[1] if key_match else ""
     value = f" {value_match[1].splitlines()[0]!r}" if value_match else ""
     return f"{key}:{value} {reason}" if key else reason
