@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from deit_kd.interfaces import InputError, nearest
@@ -20,6 +20,12 @@ class Section(BaseModel):
     """A part of a recipe: unknown keys and infinite numbers are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, frozen=True)
+
+
+def _check_positive(value: Statistics | None) -> Statistics | None:
+    if value is not None and min(value) <= 0:
+        raise ValueError("must be above 0 in every channel")
+    return value
 
 
 class Data(Section):
@@ -50,6 +56,8 @@ class Data(Section):
     workers: int = Field(2, ge=0)
     """processes that make views, for each training process"""
 
+    _check_std = field_validator("std")(_check_positive)
+
 
 class Augment(Section):
     """How views are made; the defaults are DeiT's."""
@@ -78,6 +86,13 @@ class Augment(Section):
     """of CutMix where mixup is on too"""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """mass spread over all classes"""
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _check_order(cls, value: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] or (info.field_name == "scale" and value[1] > 1):
+            raise ValueError("must be [low, high] with 0 < low <= high" + (" <= 1" * (info.field_name == "scale")))
+        return value
 
 
 class Optim(Section):
@@ -164,6 +179,8 @@ class TeacherSection(Section):
     """run it through torch.compile"""
     args: dict[str, Any] = {}
     """handed to timm.create_model"""
+
+    _check_std = field_validator("std")(_check_positive)
 
 
 class Distill(Section):
