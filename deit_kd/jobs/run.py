@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -73,6 +74,7 @@ class Run:
     student: TimmStudent
     objective: Objective
     optimizer: torch.optim.Optimizer
+    schedule: Scheduler
     checkpoint: Any  # named parts, or None
 
     @property
@@ -102,6 +104,14 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
         args=config.optim.args,
         batch_size=config.train.batch_size,
     )
+    schedule = build_schedule(
+        optimizer,
+        warmup_epochs=config.optim.warmup_epochs,
+        warmup_lr=config.optim.warmup_lr,
+        min_lr=config.optim.min_lr,
+        epochs=config.train.epochs,
+        steps_per_epoch=loader.steps_per_epoch,
+    )
     folder, checkpoint = _open_folder(config, processes, _data_facts(splits))
     return Run(
         config=config,
@@ -115,6 +125,7 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
             config.distill.kind, config.distill.alpha, config.distill.temperature, config.distill.scale
         ),
         optimizer=optimizer,
+        schedule=schedule,
         checkpoint=checkpoint,
     )
 
@@ -329,14 +340,7 @@ def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
         distiller=Distiller(wrapped, teacher, run.objective, config.train.precision),
         model=run.student,
         optimizer=run.optimizer,
-        schedule=build_schedule(
-            run.optimizer,
-            warmup_epochs=config.optim.warmup_epochs,
-            warmup_lr=config.optim.warmup_lr,
-            min_lr=config.optim.min_lr,
-            epochs=config.train.epochs,
-            steps_per_epoch=run.loader.steps_per_epoch,
-        ),
+        schedule=run.schedule,
         ema=ModelEmaV3(run.student, decay=config.train.ema_decay, use_warmup=True) if config.train.ema_decay else None,
         scaler=torch.amp.GradScaler(processes.device.type, enabled=config.train.precision == "fp16"),
         processes=processes,
