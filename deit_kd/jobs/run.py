@@ -43,6 +43,9 @@ from deit_kd.tracking import (
 
 RUNS = Path("runs")
 
+# What a run leaves that was killed before its first step.
+LEFTOVERS = {FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
+
 # Keys that a run may be resumed with another value of: they do not change a result.
 FREE_ON_RESUME = {
     "output",
@@ -255,7 +258,7 @@ def _open_folder(config: Config, processes: Processes, data_facts: dict[str, str
         newest = newest_folder(RUNS, config.recipe) if config.resume == "auto" else None
         folder = newest or next_free_folder(RUNS, config.recipe)
     folder = processes.share(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= LEFTOVERS):
         return folder, None
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"output: {folder} holds something that is no run; name another folder")
