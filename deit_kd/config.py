@@ -270,7 +270,7 @@ class Config(Section):
 
 def build_parser(program: str) -> ArgumentParser:
     """Return a parser of ``--config FILE`` and every key of `Config` as a dotted option."""
-    parser = ArgumentParser(prog=program, exit_on_error=False, description=Config.__doc__)
+    parser = ArgumentParser(prog=program, exit_on_error=False, allow_abbrev=False, description=Config.__doc__)
     parser.add_argument("--config", action="config", help="recipe file; later options override it")
     for name, field in Config.model_fields.items():
         parser.add_argument(f"--{name}", type=field.annotation, default=field.default, help=field.description)
