@@ -207,7 +207,7 @@ def execute(run: Run, teacher: FrozenTeacher | None, teacher_source: str | None 
     finally:
         journal.close()
     weights = "model" if trainer.ema is None else "ema"
-    heads = head_scores(config, len(run.splits.validation), weights, score()[weights], teacher_score)
+    heads = head_scores(len(run.splits.validation), weights, score()[weights], teacher_score)
     if processes.is_main:
         _save_student(run, trainer)
         write_json(folder / HEADS_FILE, heads)
@@ -393,12 +393,11 @@ def _epoch_note(epoch: int, epochs: int, results: dict[str, Any], teacher_score:
     return "   ".join(pieces)
 
 
-def head_scores(config: Config, n: int, weights: str, result: dict[str, Any], teacher_score: Any) -> dict[str, Any]:
+def head_scores(n: int, weights: str, result: dict[str, Any], teacher_score: Any) -> dict[str, Any]:
     """Return what ``heads.json`` holds, from one result of `evaluate`."""
     return {
         "n": n,
         "weights": weights,
-        "fusion": config.evaluate.fusion,
         "heads": result["heads"],
         "teacher": teacher_score,
         "agreement": result["agreement"],
