@@ -1,6 +1,6 @@
 """Compare the heads that `side_by_side.py` saved: a table over seeds, and paired bootstrap intervals over images.
 
-    python benchmarks/compare_heads.py OUTPUT --base none --variants soft hard --seeds 0 1 2
+python benchmarks/compare_heads.py OUTPUT --base none --variants soft hard --seeds 0 1 2
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -41,6 +42,9 @@ from deit_kd.tracking import (
 )
 
 RUNS = Path("runs")
+
+# What a run leaves that was killed before its first step.
+LEFTOVERS = {FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
 
 # Keys that a run may be resumed with another value of: they do not change a result.
 FREE_ON_RESUME = {
@@ -74,6 +78,7 @@ class Run:
     objective: Objective
     optimizer: torch.optim.Optimizer
     data_facts: dict[str, str]  # a hash of each split
+    schedule: Scheduler
     checkpoint: Any  # named parts, or None
 
     @property
@@ -103,6 +108,14 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
         args=config.optim.args,
         batch_size=config.train.batch_size,
     )
+    schedule = build_schedule(
+        optimizer,
+        warmup_epochs=config.optim.warmup_epochs,
+        warmup_lr=config.optim.warmup_lr,
+        min_lr=config.optim.min_lr,
+        epochs=config.train.epochs,
+        steps_per_epoch=loader.steps_per_epoch,
+    )
     data_facts = {"train": splits.train.digest(), "validation": splits.validation.digest()}
     folder, checkpoint = _open_folder(config, processes, data_facts)
     processes.wait()  # until all have looked at the folder, nobody writes to it
@@ -119,6 +132,7 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
         ),
         optimizer=optimizer,
         data_facts=data_facts,
+        schedule=schedule,
         checkpoint=checkpoint,
     )
 
@@ -197,7 +211,7 @@ def execute(run: Run, teacher: FrozenTeacher | None = None, teacher_source: str 
     finally:
         journal.close()
     weights = "model" if trainer.ema is None else "ema"
-    heads = head_scores(config, len(run.splits.validation), weights, score()[weights], teacher_score)
+    heads = head_scores(len(run.splits.validation), weights, score()[weights], teacher_score)
     if processes.is_main:
         _save_student(run, trainer)
         write_json(folder / HEADS_FILE, heads)
@@ -253,7 +267,7 @@ def _open_folder(config: Config, processes: Processes, data_facts: dict[str, str
         newest = newest_folder(RUNS, config.recipe) if config.resume == "auto" else None
         folder = newest or next_free_folder(RUNS, config.recipe)
     folder = processes.share(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= LEFTOVERS):
         return folder, None
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"output: {folder} holds something that is no run; name another folder")
@@ -334,14 +348,7 @@ def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
         distiller=Distiller(wrapped, teacher, run.objective, config.train.precision),
         model=run.student,
         optimizer=run.optimizer,
-        schedule=build_schedule(
-            run.optimizer,
-            warmup_epochs=config.optim.warmup_epochs,
-            warmup_lr=config.optim.warmup_lr,
-            min_lr=config.optim.min_lr,
-            epochs=config.train.epochs,
-            steps_per_epoch=run.loader.steps_per_epoch,
-        ),
+        schedule=run.schedule,
         ema=ModelEmaV3(run.student, decay=config.train.ema_decay, use_warmup=True) if config.train.ema_decay else None,
         scaler=torch.amp.GradScaler(processes.device.type, enabled=config.train.precision == "fp16"),
         processes=processes,
@@ -391,12 +398,11 @@ def _epoch_note(epoch: int, epochs: int, results: dict[str, Any], teacher_score:
     return "   ".join(pieces)
 
 
-def head_scores(config: Config, n: int, weights: str, result: dict[str, Any], teacher_score: Any) -> dict[str, Any]:
+def head_scores(n: int, weights: str, result: dict[str, Any], teacher_score: Any) -> dict[str, Any]:
     """Return what ``heads.json`` holds, from one result of `evaluate`."""
     return {
         "n": n,
         "weights": weights,
-        "fusion": config.evaluate.fusion,
         "heads": result["heads"],
         "teacher": teacher_score,
         "agreement": result["agreement"],
