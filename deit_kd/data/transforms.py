@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
-from timm.data.auto_augment import AugMixAugment, AugmentOp, AutoAugment, RandAugment
+from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment
 from timm.data.transforms_factory import transforms_imagenet_eval, transforms_imagenet_train
 from torch import Tensor
 

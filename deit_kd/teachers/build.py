@@ -104,7 +104,7 @@ def _check_class_count(network: nn.Module, classes: tuple[str, ...], name: str) 
     if network.num_classes != len(classes):
         raise InputError(
             f"teacher.name: {name!r} answers in {network.num_classes} classes, the dataset has {len(classes)}; its "
-            "head would teach the wrong ones. Name a checkpoint for these classes, or fine-tune it with teacher.fit.epochs"
+            "head would teach the wrong ones. Name a checkpoint for these classes, or tune it with teacher.fit.epochs"
         )
 
 
