@@ -115,7 +115,8 @@ def load_weights(key: str, path: str | Path) -> dict[str, Tensor]:
             return load_file(file)
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise InputError(f"{key}: {file} cannot be read as weights ({str(error).splitlines()[0]})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{key}: {file} cannot be read as weights ({reason}); name another file") from error
     except Exception as error:
         if type(error).__name__ == "UnpicklingError":
             raise InputError(

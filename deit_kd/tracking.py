@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -169,7 +168,7 @@ def _numbers_of(fields: Mapping[str, Any], prefix: str = "") -> list[tuple[str, 
     return numbers
 
 
-console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def say(line: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from deit_kd.data.mixing import Example, Mixing
 from deit_kd.data.order import Dealer, ViewKey
 from deit_kd.data.photos import Photos
 from deit_kd.data.transforms import Transform
-from deit_kd.interfaces import Batch
+from deit_kd.interfaces import Batch, InputError
 from deit_kd.randomness import seed_view
 
 
@@ -27,6 +27,19 @@ class Views(Dataset[Example]):
         image = self._photos.image(key.photo)
         seed_view(self._seed, key.epoch, key.position)
         return self._transform(image), self._photos.labels[key.photo], key.epoch, key.position
+
+
+@dataclass(frozen=True)
+class _Plainly:
+    """Batches of a loader whose workers' InputErrors come without the traceback that torch puts before them."""
+
+    batches: Iterable[Batch]
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from self.batches
+        except InputError as error:
+            raise InputError(str(error).strip().rpartition("InputError: ")[2]) from error
 
 
 class TrainingLoader:
@@ -58,12 +71,14 @@ class TrainingLoader:
         return self._load(self._dealer.blocks(self._dealer.whole(view_ids), batch_size))
 
     def _load(self, blocks: Iterable[list[ViewKey]]) -> Iterable[Batch]:
-        return DataLoader(
-            self._views,
-            batch_sampler=blocks,
-            collate_fn=self._mixing,
-            num_workers=self._workers,
-            pin_memory=self._pin_memory,
+        return _Plainly(
+            DataLoader(
+                self._views,
+                batch_sampler=blocks,
+                collate_fn=self._mixing,
+                num_workers=self._workers,
+                pin_memory=self._pin_memory,
+            )
         )
 
 
@@ -147,11 +162,13 @@ def build_evaluation_loader(
 ) -> Iterable[Batch]:
     """Return a loader of this process's share of a split: every image exactly once over all processes."""
     share = photos.subset(range(rank, len(photos), processes))
-    return DataLoader(
-        _Images(share, transform),
-        batch_size=batch_size,
-        collate_fn=_EvaluationCollate(len(photos.classes)),
-        num_workers=workers,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
+    return _Plainly(
+        DataLoader(
+            _Images(share, transform),
+            batch_size=batch_size,
+            collate_fn=_EvaluationCollate(len(photos.classes)),
+            num_workers=workers,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+        )
     )

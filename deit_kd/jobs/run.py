@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -42,6 +43,9 @@ from deit_kd.tracking import (
 )
 
 RUNS = Path("runs")
+
+# What a run leaves that was killed before its first step.
+LEFTOVERS = {FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
 
 # Keys that a run may be resumed with another value of: they do not change a result.
 FREE_ON_RESUME = {
@@ -77,6 +81,8 @@ class Run:
     student: TimmStudent
     objective: Objective
     optimizer: torch.optim.Optimizer
+    data_facts: dict[str, str]  # a hash of each split
+    schedule: Scheduler
     checkpoint: Any  # named parts, or None
 
     @property
@@ -106,7 +112,17 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
         args=config.optim.args,
         batch_size=config.train.batch_size,
     )
-    folder, checkpoint = _open_folder(config, processes, _data_facts(splits))
+    schedule = build_schedule(
+        optimizer,
+        warmup_epochs=config.optim.warmup_epochs,
+        warmup_lr=config.optim.warmup_lr,
+        min_lr=config.optim.min_lr,
+        epochs=config.train.epochs,
+        steps_per_epoch=loader.steps_per_epoch,
+    )
+    data_facts = {"train": splits.train.digest(), "validation": splits.validation.digest()}
+    folder, checkpoint = _open_folder(config, processes, data_facts)
+    processes.wait()  # until all have looked at the folder, nobody writes to it
     return Run(
         config=config,
         processes=processes,
@@ -119,6 +135,8 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
             config.distill.kind, config.distill.alpha, config.distill.temperature, config.distill.scale
         ),
         optimizer=optimizer,
+        data_facts=data_facts,
+        schedule=schedule,
         checkpoint=checkpoint,
     )
 
@@ -140,7 +158,7 @@ def execute(
     if run.checkpoint is not None:
         trainer.load_state(run.checkpoint["trainer"])
         first_step = run.checkpoint["step"]
-        window.load_state(run.checkpoint["window"])
+        window.load_state(run.checkpoint["window"], processes)
     if processes.is_main:
         _write_facts(run, teacher_facts)
         _say_start(run, first_step)
@@ -192,9 +210,10 @@ def execute(
             if processes.is_main:
                 say(_epoch_note(epoch, config.train.epochs, results, teacher_score))
             window.restart_clock()
-        if (at_epoch_end or step % config.train.checkpoint_every_steps == 0) and processes.is_main:
-            state = {"step": step, "trainer": trainer.state(), "window": window.state()}
-            save_checkpoint(folder / CHECKPOINTS, step, state, config.train.keep_checkpoints)
+        if at_epoch_end or step % config.train.checkpoint_every_steps == 0:
+            state = {"step": step, "trainer": trainer.state(), "window": window.state(processes)}
+            if processes.is_main:
+                save_checkpoint(folder / CHECKPOINTS, step, state, config.train.keep_checkpoints)
 
     try:
         train(
@@ -207,7 +226,7 @@ def execute(
     finally:
         journal.close()
     weights = "model" if trainer.ema is None else "ema"
-    heads = head_scores(config, len(run.splits.validation), weights, score()[weights], teacher_score)
+    heads = head_scores(len(run.splits.validation), weights, score()[weights], teacher_score)
     if processes.is_main:
         _save_student(run, trainer)
         write_json(folder / HEADS_FILE, heads)
@@ -246,13 +265,16 @@ class Window:
         record: dict[str, Any] = dict(zip(("loss", "classification", "distillation"), means, strict=True))
         return {**record, "images_per_second": rate}
 
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {"sums": self._sums, "steps": self._steps}
+    def state(self, processes: Processes) -> dict[str, Any]:
+        """Return the sums of every process [processes, 3]; all of them must ask."""
+        rows = torch.zeros(processes.count, 3, device=self._sums.device)
+        rows[processes.rank] = self._sums
+        return {"sums": processes.sum(rows), "steps": self._steps}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go back to a state that `state()` gave."""
-        self._sums.copy_(state["sums"])
+    def load_state(self, state: dict[str, Any], processes: Processes) -> None:
+        """Go back to a state that `state()` gave, also on another number of processes."""
+        rows = state["sums"]
+        self._sums.copy_(rows[processes.rank] if len(rows) == processes.count else rows.mean(0))
         self._steps = state["steps"]
 
 
@@ -263,7 +285,7 @@ def _open_folder(config: Config, processes: Processes, data_facts: dict[str, str
         newest = newest_folder(RUNS, config.recipe) if config.resume == "auto" else None
         folder = newest or next_free_folder(RUNS, config.recipe)
     folder = processes.share(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= LEFTOVERS):
         return folder, None
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"output: {folder} holds something that is no run; name another folder")
@@ -292,10 +314,6 @@ def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) ->
         raise InputError(
             f"resume: {folder} was begun with another recipe ({'; '.join(changed)}); undo that, or name another output"
         )
-
-
-def _data_facts(splits: Splits) -> dict[str, str]:
-    return {"train": splits.train.digest(), "validation": splits.validation.digest()}
 
 
 def _meet_teacher(
@@ -344,14 +362,7 @@ def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
         distiller=Distiller(wrapped, teacher, run.objective, config.train.precision),
         model=run.student,
         optimizer=run.optimizer,
-        schedule=build_schedule(
-            run.optimizer,
-            warmup_epochs=config.optim.warmup_epochs,
-            warmup_lr=config.optim.warmup_lr,
-            min_lr=config.optim.min_lr,
-            epochs=config.train.epochs,
-            steps_per_epoch=run.loader.steps_per_epoch,
-        ),
+        schedule=run.schedule,
         ema=ModelEmaV3(run.student, decay=config.train.ema_decay, use_warmup=True) if config.train.ema_decay else None,
         scaler=torch.amp.GradScaler(processes.device.type, enabled=config.train.precision == "fp16"),
         processes=processes,
@@ -364,7 +375,7 @@ def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
 def _write_facts(run: Run, teacher_facts: dict[str, Any] | None) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     facts = {
-        "data": _data_facts(run.splits),
+        "data": run.data_facts,
         "classes": list(run.classes),
         "teacher": teacher_facts,
         "processes": run.processes.count,
@@ -401,12 +412,11 @@ def _epoch_note(epoch: int, epochs: int, results: dict[str, Any], teacher_score:
     return "   ".join(pieces)
 
 
-def head_scores(config: Config, n: int, weights: str, result: dict[str, Any], teacher_score: Any) -> dict[str, Any]:
+def head_scores(n: int, weights: str, result: dict[str, Any], teacher_score: Any) -> dict[str, Any]:
     """Return what ``heads.json`` holds, from one result of `evaluate`."""
     return {
         "n": n,
         "weights": weights,
-        "fusion": config.evaluate.fusion,
         "heads": result["heads"],
         "teacher": teacher_score,
         "agreement": result["agreement"],

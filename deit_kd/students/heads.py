@@ -48,11 +48,15 @@ class TimmStudent(nn.Module):
 
 
 def _has_second_head(backbone: nn.Module) -> bool:
-    return isinstance(getattr(backbone, "head_dist", None), nn.Module)
+    # iFormer keeps it inside its head, and an identity in its place where the model is plain.
+    return any(
+        name.rpartition(".")[2] == "head_dist" and not isinstance(module, nn.Identity)
+        for name, module in backbone.named_modules()
+    )
 
 
 def _has_distillation_token(backbone: nn.Module) -> bool:
-    if not _has_second_head(backbone):
+    if not isinstance(getattr(backbone, "head_dist", None), nn.Module):
         return False
     cls_token = getattr(backbone, "cls_token", None)
     both_in_one = cls_token is not None and cls_token.shape[1] == 2  # pit keeps both tokens in cls_token
