@@ -46,7 +46,17 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
 def _key(config: Config, splits: Splits) -> dict[str, Any]:
     teacher = config.teacher.model_dump(mode="json")
     del teacher["fit"]["folder"]
-    for how_it_answers in ("compile", "precision", "channels_last", "image_size"):
+    for how_it_answers in (
+        "channels_last",
+        "class_map",
+        "combine",
+        "compile",
+        "image_size",
+        "label_set",
+        "members",
+        "min_top1",
+        "precision",
+    ):
         del teacher[how_it_answers]
     data = config.data
     return {

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 import torch
 
 from deit_kd import data
-from deit_kd.config import Config
+from deit_kd.config import Config, TeacherNetwork
 from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes
 from deit_kd.engine import AUTOCAST_DTYPES
 from deit_kd.interfaces import Batch
 from deit_kd.students import TimmStudent
 from deit_kd.students import build_student as build_timm_student
-from deit_kd.teachers import FrozenTeacher
+from deit_kd.teachers import EnsembleTeacher, FrozenTeacher
 from deit_kd.teachers import build_teacher as build_frozen_teacher
 
 
@@ -92,7 +92,7 @@ def build_evaluation_loader(config: Config, photos: Photos, processes: Processes
 
 
 def build_student(config: Config, classes: tuple[str, ...], checkpoint: str | None = None) -> TimmStudent:
-    """Return the recipe's student, with its first weights or those of `checkpoint`."""
+    """Return the recipe's student, with its first weights, or with all of its own from `checkpoint`."""
     section = config.student
     return build_timm_student(
         name=section.name,
@@ -100,29 +100,49 @@ def build_student(config: Config, classes: tuple[str, ...], checkpoint: str | No
         checkpoint=checkpoint or section.checkpoint,
         args=section.args,
         drop_path=section.drop_path,
-        classes=len(classes),
+        classes=classes,
         image_size=config.data.image_size,
         distilled=config.distill.kind != "none",
+        token=section.token,
+        new_heads=section.new_heads and checkpoint is None,
+        freeze=section.freeze,
+        whole=checkpoint is not None,
         seed=config.seed,
     )
 
 
 def build_teacher(
     config: Config, classes: tuple[str, ...], processes: Processes, checkpoint: str | None
+) -> FrozenTeacher | EnsembleTeacher:
+    """Return the recipe's teacher or teachers; `checkpoint` is where the weights of the only one are, if anywhere."""
+    section = config.teacher
+    if section.members:
+        return EnsembleTeacher(
+            [_build_network(config, member, classes, processes, member.checkpoint) for member in section.members],
+            [member.weight for member in section.members],
+            section.combine,
+            config.seed,
+        )
+    return _build_network(config, section, classes, processes, checkpoint)
+
+
+def _build_network(
+    config: Config, network: TeacherNetwork, classes: tuple[str, ...], processes: Processes, checkpoint: str | None
 ) -> FrozenTeacher:
-    """Return the recipe's teacher, with the weights of `checkpoint` where there is one."""
     section = config.teacher
     precision = config.train.precision if section.precision == "auto" else section.precision
     return build_frozen_teacher(
-        name=section.name,
+        name=network.name,
         # A teacher that is fitted starts from timm's weights, and its checkpoint holds what became of them.
-        pretrained=section.pretrained and not section.fit.epochs,
+        pretrained=network.pretrained and not section.fit.epochs,
         checkpoint=checkpoint,
-        random_weights=section.random_weights,
-        args=section.args,
-        image_size=section.image_size,
-        mean=section.mean,
-        std=section.std,
+        random_weights=network.random_weights,
+        label_set=network.label_set,
+        class_map=network.class_map,
+        args=network.args,
+        image_size=network.image_size,
+        mean=network.mean,
+        std=network.std,
         channels_last=section.channels_last,
         compiled=section.compile,
         classes=classes,

@@ -27,7 +27,7 @@ from deit_kd.losses import Objective
 from deit_kd.models import STUDENT_FOLDER, choose_attention, save_local_dir, tensors_hash
 from deit_kd.optim import build_optimizer, build_schedule
 from deit_kd.students import TimmStudent
-from deit_kd.teachers import FrozenTeacher
+from deit_kd.teachers import EnsembleTeacher, FrozenTeacher, check_score
 from deit_kd.tracking import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -51,6 +51,8 @@ FREE_ON_RESUME = {
     "data.workers",
     "data.download",
     "teacher.checkpoint",  # the weights themselves are compared
+    "teacher.class_map",  # the columns are compared
+    "teacher.min_top1",
     "teacher.fit.folder",
     "teacher.compile",
     "train.device",
@@ -99,6 +101,7 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
         lr=config.optim.lr,
         lr_reference_batch=config.optim.lr_reference_batch,
         weight_decay=config.optim.weight_decay,
+        layer_decay=config.optim.layer_decay,
         args=config.optim.args,
         batch_size=config.train.batch_size,
     )
@@ -119,7 +122,9 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
     )
 
 
-def execute(run: Run, teacher: FrozenTeacher | None, teacher_source: str | None = None) -> dict[str, Any]:
+def execute(
+    run: Run, teacher: FrozenTeacher | EnsembleTeacher | None, teacher_source: str | None = None
+) -> dict[str, Any]:
     """Train `run` to its end; return what ``heads.json`` holds."""
     config, processes, folder = run.config, run.processes, run.folder
     teacher_facts, teacher_predictions = _meet_teacher(run, teacher, teacher_source)
@@ -163,7 +168,7 @@ def execute(run: Run, teacher: FrozenTeacher | None, teacher_source: str | None 
         at_epoch_end = step % run.loader.steps_per_epoch == 0
         if step % config.train.log_every_steps == 0 or at_epoch_end:
             record = window.read(processes, config.train.batch_size)
-            record["lr"] = trainer.optimizer.param_groups[0]["lr"]
+            record["lr"] = max(group["lr"] for group in trainer.optimizer.param_groups)
             record["epoch"] = (step - 1) // run.loader.steps_per_epoch
             if not math.isfinite(record["loss"]):
                 raise InputError(
@@ -290,13 +295,14 @@ def _data_facts(splits: Splits) -> dict[str, str]:
 
 
 def _meet_teacher(
-    run: Run, teacher: FrozenTeacher | None, source: str | None
+    run: Run, teacher: FrozenTeacher | EnsembleTeacher | None, source: str | None
 ) -> tuple[dict[str, Any] | None, Tensor | None]:
-    """Score the teacher before the first step; refuse one that differs between processes or from before."""
+    """Score the teacher before the first step; refuse one that cannot be right, or differs between processes."""
     if teacher is None:
         return None, None
     facts: dict[str, Any] = {
         "name": run.config.teacher.name,
+        **teacher.facts,
         "source": source,
         "weights": tensors_hash(teacher.state_dict()),
     }
@@ -311,9 +317,16 @@ def _meet_teacher(
         total=len(run.splits.validation),
         processes=run.processes,
     )
+    section = run.config.teacher
+    facts["random_weights"] = section.random_weights or any(member.random_weights for member in section.members)
+    if not facts["random_weights"]:
+        score = facts["score"]
+        check_score(facts["name"], score["top1"], score["nll"], run.splits.validation.labels, section.min_top1)
     if run.processes.is_main:
+        for line in teacher.lines():
+            say(line)
         say(f"teacher: {facts['name']}, top-1 {facts['score']['top1']:.2f} % on {len(run.splits.validation)} images")
-        if run.config.teacher.random_weights:
+        if facts["random_weights"]:
             say("warning: the teacher has random weights and teaches nothing")
     return facts, predictions
 
@@ -351,6 +364,7 @@ def _write_facts(run: Run, teacher_facts: dict[str, Any] | None) -> None:
     facts = {
         "data": _data_facts(run.splits),
         "classes": list(run.classes),
+        "student": None if run.student.account is None else run.student.account.record(),
         "teacher": teacher_facts,
         "processes": run.processes.count,
         "torch": torch.__version__,
@@ -367,6 +381,8 @@ def _say_start(run: Run, first_step: int) -> None:
         + (f", continued from step {first_step}" if first_step else "")
         + f"; writes {run.folder}"
     )
+    for line in run.student.account.lines() if run.student.account is not None and not first_step else ():
+        say(line)
 
 
 def _step_note(step: int, total: int, record: dict[str, Any], kind: str) -> str:
