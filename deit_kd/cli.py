@@ -44,6 +44,17 @@ def _predict(arguments: Arguments) -> None:
     predict(folder, config, [Path(file) for file in others["files"]], others["head"], csv_file)
 
 
+def _export(arguments: Arguments) -> None:
+    parser = _run_parser("deit-kd export")
+    parser.add_argument("--format", type=str, required=True, help="timm, local-dir, transformers, onnx or torch-export")
+    parser.add_argument("--to", type=str, default=None, help="folder to write; RUN/export/FORMAT unless set")
+    folder, arguments = _with_recipe_of_run(arguments, parser)
+    config, others = parse_config(arguments, parser)
+    from deit_kd.jobs.export import export_run
+
+    export_run(folder, config, others["format"], None if others["to"] is None else Path(others["to"]))
+
+
 def _run_parser(program: str) -> ArgumentParser:
     parser = build_parser(program)
     parser.add_argument("run", type=str, help="folder of a run, whose recipe the options override")
@@ -66,6 +77,7 @@ def _with_recipe_of_run(arguments: Arguments, parser: ArgumentParser) -> tuple[P
 VERBS: dict[str, tuple[str, Callable[[Arguments], None]]] = {
     "train": ("train a student, its teacher first where the recipe says so", _train),
     "eval": ("score a run's heads apart and fused", _evaluate),
+    "export": ("hand a run's student to timm, transformers, onnx or torch.export", _export),
     "predict": ("class, probability and head for unlabelled images", _predict),
 }
 

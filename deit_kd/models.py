@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from deit_kd.files import read_json
 from deit_kd.interfaces import InputError, nearest
 from deit_kd.tokens import graft, has_second_head
-from deit_kd.weights import classifier_names, to_timm_names
+from deit_kd.weights import classifier_names, fit_weights, to_timm_names
 
 STUDENT_FOLDER = "student"  # of a run: its weights in timm's local-dir layout
 
@@ -121,6 +121,11 @@ class Weights:
     label_names: tuple[str, ...] | None = None
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)  # input_size, mean, std, interpolation, license, …
 
+    @property
+    def build_arguments(self) -> dict[str, Any]:
+        """What ``timm.create_model`` needs to build the model again, beside its size and class count."""
+        return {key: value for key, value in self.model_args.items() if key not in ("num_classes", "img_size")}
+
 
 def pretrained_weights(key: str, name: str) -> Weights:
     """Return timm's own weights of a pretrained tag, as they were published.
@@ -215,6 +220,27 @@ def _load_state(key: str, file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{key}: {file} holds no state dict (tensors by name, or under 'model')")
     return state
+
+
+def open_model(key: str, path: str | Path) -> nn.Module:
+    """Build the model that a local-dir describes, a grafted one too, with all of its weights.
+
+    Raises:
+        InputError: there is no such folder, it does not say what it holds, or the weights do not fit.
+    """
+    weights = load_weights(key, path)
+    if weights.architecture is None:
+        raise InputError(f"{key}: {path} has no config.json that names its architecture; name a timm local-dir")
+    model = create_model(
+        key,
+        weights.architecture,
+        image_size=weights.pretrained_cfg["input_size"][-1],
+        distillation_token="head_dist.weight" in weights.state,
+        num_classes=weights.pretrained_cfg["num_classes"],
+        **weights.build_arguments,
+    )
+    fit_weights(key, model, weights.state, source=weights.source, whole=True)
+    return model
 
 
 def save_local_dir(

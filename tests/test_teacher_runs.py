@@ -13,6 +13,7 @@ from PIL import Image
 from deit_kd import Batch, FrozenTeacher, InputError
 from deit_kd.cli import main
 from deit_kd.config import parse_config
+from deit_kd.exports import missing_libraries
 from deit_kd.jobs.train import train
 from deit_kd.teachers import EnsembleTeacher, build_teacher
 from deit_kd.tracking import console
@@ -150,6 +151,30 @@ def test_several_teachers_from_a_recipe(photos, assistant, tmp_path):
     assert [member["weight"] for member in teacher["members"]] == [0.75, 0.25]
     assert [member["image_size"] for member in teacher["members"]] == [32, 48]
     assert teacher["random_weights"] is True
+
+
+def test_runs_student_leaves_for_timm(assistant, tmp_path):
+    target = tmp_path / "export"
+    assert main(["export", str(assistant), "--format", "timm", "--to", str(target)]) == 0
+    assert {path.name for path in target.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert json.loads((target / "config.json").read_text())["label_names"] == list(SYNSETS)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--format", "tim"], "use one of timm, local-dir, transformers, onnx, torch-export (nearest: timm)"),
+        (["--format", "transformers"], "cannot hold this student: it has no distillation token"),
+        (["--format", "timm", "--to", "HERE"], "is there already"),
+    ],
+)
+def test_export_that_cannot_be_is_refused(assistant, tmp_path, options, reason, capsys):
+    if missing_libraries("transformers") and "transformers" in options:
+        pytest.skip("needs transformers")
+    options = [str(tmp_path) if option == "HERE" else option for option in options]
+    assert main(["export", str(assistant), *options]) == 2
+    assert reason in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def _saved_arguments(architecture: str, weights: Weights) -> dict[str, Any]:
     """Return how the weights' own model was built, where they are of this architecture."""
     if weights.architecture is None or weights.architecture.split(".")[0] != architecture.split(".")[0]:
         return {}
-    return {key: value for key, value in weights.model_args.items() if key not in ("num_classes", "img_size")}
+    return weights.build_arguments
 
 
 def _columns(architecture: str, weights: Weights, classes: int) -> int:
