@@ -55,6 +55,17 @@ def _export(arguments: Arguments) -> None:
     export_run(folder, config, others["format"], None if others["to"] is None else Path(others["to"]))
 
 
+def _bench(arguments: Arguments) -> None:
+    parser = build_parser("deit-kd bench")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each part is timed")
+    parser.add_argument("--steps", type=int, default=10, help="optimiser steps a time")
+    parser.add_argument("--json", type=str, default=None, help="file for the numbers")
+    config, others = parse_config(arguments, parser)
+    from deit_kd.jobs.bench import bench
+
+    bench(config, others["rounds"], others["steps"], None if others["json"] is None else Path(others["json"]))
+
+
 def _run_parser(program: str) -> ArgumentParser:
     parser = build_parser(program)
     parser.add_argument("run", type=str, help="folder of a run, whose recipe the options override")
@@ -77,8 +88,9 @@ def _with_recipe_of_run(arguments: Arguments, parser: ArgumentParser) -> tuple[P
 VERBS: dict[str, tuple[str, Callable[[Arguments], None]]] = {
     "train": ("train a student, its teacher first where the recipe says so", _train),
     "eval": ("score a run's heads apart and fused", _evaluate),
-    "export": ("hand a run's student to timm, transformers, onnx or torch.export", _export),
     "predict": ("class, probability and head for unlabelled images", _predict),
+    "export": ("hand a run's student to timm, transformers, onnx or torch.export", _export),
+    "bench": ("time the training loop over its floor", _bench),
 }
 
 

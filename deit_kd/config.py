@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from deit_kd.interfaces import InputError, nearest
@@ -20,6 +20,12 @@ class Section(BaseModel):
     """A part of a recipe: unknown keys and infinite numbers are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, frozen=True)
+
+
+def _check_positive(value: Statistics | None) -> Statistics | None:
+    if value is not None and min(value) <= 0:
+        raise ValueError("must be above 0 in every channel")
+    return value
 
 
 class Data(Section):
@@ -50,6 +56,8 @@ class Data(Section):
     workers: int = Field(2, ge=0)
     """processes that make views, for each training process"""
 
+    _check_std = field_validator("std")(_check_positive)
+
 
 class Augment(Section):
     """How views are made; the defaults are DeiT's."""
@@ -78,6 +86,13 @@ class Augment(Section):
     """of CutMix where mixup is on too"""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """mass spread over all classes"""
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _check_order(cls, value: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] or (info.field_name == "scale" and value[1] > 1):
+            raise ValueError("must be [low, high] with 0 < low <= high" + (" <= 1" * (info.field_name == "scale")))
+        return value
 
 
 class Optim(Section):
@@ -168,6 +183,8 @@ class TeacherNetwork(Section):
     """its normalisation; null takes its pretrained config's, or the student's"""
     args: dict[str, Any] = {}
     """handed to timm.create_model"""
+
+    _check_std = field_validator("std")(_check_positive)
 
 
 class TeacherMember(TeacherNetwork):
@@ -286,7 +303,7 @@ class Config(Section):
 
 def build_parser(program: str) -> ArgumentParser:
     """Return a parser of ``--config FILE`` and every key of `Config` as a dotted option."""
-    parser = ArgumentParser(prog=program, exit_on_error=False, description=Config.__doc__)
+    parser = ArgumentParser(prog=program, exit_on_error=False, allow_abbrev=False, description=Config.__doc__)
     parser.add_argument("--config", action="config", help="recipe file; later options override it")
     for name, field in Config.model_fields.items():
         parser.add_argument(f"--{name}", type=field.annotation, default=field.default, help=field.description)
@@ -330,7 +347,13 @@ def parse_config(arguments: list[str], parser: ArgumentParser | None = None) -> 
 
 def _one_line(message: str) -> str:
     """Turn an error of jsonargparse or pydantic into ``key: value, reason, cure``."""
+    if message.startswith("Problems parsing config: "):
+        where = re.sub(r'in "<unicode string>", ', "in ", " ".join(message.split(": ", 1)[1].split()))
+        return f"config: is no YAML ({where}); correct the recipe file"
+    if message.startswith("Unexpected config: "):
+        return "config: is no recipe, which is YAML of keys and values such as 'seed: 0'"
     unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
+    unknown = unknown or re.search(r"Option '([\w.]+)' is not accepted", message)
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     if unknown or in_group:
         key = unknown[1].lstrip("-").split("=")[0] if unknown else f"{in_group[1]}.{in_group[2]}" if in_group else ""
@@ -342,7 +365,11 @@ def _one_line(message: str) -> str:
     reason = next(
         (line for line in reasons if line.startswith(("Input should", "Expected", "Value error"))), reasons[0]
     )
+    subtypes = next((line for line in lines if line.startswith("Subtypes: [")), None)
+    if subtypes is not None:
+        reason = f"Expected one of {subtypes[len('Subtypes: [') : -1]}"
     reason = re.sub(r"\.? ?Got value: .*", "", reason).replace("typing.", "")
+    reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason).replace("NoneType", "null")
     key = key_match[1] if key_match else ""
     value = f" {value_match[1].splitlines()[0]!r}" if value_match else ""
     return f"{key}:{value} {reason}" if key else reason

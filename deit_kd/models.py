@@ -140,9 +140,9 @@ def pretrained_weights(key: str, name: str) -> Weights:
     cure = "check the network, or give a checkpoint"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        drawn = _created(key, name, cure, pretrained=False).state_dict()
-        torch.manual_seed(0)
         model = _created(key, name, cure, pretrained=True)
+        torch.manual_seed(0)
+        drawn = _created(key, name, cure, pretrained=False).state_dict()
     state = model.state_dict()
     for head in classifier_names(model):
         weight = f"{head}.weight"
@@ -209,7 +209,8 @@ def _load_state(key: str, file: Path) -> dict[str, Tensor]:
             return load_file(file)
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise InputError(f"{key}: {file} cannot be read as weights ({str(error).splitlines()[0]})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{key}: {file} cannot be read as weights ({reason}); name another file") from error
     except Exception as error:
         if type(error).__name__ == "UnpicklingError":
             raise InputError(

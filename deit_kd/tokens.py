@@ -15,7 +15,11 @@ from deit_kd.interfaces import InputError, StudentOutput
 
 def has_second_head(backbone: nn.Module) -> bool:
     """Return whether the model has a ``head_dist``, at the top or within its head."""
-    return any(name.rsplit(".", 1)[-1] == "head_dist" for name, _ in backbone.named_modules())
+    # iFormer keeps it inside its head, and an identity in its place where the model is plain.
+    return any(
+        name.rpartition(".")[2] == "head_dist" and not isinstance(module, nn.Identity)
+        for name, module in backbone.named_modules()
+    )
 
 
 def has_distillation_token(backbone: nn.Module) -> bool:

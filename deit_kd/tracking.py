@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,7 @@ def _numbers_of(fields: Mapping[str, Any], prefix: str = "") -> list[tuple[str, 
     return numbers
 
 
-console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def say(line: str) -> None:

@@ -52,7 +52,7 @@ def evaluate_run(folder: Path, config: Config, split: str) -> dict[str, Any]:
             teacher_predictions=predictions,
         )["student"]
         weights = read_json(folder / HEADS_FILE)["weights"]
-        heads = head_scores(config, len(photos), weights, result, teacher_score)
+        heads = head_scores(len(photos), weights, result, teacher_score)
         if processes.is_main:
             (folder / "eval").mkdir(exist_ok=True)
             write_json(folder / "eval" / f"{split}.json", heads)

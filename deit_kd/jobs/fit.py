@@ -36,10 +36,9 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
     run = prepare(_fit_config(config, folder), processes, splits)
     if processes.is_main:
         say(f"teacher: fitting {config.teacher.name}{_why(key, folder)}")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / KEY_FILE).is_file():
-            write_json(folder / KEY_FILE, key)
-    execute(run, None)
+    execute(run)
+    if processes.is_main:
+        write_json(folder / KEY_FILE, key)
     return folder
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -41,6 +42,9 @@ from deit_kd.tracking import (
 )
 
 RUNS = Path("runs")
+
+# What a run leaves that was killed before its first step.
+LEFTOVERS = {FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
 
 # Keys that a run may be resumed with another value of: they do not change a result.
 FREE_ON_RESUME = {
@@ -75,6 +79,8 @@ class Run:
     student: TimmStudent
     objective: Objective
     optimizer: torch.optim.Optimizer
+    data_facts: dict[str, str]  # a hash of each split
+    schedule: Scheduler
     checkpoint: Any  # named parts, or None
 
     @property
@@ -105,7 +111,17 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
         args=config.optim.args,
         batch_size=config.train.batch_size,
     )
-    folder, checkpoint = _open_folder(config, processes, _data_facts(splits))
+    schedule = build_schedule(
+        optimizer,
+        warmup_epochs=config.optim.warmup_epochs,
+        warmup_lr=config.optim.warmup_lr,
+        min_lr=config.optim.min_lr,
+        epochs=config.train.epochs,
+        steps_per_epoch=loader.steps_per_epoch,
+    )
+    data_facts = {"train": splits.train.digest(), "validation": splits.validation.digest()}
+    folder, checkpoint = _open_folder(config, processes, data_facts)
+    processes.wait()  # until all have looked at the folder, nobody writes to it
     return Run(
         config=config,
         processes=processes,
@@ -118,18 +134,20 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
             config.distill.kind, config.distill.alpha, config.distill.temperature, config.distill.scale
         ),
         optimizer=optimizer,
+        data_facts=data_facts,
+        schedule=schedule,
         checkpoint=checkpoint,
     )
 
 
 def execute(
-    run: Run, teacher: FrozenTeacher | EnsembleTeacher | None, teacher_source: str | None = None
+    run: Run, teacher: FrozenTeacher | EnsembleTeacher | None = None, teacher_source: str | None = None
 ) -> dict[str, Any]:
     """Train `run` to its end; return what ``heads.json`` holds."""
     config, processes, folder = run.config, run.processes, run.folder
     teacher_facts, teacher_predictions = _meet_teacher(run, teacher, teacher_source)
     trainer = build_trainer(run, teacher)
-    first_step, window = 0, _Window(processes.device)
+    first_step, window = 0, Window(processes.device)
     if run.checkpoint is not None:
         trainer.load_state(run.checkpoint["trainer"])
         first_step = run.checkpoint["step"]
@@ -198,7 +216,7 @@ def execute(
     finally:
         journal.close()
     weights = "model" if trainer.ema is None else "ema"
-    heads = head_scores(config, len(run.splits.validation), weights, score()[weights], teacher_score)
+    heads = head_scores(len(run.splits.validation), weights, score()[weights], teacher_score)
     if processes.is_main:
         _save_student(run, trainer)
         write_json(folder / HEADS_FILE, heads)
@@ -208,7 +226,7 @@ def execute(
     return heads
 
 
-class _Window:
+class Window:
     """Sums of the loss terms since the last record, on the device, and the rate of images."""
 
     def __init__(self, device: torch.device) -> None:
@@ -217,14 +235,17 @@ class _Window:
         self.restart_clock()
 
     def restart_clock(self) -> None:
+        """Leave what has passed out of the rate."""
         self._since, self._steps_since = time.perf_counter(), 0
 
     def add(self, terms: Tensor) -> None:
+        """Add the terms [3] of one step."""
         self._sums += terms
         self._steps += 1
         self._steps_since += 1
 
     def read(self, processes: Processes, batch_size: int) -> dict[str, Any]:
+        """Return the means over steps and processes, and start anew; the one place that waits for the device."""
         means = (processes.sum(self._sums.clone()) / (self._steps * processes.count)).tolist()
         elapsed = time.perf_counter() - self._since
         rate = self._steps_since * batch_size / elapsed
@@ -235,9 +256,11 @@ class _Window:
         return {**record, "images_per_second": rate}
 
     def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
         return {"sums": self._sums, "steps": self._steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Go back to a state that `state()` gave."""
         self._sums.copy_(state["sums"])
         self._steps = state["steps"]
 
@@ -249,7 +272,7 @@ def _open_folder(config: Config, processes: Processes, data_facts: dict[str, str
         newest = newest_folder(RUNS, config.recipe) if config.resume == "auto" else None
         folder = newest or next_free_folder(RUNS, config.recipe)
     folder = processes.share(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= LEFTOVERS):
         return folder, None
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"output: {folder} holds something that is no run; name another folder")
@@ -288,10 +311,6 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _data_facts(splits: Splits) -> dict[str, str]:
-    return {"train": splits.train.digest(), "validation": splits.validation.digest()}
 
 
 def _meet_teacher(
@@ -342,14 +361,7 @@ def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
         distiller=Distiller(wrapped, teacher, run.objective, config.train.precision),
         model=run.student,
         optimizer=run.optimizer,
-        schedule=build_schedule(
-            run.optimizer,
-            warmup_epochs=config.optim.warmup_epochs,
-            warmup_lr=config.optim.warmup_lr,
-            min_lr=config.optim.min_lr,
-            epochs=config.train.epochs,
-            steps_per_epoch=run.loader.steps_per_epoch,
-        ),
+        schedule=run.schedule,
         ema=ModelEmaV3(run.student, decay=config.train.ema_decay, use_warmup=True) if config.train.ema_decay else None,
         scaler=torch.amp.GradScaler(processes.device.type, enabled=config.train.precision == "fp16"),
         processes=processes,
@@ -362,7 +374,7 @@ def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
 def _write_facts(run: Run, teacher_facts: dict[str, Any] | None) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     facts = {
-        "data": _data_facts(run.splits),
+        "data": run.data_facts,
         "classes": list(run.classes),
         "student": None if run.student.account is None else run.student.account.record(),
         "teacher": teacher_facts,
@@ -402,12 +414,11 @@ def _epoch_note(epoch: int, epochs: int, results: dict[str, Any], teacher_score:
     return "   ".join(pieces)
 
 
-def head_scores(config: Config, n: int, weights: str, result: dict[str, Any], teacher_score: Any) -> dict[str, Any]:
+def head_scores(n: int, weights: str, result: dict[str, Any], teacher_score: Any) -> dict[str, Any]:
     """Return what ``heads.json`` holds, from one result of `evaluate`."""
     return {
         "n": n,
         "weights": weights,
-        "fusion": config.evaluate.fusion,
         "heads": result["heads"],
         "teacher": teacher_score,
         "agreement": result["agreement"],

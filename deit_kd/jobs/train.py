@@ -8,7 +8,8 @@ from deit_kd.config import Config
 from deit_kd.distributed import finish, start
 from deit_kd.jobs import parts
 from deit_kd.jobs.fit import fitted_teacher
-from deit_kd.jobs.run import execute, prepare
+from deit_kd.jobs.run import Run, execute, prepare
+from deit_kd.teachers import EnsembleTeacher, FrozenTeacher
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -20,11 +21,17 @@ def train(config: Config) -> dict[str, Any]:
     processes = start(config.train.device)
     try:
         run = prepare(config, processes)
-        if config.distill.kind == "none":
-            return execute(run, None)
-        checkpoint = config.teacher.checkpoint
-        if config.teacher.fit.epochs:
-            checkpoint = str(fitted_teacher(config, processes, run.splits))
-        return execute(run, parts.build_teacher(config, run.classes, processes, checkpoint), checkpoint)
+        return execute(run, *ready_teacher(run))
     finally:
         finish()
+
+
+def ready_teacher(run: Run) -> tuple[FrozenTeacher | EnsembleTeacher | None, str | None]:
+    """Return the run's teacher, fitted first where the recipe says so, and where its weights come from."""
+    config = run.config
+    if config.distill.kind == "none":
+        return None, None
+    checkpoint = config.teacher.checkpoint
+    if config.teacher.fit.epochs:
+        checkpoint = str(fitted_teacher(config, run.processes, run.splits))
+    return parts.build_teacher(config, run.classes, run.processes, checkpoint), checkpoint
