@@ -151,7 +151,7 @@ def execute(
     if run.checkpoint is not None:
         trainer.load_state(run.checkpoint["trainer"])
         first_step = run.checkpoint["step"]
-        window.load_state(run.checkpoint["window"])
+        window.load_state(run.checkpoint["window"], processes)
     if processes.is_main:
         _write_facts(run, teacher_facts)
         _say_start(run, first_step)
@@ -201,9 +201,10 @@ def execute(
             if processes.is_main:
                 say(_epoch_note(epoch, config.train.epochs, results, teacher_score))
             window.restart_clock()
-        if (at_epoch_end or step % config.train.checkpoint_every_steps == 0) and processes.is_main:
-            state = {"step": step, "trainer": trainer.state(), "window": window.state()}
-            save_checkpoint(folder / CHECKPOINTS, step, state, config.train.keep_checkpoints)
+        if at_epoch_end or step % config.train.checkpoint_every_steps == 0:
+            state = {"step": step, "trainer": trainer.state(), "window": window.state(processes)}
+            if processes.is_main:
+                save_checkpoint(folder / CHECKPOINTS, step, state, config.train.keep_checkpoints)
 
     try:
         train(
@@ -255,13 +256,16 @@ class Window:
         record: dict[str, Any] = dict(zip(("loss", "classification", "distillation"), means, strict=True))
         return {**record, "images_per_second": rate}
 
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {"sums": self._sums, "steps": self._steps}
+    def state(self, processes: Processes) -> dict[str, Any]:
+        """Return the sums of every process [processes, 3]; all of them must ask."""
+        rows = torch.zeros(processes.count, 3, device=self._sums.device)
+        rows[processes.rank] = self._sums
+        return {"sums": processes.sum(rows), "steps": self._steps}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go back to a state that `state()` gave."""
-        self._sums.copy_(state["sums"])
+    def load_state(self, state: dict[str, Any], processes: Processes) -> None:
+        """Go back to a state that `state()` gave, also on another number of processes."""
+        rows = state["sums"]
+        self._sums.copy_(rows[processes.rank] if len(rows) == processes.count else rows.mean(0))
         self._steps = state["steps"]
 
 
