@@ -168,7 +168,7 @@ class TeacherNetwork(Section):
     pretrained: bool = False
     """timm's weights, head included"""
     checkpoint: str | None = None
-    """weights from a run, a timm local-dir, .safetensors or .pth"""
+    """weights from a run (its student; RUN:teacher is its teacher), a timm local-dir, .safetensors or .pth"""
     random_weights: bool = False
     """no weights at all: for benchmarks and tests"""
     class_map: str | None = None

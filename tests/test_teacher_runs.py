@@ -106,6 +106,19 @@ def test_assistant_chain_of_students(photos, assistant, tmp_path):
     assert heads["teacher"]["nll"] == pytest.approx(fused["nll"], rel=1e-5)
 
 
+def test_runs_teacher_teaches_the_next(photos, assistant, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(photos, first, "--teacher.checkpoint", str(assistant), "--teacher.image_size", "48")
+    run(photos, second, "--teacher.checkpoint", f"{first}:teacher")
+    assert facts(second)["teacher"]["weights"] == facts(first)["teacher"]["weights"]
+    assert facts(second)["teacher"]["image_size"] == 48
+
+
+def test_run_without_a_teacher_has_none_to_lend(photos, assistant, tmp_path):
+    with pytest.raises(InputError, match="learned from no teacher"):
+        run(photos, tmp_path / "run", "--teacher.checkpoint", f"{assistant}:teacher")
+
+
 def test_grafted_run_is_evaluated_from_its_own_weights(photos, assistant, tmp_path):
     folder = tmp_path / "grafted"
     with console.capture() as capture:

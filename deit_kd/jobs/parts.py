@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+import yaml
 
 from deit_kd import data
-from deit_kd.config import Config, TeacherNetwork
+from deit_kd.config import Config, TeacherNetwork, TeacherSection
 from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes
 from deit_kd.engine import AUTOCAST_DTYPES
-from deit_kd.interfaces import Batch
+from deit_kd.files import read_json
+from deit_kd.interfaces import Batch, InputError
 from deit_kd.students import TimmStudent
 from deit_kd.students import build_student as build_timm_student
 from deit_kd.teachers import EnsembleTeacher, FrozenTeacher
 from deit_kd.teachers import build_teacher as build_frozen_teacher
+from deit_kd.tracking import CONFIG_FILE, FACTS_FILE
+
+TEACHER_OF_RUN = ":teacher"  # behind a run's folder: not its student but what that learned from
 
 
 def build_splits(config: Config) -> Splits:
@@ -126,11 +132,39 @@ def build_teacher(
     return _build_network(config, section, classes, processes, checkpoint)
 
 
+def teacher_of_run(network: TeacherNetwork, folder: Path) -> TeacherNetwork:
+    """Return `network` with name, weights and eyes of the teacher that the run in `folder` learned from.
+
+    Raises:
+        InputError: there is no such run, or it learned from none, from several or from random weights.
+    """
+    facts = read_json(folder / FACTS_FILE)["teacher"]
+    theirs = TeacherSection.model_validate(yaml.safe_load((folder / CONFIG_FILE).read_text())["teacher"])
+    if facts is None or theirs.members or theirs.random_weights:
+        found = "no teacher" if facts is None else "several teachers" if theirs.members else "random weights"
+        raise InputError(f"teacher.checkpoint: {folder} learned from {found}; name the weights of one")
+    return network.model_copy(
+        update={
+            "name": theirs.name,
+            "pretrained": facts["source"] is None and theirs.pretrained,
+            "checkpoint": facts["source"],
+            "label_set": network.label_set or theirs.label_set,
+            "args": theirs.args,
+            "image_size": network.image_size or theirs.image_size,
+            "mean": network.mean or theirs.mean,
+            "std": network.std or theirs.std,
+        }
+    )
+
+
 def _build_network(
     config: Config, network: TeacherNetwork, classes: tuple[str, ...], processes: Processes, checkpoint: str | None
 ) -> FrozenTeacher:
     section = config.teacher
     precision = config.train.precision if section.precision == "auto" else section.precision
+    while checkpoint is not None and checkpoint.endswith(TEACHER_OF_RUN):
+        network = teacher_of_run(network, Path(checkpoint.removesuffix(TEACHER_OF_RUN)))
+        checkpoint = network.checkpoint
     return build_frozen_teacher(
         name=network.name,
         # A teacher that is fitted starts from timm's weights, and its checkpoint holds what became of them.
