@@ -38,34 +38,32 @@ def halve(root: Path, output: Path) -> tuple[Path, Path]:
     return halves
 
 
-def run(config_options: dict[str, Any], output: Path) -> dict[str, Any]:
+def configured(options: dict[str, Any]) -> Config:
+    """Return the recipe with `options`."""
+    everything = {"config": RECIPE, "student.name": "deit_tiny_patch16_224", **options}
+    return parse_config([item for key, value in everything.items() for item in (f"--{key}", str(value))])[0]
+
+
+def run(options: dict[str, Any], output: Path) -> dict[str, Any]:
     """Train one recipe, or go on with it; return its ``heads.json``."""
-    options = {"config": RECIPE, "student.name": "deit_tiny_patch16_224", **config_options, "output": output}
-    arguments = [item for key, value in options.items() for item in (f"--{key}", str(value))]
-    config, _ = parse_config([*arguments, *(["--resume", "auto"] if (output / "config.yaml").is_file() else [])])
-    return train(config)
+    begun = {"resume": "auto"} if (output / "config.yaml").is_file() else {}
+    return train(configured({**options, "output": output, **begun}))
 
 
 @torch.no_grad()
 def graft_changes(plain: Path, options: dict[str, Any]) -> str:
     """Say how far grafting a token moves the class head of the pre-trained model, on its own validation set."""
-    arguments = [item for key, value in options.items() for item in (f"--{key}", str(value))]
-    config, _ = parse_config(["--config", str(RECIPE), "--student.name", "deit_tiny_patch16_224", *arguments])
-    classes = parts.build_splits(config).validation.classes
-    grafted = parts.build_student(Config.model_validate({**config.model_dump(), "student": {
-        **config.student.model_dump(), "checkpoint": str(plain)}}), classes).eval()  # fmt: skip
-    model = open_model("benchmark", plain / "student").eval()
-    loader = parts.build_evaluation_loader(
-        config, parts.build_splits(config).validation, Processes(0, 1, torch.device("cpu"))
-    )
-    changed = seen = 0
-    distance = 0.0
-    for batch in loader:
+    config = configured({**options, "student.checkpoint": plain})
+    photos = parts.build_splits(config).validation
+    grafted = parts.build_student(config, photos.classes).eval()
+    model = open_model("benchmark", plain).eval()
+    changed, distance = 0, 0.0
+    for batch in parts.build_evaluation_loader(config, photos, Processes(0, 1, torch.device("cpu"))):
         before, after = model(batch.images).softmax(-1), grafted(batch.images).cls_logits.softmax(-1)
         distance += float((before - after).abs().sum(-1).sum()) / 2
         changed += int((before.argmax(-1) != after.argmax(-1)).sum())
-        seen += len(before)
-    return f"graft: total variation {distance / seen:.4f}, another decision on {100 * changed / seen:.2f} % of {seen}"
+    count = len(photos)
+    return f"graft: total variation {distance / count:.4f}, another decision on {changed} of {count} photos"
 
 
 def main() -> None:

@@ -162,7 +162,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["trian"], "trian: unknown verb; use one of train, eval, predict, export, bench (nearest: train)"),
+        (["trian"], "(nearest: train)"),
         (["eval"], "the first argument is the folder of a run"),
         (["eval", "nowhere"], "nowhere: is no run"),
         (["predict", "nowhere", "a.png"], "nowhere: is no run"),

@@ -14,7 +14,7 @@ from timm.layers import resample_abs_pos_embed
 from deit_kd import InputError, TimmStudent
 from deit_kd.layouts import from_transformers, to_transformers
 from deit_kd.models import load_weights, save_local_dir
-from deit_kd.optim import build_optimizer
+from deit_kd.optim import build_optimizer, build_schedule
 from deit_kd.students import build_student
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -334,6 +334,25 @@ def test_layers_learn_the_slower_the_deeper_they_lie(name):
     assert {scale[token] for token in tokens} == {scale["patch_embed.proj.weight"]} == {0.125}
     assert (scale["blocks.0.norm1.weight"], scale["blocks.1.norm1.weight"]) == (0.25, 0.5)
     assert scale["head.weight"] == scale["head_dist.weight"] == scale["head_dist.bias"] == 1.0
+
+
+def test_schedule_keeps_the_layers_apart():
+    built = student(PLAIN)
+    optimizer = optimiser_of(built, 0.5)
+    fields = {"warmup_epochs": 1, "warmup_lr": 0.0, "min_lr": 0.0, "epochs": 4, "steps_per_epoch": 2}
+    schedule = build_schedule(optimizer, **fields)
+    for step in (1, 3, 6):
+        schedule.step_update(step)
+        lr = by_parameter(built, optimizer, "lr")
+        assert lr["head.weight"] == pytest.approx(8 * lr["cls_token"]) != 0
+
+
+def test_learning_rate_may_stay_fixed():
+    optimizer = optimiser_of(student(PLAIN))
+    fields = {"warmup_epochs": 0, "warmup_lr": 0.0, "min_lr": 1.0, "epochs": 4, "steps_per_epoch": 2}
+    schedule = build_schedule(optimizer, **fields)
+    rates = [schedule.step_update(step) or optimizer.param_groups[0]["lr"] for step in range(8)]
+    assert rates == [1.0] * 8
 
 
 def test_cnn_cannot_be_frozen():

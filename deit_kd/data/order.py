@@ -96,10 +96,9 @@ class Dealer(Sampler[list[ViewKey]]):
             )
         length = photos // repeats * repeats
         if length < batch_size:
-            raise InputError(
-                f"train.batch_size: {batch_size} is more than the {length} views of an epoch; "
-                f"use {length // unit * unit} or less"
-            )
+            largest = length // unit * unit
+            cure = f"use {largest} or less" if largest else "add photos"
+            raise InputError(f"train.batch_size: {batch_size} is more than the {length} views of an epoch; {cure}")
         self._photos, self._repeats, self._seed = photos, repeats, seed
         self._batch_size, self._accumulation_steps = batch_size, accumulation_steps
         self._rank, self._processes = rank, processes
