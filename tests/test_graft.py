@@ -110,6 +110,15 @@ def test_average_pooling_stays_over_patches_alone():
     assert torch.equal(model.fc_norm_dist.weight, plain.fc_norm.weight)
 
 
+def test_distillation_head_reads_its_token_through_a_copy_of_the_norm_after_pooling():
+    plain = host("vit_tiny_patch16_224", {"global_pool": "avg"}, 32)
+    torch.nn.init.normal_(plain.fc_norm.weight)
+    model = grafted(plain, "vit_tiny_patch16_224", {"global_pool": "avg"}, 32)
+    images = torch.randn(2, 3, 32, 32)
+    token = plain.fc_norm(model.forward_features(images)[:, 1])
+    torch.testing.assert_close(TimmStudent(model)(images).dist_logits, plain.head(token))
+
+
 def test_grafted_model_takes_another_size():
     model = host("vit_tiny_patch16_224", {}, 32)
     graft("student.name", model)
