@@ -66,6 +66,22 @@ def _bench(arguments: Arguments) -> None:
     bench(config, others["rounds"], others["steps"], None if others["json"] is None else Path(others["json"]))
 
 
+def _data(arguments: Arguments) -> int:
+    parser = build_parser("deit-kd data")
+    parser.add_argument("action", choices=["check"], help="read every photo of a tree once")
+    parser.add_argument("root", type=str, help="folder with one folder of images for each class")
+    parser.add_argument("--json", type=str, default=None, help="file for the findings")
+    config, others = parse_config(arguments, parser)
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"name": "folder", "root": others["root"]})}
+    )
+    from deit_kd.jobs.data import available_cores, check_data
+    from deit_kd.jobs.parts import build_splits
+
+    json_file = None if others["json"] is None else Path(others["json"])
+    return 0 if check_data(build_splits(config), available_cores(), json_file) else 1
+
+
 def _run_parser(program: str) -> ArgumentParser:
     parser = build_parser(program)
     parser.add_argument("run", type=str, help="folder of a run, whose recipe the options override")
@@ -85,9 +101,10 @@ def _with_recipe_of_run(arguments: Arguments, parser: ArgumentParser) -> tuple[P
     return folder, [arguments[0], "--config", str(recipe), *arguments[1:]]
 
 
-VERBS: dict[str, tuple[str, Callable[[Arguments], None]]] = {
+VERBS: dict[str, tuple[str, Callable[[Arguments], int | None]]] = {
     "train": ("train a student, its teacher first where the recipe says so", _train),
     "eval": ("score a run's heads apart and fused", _evaluate),
+    "data": ("check a tree of photos: counts, unreadable files, duplicates", _data),
     "predict": ("class, probability and head for unlabelled images", _predict),
     "export": ("hand a run's student to timm, transformers, onnx or torch.export", _export),
     "bench": ("time the training loop over its floor", _bench),
@@ -95,7 +112,7 @@ VERBS: dict[str, tuple[str, Callable[[Arguments], None]]] = {
 
 
 def main(arguments: Arguments | None = None) -> int:
-    """Run one verb; return the exit code: 0, or 2 where the input cannot be used."""
+    """Run one verb; return the exit code: 0, 1 where a check found something, 2 where the input cannot be used."""
     arguments = sys.argv[1:] if arguments is None else arguments
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
@@ -106,8 +123,7 @@ def main(arguments: Arguments | None = None) -> int:
     try:
         if verb not in VERBS:
             raise InputError(f"{verb}: unknown verb; use one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
-        VERBS[verb][1](arguments[1:])
+        return VERBS[verb][1](arguments[1:]) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
