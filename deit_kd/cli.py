@@ -82,6 +82,52 @@ def _data(arguments: Arguments) -> int:
     return 0 if check_data(build_splits(config), available_cores(), json_file) else 1
 
 
+def _store(arguments: Arguments) -> None:
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        print("usage: deit-kd store build --config R --store DIR | check DIR --config R | info DIR")
+        return
+    if verb not in STORE_VERBS:
+        raise InputError(f"store {verb}: unknown; use one of {', '.join(STORE_VERBS)}{nearest(verb, STORE_VERBS)}")
+    STORE_VERBS[verb](arguments[1:])
+
+
+def _store_build(arguments: Arguments) -> None:
+    parser = build_parser("deit-kd store build")
+    parser.add_argument("--store", type=str, default=None, help="folder of the store; teacher.store unless set")
+    parser.add_argument("--epochs", type=int, default=None, help="view epochs to store; train.epochs unless set")
+    parser.add_argument("--batch_size", type=int, default=256, help="images that each process asks for at a time")
+    config, others = parse_config(arguments, parser)
+    from deit_kd.jobs.store import build
+
+    build(config, others["store"], others["epochs"], others["batch_size"])
+
+
+def _store_check(arguments: Arguments) -> None:
+    parser = build_parser("deit-kd store check")
+    parser.add_argument("folder", type=str, help="of the store")
+    parser.add_argument("--samples", type=int, default=500, help="views to ask for again")
+    config, others = parse_config(arguments, parser)
+    from deit_kd.jobs.store import check
+
+    check(config, others["folder"], others["samples"])
+
+
+def _store_info(arguments: Arguments) -> None:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise InputError(f"deit-kd store info: {' '.join(arguments) or 'nothing'} is given; name one store's folder")
+    from deit_kd.jobs.store import info
+
+    info(arguments[0])
+
+
+STORE_VERBS: dict[str, Callable[[Arguments], None]] = {
+    "build": _store_build,
+    "check": _store_check,
+    "info": _store_info,
+}
+
+
 def _run_parser(program: str) -> ArgumentParser:
     parser = build_parser(program)
     parser.add_argument("run", type=str, help="folder of a run, whose recipe the options override")
@@ -105,6 +151,7 @@ VERBS: dict[str, tuple[str, Callable[[Arguments], int | None]]] = {
     "train": ("train a student, its teacher first where the recipe says so", _train),
     "eval": ("score a run's heads apart and fused", _evaluate),
     "data": ("check a tree of photos: counts, unreadable files, duplicates", _data),
+    "store": ("ask a teacher once for every view (build, check, info)", _store),
     "predict": ("class, probability and head for unlabelled images", _predict),
     "export": ("hand a run's student to timm, transformers, onnx or torch.export", _export),
     "bench": ("time the training loop over its floor", _bench),

@@ -203,6 +203,12 @@ class TeacherSection(TeacherNetwork):
     """several teachers, each with its own eyes and class map, instead of one"""
     combine: Literal["mean", "draw"] = "mean"
     """of several teachers: the mean of their probabilities, or one drawn for each view"""
+    store: str | None = None
+    """folder of a label store: the teacher's answers to every view"""
+    store_mode: Literal["read", "record"] = "read"
+    """read trains with no teacher in memory; record fills the store while the teacher is asked"""
+    store_top: int | None = Field(None, ge=0)
+    """logits that a new store keeps of an answer; null is 10 for soft labels, and 0, the label alone, for hard ones"""
     min_top1: float | None = Field(None, ge=0, le=100)
     """least top-1 on validation in percent; null is the largest class's share and three standard errors"""
     precision: Literal["auto", "bf16", "fp16", "off"] = "auto"
@@ -292,6 +298,8 @@ class Config(Section):
         own = teacher.name or teacher.pretrained or teacher.checkpoint or teacher.random_weights or teacher.fit.epochs
         if teacher.members and own:
             raise ValueError("teacher.members and a teacher of the section's own exclude each other; unset one")
+        if teacher.store_mode == "record" and teacher.store is None:
+            raise ValueError("teacher.store_mode: record needs a folder to fill; set teacher.store")
         if self.train.precision == "fp16" and self.train.device == "cpu":
             raise ValueError("train.precision: fp16 needs CUDA; use bf16 or off on the CPU")
         return self
@@ -299,6 +307,17 @@ class Config(Section):
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every key with its value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested sections by the path of their keys, e.g. ``distill.temperature``."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and not key.endswith("args"):
+            values.update(flat(value, f"{prefix}{key}."))
+        else:
+            values[prefix + key] = value
+    return values
 
 
 def build_parser(program: str) -> ArgumentParser:

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ METRICS_FILE = "metrics.jsonl"
 HEADS_FILE = "heads.json"
 FACTS_FILE = "run.json"  # what a run was made from: photos, classes, teacher
 CHECKPOINTS = "checkpoints"
+SECONDS_BETWEEN_LINES = 30
 
 
 def next_free_folder(parent: Path, recipe: str) -> Path:
@@ -61,14 +64,7 @@ class Journal:
         self._cut_back(first_step)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
         if console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
-                console=console,
-            )
+            self._progress = _progress()
             self._task = self._progress.add_task(title, total=total_steps, completed=first_step, note="")
             self._progress.start()
 
@@ -99,6 +95,67 @@ class Journal:
             self._progress.stop()
         if self._is_main:
             self._board.close()
+
+
+class ViewMeter:
+    """Tells how many of many views are done, how fast, and the time left; silent where it is not the main process.
+
+    Args:
+        total: views.
+        is_main: whether this process talks.
+    """
+
+    def __init__(self, total: int, is_main: bool) -> None:
+        self._total, self._is_main = total, is_main
+        self._done = self._asked = 0
+        self._since = self._said = time.perf_counter()
+        self._progress = _progress() if is_main and console.is_terminal else None
+        if self._progress is not None:
+            self._task = self._progress.add_task("views", total=total, note="")
+
+    def __enter__(self) -> ViewMeter:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def advance(self, views: int) -> None:
+        """Count views that were just asked for; where there is no terminal, print a line now and then."""
+        self._asked += views
+        self._done = min(self._total, self._done + views)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=self._done)
+        elif time.perf_counter() - self._said > SECONDS_BETWEEN_LINES:
+            self._say(f"{self._done}/{self._total} views")
+
+    def reach(self, done: int, note: str) -> None:
+        """Say that `done` views are done, those included that were there before."""
+        self._done = done
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, note=note)
+        else:
+            self._say(note)
+
+    def _say(self, note: str) -> None:
+        self._said = time.perf_counter()
+        if self._is_main and self._asked:
+            rate = self._asked / (self._said - self._since)
+            left = timedelta(seconds=round((self._total - self._done) / rate))
+            say(f"{note}, {rate:.0f} views/s, {left} left")
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def _numbers_of(fields: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

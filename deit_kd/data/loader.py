@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -49,14 +50,31 @@ class TrainingLoader:
         self._workers, self._pin_memory = workers, pin_memory
         self.steps_per_epoch = dealer.steps_per_epoch
         self.total_steps = dealer.total_steps
+        self.views_per_epoch = dealer.views_per_epoch
+
+    def cycle_views(self, view_epochs: int) -> None:
+        """Deal the views of `view_epochs` epochs over and over, however many epochs the run has."""
+        self._dealer.view_epochs = view_epochs
 
     def batches(self, first_step: int) -> Iterable[Batch]:
         """Return this process's micro-batches from `first_step` to the end of the run."""
         self._dealer.first_step = first_step
+        return self._load(self._dealer)
+
+    def views(self, view_ids: np.ndarray, batch_size: int) -> Iterable[Batch]:
+        """Return any views in batches, whatever batches they are trained in, for any process.
+
+        Args:
+            view_ids: [n, 2], epoch and position; the partners that mixing needs are added.
+            batch_size: images, in this process.
+        """
+        return self._load(self._dealer.blocks(self._dealer.whole(view_ids), batch_size))
+
+    def _load(self, blocks: Iterable[list[ViewKey]]) -> Iterable[Batch]:
         return _Plainly(
             DataLoader(
                 self._views,
-                batch_sampler=self._dealer,
+                batch_sampler=blocks,
                 collate_fn=self._mixing,
                 num_workers=self._workers,
                 pin_memory=self._pin_memory,

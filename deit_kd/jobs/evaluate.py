@@ -15,6 +15,7 @@ from deit_kd.files import read_json, write_json
 from deit_kd.interfaces import InputError
 from deit_kd.jobs import parts
 from deit_kd.jobs.run import head_scores
+from deit_kd.jobs.stored import stored_validation
 from deit_kd.models import STUDENT_FOLDER, choose_attention
 from deit_kd.students import TimmStudent
 from deit_kd.tracking import FACTS_FILE, HEADS_FILE, print_heads, say
@@ -82,6 +83,8 @@ def _score_teacher(
     if facts["teacher"] is None:
         return None, None
     try:
+        if "store" in facts["teacher"]:
+            return stored_validation(config, photos, processes)
         teacher = parts.build_teacher(config, photos.classes, processes, facts["teacher"]["source"])
     except InputError as error:
         if processes.is_main:

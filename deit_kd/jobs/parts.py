@@ -17,7 +17,7 @@ from deit_kd.files import read_json
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.students import TimmStudent
 from deit_kd.students import build_student as build_timm_student
-from deit_kd.teachers import EnsembleTeacher, FrozenTeacher
+from deit_kd.teachers import EnsembleTeacher, FrozenTeacher, NetworkTeacher
 from deit_kd.teachers import build_teacher as build_frozen_teacher
 from deit_kd.tracking import CONFIG_FILE, FACTS_FILE
 
@@ -117,9 +117,19 @@ def build_student(config: Config, classes: tuple[str, ...], checkpoint: str | No
     )
 
 
+def has_random_weights(config: Config) -> bool:
+    """Return whether any network of the recipe's teacher has random weights."""
+    return config.teacher.random_weights or any(member.random_weights for member in config.teacher.members)
+
+
+def teacher_precision(config: Config) -> str:
+    """Return the precision of the teacher's weights."""
+    return config.train.precision if config.teacher.precision == "auto" else config.teacher.precision
+
+
 def build_teacher(
     config: Config, classes: tuple[str, ...], processes: Processes, checkpoint: str | None
-) -> FrozenTeacher | EnsembleTeacher:
+) -> NetworkTeacher:
     """Return the recipe's teacher or teachers; `checkpoint` is where the weights of the only one are, if anywhere."""
     section = config.teacher
     if section.members:
@@ -161,7 +171,6 @@ def _build_network(
     config: Config, network: TeacherNetwork, classes: tuple[str, ...], processes: Processes, checkpoint: str | None
 ) -> FrozenTeacher:
     section = config.teacher
-    precision = config.train.precision if section.precision == "auto" else section.precision
     while checkpoint is not None and checkpoint.endswith(TEACHER_OF_RUN):
         network = teacher_of_run(network, Path(checkpoint.removesuffix(TEACHER_OF_RUN)))
         checkpoint = network.checkpoint
@@ -184,6 +193,6 @@ def _build_network(
         student_mean=config.data.mean,
         student_std=config.data.std,
         seed=config.seed,
-        dtype=AUTOCAST_DTYPES[precision] or torch.float32,
+        dtype=AUTOCAST_DTYPES[teacher_precision(config)] or torch.float32,
         device=processes.device,
     )

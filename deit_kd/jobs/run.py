@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deit_kd.checkpoint import newest_checkpoint, save_checkpoint
-from deit_kd.config import Config
+from deit_kd.config import Config, flat
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes
 from deit_kd.engine import Distiller, Trainer, evaluate, score_teacher, train
@@ -27,8 +27,9 @@ from deit_kd.jobs import parts
 from deit_kd.losses import Objective
 from deit_kd.models import STUDENT_FOLDER, choose_attention, save_local_dir, tensors_hash
 from deit_kd.optim import build_optimizer, build_schedule
+from deit_kd.store import RecordingTeacher, StoredTeacher
 from deit_kd.students import TimmStudent
-from deit_kd.teachers import EnsembleTeacher, FrozenTeacher, check_score
+from deit_kd.teachers import NetworkTeacher, check_score
 from deit_kd.tracking import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -59,6 +60,9 @@ FREE_ON_RESUME = {
     "teacher.min_top1",
     "teacher.fit.folder",
     "teacher.compile",
+    "teacher.store",  # what it answers with is compared
+    "teacher.store_mode",
+    "teacher.store_top",
     "train.device",
     "train.log_every_steps",
     "train.checkpoint_every_steps",
@@ -141,9 +145,15 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
 
 
 def execute(
-    run: Run, teacher: FrozenTeacher | EnsembleTeacher | None = None, teacher_source: str | None = None
+    run: Run,
+    teacher: NetworkTeacher | StoredTeacher | RecordingTeacher | None = None,
+    teacher_source: str | None = None,
+    after_epoch: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Train `run` to its end; return what ``heads.json`` holds."""
+    """Train `run` to its end; return what ``heads.json`` holds.
+
+    `after_epoch(epoch)` is called in every process when the steps of an epoch are done.
+    """
     config, processes, folder = run.config, run.processes, run.folder
     teacher_facts, teacher_predictions = _meet_teacher(run, teacher, teacher_source)
     trainer = build_trainer(run, teacher)
@@ -195,8 +205,10 @@ def execute(
             journal.record("step", step, record)
             journal.progress(step, _step_note(step, run.loader.total_steps, record, config.distill.kind))
         if at_epoch_end:
-            results = score()
             epoch = step // run.loader.steps_per_epoch - 1
+            if after_epoch is not None:
+                after_epoch(epoch)
+            results = score()
             journal.record("epoch", step, {"epoch": epoch, **results, "teacher": teacher_score})
             if processes.is_main:
                 say(_epoch_note(epoch, config.train.epochs, results, teacher_score))
@@ -292,8 +304,8 @@ def _open_folder(config: Config, processes: Processes, data_facts: dict[str, str
 
 
 def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) -> None:
-    before = _flat(yaml.safe_load((folder / CONFIG_FILE).read_text()))
-    now = _flat(config.model_dump(mode="json"))
+    before = flat(yaml.safe_load((folder / CONFIG_FILE).read_text()))
+    now = flat(config.model_dump(mode="json"))
     changed = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -307,18 +319,8 @@ def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) ->
         )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and not key.endswith("args"):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def _meet_teacher(
-    run: Run, teacher: FrozenTeacher | EnsembleTeacher | None, source: str | None
+    run: Run, teacher: NetworkTeacher | StoredTeacher | RecordingTeacher | None, source: str | None
 ) -> tuple[dict[str, Any] | None, Tensor | None]:
     """Score the teacher before the first step; refuse one that cannot be right, or differs between processes."""
     if teacher is None:
@@ -327,24 +329,32 @@ def _meet_teacher(
         "name": run.config.teacher.name,
         **teacher.facts,
         "source": source,
-        "weights": tensors_hash(teacher.state_dict()),
+        "random_weights": parts.has_random_weights(run.config),
     }
+    if isinstance(teacher, StoredTeacher):
+        facts["random_weights"] = teacher.facts["random_weights"]
+    else:
+        facts["weights"] = tensors_hash(teacher.state_dict())
     if not run.processes.same_everywhere(facts["weights"]):
         raise InputError("teacher: its weights differ between processes; give all of them the same file")
-    if run.checkpoint is not None and read_json(run.folder / FACTS_FILE)["teacher"]["weights"] != facts["weights"]:
-        raise InputError(f"resume: {run.folder} was begun with other weights of the teacher; name the same ones")
-    facts["score"], predictions = score_teacher(
-        teacher,
-        run.validation,
-        classes=len(run.classes),
-        total=len(run.splits.validation),
-        processes=run.processes,
-    )
-    section = run.config.teacher
-    facts["random_weights"] = section.random_weights or any(member.random_weights for member in section.members)
+    if run.checkpoint is not None:
+        before = read_json(run.folder / FACTS_FILE)["teacher"]
+        if any(before.get(key) != facts.get(key) for key in ("weights", "store")):
+            raise InputError(f"resume: {run.folder} was begun with other weights of the teacher; name the same ones")
+    if isinstance(teacher, StoredTeacher | RecordingTeacher):
+        facts["score"] = teacher.store.score()
+        predictions = teacher.store.predictions(run.processes.rank, run.processes.count).to(run.processes.device)
+    else:
+        facts["score"], predictions = score_teacher(
+            teacher,
+            run.validation,
+            classes=len(run.classes),
+            total=len(run.splits.validation),
+            processes=run.processes,
+        )
     if not facts["random_weights"]:
-        score = facts["score"]
-        check_score(facts["name"], score["top1"], score["nll"], run.splits.validation.labels, section.min_top1)
+        score, least = facts["score"], run.config.teacher.min_top1
+        check_score(facts["name"], score["top1"], score["nll"], run.splits.validation.labels, least)
     if run.processes.is_main:
         for line in teacher.lines():
             say(line)

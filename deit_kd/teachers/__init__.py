@@ -6,10 +6,13 @@ from deit_kd.teachers.ensemble import EnsembleTeacher
 from deit_kd.teachers.frozen import FrozenTeacher
 from deit_kd.teachers.gate import check_score, least_top1
 
+NetworkTeacher = FrozenTeacher | EnsembleTeacher  # what asks networks, one or several
+
 __all__ = [
     "ClassMap",
     "EnsembleTeacher",
     "FrozenTeacher",
+    "NetworkTeacher",
     "build_class_map",
     "build_teacher",
     "check_score",
