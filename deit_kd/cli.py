@@ -44,6 +44,17 @@ def _predict(arguments: Arguments) -> None:
     predict(folder, config, [Path(file) for file in others["files"]], others["head"], csv_file)
 
 
+def _export(arguments: Arguments) -> None:
+    parser = _run_parser("deit-kd export")
+    parser.add_argument("--format", type=str, required=True, help="timm, local-dir, transformers, onnx or torch-export")
+    parser.add_argument("--to", type=str, default=None, help="folder to write; RUN/export/FORMAT unless set")
+    folder, arguments = _with_recipe_of_run(arguments, parser)
+    config, others = parse_config(arguments, parser)
+    from deit_kd.jobs.export import export_run
+
+    export_run(folder, config, others["format"], None if others["to"] is None else Path(others["to"]))
+
+
 def _bench(arguments: Arguments) -> None:
     parser = build_parser("deit-kd bench")
     parser.add_argument("--rounds", type=int, default=7, help="how often each part is timed")
@@ -140,9 +151,10 @@ VERBS: dict[str, tuple[str, Callable[[Arguments], int | None]]] = {
     "train": ("train a student, its teacher first where the recipe says so", _train),
     "eval": ("score a run's heads apart and fused", _evaluate),
     "data": ("check a tree of photos: counts, unreadable files, duplicates", _data),
-    "bench": ("time the training loop over its floor", _bench),
     "store": ("ask a teacher once for every view (build, check, info)", _store),
     "predict": ("class, probability and head for unlabelled images", _predict),
+    "export": ("hand a run's student to timm, transformers, onnx or torch.export", _export),
+    "bench": ("time the training loop over its floor", _bench),
 }
 
 

@@ -114,6 +114,8 @@ class Optim(Section):
     """where the cosine ends"""
     clip_grad_norm: float | None = Field(None, gt=0)
     """largest gradient norm; null does not clip"""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """the learning rate of each layer below the heads is this times that of the one above; null is the same for all"""
     args: dict[str, Any] = {}
     """handed to the optimiser: betas, eps, …"""
 
@@ -122,11 +124,17 @@ class StudentSection(Section):
     """The network that learns."""
 
     name: str | None = None
-    """timm name; a *_distilled_* one unless distill.kind is none"""
+    """timm name; a plain ViT gets a distillation token unless distill.kind is none"""
     pretrained: bool = False
     """start from timm's weights"""
     checkpoint: str | None = None
-    """start from these weights: a run, a timm local-dir, .safetensors or .pth"""
+    """start from these weights: a run, a timm local-dir, .safetensors (timm's, transformers') or .pth"""
+    token: Literal["cls", "scratch"] = "cls"
+    """what a token that the weights lack starts from: their class token with small noise, or nothing"""
+    new_heads: bool = False
+    """draw new heads even where the weights' own have as many classes"""
+    freeze: Literal["none", "patch_embed", "backbone", "all_but_heads"] = "none"
+    """what does not learn; backbone leaves tokens and heads"""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """rate of stochastic depth"""
     args: dict[str, Any] = {}
@@ -152,41 +160,63 @@ class Fit(Section):
     """the teacher's optimiser"""
 
 
-class TeacherSection(Section):
-    """The frozen network that is learned from; its weights come from exactly one place."""
+class TeacherNetwork(Section):
+    """A frozen network; its weights come from exactly one place."""
 
     name: str | None = None
-    """timm name; pin the tag of pretrained weights (regnety_160.deit_in1k)"""
+    """timm name; pin the tag of pretrained weights (regnety_160.deit_in1k); null is what the checkpoint says"""
     pretrained: bool = False
     """timm's weights, head included"""
     checkpoint: str | None = None
-    """weights from a run, a timm local-dir, .safetensors or .pth"""
+    """weights from a run (its student; RUN:teacher is its teacher), a timm local-dir, .safetensors or .pth"""
     random_weights: bool = False
     """no weights at all: for benchmarks and tests"""
-    fit: Fit = Fit()
-    """train it first"""
+    class_map: str | None = None
+    """CSV or JSON file: dataset class, and the teacher's column, WordNet id or label"""
+    label_set: str | None = None
+    """what the columns of weights without class names are: imagenet-1k, imagenet-12k, imagenet-22k, …"""
     image_size: int | None = Field(None, gt=0)
-    """pixels that it sees; null sees the student's"""
+    """pixels that it sees; null takes its pretrained config's, or the student's"""
     mean: Statistics | None = None
     """its normalisation; null takes its pretrained config's, or the student's"""
     std: Statistics | None = None
     """its normalisation; null takes its pretrained config's, or the student's"""
-    precision: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """of its weights; auto is train.precision"""
-    channels_last: bool = True
-    """memory format"""
-    compile: bool = False
-    """run it through torch.compile"""
     args: dict[str, Any] = {}
     """handed to timm.create_model"""
+
+    _check_std = field_validator("std")(_check_positive)
+
+
+class TeacherMember(TeacherNetwork):
+    """One of several teachers."""
+
+    weight: float = Field(1.0, gt=0)
+    """its share; shares are scaled to sum to 1"""
+
+
+class TeacherSection(TeacherNetwork):
+    """What is learned from: one network, or several."""
+
+    fit: Fit = Fit()
+    """train it first"""
+    members: list[TeacherMember] = []
+    """several teachers, each with its own eyes and class map, instead of one"""
+    combine: Literal["mean", "draw"] = "mean"
+    """of several teachers: the mean of their probabilities, or one drawn for each view"""
     store: str | None = None
     """folder of a label store: the teacher's answers to every view"""
     store_mode: Literal["read", "record"] = "read"
     """read trains with no teacher in memory; record fills the store while the teacher is asked"""
     store_top: int | None = Field(None, ge=0)
     """logits that a new store keeps of an answer; null is 10 for soft labels, and 0, the label alone, for hard ones"""
-
-    _check_std = field_validator("std")(_check_positive)
+    min_top1: float | None = Field(None, ge=0, le=100)
+    """least top-1 on validation in percent; null is the largest class's share and three standard errors"""
+    precision: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """of its weights; auto is train.precision"""
+    channels_last: bool = True
+    """memory format"""
+    compile: bool = False
+    """run it through torch.compile"""
 
 
 class Distill(Section):
@@ -265,6 +295,9 @@ class Config(Section):
             raise ValueError("teacher.random_weights and teacher.fit.epochs exclude each other")
         if teacher.checkpoint is not None and teacher.fit.epochs:
             raise ValueError("teacher.checkpoint and teacher.fit.epochs exclude each other; unset one")
+        own = teacher.name or teacher.pretrained or teacher.checkpoint or teacher.random_weights or teacher.fit.epochs
+        if teacher.members and own:
+            raise ValueError("teacher.members and a teacher of the section's own exclude each other; unset one")
         if teacher.store_mode == "record" and teacher.store is None:
             raise ValueError("teacher.store_mode: record needs a folder to fill; set teacher.store")
         if self.train.precision == "fp16" and self.train.device == "cpu":

@@ -14,7 +14,7 @@ from deit_kd.files import read_json, write_json
 from deit_kd.interfaces import InputError
 from deit_kd.jobs import parts
 from deit_kd.jobs.run import execute, prepare
-from deit_kd.teachers import FrozenTeacher
+from deit_kd.teachers import NetworkTeacher
 from deit_kd.tracking import HEADS_FILE, say
 
 KEY_FILE = "teacher_key.json"
@@ -48,7 +48,7 @@ def teacher_folder(config: Config, splits: Splits) -> Path:
     return Path(config.teacher.fit.folder) / f"{config.teacher.name}-{digest}"
 
 
-def online_teacher(config: Config, processes: Processes, splits: Splits) -> tuple[FrozenTeacher, str | None]:
+def online_teacher(config: Config, processes: Processes, splits: Splits) -> tuple[NetworkTeacher, str | None]:
     """Return the recipe's teacher, fitted first where the recipe says so, and where its weights come from."""
     checkpoint = config.teacher.checkpoint
     if config.teacher.fit.epochs:
@@ -61,8 +61,13 @@ def _key(config: Config, splits: Splits) -> dict[str, Any]:
     del teacher["fit"]["folder"]
     for how_it_answers in (
         "channels_last",
+        "class_map",
+        "combine",
         "compile",
         "image_size",
+        "label_set",
+        "members",
+        "min_top1",
         "precision",
         "store",
         "store_mode",

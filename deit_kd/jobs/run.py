@@ -29,7 +29,7 @@ from deit_kd.models import STUDENT_FOLDER, choose_attention, save_local_dir, ten
 from deit_kd.optim import build_optimizer, build_schedule
 from deit_kd.store import RecordingTeacher, StoredTeacher
 from deit_kd.students import TimmStudent
-from deit_kd.teachers import FrozenTeacher
+from deit_kd.teachers import NetworkTeacher, check_score
 from deit_kd.tracking import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -56,6 +56,8 @@ FREE_ON_RESUME = {
     "data.workers",
     "data.download",
     "teacher.checkpoint",  # the weights themselves are compared
+    "teacher.class_map",  # the columns are compared
+    "teacher.min_top1",
     "teacher.fit.folder",
     "teacher.compile",
     "teacher.store",  # what it answers with is compared
@@ -109,6 +111,7 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
         lr=config.optim.lr,
         lr_reference_batch=config.optim.lr_reference_batch,
         weight_decay=config.optim.weight_decay,
+        layer_decay=config.optim.layer_decay,
         args=config.optim.args,
         batch_size=config.train.batch_size,
     )
@@ -143,7 +146,7 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
 
 def execute(
     run: Run,
-    teacher: FrozenTeacher | StoredTeacher | RecordingTeacher | None = None,
+    teacher: NetworkTeacher | StoredTeacher | RecordingTeacher | None = None,
     teacher_source: str | None = None,
     after_epoch: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
@@ -193,7 +196,7 @@ def execute(
         at_epoch_end = step % run.loader.steps_per_epoch == 0
         if step % config.train.log_every_steps == 0 or at_epoch_end:
             record = window.read(processes, config.train.batch_size)
-            record["lr"] = trainer.optimizer.param_groups[0]["lr"]
+            record["lr"] = max(group["lr"] for group in trainer.optimizer.param_groups)
             record["epoch"] = (step - 1) // run.loader.steps_per_epoch
             if not math.isfinite(record["loss"]):
                 raise InputError(
@@ -317,16 +320,21 @@ def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) ->
 
 
 def _meet_teacher(
-    run: Run, teacher: FrozenTeacher | StoredTeacher | RecordingTeacher | None, source: str | None
+    run: Run, teacher: NetworkTeacher | StoredTeacher | RecordingTeacher | None, source: str | None
 ) -> tuple[dict[str, Any] | None, Tensor | None]:
-    """Score the teacher before the first step; refuse one that differs between processes or from before."""
+    """Score the teacher before the first step; refuse one that cannot be right, or differs between processes."""
     if teacher is None:
         return None, None
     facts: dict[str, Any] = {
         "name": run.config.teacher.name,
+        **teacher.facts,
         "source": source,
-        **(teacher.facts if isinstance(teacher, StoredTeacher) else {"weights": tensors_hash(teacher.state_dict())}),
+        "random_weights": parts.has_random_weights(run.config),
     }
+    if isinstance(teacher, StoredTeacher):
+        facts["random_weights"] = teacher.facts["random_weights"]
+    else:
+        facts["weights"] = tensors_hash(teacher.state_dict())
     if not run.processes.same_everywhere(facts["weights"]):
         raise InputError("teacher: its weights differ between processes; give all of them the same file")
     if run.checkpoint is not None:
@@ -344,9 +352,14 @@ def _meet_teacher(
             total=len(run.splits.validation),
             processes=run.processes,
         )
+    if not facts["random_weights"]:
+        score, least = facts["score"], run.config.teacher.min_top1
+        check_score(facts["name"], score["top1"], score["nll"], run.splits.validation.labels, least)
     if run.processes.is_main:
+        for line in teacher.lines():
+            say(line)
         say(f"teacher: {facts['name']}, top-1 {facts['score']['top1']:.2f} % on {len(run.splits.validation)} images")
-        if run.config.teacher.random_weights or facts.get("random_weights"):
+        if facts["random_weights"]:
             say("warning: the teacher has random weights and teaches nothing")
     return facts, predictions
 
@@ -377,6 +390,7 @@ def _write_facts(run: Run, teacher_facts: dict[str, Any] | None) -> None:
     facts = {
         "data": run.data_facts,
         "classes": list(run.classes),
+        "student": None if run.student.account is None else run.student.account.record(),
         "teacher": teacher_facts,
         "processes": run.processes.count,
         "torch": torch.__version__,
@@ -393,6 +407,8 @@ def _say_start(run: Run, first_step: int) -> None:
         + (f", continued from step {first_step}" if first_step else "")
         + f"; writes {run.folder}"
     )
+    for line in run.student.account.lines() if run.student.account is not None and not first_step else ():
+        say(line)
 
 
 def _step_note(step: int, total: int, record: dict[str, Any], kind: str) -> str:

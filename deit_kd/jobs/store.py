@@ -29,7 +29,7 @@ from deit_kd.jobs.stored import (
 from deit_kd.models import choose_attention
 from deit_kd.randomness import generator
 from deit_kd.store import VALIDATION, LabelStore, RecordingTeacher, epoch_part
-from deit_kd.teachers import FrozenTeacher
+from deit_kd.teachers import NetworkTeacher
 from deit_kd.tracking import ViewMeter, say
 
 LARGEST_CHANGED_SHARE = 0.01  # of the argmax, that a check lets pass
@@ -205,7 +205,7 @@ def _saving(recorder: RecordingTeacher, last: list[Batch], views: int, device: t
 
 
 def _compare(
-    store: LabelStore, teacher: FrozenTeacher, batches: Iterable[Batch], device: torch.device
+    store: LabelStore, teacher: NetworkTeacher, batches: Iterable[Batch], device: torch.device
 ) -> dict[str, float]:
     rows = []
     for batch in batches:

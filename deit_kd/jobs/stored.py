@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,7 +32,7 @@ from deit_kd.store import (
     differences,
     epoch_part,
 )
-from deit_kd.teachers import FrozenTeacher
+from deit_kd.teachers import NetworkTeacher
 from deit_kd.tracking import FACTS_FILE, HEADS_FILE, say
 
 SOFT_TOP = 10  # logits kept for soft labels unless teacher.store_top says otherwise
@@ -51,7 +53,9 @@ NOT_IN_IDENTITY = {
     "teacher.checkpoint",
     "teacher.random_weights",
     "teacher.channels_last",
+    "teacher.class_map",  # what the file says is compared
     "teacher.compile",
+    "teacher.min_top1",
     "teacher.store",
     "teacher.store_mode",
     "teacher.store_top",
@@ -109,7 +113,7 @@ def stored_validation(config: Config, photos: Photos, processes: Processes) -> t
 
 @contextmanager
 def recording(
-    run: Run, teacher: FrozenTeacher, checkpoint: str | None
+    run: Run, teacher: NetworkTeacher, checkpoint: str | None
 ) -> Iterator[tuple[RecordingTeacher, Callable[[int], None]]]:
     """Fill the run's store while it trains: yield the teacher to ask, and what to call after every epoch.
 
@@ -138,7 +142,7 @@ def writing(
     splits: Splits,
     loader: TrainingLoader,
     processes: Processes,
-    teacher: FrozenTeacher,
+    teacher: NetworkTeacher,
     checkpoint: str | None,
 ) -> Iterator[LabelStore]:
     """Open a store that every process may write pieces to, or begin it; nobody else writes to it meanwhile.
@@ -165,9 +169,9 @@ def writing(
         "validation": len(splits.validation),
         "libraries": [libraries_in_use()],
         "teacher": {
-            "name": config.teacher.name,
+            **teacher.facts,
             "weights": fields["teacher.weights"],
-            "random_weights": config.teacher.random_weights,
+            "random_weights": parts.has_random_weights(config),
         },
     }
     with ExitStack() as stack:
@@ -193,7 +197,7 @@ def writing(
 
 
 def fill_validation(
-    config: Config, store: LabelStore, teacher: FrozenTeacher, splits: Splits, processes: Processes
+    config: Config, store: LabelStore, teacher: NetworkTeacher, splits: Splits, processes: Processes
 ) -> None:
     """Ask for every image of the validation set, and keep the answers and their score."""
     if processes.share(store.holds(VALIDATION)):
@@ -215,7 +219,7 @@ def fill_validation(
 class _Listener:
     """Asks a teacher and keeps the records of its answers, in order."""
 
-    def __init__(self, teacher: FrozenTeacher, record: Record) -> None:
+    def __init__(self, teacher: NetworkTeacher, record: Record) -> None:
         self._teacher, self._record = teacher, record
         self._kept: list[dict[str, Tensor]] = []
 
@@ -294,7 +298,16 @@ def identity(config: Config, splits: Splits) -> dict[str, Any]:
         "seed": config.seed,
         "teacher.image_size": config.teacher.image_size or config.data.image_size,
         "teacher.precision": parts.teacher_precision(config),
+        "teacher.class_map": _file_digest(config.teacher.class_map),
     }
+
+
+def _file_digest(path: str | None) -> str | None:
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise InputError(f"teacher.class_map: {path} is no file; name a CSV or JSON file")
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
 
 def _validation_identity(config: Config, photos: Photos) -> dict[str, Any]:
@@ -314,12 +327,12 @@ def _identity_without_teacher(config: Config, splits: Splits) -> dict[str, Any]:
     Weights are compared where their file is at hand. A recipe that names no teacher takes the store's.
     """
     fields, section = identity(config, splits), config.teacher
-    if section.name is None:
+    if section.name is None and section.checkpoint is None and not section.members:
         return {key: value for key, value in fields.items() if not key.startswith("teacher.")}
     checkpoint = section.checkpoint
     if section.fit.epochs and (teacher_folder(config, splits) / HEADS_FILE).is_file():
         checkpoint = str(teacher_folder(config, splits))
-    if checkpoint is None:
+    if checkpoint is None or checkpoint.endswith(parts.TEACHER_OF_RUN):
         return fields | _source(config, splits)
     return fields | {"teacher.weights": weights_hash(None, checkpoint)}
 
@@ -334,12 +347,12 @@ def _source(config: Config, splits: Splits) -> dict[str, str]:
     return {"teacher.source": "file"} if section.checkpoint is not None else {}
 
 
-def weights_hash(teacher: FrozenTeacher | None, checkpoint: str | None) -> str:
+def weights_hash(teacher: NetworkTeacher | None, checkpoint: str | None) -> str:
     """Return a hash of the weights' file or, where they come from none, of the network."""
-    if checkpoint is None:
+    if checkpoint is None or checkpoint.endswith(parts.TEACHER_OF_RUN):
         assert teacher is not None
         return tensors_hash(teacher.state_dict())
-    state = load_weights("teacher.checkpoint", checkpoint)
+    state = load_weights("teacher.checkpoint", checkpoint).state
     return tensors_hash({name: state[name] for name in sorted(state)})
 
 

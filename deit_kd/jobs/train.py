@@ -10,7 +10,7 @@ from deit_kd.jobs.fit import online_teacher
 from deit_kd.jobs.run import Run, execute, prepare
 from deit_kd.jobs.stored import recording, stored_teacher
 from deit_kd.store import StoredTeacher
-from deit_kd.teachers import FrozenTeacher
+from deit_kd.teachers import NetworkTeacher
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def train(config: Config) -> dict[str, Any]:
         finish()
 
 
-def ready_teacher(run: Run) -> tuple[FrozenTeacher | StoredTeacher | None, str | None]:
+def ready_teacher(run: Run) -> tuple[NetworkTeacher | StoredTeacher | None, str | None]:
     """Return the run's teacher, and where its weights or its answers come from."""
     config = run.config
     if config.distill.kind == "none":

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deit_kd.interfaces import Batch, InputError, TeacherOutput
 from deit_kd.store.folder import LabelStore, epoch_part
@@ -26,6 +26,10 @@ class StoredTeacher:
     def __init__(self, store: LabelStore, epochs: int) -> None:
         self.store = store
         self.facts: dict[str, Any] = {**store.manifest["teacher"], "store": store.digest, "view_epochs": epochs}
+
+    def lines(self) -> list[str]:
+        """Return what a person is told about it."""
+        return []
 
     def __call__(self, batch: Batch) -> TeacherOutput:
         """Answer the views of `batch` with logits [B, C] in fp32, on the device of its images.
@@ -49,7 +53,7 @@ class RecordingTeacher:
         store: that this process may write pieces to.
     """
 
-    def __init__(self, teacher: nn.Module, store: LabelStore) -> None:
+    def __init__(self, teacher: Any, store: LabelStore) -> None:
         self.store = store
         self._teacher = teacher
         self._kept: list[tuple[Tensor, dict[str, Tensor]]] = []
@@ -64,6 +68,17 @@ class RecordingTeacher:
             if self._views >= VIEWS_PER_PIECE or time.monotonic() - self._since >= SECONDS_PER_PIECE:
                 self.flush()
         return answer
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run records about the other teacher."""
+        facts: dict[str, Any] = self._teacher.facts
+        return facts
+
+    def lines(self) -> list[str]:
+        """Return what a person is told about the other teacher."""
+        lines: list[str] = self._teacher.lines()
+        return lines
 
     def state_dict(self) -> dict[str, Any]:
         """Return the other teacher's weights."""
