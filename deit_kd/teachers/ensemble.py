@@ -67,7 +67,7 @@ class EnsembleTeacher(nn.Module):
         """Answer the views of `batch` with log-probabilities [B, C] in fp32."""
         answers = torch.stack([member(batch).logits for member in self.members]).log_softmax(-1)  # [members, B, C]
         if self.combine == "draw" and batch.view_ids is not None:
-            drawn = self.draw(batch.view_ids)
+            drawn = self.draw(batch.view_ids.to(answers.device, non_blocking=True))
             return TeacherOutput(answers[drawn, torch.arange(len(drawn), device=drawn.device)])
         shares = self._shares.to(answers.dtype).log()
         return TeacherOutput((answers + shares[:, None, None]).logsumexp(0))
