@@ -53,6 +53,8 @@ class Data(Section):
     """normalisation of the student's images, by channel"""
     std: Statistics = IMAGENET_DEFAULT_STD
     """normalisation of the student's images, by channel"""
+    in_memory: bool = False
+    """decode every training photo once, at the start, and keep it in memory; the views are the same"""
     workers: int = Field(2, ge=0)
     """processes that make views, for each training process"""
 

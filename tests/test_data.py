@@ -180,3 +180,18 @@ def test_imagenette_is_read_from_torchvisions_folder(tmp_path: Path) -> None:
             Image.new("RGB", (9, 9)).save(folder / f"{index}.JPEG")
     train, validation = splits(tmp_path, name="imagenette")
     assert (len(train), len(validation), train.classes) == (20, 10, classes)
+
+
+def test_photos_in_memory_are_the_files(photos_root: Path) -> None:
+    photos = splits(photos_root).train
+    kept = photos.in_memory()
+    assert kept.digest() == photos.digest()
+    for index in range(len(photos)):
+        assert kept.image(index).tobytes() == photos.image(index).tobytes()
+
+
+def test_photos_in_memory_need_no_file(tmp_path: Path) -> None:
+    kept = splits(write_photos(tmp_path, {"train": 3, "validation": 3})).train.in_memory()
+    for file in tmp_path.rglob("*.*"):
+        file.unlink()
+    assert kept.subset([1]).image(0).size == kept.image(1).size

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,8 @@ class Photos:
         labels: the class of each image, an index into `classes`.
         classes: class names, in label order.
         root: the folder of the files; None when the images are in memory.
-        arrays: uint8 images [H, W, 3], when they are in memory.
+        arrays: uint8 images [H, W, 3] of one size, when they are in memory from the start.
+        decoded: uint8 images [H, W, 3] of the files, when they were read ahead.
     """
 
     names: Sequence[str]
@@ -44,6 +46,7 @@ class Photos:
     classes: tuple[str, ...]
     root: Path | None = None
     arrays: np.ndarray | None = None
+    decoded: Sequence[np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -52,8 +55,22 @@ class Photos:
         """Return one image as RGB."""
         if self.arrays is not None:
             return Image.fromarray(self.arrays[index])
+        if self.decoded is not None:
+            return Image.fromarray(self.decoded[index])
         assert self.root is not None
         return load_image(self.root / self.names[index])
+
+    def in_memory(self) -> Photos:
+        """Return the same photos, every file read and decoded once; H x W x 3 bytes each, which workers share.
+
+        Raises:
+            InputError: a file is missing or is not a readable image.
+        """
+        if self.arrays is not None:
+            return self
+        with ThreadPoolExecutor() as pool:
+            decoded = list(pool.map(lambda index: np.asarray(self.image(index)), range(len(self))))
+        return replace(self, decoded=decoded)
 
     def subset(self, indices: Sequence[int]) -> Photos:
         """Return the images at `indices`, in that order."""
@@ -63,6 +80,7 @@ class Photos:
             classes=self.classes,
             root=self.root,
             arrays=None if self.arrays is None else self.arrays[np.asarray(indices, dtype=np.int64)],
+            decoded=None if self.decoded is None else [self.decoded[i] for i in indices],
         )
 
     def size(self, index: int) -> int:

@@ -29,7 +29,8 @@ def bench(config: Config, rounds: int, steps: int, json_file: Path | None) -> di
 
     ``floor`` is the student's step and the teacher's answer on a batch that stays in memory; ``loop`` is the
     whole loop with its loader, mixing and meters. Batches that the workers made while something else was timed
-    are used up before the clock starts. Evaluation and checkpoints are outside, and no run folder is written.
+    are used up before the clock starts, and what needs no loader waits until the workers rest. Evaluation and
+    checkpoints are outside, and no run folder is written.
 
     Args:
         config: a recipe; its teacher may have random weights.
@@ -68,11 +69,11 @@ def bench(config: Config, rounds: int, steps: int, json_file: Path | None) -> di
             for _ in itertools.islice(stream, batches * config.train.accumulation_steps):
                 pass
 
-        timed: dict[str, Callable[[], None]] = {
+        from_stream: dict[str, Callable[[], None]] = {
             "loop": lambda: loop(stream),
-            "floor": lambda: loop(itertools.cycle(held)),
             "loader alone": lambda: use_up(steps),
         }
+        in_memory: dict[str, Callable[[], None]] = {"floor": lambda: loop(itertools.cycle(held))}
         if teacher is not None:
             answers = {id(batch.images): teacher(batch) for batch in held}
             knowing = Distiller(
@@ -81,15 +82,21 @@ def bench(config: Config, rounds: int, steps: int, json_file: Path | None) -> di
                 run.objective,
                 config.train.precision,
             )
-            timed["student's step"] = lambda: loop(itertools.cycle(held), replace(trainer, distiller=knowing))
-            timed["teacher's answer"] = lambda: [teacher(batch) for batch in held * steps].clear()
-        rates: dict[str, list[float]] = {name: [] for name in timed}
+            in_memory["student's step"] = lambda: loop(itertools.cycle(held), replace(trainer, distiller=knowing))
+            in_memory["teacher's answer"] = lambda: [teacher(batch) for batch in held * steps].clear()
+        rates: dict[str, list[float]] = {name: [] for name in (*from_stream, *in_memory)}
+
+        def take(name: str, part: Callable[[], None]) -> None:
+            rates[name].append(steps * config.train.batch_size / _seconds(part, processes.device))
+
         loop(itertools.cycle(held))
         for _ in range(rounds):
-            for name, part in timed.items():
-                use_up(prefetched if part in (timed["loop"], timed["loader alone"]) else 0)
-                seconds = _seconds(part, processes.device)
-                rates[name].append(steps * config.train.batch_size / seconds)
+            for name, part in from_stream.items():
+                use_up(prefetched)
+                take(name, part)
+            time.sleep(1.5 * prefetched * config.train.batch_size / rates["loader alone"][-1])
+            for name, part in in_memory.items():
+                take(name, part)
         return _report(rates, config, processes.device, json_file)
     finally:
         finish()

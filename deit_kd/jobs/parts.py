@@ -53,7 +53,7 @@ def build_training_loader(config: Config, photos: Photos, processes: Processes) 
         erasing=augment.erasing,
     )
     return data.build_training_loader(
-        photos,
+        photos.in_memory() if config.data.in_memory else photos,
         transform,
         seed=config.seed,
         repeats=augment.repeats,

@@ -54,6 +54,7 @@ FREE_ON_RESUME = {
     "recipe",
     "data.root",  # the photos themselves are compared
     "data.workers",
+    "data.in_memory",
     "data.download",
     "teacher.checkpoint",  # the weights themselves are compared
     "teacher.class_map",  # the columns are compared

@@ -48,6 +48,7 @@ NOT_IN_IDENTITY = {
     "data.validation_fraction",
     "data.download",
     "data.workers",
+    "data.in_memory",
     "augment.label_smoothing",  # changes targets, not views
     "teacher.pretrained",  # the weights themselves are compared
     "teacher.checkpoint",
