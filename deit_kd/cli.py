@@ -22,13 +22,21 @@ def _train(arguments: Arguments) -> None:
 
 
 def _evaluate(arguments: Arguments) -> None:
-    parser = _run_parser("deit-kd eval")
-    parser.add_argument("--split", choices=["train", "validation"], default="validation", help="what to score on")
-    folder, arguments = _with_recipe_of_run(arguments, parser)
-    config, others = parse_config(arguments, parser)
-    from deit_kd.jobs.evaluate import evaluate_run
+    parser = build_parser("deit-kd eval")
+    parser.add_argument("source", type=str, help="a run, an exported folder, a file of weights or a timm model")
+    parser.add_argument("--split", type=str, default="validation", help="train, validation or a folder under data.root")
+    parser.add_argument("--against", type=str, default=None, help="a second student to compare with")
+    parser.add_argument("--to", type=str, default=None, help="folder for the files; RUN/eval/<split> unless set")
+    if _asks_for_help(arguments):
+        parse_config(arguments, parser)
+    source = _first_argument(arguments, parser)
+    from deit_kd.jobs.evaluate import evaluate_source
+    from deit_kd.jobs.sources import open_source
 
-    evaluate_run(folder, config, others["split"])
+    recipe = open_source(source).recipe
+    config, others = parse_config([source, *recipe, *arguments[1:]], parser)
+    folder = None if others["to"] is None else Path(others["to"])
+    evaluate_source(source, config, others["split"], others["against"], folder)
 
 
 def _predict(arguments: Arguments) -> None:
@@ -63,20 +71,28 @@ def _run_parser(program: str) -> ArgumentParser:
 
 def _with_recipe_of_run(arguments: Arguments, parser: ArgumentParser) -> tuple[Path, Arguments]:
     """Return the run's folder, which is the first argument, and the arguments with its recipe before them."""
-    if any(argument in ("-h", "--help") for argument in arguments):
+    if _asks_for_help(arguments):
         return Path(), arguments
-    if not arguments or arguments[0].startswith("-"):
-        raise InputError(f"{parser.prog}: the first argument is the folder of a run")
-    folder = Path(arguments[0])
+    folder = Path(_first_argument(arguments, parser))
     recipe = folder / "config.yaml"
     if not recipe.is_file():
         raise InputError(f"{folder}: is no run (it has no {recipe.name}); name the folder of a run")
     return folder, [arguments[0], "--config", str(recipe), *arguments[1:]]
 
 
+def _asks_for_help(arguments: Arguments) -> bool:
+    return any(argument in ("-h", "--help") for argument in arguments)
+
+
+def _first_argument(arguments: Arguments, parser: ArgumentParser) -> str:
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError(f"{parser.prog}: the first argument names a run; see {parser.prog} --help")
+    return arguments[0]
+
+
 VERBS: dict[str, tuple[str, Callable[[Arguments], None]]] = {
     "train": ("train a student, its teacher first where the recipe says so", _train),
-    "eval": ("score a run's heads apart and fused", _evaluate),
+    "eval": ("score a student's heads apart and fused, a run's or a published one's", _evaluate),
     "bench": ("time the training loop over its floor", _bench),
     "predict": ("class, probability and head for unlabelled images", _predict),
 }

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,7 @@ def _numbers_of(fields: Mapping[str, Any], prefix: str = "") -> list[tuple[str, 
     return numbers
 
 
-console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def say(line: str) -> None:
@@ -138,3 +137,59 @@ def print_heads(result: Mapping[str, Any]) -> None:
                 "-" if agrees is None else f"{agrees:.3f}",
             )
     console.print(table)
+
+
+def print_scores(result: Mapping[str, Any]) -> None:
+    """Print every head's scores of an evaluation, with their 95 % intervals, and what calibration mends."""
+    table = Table(title=f"{result['student']}: {result['n']} images, weights: {result['weights']}; [95 % interval]")
+    columns = {"top-1 %": "top1", "top-5 %": "top5", "NLL": "nll", "Brier": "brier", "ECE": "ece"}
+    for column in ("head", *columns, "T", "NLL at T"):
+        table.add_column(column, justify="left" if column == "head" else "right")
+    rows = {**{head: score for head, score in result["heads"].items() if head != "fused"}, "teacher": result["teacher"]}
+    for name, score in rows.items():
+        if score is not None:
+            scaled = result["temperature"].get(name)
+            table.add_row(
+                name.replace("_", ", "),
+                *(_with_interval(score, key) for key in columns.values()),
+                *(("-", "-") if scaled is None else (f"{scaled['temperature']:.2f}", f"{scaled['after']['nll']:.4f}")),
+            )
+    console.print(table)
+
+
+def _with_interval(score: Mapping[str, Any], key: str) -> str:
+    if score[key] is None:
+        return "-"
+    low, high = score["intervals"][key]
+    digits = 2 if key.startswith("top") else 3
+    return f"{score[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def print_comparison(result: Mapping[str, Any]) -> None:
+    """Print McNemar's test of each two heads, who disagrees with whom, and the best weight of the fusion."""
+    if result["comparisons"]:
+        table = Table(title="the same images: who alone is right, and McNemar's test")
+        for column in ("first", "second", "first alone", "second alone", "difference, points", "p"):
+            table.add_column(column, justify="left" if column in ("first", "second") else "right")
+        for row in result["comparisons"]:
+            low, high = row["interval"]
+            table.add_row(
+                row["first"],
+                row["second"],
+                str(row["only_first"]),
+                str(row["only_second"]),
+                f"{row['difference']:+.2f} [{low:+.2f}, {high:+.2f}]",
+                f"{row['p']:.3g}",
+            )
+        console.print(table)
+    names, matrix = result["disagreement"]["names"], result["disagreement"]["matrix"]
+    table = Table("disagreement", *names, title="share of the images on which two differ")
+    for name, row in zip(names, matrix, strict=True):
+        table.add_row(name, *(f"{value:.3f}" for value in row))
+    console.print(table)
+    for fusion, found in (result["fusion_weight"] or {}).items():
+        say(
+            f"fused by {fusion}: the best weight of cls on one half is {found['weight_of_cls']:.2f}; on the other it "
+            f"gives {found['weighted']['top1']:.2f} % and NLL {found['weighted']['nll']:.4f}, equal weights "
+            f"{found['equal']['top1']:.2f} % and {found['equal']['nll']:.4f}"
+        )
