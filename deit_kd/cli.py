@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 from deit_kd.config import build_parser, parse_config
 from deit_kd.interfaces import InputError, nearest
@@ -27,6 +28,8 @@ def _evaluate(arguments: Arguments) -> None:
     parser.add_argument("--split", type=str, default="validation", help="train, validation or a folder under data.root")
     parser.add_argument("--against", type=str, default=None, help="a second student to compare with")
     parser.add_argument("--to", type=str, default=None, help="folder for the files; RUN/eval/<split> unless set")
+    parser.add_argument("--diagnose", type=bool, default=False, help="look at tokens, layers and attention, too")
+    parser.add_argument("--images", type=list[str], default=[], help="names of the images to show then")
     if _asks_for_help(arguments):
         parse_config(arguments, parser)
     source = _first_argument(arguments, parser)
@@ -35,8 +38,15 @@ def _evaluate(arguments: Arguments) -> None:
 
     recipe = open_source(source).recipe
     config, others = parse_config([source, *recipe, *arguments[1:]], parser)
-    folder = None if others["to"] is None else Path(others["to"])
-    evaluate_source(source, config, others["split"], others["against"], folder)
+    evaluate_source(
+        source,
+        config,
+        others["split"],
+        against=others["against"],
+        folder=None if others["to"] is None else Path(others["to"]),
+        look_inside=others["diagnose"],
+        images=others["images"],
+    )
 
 
 def _predict(arguments: Arguments) -> None:
@@ -52,6 +62,25 @@ def _predict(arguments: Arguments) -> None:
     predict(folder, config, [Path(file) for file in others["files"]], others["head"], csv_file)
 
 
+def _report(arguments: Arguments) -> None:
+    parser = _run_list_parser("deit-kd report", "folders of finished runs")
+    parser.add_argument("--to", type=str, default=None, help="folder for the page; RUN/report unless set")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:1")
+    given = _parse(parser, arguments)
+    from deit_kd.jobs.report import report
+
+    report([Path(run) for run in given["runs"]], None if given["to"] is None else Path(given["to"]), given["device"])
+
+
+def _plot(arguments: Arguments) -> None:
+    parser = _run_list_parser("deit-kd plot", "folders of runs, finished or not")
+    parser.add_argument("--to", type=str, default=None, help="PNG to write; RUN/curves.png unless set")
+    given = _parse(parser, arguments)
+    from deit_kd.jobs.plot import plot
+
+    plot([Path(run) for run in given["runs"]], None if given["to"] is None else Path(given["to"]))
+
+
 def _bench(arguments: Arguments) -> None:
     parser = build_parser("deit-kd bench")
     parser.add_argument("--rounds", type=int, default=7, help="how often each part is timed")
@@ -61,6 +90,20 @@ def _bench(arguments: Arguments) -> None:
     from deit_kd.jobs.bench import bench
 
     bench(config, others["rounds"], others["steps"], None if others["json"] is None else Path(others["json"]))
+
+
+def _run_list_parser(program: str, runs: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=program, exit_on_error=False)
+    parser.add_argument("runs", type=str, nargs="+", help=runs)
+    return parser
+
+
+def _parse(parser: ArgumentParser, arguments: Arguments) -> dict[str, Any]:
+    try:
+        given: dict[str, Any] = parser.parse_args(arguments).as_dict()
+    except ArgumentError as error:
+        raise InputError(f"{str(error).splitlines()[0]}; see {parser.prog} --help") from error
+    return given
 
 
 def _run_parser(program: str) -> ArgumentParser:
@@ -94,6 +137,8 @@ VERBS: dict[str, tuple[str, Callable[[Arguments], None]]] = {
     "train": ("train a student, its teacher first where the recipe says so", _train),
     "eval": ("score a student's heads apart and fused, a run's or a published one's", _evaluate),
     "bench": ("time the training loop over its floor", _bench),
+    "report": ("one page about runs: curves, heads, calibration, attention", _report),
+    "plot": ("the curves of a run that is still going", _plot),
     "predict": ("class, probability and head for unlabelled images", _predict),
 }
 

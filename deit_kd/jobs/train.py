@@ -8,6 +8,7 @@ from deit_kd.config import Config
 from deit_kd.distributed import finish, start
 from deit_kd.jobs import parts
 from deit_kd.jobs.fit import fitted_teacher
+from deit_kd.jobs.report import write_report
 from deit_kd.jobs.run import Run, execute, prepare
 from deit_kd.teachers import FrozenTeacher
 
@@ -21,7 +22,10 @@ def train(config: Config) -> dict[str, Any]:
     processes = start(config.train.device)
     try:
         run = prepare(config, processes)
-        return execute(run, *ready_teacher(run))
+        heads = execute(run, *ready_teacher(run))
+        if config.evaluate.report:
+            write_report([run.folder], None, processes)
+        return heads
     finally:
         finish()
 

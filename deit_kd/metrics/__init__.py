@@ -9,7 +9,7 @@ from deit_kd.metrics.calibration import (
     reliability,
     scale_temperature,
 )
-from deit_kd.metrics.comparison import class_accuracies, disagreement_matrix, mcnemar
+from deit_kd.metrics.comparison import class_accuracies, disagreement_matrix, followed, mcnemar
 from deit_kd.metrics.counts import Agreement, Score
 from deit_kd.metrics.heads import every_head, judge, per_image
 from deit_kd.metrics.intervals import bootstrap_means, interval
@@ -27,6 +27,7 @@ __all__ = [
     "expected_calibration_error",
     "fit_fusion_weight",
     "fit_temperature",
+    "followed",
     "interval",
     "judge",
     "linear_cka",

@@ -41,6 +41,25 @@ def disagreement_matrix(predictions: Mapping[str, Tensor]) -> dict[str, list]:
     return {"names": names, "matrix": matrix}
 
 
+def followed(predictions: Mapping[str, Tensor], labels: Tensor, teacher: Tensor) -> dict[str, dict[str, int]]:
+    """Count whom each predictor follows where the label and the teacher disagree.
+
+    Args:
+        predictions: classes [n] by head.
+        labels: [n].
+        teacher: the teacher's classes [n].
+
+    Returns:
+        By head ``{"label", "teacher", "neither"}``, numbers of images.
+    """
+    disputed = labels != teacher
+    counts = {}
+    for name, predicted in predictions.items():
+        label, taught = int((predicted == labels)[disputed].sum()), int((predicted == teacher)[disputed].sum())
+        counts[name] = {"label": label, "teacher": taught, "neither": int(disputed.sum()) - label - taught}
+    return counts
+
+
 def class_accuracies(predictions: Mapping[str, Tensor], labels: Tensor, classes: int) -> dict[str, list]:
     """Return ``support`` [C] and each predictor's accuracy in percent [C]; None where a class has no images."""
     support = torch.bincount(labels, minlength=classes)
