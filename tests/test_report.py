@@ -174,9 +174,20 @@ def not_finished(folder: Path) -> list[str]:
     return ["report", str(folder)]
 
 
+def with_record(line: str) -> Any:
+    def arguments(folder: Path) -> list[str]:
+        (folder / "metrics.jsonl").write_text(line + "\n")
+        return ["plot", str(folder)]
+
+    return arguments
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (with_record('{"kind": "step", "step": 1, "classification": 1, "distillation": 1}'), ["line 1", "column 'lr'"]),
+        (with_record('{"kind": "leap"}'), ["line 1", "no record"]),
+        (with_record("loss 3"), ["line 1", "no record"]),
         (nothing, ["has no records"]),
         (lambda folder: ["report", str(folder)], ["is no run"]),
         (not_finished, ["no finished run"]),

@@ -12,6 +12,10 @@ from deit_kd.interfaces import InputError
 from deit_kd.tracking import METRICS_FILE
 
 Records = list[dict[str, Any]]
+COLUMNS = {
+    "step": ("step", "classification", "distillation", "lr", "images_per_second"),
+    "epoch": ("step", "epoch", "model", "teacher"),
+}
 HEADS = {"cls": ":", "dist": "--", "fused": "-"}
 
 
@@ -19,14 +23,25 @@ def read_records(folder: Path) -> Records:
     """Return the records of a run, finished or not; a line that is still being written is left out.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or one lacks a column.
     """
     file = folder / METRICS_FILE
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    records = [_record(line, f"{file}, line {n}") for n, line in enumerate(lines, start=1) if line.endswith("\n")]
     if not records:
         raise InputError(f"{folder}: has no records (no line in {METRICS_FILE}); name the folder of a run")
     return records
+
+
+def _record(line: str, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        missing = [column for column in COLUMNS[record["kind"]] if column not in record]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{place}: is no record of a run ({error}); name a run of deit_kd") from error
+    if missing:
+        raise InputError(f"{place}: has no column {missing[0]!r}; name a run of this version of deit_kd")
+    return dict(record)
 
 
 def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
