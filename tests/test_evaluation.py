@@ -150,6 +150,8 @@ def test_two_processes_count_exactly_as_one(runs: Path, tmp_path: Path) -> None:
     assert together["unreadable"] == alone["unreadable"]
     assert together["disagreement"] == alone["disagreement"]
     assert together["by_class"] == alone["by_class"]
+    tables = [parquet.read_table(tmp_path / folder / "predictions.parquet") for folder in ("one", "two")]
+    assert tables[0].column("path").equals(tables[1].column("path"))
     assert together["heads"]["fused"]["nll"] == pytest.approx(alone["heads"]["fused"]["nll"], rel=1e-6)
 
 

@@ -67,6 +67,12 @@ def test_reliability_counts_every_image_once_a_certain_one_too() -> None:
     assert rows[0] == {"from": 0, "to": 1 / 15, "n": 0, "confidence": None, "accuracy": None}
 
 
+def test_a_confidence_on_an_edge_belongs_to_the_bin_above() -> None:
+    edge = float(torch.linspace(0, 1, 16)[9])
+    rows = reliability(torch.tensor([[edge, 1 - edge]]), torch.tensor([0]))
+    assert [row["n"] for row in rows].index(1) == 9
+
+
 @pytest.mark.parametrize("sharpness", [0.5, 1.0, 3.0])
 def test_temperature_scaling_finds_what_the_logits_were_multiplied_by(sharpness: float) -> None:
     logits, labels = guesses(images=4000, sharpness=sharpness)
