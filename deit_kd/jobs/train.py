@@ -8,7 +8,6 @@ from deit_kd.config import Config
 from deit_kd.distributed import finish, start
 from deit_kd.jobs import parts
 from deit_kd.jobs.fit import fitted_teacher
-from deit_kd.jobs.report import write_report
 from deit_kd.jobs.run import Run, execute, prepare
 from deit_kd.teachers import FrozenTeacher
 
@@ -24,6 +23,9 @@ def train(config: Config) -> dict[str, Any]:
         run = prepare(config, processes)
         heads = execute(run, *ready_teacher(run))
         if config.evaluate.report:
+            # Imported here so that training need not wait for the plotting library.
+            from deit_kd.jobs.report import write_report
+
             write_report([run.folder], None, processes)
         return heads
     finally:

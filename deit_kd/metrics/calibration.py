@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from deit_kd.interfaces import StudentOutput
 
@@ -24,6 +23,9 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor) -> float:
         probabilities: [n, C].
         labels: [n].
     """
+    # Imported here because it takes a second, which `import deit_kd` need not wait for.
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     classes = probabilities.shape[-1]
     return float(multiclass_calibration_error(probabilities, labels, classes, n_bins=BINS, norm="l1"))
 
