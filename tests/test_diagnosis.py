@@ -73,6 +73,19 @@ def test_token_attention_leaves_out_both_tokens_and_keeps_the_places_of_the_patc
     assert seen.rollout.shape == (2, 2, 4, 4)
 
 
+def test_a_pit_has_attention_but_no_rollout_because_its_stages_pool_the_patches() -> None:
+    choose_attention("plain", CPU)
+    model = timm.create_model("pit_ti_distilled_224", img_size=64).eval()
+    choose_attention("auto", CPU)
+    pixels = torch.randn(1, 3, 64, 64)
+    seen = token_attention(model, pixels, leading_tokens=2)
+    assert seen.rollout is None
+    assert seen.last_block.shape[1:3] == (8, 2)  # heads, tokens
+    with torch.no_grad(), recorded(blocks(model)) as said:
+        model(pixels)
+    assert said["block 1"].shape[1] > said["block 12"].shape[1] == 2 + seen.last_block.shape[-1] ** 2
+
+
 def test_rollout_of_two_blocks_is_that_of_a_hand() -> None:
     first, second = torch.rand(2, 1, 2, 4, 4, generator=torch.Generator().manual_seed(0)).softmax(-1)
     eye = torch.eye(4)
