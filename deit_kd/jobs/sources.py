@@ -151,5 +151,5 @@ def load_student(source: Source, config: Config, classes: tuple[str, ...], proce
     Raises:
         InputError: its weights cannot be had, or are another model's.
     """
-    checkpoint = None if source.run is None else str(source.run / STUDENT_FOLDER)
+    checkpoint = config.student.checkpoint if source.run is None else str(source.run / STUDENT_FOLDER)
     return parts.build_student(config, classes, checkpoint=checkpoint).to(processes.device).eval()
