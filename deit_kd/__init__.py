@@ -3,6 +3,7 @@
 from deit_kd.engine import Distiller
 from deit_kd.interfaces import Batch, InputError, StudentOutput, TeacherOutput, head_probabilities
 from deit_kd.losses import Objective, Terms, hard_distillation, soft_distillation, soft_target_cross_entropy
+from deit_kd.store import LabelStore, StoredTeacher
 from deit_kd.students import TimmStudent
 from deit_kd.teachers import FrozenTeacher
 
@@ -11,7 +12,9 @@ __all__ = [
     "Distiller",
     "FrozenTeacher",
     "InputError",
+    "LabelStore",
     "Objective",
+    "StoredTeacher",
     "StudentOutput",
     "TeacherOutput",
     "Terms",

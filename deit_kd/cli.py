@@ -81,6 +81,17 @@ def _plot(arguments: Arguments) -> None:
     plot([Path(run) for run in given["runs"]], None if given["to"] is None else Path(given["to"]))
 
 
+def _export(arguments: Arguments) -> None:
+    parser = _run_parser("deit-kd export")
+    parser.add_argument("--format", type=str, required=True, help="timm, local-dir, transformers, onnx or torch-export")
+    parser.add_argument("--to", type=str, default=None, help="folder to write; RUN/export/FORMAT unless set")
+    folder, arguments = _with_recipe_of_run(arguments, parser)
+    config, others = parse_config(arguments, parser)
+    from deit_kd.jobs.export import export_run
+
+    export_run(folder, config, others["format"], None if others["to"] is None else Path(others["to"]))
+
+
 def _bench(arguments: Arguments) -> None:
     parser = build_parser("deit-kd bench")
     parser.add_argument("--rounds", type=int, default=7, help="how often each part is timed")
@@ -104,6 +115,68 @@ def _parse(parser: ArgumentParser, arguments: Arguments) -> dict[str, Any]:
     except ArgumentError as error:
         raise InputError(f"{str(error).splitlines()[0]}; see {parser.prog} --help") from error
     return given
+
+
+def _data(arguments: Arguments) -> int:
+    parser = build_parser("deit-kd data")
+    parser.add_argument("action", choices=["check"], help="read every photo of a tree once")
+    parser.add_argument("root", type=str, help="folder with one folder of images for each class")
+    parser.add_argument("--json", type=str, default=None, help="file for the findings")
+    config, others = parse_config(arguments, parser)
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"name": "folder", "root": others["root"]})}
+    )
+    from deit_kd.jobs.data import available_cores, check_data
+    from deit_kd.jobs.parts import build_splits
+
+    json_file = None if others["json"] is None else Path(others["json"])
+    return 0 if check_data(build_splits(config), available_cores(), json_file) else 1
+
+
+def _store(arguments: Arguments) -> None:
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        print("usage: deit-kd store build --config R --store DIR | check DIR --config R | info DIR")
+        return
+    if verb not in STORE_VERBS:
+        raise InputError(f"store {verb}: unknown; use one of {', '.join(STORE_VERBS)}{nearest(verb, STORE_VERBS)}")
+    STORE_VERBS[verb](arguments[1:])
+
+
+def _store_build(arguments: Arguments) -> None:
+    parser = build_parser("deit-kd store build")
+    parser.add_argument("--store", type=str, default=None, help="folder of the store; teacher.store unless set")
+    parser.add_argument("--epochs", type=int, default=None, help="view epochs to store; train.epochs unless set")
+    parser.add_argument("--batch_size", type=int, default=256, help="images that each process asks for at a time")
+    config, others = parse_config(arguments, parser)
+    from deit_kd.jobs.store import build
+
+    build(config, others["store"], others["epochs"], others["batch_size"])
+
+
+def _store_check(arguments: Arguments) -> None:
+    parser = build_parser("deit-kd store check")
+    parser.add_argument("folder", type=str, help="of the store")
+    parser.add_argument("--samples", type=int, default=500, help="views to ask for again")
+    config, others = parse_config(arguments, parser)
+    from deit_kd.jobs.store import check
+
+    check(config, others["folder"], others["samples"])
+
+
+def _store_info(arguments: Arguments) -> None:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise InputError(f"deit-kd store info: {' '.join(arguments) or 'nothing'} is given; name one store's folder")
+    from deit_kd.jobs.store import info
+
+    info(arguments[0])
+
+
+STORE_VERBS: dict[str, Callable[[Arguments], None]] = {
+    "build": _store_build,
+    "check": _store_check,
+    "info": _store_info,
+}
 
 
 def _run_parser(program: str) -> ArgumentParser:
@@ -133,18 +206,21 @@ def _first_argument(arguments: Arguments, parser: ArgumentParser) -> str:
     return arguments[0]
 
 
-VERBS: dict[str, tuple[str, Callable[[Arguments], None]]] = {
+VERBS: dict[str, tuple[str, Callable[[Arguments], int | None]]] = {
     "train": ("train a student, its teacher first where the recipe says so", _train),
     "eval": ("score a student's heads apart and fused, a run's or a published one's", _evaluate),
-    "bench": ("time the training loop over its floor", _bench),
     "report": ("one page about runs: curves, heads, calibration, attention", _report),
     "plot": ("the curves of a run that is still going", _plot),
+    "data": ("check a tree of photos: counts, unreadable files, duplicates", _data),
+    "store": ("ask a teacher once for every view (build, check, info)", _store),
     "predict": ("class, probability and head for unlabelled images", _predict),
+    "export": ("hand a run's student to timm, transformers, onnx or torch.export", _export),
+    "bench": ("time the training loop over its floor", _bench),
 }
 
 
 def main(arguments: Arguments | None = None) -> int:
-    """Run one verb; return the exit code: 0, or 2 where the input cannot be used."""
+    """Run one verb; return the exit code: 0, 1 where a check found something, 2 where the input cannot be used."""
     arguments = sys.argv[1:] if arguments is None else arguments
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
@@ -155,8 +231,7 @@ def main(arguments: Arguments | None = None) -> int:
     try:
         if verb not in VERBS:
             raise InputError(f"{verb}: unknown verb; use one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
-        VERBS[verb][1](arguments[1:])
+        return VERBS[verb][1](arguments[1:]) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0

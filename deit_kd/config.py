@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from deit_kd.interfaces import InputError, nearest
@@ -20,6 +20,12 @@ class Section(BaseModel):
     """A part of a recipe: unknown keys and infinite numbers are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, frozen=True)
+
+
+def _check_positive(value: Statistics | None) -> Statistics | None:
+    if value is not None and min(value) <= 0:
+        raise ValueError("must be above 0 in every channel")
+    return value
 
 
 class Data(Section):
@@ -50,6 +56,8 @@ class Data(Section):
     workers: int = Field(2, ge=0)
     """processes that make views, for each training process"""
 
+    _check_std = field_validator("std")(_check_positive)
+
 
 class Augment(Section):
     """How views are made; the defaults are DeiT's."""
@@ -79,6 +87,13 @@ class Augment(Section):
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """mass spread over all classes"""
 
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _check_order(cls, value: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] or (info.field_name == "scale" and value[1] > 1):
+            raise ValueError("must be [low, high] with 0 < low <= high" + (" <= 1" * (info.field_name == "scale")))
+        return value
+
 
 class Optim(Section):
     """timm's optimiser and cosine schedule; the defaults are DeiT's."""
@@ -99,6 +114,8 @@ class Optim(Section):
     """where the cosine ends"""
     clip_grad_norm: float | None = Field(None, gt=0)
     """largest gradient norm; null does not clip"""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """the learning rate of each layer below the heads is this times that of the one above; null is the same for all"""
     args: dict[str, Any] = {}
     """handed to the optimiser: betas, eps, …"""
 
@@ -107,11 +124,17 @@ class StudentSection(Section):
     """The network that learns."""
 
     name: str | None = None
-    """timm name; a *_distilled_* one unless distill.kind is none"""
+    """timm name; a plain ViT gets a distillation token unless distill.kind is none"""
     pretrained: bool = False
     """start from timm's weights"""
     checkpoint: str | None = None
-    """start from these weights: a run, a timm local-dir, .safetensors or .pth"""
+    """start from these weights: a run, a timm local-dir, .safetensors (timm's, transformers') or .pth"""
+    token: Literal["cls", "scratch"] = "cls"
+    """what a token that the weights lack starts from: their class token with small noise, or nothing"""
+    new_heads: bool = False
+    """draw new heads even where the weights' own have as many classes"""
+    freeze: Literal["none", "patch_embed", "backbone", "all_but_heads"] = "none"
+    """what does not learn; backbone leaves tokens and heads"""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """rate of stochastic depth"""
     args: dict[str, Any] = {}
@@ -137,33 +160,63 @@ class Fit(Section):
     """the teacher's optimiser"""
 
 
-class TeacherSection(Section):
-    """The frozen network that is learned from; its weights come from exactly one place."""
+class TeacherNetwork(Section):
+    """A frozen network; its weights come from exactly one place."""
 
     name: str | None = None
-    """timm name; pin the tag of pretrained weights (regnety_160.deit_in1k)"""
+    """timm name; pin the tag of pretrained weights (regnety_160.deit_in1k); null is what the checkpoint says"""
     pretrained: bool = False
     """timm's weights, head included"""
     checkpoint: str | None = None
-    """weights from a run, a timm local-dir, .safetensors or .pth"""
+    """weights from a run (its student; RUN:teacher is its teacher), a timm local-dir, .safetensors or .pth"""
     random_weights: bool = False
     """no weights at all: for benchmarks and tests"""
-    fit: Fit = Fit()
-    """train it first"""
+    class_map: str | None = None
+    """CSV or JSON file: dataset class, and the teacher's column, WordNet id or label"""
+    label_set: str | None = None
+    """what the columns of weights without class names are: imagenet-1k, imagenet-12k, imagenet-22k, …"""
     image_size: int | None = Field(None, gt=0)
-    """pixels that it sees; null sees the student's"""
+    """pixels that it sees; null takes its pretrained config's, or the student's"""
     mean: Statistics | None = None
     """its normalisation; null takes its pretrained config's, or the student's"""
     std: Statistics | None = None
     """its normalisation; null takes its pretrained config's, or the student's"""
+    args: dict[str, Any] = {}
+    """handed to timm.create_model"""
+
+    _check_std = field_validator("std")(_check_positive)
+
+
+class TeacherMember(TeacherNetwork):
+    """One of several teachers."""
+
+    weight: float = Field(1.0, gt=0)
+    """its share; shares are scaled to sum to 1"""
+
+
+class TeacherSection(TeacherNetwork):
+    """What is learned from: one network, or several."""
+
+    fit: Fit = Fit()
+    """train it first"""
+    members: list[TeacherMember] = []
+    """several teachers, each with its own eyes and class map, instead of one"""
+    combine: Literal["mean", "draw"] = "mean"
+    """of several teachers: the mean of their probabilities, or one drawn for each view"""
+    store: str | None = None
+    """folder of a label store: the teacher's answers to every view"""
+    store_mode: Literal["read", "record"] = "read"
+    """read trains with no teacher in memory; record fills the store while the teacher is asked"""
+    store_top: int | None = Field(None, ge=0)
+    """logits that a new store keeps of an answer; null is 10 for soft labels, and 0, the label alone, for hard ones"""
+    min_top1: float | None = Field(None, ge=0, le=100)
+    """least top-1 on validation in percent; null is the largest class's share and three standard errors"""
     precision: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """of its weights; auto is train.precision"""
     channels_last: bool = True
     """memory format"""
     compile: bool = False
     """run it through torch.compile"""
-    args: dict[str, Any] = {}
-    """handed to timm.create_model"""
 
 
 class Distill(Section):
@@ -254,6 +307,11 @@ class Config(Section):
             raise ValueError("teacher.random_weights and teacher.fit.epochs exclude each other")
         if teacher.checkpoint is not None and teacher.fit.epochs:
             raise ValueError("teacher.checkpoint and teacher.fit.epochs exclude each other; unset one")
+        own = teacher.name or teacher.pretrained or teacher.checkpoint or teacher.random_weights or teacher.fit.epochs
+        if teacher.members and own:
+            raise ValueError("teacher.members and a teacher of the section's own exclude each other; unset one")
+        if teacher.store_mode == "record" and teacher.store is None:
+            raise ValueError("teacher.store_mode: record needs a folder to fill; set teacher.store")
         if self.train.precision == "fp16" and self.train.device == "cpu":
             raise ValueError("train.precision: fp16 needs CUDA; use bf16 or off on the CPU")
         return self
@@ -263,9 +321,20 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested sections by the path of their keys, e.g. ``distill.temperature``."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and not key.endswith("args"):
+            values.update(flat(value, f"{prefix}{key}."))
+        else:
+            values[prefix + key] = value
+    return values
+
+
 def build_parser(program: str) -> ArgumentParser:
     """Return a parser of ``--config FILE`` and every key of `Config` as a dotted option."""
-    parser = ArgumentParser(prog=program, exit_on_error=False, description=Config.__doc__)
+    parser = ArgumentParser(prog=program, exit_on_error=False, allow_abbrev=False, description=Config.__doc__)
     parser.add_argument("--config", action="config", help="recipe file; later options override it")
     for name, field in Config.model_fields.items():
         parser.add_argument(f"--{name}", type=field.annotation, default=field.default, help=field.description)
@@ -309,7 +378,13 @@ def parse_config(arguments: list[str], parser: ArgumentParser | None = None) -> 
 
 def _one_line(message: str) -> str:
     """Turn an error of jsonargparse or pydantic into ``key: value, reason, cure``."""
+    if message.startswith("Problems parsing config: "):
+        where = re.sub(r'in "<unicode string>", ', "in ", " ".join(message.split(": ", 1)[1].split()))
+        return f"config: is no YAML ({where}); correct the recipe file"
+    if message.startswith("Unexpected config: "):
+        return "config: is no recipe, which is YAML of keys and values such as 'seed: 0'"
     unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
+    unknown = unknown or re.search(r"Option '([\w.]+)' is not accepted", message)
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     if unknown or in_group:
         key = unknown[1].lstrip("-").split("=")[0] if unknown else f"{in_group[1]}.{in_group[2]}" if in_group else ""
@@ -321,7 +396,11 @@ def _one_line(message: str) -> str:
     reason = next(
         (line for line in reasons if line.startswith(("Input should", "Expected", "Value error"))), reasons[0]
     )
+    subtypes = next((line for line in lines if line.startswith("Subtypes: [")), None)
+    if subtypes is not None:
+        reason = f"Expected one of {subtypes[len('Subtypes: [') : -1]}"
     reason = re.sub(r"\.? ?Got value: .*", "", reason).replace("typing.", "")
+    reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason).replace("NoneType", "null")
     key = key_match[1] if key_match else ""
     value = f" {value_match[1].splitlines()[0]!r}" if value_match else ""
     return f"{key}:{value} {reason}" if key else reason

@@ -205,7 +205,8 @@ class Answers(NamedTuple):
     indices: Tensor  # [n], of the images in their split
     labels: Tensor  # [n]
     output: StudentOutput  # logits [n, C]
-    teacher_logits: Tensor | None  # [n, C]
+    teacher_predictions: Tensor | None  # [n]
+    teacher_logits: Tensor | None  # [n, C]; None also where only the teacher's classes are known
 
 
 @torch.inference_mode()
@@ -243,14 +244,16 @@ def collect(
     rows = [row for share in processes.gather(rows) for row in share]
     if not rows:
         empty = torch.empty(0, dtype=torch.long)
-        return Answers(empty, empty, StudentOutput(torch.empty(0, classes)), None)
+        return Answers(empty, empty, StudentOutput(torch.empty(0, classes)), None, None)
     indices, labels, cls, dist, taught = (torch.cat(column) for column in zip(*rows, strict=True))
     order = indices.argsort()
+    teacher_logits = taught[order] if taught.shape[1] else None
     return Answers(
         indices[order],
         labels[order],
         StudentOutput(cls[order], dist[order] if dist.shape[1] else None),
-        taught[order] if taught.shape[1] else None,
+        None if teacher_logits is None else teacher_logits.argmax(-1),
+        teacher_logits,
     )
 
 

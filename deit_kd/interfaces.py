@@ -26,16 +26,18 @@ class Batch(NamedTuple):
     images: Tensor  # [B, 3, H, W], normalised for the student
     targets: Tensor  # [B, C], soft, after mixing and smoothing
     labels: Tensor  # [B], the class of each photo before mixing
-    view_ids: Tensor | None = None  # [B, 2]: epoch and position; None outside our loader
+    view_ids: Tensor | None = None  # [B, 2]: epoch and position, in host memory; None outside our loader
 
     def to(self, device: torch.device) -> Batch:
-        """Move every tensor to `device` without waiting for the copy."""
+        """Move every tensor but `view_ids` to `device` without waiting for the copy.
+
+        A label store finds its records by `view_ids`; read from a device, they would stop the loop at every step.
+        """
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
-        view_ids = None if self.view_ids is None else moved(self.view_ids)
-        return Batch(moved(self.images), moved(self.targets), moved(self.labels), view_ids)
+        return Batch(moved(self.images), moved(self.targets), moved(self.labels), self.view_ids)
 
 
 class StudentOutput(NamedTuple):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ from timm.layers import set_fused_attn
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from deit_kd.files import read_json
 from deit_kd.interfaces import InputError, nearest
+from deit_kd.tokens import graft, has_second_head
+from deit_kd.weights import classifier_names, fit_weights, to_timm_names
 
 STUDENT_FOLDER = "student"  # of a run: its weights in timm's local-dir layout
 
@@ -48,33 +51,104 @@ def size_argument(name: str, image_size: int) -> dict[str, int]:
     return {"img_size": image_size} if fixed else {}
 
 
+# What a recipe may not slip past the checks of weights and classes through ``args``.
+RESERVED_ARGUMENTS = {
+    "checkpoint_path": "name the file as the section's checkpoint",
+    "features_only": "a student and a teacher need their heads",
+    "in_chans": "images have three channels",
+    "num_classes": "it follows from the data or the weights",
+    "pretrained": "set it in the section itself",
+    "pretrained_cfg": "name a pretrained tag, or a checkpoint",
+    "pretrained_cfg_overlay": "name a pretrained tag, or a checkpoint",
+}
+
+
+def check_arguments(key: str, args: Mapping[str, Any]) -> None:
+    """Raise an InputError where `args` of ``timm.create_model`` would choose weights or classes by another way."""
+    for name, cure in RESERVED_ARGUMENTS.items():
+        if name in args:
+            raise InputError(f"{key}: {name} cannot be given here; {cure}")
+
+
 def create_model(
-    key: str, name: str, *, pretrained: bool = False, image_size: int | None = None, **kwargs: Any
+    key: str,
+    name: str,
+    *,
+    image_size: int | None = None,
+    distillation_token: bool = False,
+    **kwargs: Any,
 ) -> nn.Module:
-    """Create a timm model; `image_size` reaches only models that are built for one size.
+    """Create a timm model with new weights; `image_size` reaches only models that are built for one size.
 
     Args:
         key: the recipe's key, which errors begin with.
         name: a timm name, with or without a pretrained tag.
-        pretrained: load timm's weights.
         image_size: pixels.
+        distillation_token: graft a token and its head onto a model that has none.
         kwargs: handed to ``timm.create_model``.
 
     Raises:
         InputError: timm does not know the model or an argument, the patch size does not divide the image
-            size, or the weights cannot be had.
+            size, or a distillation token cannot be grafted.
     """
     check_known(key, name)
     if image_size is not None:
         kwargs = {**size_argument(name, image_size), **kwargs}
-    try:
-        model = timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-        cure = "check the network, or give a checkpoint" if pretrained else "see the arguments of timm's model"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{key}: {name!r} cannot be created with {kwargs} ({reason}); {cure}") from error
+    model = _created(key, name, "see the arguments of timm's model", **kwargs)
     _check_patches(key, model, image_size)
+    if distillation_token and not has_second_head(model):
+        graft(key, model)
     return model
+
+
+def _created(key: str, name: str, cure: str, **kwargs: Any) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise InputError(f"{key}: {name!r} cannot be created with {kwargs} ({reason}); {cure}") from error
+    return model
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A state dict under timm's names, and what is known about the model that it belongs to."""
+
+    state: dict[str, Tensor]
+    source: str
+    architecture: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    label_names: tuple[str, ...] | None = None
+    pretrained_cfg: dict[str, Any] = field(default_factory=dict)  # input_size, mean, std, interpolation, license, …
+
+    @property
+    def build_arguments(self) -> dict[str, Any]:
+        """What ``timm.create_model`` needs to build the model again, beside its size and class count."""
+        return {key: value for key, value in self.model_args.items() if key not in ("num_classes", "img_size")}
+
+
+def pretrained_weights(key: str, name: str) -> Weights:
+    """Return timm's own weights of a pretrained tag, as they were published.
+
+    The model is built as the tag describes it, so that timm loads all of it. A head that comes out as it was
+    drawn was not loaded, whatever timm says, and is not among what is returned.
+
+    Raises:
+        InputError: there are no such weights, or they cannot be had.
+    """
+    check_known(key, name)
+    cure = "check the network, or give a checkpoint"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _created(key, name, cure, pretrained=True)
+        torch.manual_seed(0)
+        drawn = _created(key, name, cure, pretrained=False).state_dict()
+    state = model.state_dict()
+    for head in classifier_names(model):
+        weight = f"{head}.weight"
+        if weight in state and torch.equal(state[weight], drawn[weight]):
+            del state[weight]
+    return Weights(state, f"timm's {name}", name, pretrained_cfg=dict(getattr(model, "pretrained_cfg", {})))
 
 
 def _check_patches(key: str, model: nn.Module, image_size: int | None) -> None:
@@ -96,26 +170,47 @@ def weights_file(key: str, path: str | Path) -> Path:
     Raises:
         InputError: there are none.
     """
-    place = Path(path).expanduser()
+    place = Path(str(path).removeprefix("local-dir:")).expanduser()
     for candidate in (place, place / "model.safetensors", place / STUDENT_FOLDER / "model.safetensors"):
         if candidate.is_file():
             return candidate
     raise InputError(f"{key}: {path} holds no weights; name a .safetensors or .pth file, a local-dir or a finished run")
 
 
-def load_weights(key: str, path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from `weights_file(path)`; ``.pth`` only with ``weights_only=True``.
+def load_weights(key: str, path: str | Path) -> Weights:
+    """Read the weights at `path`, and what was saved beside them; ``.pth`` only with ``weights_only=True``.
 
     Raises:
         InputError: the file cannot be read, or is something else.
     """
     file = weights_file(key, path)
+    state = to_timm_names(_load_state(key, file))
+    config_file = file.parent / "config.json"
+    config = read_json(config_file) if config_file.is_file() else {}
+    pretrained_cfg = config.get("pretrained_cfg", {})
+    names = config.get("label_names", pretrained_cfg.get("label_names"))
+    if "id2label" in config:  # transformers'
+        names = [config["id2label"][number] for number in sorted(config["id2label"], key=int)]
+        if names == [f"LABEL_{number}" for number in range(len(names))]:
+            names = None
+    return Weights(
+        state,
+        str(path),
+        config.get("architecture"),
+        config.get("model_args", {}),
+        tuple(names) if isinstance(names, list) else None,
+        pretrained_cfg,
+    )
+
+
+def _load_state(key: str, file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise InputError(f"{key}: {file} cannot be read as weights ({str(error).splitlines()[0]})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{key}: {file} cannot be read as weights ({reason}); name another file") from error
     except Exception as error:
         if type(error).__name__ == "UnpicklingError":
             raise InputError(
@@ -128,35 +223,25 @@ def load_weights(key: str, path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def load_into(key: str, model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load `state` into `model`, every tensor of it.
+def open_model(key: str, path: str | Path) -> nn.Module:
+    """Build the model that a local-dir describes, a grafted one too, with all of its weights.
 
     Raises:
-        InputError: names or shapes differ, with the first differences.
+        InputError: there is no such folder, it does not say what it holds, or the weights do not fit.
     """
-    own = model.state_dict()
-    problems = [f"{name} is missing" for name in own.keys() - state.keys()]
-    problems += [f"{name} is unknown" for name in state.keys() - own.keys()]
-    problems += [
-        f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:3])
-        raise InputError(
-            f"{key}: {path} does not fit the model ({len(problems)} differences: {shown}); name its own model"
-        )
-    model.load_state_dict(state)
-
-
-def label_names(path: str | Path) -> tuple[str, ...] | None:
-    """Return the class names that were saved beside the weights at `path`, if any were."""
-    config_file = weights_file("checkpoint", path).parent / "config.json"
-    if not config_file.is_file():
-        return None
-    names = json.loads(config_file.read_text()).get("label_names")
-    return tuple(names) if isinstance(names, list) else None
+    weights = load_weights(key, path)
+    if weights.architecture is None:
+        raise InputError(f"{key}: {path} has no config.json that names its architecture; name a timm local-dir")
+    model = create_model(
+        key,
+        weights.architecture,
+        image_size=weights.pretrained_cfg["input_size"][-1],
+        distillation_token="head_dist.weight" in weights.state,
+        num_classes=weights.pretrained_cfg["num_classes"],
+        **weights.build_arguments,
+    )
+    fit_weights(key, model, weights.state, source=weights.source, whole=True)
+    return model
 
 
 def save_local_dir(
@@ -180,12 +265,11 @@ def save_local_dir(
     save_for_hf(
         copy.deepcopy(model).to(memory_format=torch.contiguous_format),
         str(aside),
-        model_config={
-            "num_classes": len(classes),
-            "label_names": list(classes),
-            "input_size": [3, image_size, image_size],
-            "mean": list(mean),
-            "std": list(std),
+        model_config={"num_classes": len(classes), "label_names": list(classes)},
+        data_config={
+            "input_size": (3, image_size, image_size),
+            "mean": mean,
+            "std": std,
             "interpolation": interpolation,
             "crop_pct": crop_fraction,
         },

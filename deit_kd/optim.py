@@ -20,6 +20,7 @@ def build_optimizer(
     lr: float,
     lr_reference_batch: int,
     weight_decay: float,
+    layer_decay: float | None = None,
     args: dict[str, Any],
     batch_size: int,
 ) -> torch.optim.Optimizer:
@@ -31,6 +32,8 @@ def build_optimizer(
         lr: for a batch of `lr_reference_batch`; scaled linearly with `batch_size` (Goyal et al. 2017).
         lr_reference_batch: images; 0 takes `lr` as it is.
         weight_decay: of matrices.
+        layer_decay: of the learning rate from each layer to the one below (BEiT, arXiv 2106.08254); the heads
+            have `lr` itself. None gives all layers the same.
         args: handed to the optimiser (betas, eps, …).
         batch_size: images per optimiser step, over all processes.
 
@@ -42,7 +45,9 @@ def build_optimizer(
     if name in ("adam", "adamw", "sgd", "nesterov", "momentum"):
         arguments.setdefault("fused", True)
     try:
-        return create_optimizer_v2(model, opt=name, lr=lr * scale, weight_decay=weight_decay, **arguments)
+        return create_optimizer_v2(
+            model, opt=name, lr=lr * scale, weight_decay=weight_decay, layer_decay=layer_decay, **arguments
+        )
     except (AssertionError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or ["timm refuses it"])[0]
         raise InputError(

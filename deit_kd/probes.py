@@ -55,6 +55,12 @@ def stages(network: nn.Module) -> dict[str, nn.Module]:
     return blocks(network) or {name: named[name] for name in names if name in named}
 
 
+def leading_tokens(network: nn.Module, otherwise: int) -> int:
+    """Return how many tokens stand before the patches; `otherwise` where the network does not say (pit, a CNN)."""
+    said = (module.num_prefix_tokens for module in network.modules() if hasattr(module, "num_prefix_tokens"))
+    return int(next(said, otherwise))  # type: ignore[arg-type]
+
+
 def pooled(output: Tensor, leading_tokens: int) -> Tensor:
     """Return one vector an image [B, D]: the mean of the patches of [B, N, D], or of the places of [B, D, h, w]."""
     return output[:, leading_tokens:].mean(1) if output.ndim == 3 else output.flatten(2).mean(-1)

@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ METRICS_FILE = "metrics.jsonl"
 HEADS_FILE = "heads.json"
 FACTS_FILE = "run.json"  # what a run was made from: photos, classes, teacher
 CHECKPOINTS = "checkpoints"
+SECONDS_BETWEEN_LINES = 30
 
 
 def next_free_folder(parent: Path, recipe: str) -> Path:
@@ -107,14 +109,7 @@ class Journal:
             self._boards.append(WandbBoard(folder, wandb_project, recipe or {}))
         self._first_step, self._total_steps, self._since = first_step, total_steps, time.perf_counter()
         if console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
-                console=console,
-            )
+            self._progress = _progress()
             self._task = self._progress.add_task(title, total=total_steps, completed=first_step, note="")
             self._progress.start()
 
@@ -149,6 +144,67 @@ class Journal:
         if self._is_main:
             for board in self._boards:
                 board.close()
+
+
+class ViewMeter:
+    """Tells how many of many views are done, how fast, and the time left; silent where it is not the main process.
+
+    Args:
+        total: views.
+        is_main: whether this process talks.
+    """
+
+    def __init__(self, total: int, is_main: bool) -> None:
+        self._total, self._is_main = total, is_main
+        self._done = self._asked = 0
+        self._since = self._said = time.perf_counter()
+        self._progress = _progress() if is_main and console.is_terminal else None
+        if self._progress is not None:
+            self._task = self._progress.add_task("views", total=total, note="")
+
+    def __enter__(self) -> ViewMeter:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def advance(self, views: int) -> None:
+        """Count views that were just asked for; where there is no terminal, print a line now and then."""
+        self._asked += views
+        self._done = min(self._total, self._done + views)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=self._done)
+        elif time.perf_counter() - self._said > SECONDS_BETWEEN_LINES:
+            self._say(f"{self._done}/{self._total} views")
+
+    def reach(self, done: int, note: str) -> None:
+        """Say that `done` views are done, those included that were there before."""
+        self._done = done
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, note=note)
+        else:
+            self._say(note)
+
+    def _say(self, note: str) -> None:
+        self._said = time.perf_counter()
+        if self._is_main and self._asked:
+            rate = self._asked / (self._said - self._since)
+            left = timedelta(seconds=round((self._total - self._done) / rate))
+            say(f"{note}, {rate:.0f} views/s, {left} left")
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def _numbers_of(fields: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
@@ -210,8 +266,10 @@ def print_scores(result: Mapping[str, Any]) -> None:
 def _with_interval(score: Mapping[str, Any], key: str) -> str:
     if score[key] is None:
         return "-"
-    low, high = score["intervals"][key]
     digits = 2 if key.startswith("top") else 3
+    if key not in score["intervals"]:  # measured elsewhere, image by image unknown
+        return f"{score[key]:.{digits}f}"
+    low, high = score["intervals"][key]
     return f"{score[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 

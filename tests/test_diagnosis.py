@@ -26,7 +26,6 @@ from deit_kd.probes import (
     stages,
     token_attention,
 )
-from tests.finished_runs import runs  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
 
@@ -176,14 +175,14 @@ def test_a_diagnosis_holds_tokens_layers_attention_and_whom_the_heads_follow(run
 
 
 def test_chosen_images_are_shown_in_the_order_given(runs: Path, tmp_path: Path) -> None:
-    found = diagnosis(tmp_path, str(runs / "distilled"), "--images", '["gate/4.png", "<b>cup/0.png"]')
-    assert [portrait["path"] for portrait in found["gallery"]] == ["gate/4.png", "<b>cup/0.png"]
+    found = diagnosis(tmp_path, str(runs / "distilled"), "--images", '["gate/004.png", "<b>cup/000.png"]')
+    assert [portrait["path"] for portrait in found["gallery"]] == ["gate/004.png", "<b>cup/000.png"]
 
 
 def test_an_image_that_is_not_there_is_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["eval", str(runs / "distilled"), "--diagnose", "true", "--to", str(tmp_path / "out")]
-    assert main([*arguments, "--images", '["gate/44.png"]']) == 2
-    assert "nearest: gate/4.png" in capsys.readouterr().err
+    assert main([*arguments, "--images", '["gate/044.png"]']) == 2
+    assert "nearest: gate/004.png" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,7 @@ import timm
 import torch
 
 from deit_kd.cli import main
-from tests.finished_runs import CLASSES, runs, write_photos  # noqa: F401 - runs is a fixture
+from tests.conftest import SEVEN_CLASSES, assert_same_scores, write_photos
 
 INPUT = ("--data.image_size", "16", "--data.workers", "0", "--train.precision", "off", "--train.device", "cpu")
 
@@ -28,15 +28,9 @@ def evaluate(folder: Path, *arguments: str) -> Any:
 
 
 def test_a_run_scores_as_it_did_at_its_end(runs: Path, tmp_path: Path) -> None:
-    at_the_end = json.loads((runs / "distilled/heads.json").read_text())
     heads = evaluate(tmp_path, str(runs / "distilled"))
-    assert (heads["n"], heads["weights"]) == (35, "model")
-    assert heads["agreement"] == at_the_end["agreement"]
-    for name in ("cls", "dist", "fused"):
-        assert {key: heads["heads"][name][key] for key in ("top1", "top5", "nll")} == pytest.approx(
-            at_the_end["heads"][name]
-        )
-    assert heads["teacher"]["nll"] == pytest.approx(at_the_end["teacher"]["nll"])
+    assert heads["n"] == 35
+    assert_same_scores(heads, json.loads((runs / "distilled/heads.json").read_text()))
 
 
 def exported(runs: Path) -> list[str]:
@@ -56,7 +50,14 @@ def deit_file(runs: Path) -> list[str]:
     return [str(file), *shape, "--data.crop_fraction", "1"]
 
 
-@pytest.mark.parametrize("source", [exported, local_dir, deit_file])
+def transformers_folder(runs: Path) -> list[str]:
+    folder = runs / "transformers"
+    pytest.importorskip("transformers")
+    assert main(["export", str(runs / "distilled"), "--format", "transformers", "--to", str(folder)]) == 0
+    return [str(folder)]
+
+
+@pytest.mark.parametrize("source", [exported, local_dir, deit_file, transformers_folder])
 def test_every_kind_of_source_gives_the_numbers_of_the_run(runs: Path, tmp_path: Path, source: Any) -> None:
     expected = evaluate(tmp_path / "run", str(runs / "distilled"))
     found = evaluate(tmp_path / "source", *source(runs), "--data.root", str(runs / "photos"), *INPUT)
@@ -78,9 +79,9 @@ def test_predictions_have_a_row_for_every_image(runs: Path, tmp_path: Path) -> N
     table = parquet.read_table(tmp_path / "predictions.parquet")
     assert table.num_rows == 35
     rows = table.to_pylist()
-    assert rows[0]["path"] == "<b>cup/0.png"
+    assert rows[0]["path"] == "<b>cup/000.png"
     assert {len(row["cls_top5"]) for row in rows} == {5}
-    assert {row["teacher_top1"] for row in rows} <= set(CLASSES)
+    assert {row["teacher_top1"] for row in rows} <= set(SEVEN_CLASSES)
     for head in ("cls", "dist", "fused_softmax", "fused_logits"):
         top1 = 100 * sum(row[f"{head}_top5"][0] == row["label"] for row in rows) / 35
         assert top1 == pytest.approx(heads["heads"][head]["top1"])
@@ -97,7 +98,7 @@ def test_a_second_student_is_compared_image_by_image(runs: Path, tmp_path: Path)
 @pytest.mark.parametrize(("split", "images"), [("train", 28), ("validation", 35), ("extra", 21)])
 def test_any_split_can_be_scored(runs: Path, tmp_path: Path, split: str, images: int) -> None:
     root = shutil.copytree(runs / "photos", tmp_path / "photos")
-    write_photos(root, extra=3)
+    write_photos(root, {"extra": 3}, SEVEN_CLASSES)
     heads = evaluate(tmp_path / "out", str(runs / "distilled"), "--split", split, "--data.root", str(root))
     assert heads["n"] == images
     assert heads["by_class"]["support"] == [images // 7] * 7
@@ -125,17 +126,17 @@ def test_an_image_that_cannot_be_read_is_listed_and_left_out(
 ) -> None:
     root = shutil.copytree(runs / "photos", tmp_path / "photos")
     whole = evaluate(tmp_path / "whole", str(runs / "distilled"), "--data.root", str(root))
-    (root / "validation/apple/2.png").write_bytes(b"no image")
+    (root / "validation/apple/002.png").write_bytes(b"no image")
     heads = evaluate(tmp_path / "out", str(runs / "distilled"), "--data.root", str(root))
     assert heads["n"] == 34
-    assert list(heads["unreadable"]) == ["apple/2.png"]
+    assert list(heads["unreadable"]) == ["apple/002.png"]
     assert whole["by_class"]["support"][1] == heads["by_class"]["support"][1] + 1  # apple follows <b>cup
     assert "1 of 35 images cannot be read and are left out" in capsys.readouterr().out
 
 
 def test_two_processes_count_exactly_as_one(runs: Path, tmp_path: Path) -> None:
     root = shutil.copytree(runs / "photos", tmp_path / "photos")
-    (root / "validation/door/0.png").write_bytes(b"no image")  # shares of different size
+    (root / "validation/door/000.png").write_bytes(b"no image")  # shares of different size
     arguments = [str(runs / "distilled"), "--data.root", str(root)]
     alone = evaluate(tmp_path / "one", *arguments)
     program = tmp_path / "program.py"
@@ -156,11 +157,11 @@ def test_two_processes_count_exactly_as_one(runs: Path, tmp_path: Path) -> None:
 
 
 def another_order(root: Path) -> list[str]:
-    return ["--data.root", str(write_photos(root, ("apple", "bread", "cup"), train=2, validation=1))]
+    return ["--data.root", str(write_photos(root, {"train": 2, "validation": 1}, ("apple", "bread", "cup")))]
 
 
 def no_images(root: Path) -> list[str]:
-    write_photos(root, validation=1)
+    write_photos(root, {"validation": 1}, SEVEN_CLASSES)
     for file in root.rglob("*.png"):
         file.write_bytes(b"no image")
     return ["--split", "validation", "--data.train_split", "validation", "--data.root", str(root)]

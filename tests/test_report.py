@@ -17,7 +17,7 @@ from PIL import Image
 from deit_kd.cli import main
 from deit_kd.figures import Chart, Series, as_png, as_svg, class_bars, line_charts, matrix
 from deit_kd.jobs.curves import charts_of, read_records
-from tests.finished_runs import runs, train_tiny  # noqa: F401 - runs is a fixture
+from tests.conftest import short
 
 CURVES = ["heads", "images_per_second", "learning_rate", "loss"]
 OF_A_RUN = ["classes", "cka", "disagreement", "reliability"]
@@ -146,13 +146,15 @@ def test_several_runs_share_one_table_and_are_compared_image_by_image(both: Path
 def test_a_run_writes_its_report_at_its_end_and_names_it(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = train_tiny(runs / "photos", tmp_path / "run", "--evaluate.report", "true", "--train.epochs", "1")
+    run = tmp_path / "run"
+    assert main(["train", *short(runs / "photos", run, evaluate__report=True, train__epochs=1)]) == 0
     assert (run / "report/report.html").is_file()
     assert f"report: {run / 'report/report.html'}" in capsys.readouterr().out
 
 
 def test_a_run_that_is_told_not_to_writes_no_report(runs: Path, tmp_path: Path) -> None:
-    assert not (train_tiny(runs / "photos", tmp_path / "run", "--train.epochs", "1") / "report").exists()
+    assert main(["train", *short(runs / "photos", tmp_path / "run", train__epochs=1)]) == 0
+    assert not (tmp_path / "run/report").exists()
 
 
 def test_the_curves_of_a_run_that_is_still_going_can_be_drawn(runs: Path, tmp_path: Path) -> None:

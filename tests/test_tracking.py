@@ -12,13 +12,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deit_kd.cli import main
-from tests.finished_runs import runs, train_tiny  # noqa: F401 - runs is a fixture
+from tests.conftest import short
 
 
 def test_plain_lines_tell_both_terms_the_rate_and_the_time_left(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_tiny(runs / "photos", tmp_path / "run")
+    assert main(["train", *short(runs / "photos", tmp_path / "run")]) == 0
     lines = capsys.readouterr().out.splitlines()
     steps = [line for line in lines if line.startswith("step ")]
     assert len(steps) == 4
@@ -55,7 +55,9 @@ def test_weights_and_biases_gets_the_same_numbers(runs: Path, tmp_path: Path, mo
     wandb: Any = ModuleType("wandb")
     wandb.init, wandb.__spec__ = init, SimpleNamespace()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run = train_tiny(runs / "photos", tmp_path / "run", "--tracking.wandb", "true", "--tracking.project", "mine")
+    run = tmp_path / "run"
+    options = {"tracking__wandb": True, "tracking__project": "mine"}
+    assert main(["train", *short(runs / "photos", run, **options)]) == 0
     assert (begun[0]["project"], begun[0]["name"], begun[0]["config"]["seed"]) == ("mine", "run", 0)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [(record["step"], "step/loss", record["loss"]) for record in records if record["kind"] == "step"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -12,7 +13,7 @@ from deit_kd.data.mixing import Example, Mixing
 from deit_kd.data.order import Dealer, ViewKey
 from deit_kd.data.photos import Photos
 from deit_kd.data.transforms import Transform
-from deit_kd.interfaces import Batch
+from deit_kd.interfaces import Batch, InputError
 from deit_kd.randomness import seed_view
 
 
@@ -28,6 +29,19 @@ class Views(Dataset[Example]):
         return self._transform(image), self._photos.labels[key.photo], key.epoch, key.position
 
 
+@dataclass(frozen=True)
+class _Plainly:
+    """Batches of a loader whose workers' InputErrors come without the traceback that torch puts before them."""
+
+    batches: Iterable[Batch]
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from self.batches
+        except InputError as error:
+            raise InputError(str(error).strip().rpartition("InputError: ")[2]) from error
+
+
 class TrainingLoader:
     """All batches of a run in order; iterate from any step."""
 
@@ -36,16 +50,35 @@ class TrainingLoader:
         self._workers, self._pin_memory = workers, pin_memory
         self.steps_per_epoch = dealer.steps_per_epoch
         self.total_steps = dealer.total_steps
+        self.views_per_epoch = dealer.views_per_epoch
+
+    def cycle_views(self, view_epochs: int) -> None:
+        """Deal the views of `view_epochs` epochs over and over, however many epochs the run has."""
+        self._dealer.view_epochs = view_epochs
 
     def batches(self, first_step: int) -> Iterable[Batch]:
         """Return this process's micro-batches from `first_step` to the end of the run."""
         self._dealer.first_step = first_step
-        return DataLoader(
-            self._views,
-            batch_sampler=self._dealer,
-            collate_fn=self._mixing,
-            num_workers=self._workers,
-            pin_memory=self._pin_memory,
+        return self._load(self._dealer)
+
+    def views(self, view_ids: np.ndarray, batch_size: int) -> Iterable[Batch]:
+        """Return any views in batches, whatever batches they are trained in, for any process.
+
+        Args:
+            view_ids: [n, 2], epoch and position; the partners that mixing needs are added.
+            batch_size: images, in this process.
+        """
+        return self._load(self._dealer.blocks(self._dealer.whole(view_ids), batch_size))
+
+    def _load(self, blocks: Iterable[list[ViewKey]]) -> Iterable[Batch]:
+        return _Plainly(
+            DataLoader(
+                self._views,
+                batch_sampler=blocks,
+                collate_fn=self._mixing,
+                num_workers=self._workers,
+                pin_memory=self._pin_memory,
+            )
         )
 
 
@@ -129,11 +162,13 @@ def build_evaluation_loader(
 ) -> Iterable[Batch]:
     """Return a loader of this process's share of a split: every image exactly once over all processes."""
     share = photos.subset(range(rank, len(photos), processes))
-    return DataLoader(
-        _Images(share, transform),
-        batch_size=batch_size,
-        collate_fn=_EvaluationCollate(len(photos.classes)),
-        num_workers=workers,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
+    return _Plainly(
+        DataLoader(
+            _Images(share, transform),
+            batch_size=batch_size,
+            collate_fn=_EvaluationCollate(len(photos.classes)),
+            num_workers=workers,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+        )
     )

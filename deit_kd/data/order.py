@@ -57,7 +57,8 @@ class Dealer(Sampler[list[ViewKey]]):
 
     Optimiser step s of an epoch takes positions ``[s * batch_size, (s + 1) * batch_size)``; micro-step a of
     rank r takes one contiguous block of them, so that no pair is torn apart. The last incomplete batch of an
-    epoch is dropped.
+    epoch is dropped. Where fewer view epochs than epochs are wanted, set `view_epochs`: epoch e then deals the
+    views of epoch ``e % view_epochs``, order and pairs included.
 
     Args:
         photos: size of the split.
@@ -96,17 +97,19 @@ class Dealer(Sampler[list[ViewKey]]):
             )
         length = photos // repeats * repeats
         if length < batch_size:
-            raise InputError(
-                f"train.batch_size: {batch_size} is more than the {length} views of an epoch; "
-                f"use {length // unit * unit} or less"
-            )
+            largest = length // unit * unit
+            cure = f"use {largest} or less" if largest else "add photos"
+            raise InputError(f"train.batch_size: {batch_size} is more than the {length} views of an epoch; {cure}")
         self._photos, self._repeats, self._seed = photos, repeats, seed
         self._batch_size, self._accumulation_steps = batch_size, accumulation_steps
         self._rank, self._processes = rank, processes
         self._block = batch_size // (processes * accumulation_steps)
+        self._whole = 2 if pairs else 1
+        self.views_per_epoch = length // self._whole * self._whole
         self.steps_per_epoch = length // batch_size
         self.total_steps = self.steps_per_epoch * epochs
         self.first_step = 0
+        self.view_epochs = epochs
         epoch_order(photos, repeats, seed, 0)
 
     def __len__(self) -> int:
@@ -115,10 +118,29 @@ class Dealer(Sampler[list[ViewKey]]):
     def __iter__(self) -> Iterator[list[ViewKey]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(self.first_step, self.total_steps):
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
+            if step // self.steps_per_epoch % self.view_epochs != epoch:
+                epoch = step // self.steps_per_epoch % self.view_epochs
                 order = epoch_order(self._photos, self._repeats, self._seed, epoch)
             batch_start = step % self.steps_per_epoch * self._batch_size
             for micro_step in range(self._accumulation_steps):
                 start = batch_start + (micro_step * self._processes + self._rank) * self._block
                 yield [ViewKey(epoch, p, int(order[p])) for p in range(start, start + self._block)]
+
+    def blocks(self, view_ids: np.ndarray, size: int) -> Iterator[list[ViewKey]]:
+        """Yield the keys of any views, e.g. of those that training drops at an epoch's end.
+
+        Args:
+            view_ids: [n, 2], epoch and position, by epoch; whole pairs stand together where mixing is on.
+            size: views a block, raised to whole pairs.
+        """
+        size += size % self._whole
+        for epoch in np.unique(view_ids[:, 0]):
+            order = epoch_order(self._photos, self._repeats, self._seed, int(epoch))
+            positions = view_ids[view_ids[:, 0] == epoch, 1]
+            for start in range(0, len(positions), size):
+                yield [ViewKey(int(epoch), int(p), int(order[p])) for p in positions[start : start + size]]
+
+    def whole(self, view_ids: np.ndarray) -> np.ndarray:
+        """Return `view_ids` [n, 2] in order, with the partners that mixing needs beside them."""
+        firsts = view_ids - view_ids % [1, self._whole]
+        return np.unique(np.concatenate([firsts + [0, turn] for turn in range(self._whole)]), axis=0)

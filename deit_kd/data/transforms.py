@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
-from timm.data.auto_augment import RandAugment
+from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment
 from timm.data.transforms_factory import transforms_imagenet_eval, transforms_imagenet_train
 from torch import Tensor
 
@@ -68,11 +68,18 @@ def evaluation_transform(
 
 
 def _keep_one_bit_of_posterise(transform: Any) -> None:
-    # timm's ``inc1`` asks for 0 bits in about 1 view of 650, which Pillow 13 refuses.
+    # timm's ``inc1`` asks for 0 bits in about 1 view of 650, which Pillow 13 refuses; its other increasing
+    # policies (v0r, augmix) do so at magnitude 10.
     for stage in transform.transforms:
-        for operation in stage.ops if isinstance(stage, RandAugment) else ():
+        for operation in _operations(stage):
             if operation.name.startswith("Posterize"):
                 operation.level_fn = _AtLeastOneBit(operation.level_fn)
+
+
+def _operations(stage: Any) -> list[AugmentOp]:
+    if isinstance(stage, AutoAugment):
+        return [operation for sub_policy in stage.policy for operation in sub_policy]
+    return stage.ops if isinstance(stage, RandAugment | AugMixAugment) else []
 
 
 class _AtLeastOneBit:

@@ -23,11 +23,13 @@ from deit_kd.probes import (
     TokenAttention,
     blocks,
     input_token_cosine,
+    leading_tokens,
     pooled,
     recorded,
     stages,
     token_attention,
 )
+from deit_kd.teachers import FrozenTeacher
 from deit_kd.tracking import say
 
 COLLAPSED = 0.995  # two class tokens end at .999 in the paper, a class and a distillation token begin at .06
@@ -108,11 +110,13 @@ def diagnose(examination: Examination, chosen: list[str]) -> Diagnosis:
     distance = _distance(heads)
     disputed: list[int] = []
     follows = None
-    if answers.teacher_logits is not None:
-        sureness, taught = answers.teacher_logits.softmax(-1).max(-1)
+    taught = answers.teacher_predictions
+    if taught is not None:
+        sureness = torch.ones(count) if answers.teacher_logits is None else answers.teacher_logits.softmax(-1).amax(-1)
         follows = followed({name: values.argmax(-1) for name, values in heads.items()}, answers.labels, taught)
         candidates = torch.where(taught != answers.labels, sureness, torch.zeros_like(sureness))
-        disputed = [row for row in candidates.argsort(descending=True).tolist() if candidates[row] > 0][:GALLERY]
+        surest = candidates.argsort(descending=True, stable=True).tolist()
+        disputed = [row for row in surest if candidates[row] > 0][:GALLERY]
     rows = _rows_of(chosen, examination) or distance.argsort(descending=True, stable=True).tolist()[:GALLERY]
     collapsed = bool(tokens) and tokens[0]["mean"] > COLLAPSED
     portraits = _portraits(examination, [*rows, *disputed])
@@ -159,7 +163,9 @@ def _batch(examination: Examination, rows: list[int]) -> Batch:
 def _probe_layers(examination: Examination, rows: list[int]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     student, teacher, config = examination.student, examination.teacher, examination.config
     own = blocks(student.backbone)
-    theirs = {} if teacher is None else stages(teacher.network)
+    # Several teachers have no layers in common to compare with.
+    network = teacher.network if isinstance(teacher, FrozenTeacher) else None
+    theirs = {} if network is None else stages(network)
     own_features: dict[str, list[Tensor]] = {name: [] for name in own}
     their_features: dict[str, list[Tensor]] = {name: [] for name in theirs}
     cosines: dict[str, list[Tensor]] = {name: [] for name in own}
@@ -172,12 +178,11 @@ def _probe_layers(examination: Examination, rows: list[int]) -> tuple[list[dict[
             own_features[name].append(pooled(output, _leading_tokens(examination)))
             if two:
                 cosines[name].append(token_cosines(output))
-        if teacher is not None:
+        if teacher is not None and theirs:
             with recorded(theirs) as taught:
                 teacher(batch)
-            leading = getattr(teacher.network, "num_prefix_tokens", 1)
             for name, output in taught.items():
-                their_features[name].append(pooled(output, leading))
+                their_features[name].append(pooled(output, leading_tokens(teacher, otherwise=1)))
     tokens: list[dict[str, Any]] = []
     if two:
         tokens.append({"layer": "input", "mean": input_token_cosine(student.backbone), "spread": 0.0})
@@ -194,9 +199,8 @@ def _probe_layers(examination: Examination, rows: list[int]) -> tuple[list[dict[
 
 
 def _leading_tokens(examination: Examination) -> int:
-    if examination.student.has_distillation_token:
-        return 2
-    return int(getattr(examination.student.backbone, "num_prefix_tokens", 0))
+    student = examination.student
+    return leading_tokens(student, otherwise=2 if student.has_distillation_token else 0)
 
 
 def _portraits(examination: Examination, rows: list[int]) -> list[Portrait]:
@@ -206,19 +210,20 @@ def _portraits(examination: Examination, rows: list[int]) -> list[Portrait]:
     batch = _batch(examination, rows)
     attention = _attention(examination, batch)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.data.mean, config.data.std))
-    predictors = examination.heads()
-    if examination.answers.teacher_logits is not None:
-        predictors = {"teacher": examination.answers.teacher_logits.softmax(-1), **predictors}
+    answers, predictors = examination.answers, examination.heads()
     portraits = []
     for position, row in enumerate(rows):
-        said: dict[str, tuple[str, float | None]] = {"truth": (classes[int(examination.answers.labels[row])], None)}
+        said: dict[str, tuple[str, float | None]] = {"truth": (classes[int(answers.labels[row])], None)}
+        if answers.teacher_predictions is not None:
+            sure = None if answers.teacher_logits is None else float(answers.teacher_logits[row].softmax(-1).max())
+            said["teacher"] = (classes[int(answers.teacher_predictions[row])], sure)
         for name, probabilities in predictors.items():
             sureness, label = probabilities[row].max(-1)
             said[name] = (classes[int(label)], float(sureness))
         own = slice(position, position + 1)
         portraits.append(
             Portrait(
-                path=examination.photos.names[int(examination.answers.indices[row])],
+                path=examination.photos.names[int(answers.indices[row])],
                 image=(batch.images[position].cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(),
                 answers=said,
                 attention=attention

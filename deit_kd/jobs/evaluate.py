@@ -104,8 +104,8 @@ def write_evaluation(folder: Path, examination: Examination, heads: dict[str, An
         best = probabilities.topk(min(5, len(classes)))
         columns[f"{head}_top5"] = arrow.array([[classes[label] for label in row] for row in best.indices.tolist()])
         columns[f"{head}_top5_probability"] = arrow.array(best.values.tolist(), arrow.list_(arrow.float32()))
-    if answers.teacher_logits is not None:
-        columns["teacher_top1"] = names(answers.teacher_logits.argmax(-1))
+    if answers.teacher_predictions is not None:
+        columns["teacher_top1"] = names(answers.teacher_predictions)
     parquet.write_table(arrow.table(columns), folder / PREDICTIONS_FILE)
 
 

@@ -17,10 +17,11 @@ from deit_kd.files import read_json
 from deit_kd.interfaces import Batch, InputError, head_probabilities
 from deit_kd.jobs import parts
 from deit_kd.jobs.sources import Source, check_classes, load_student
+from deit_kd.jobs.stored import StoredAnswers, stored_validation
 from deit_kd.metrics import judge
 from deit_kd.models import choose_attention
 from deit_kd.students import TimmStudent
-from deit_kd.teachers import FrozenTeacher
+from deit_kd.teachers import NetworkTeacher
 from deit_kd.tracking import HEADS_FILE, say
 
 
@@ -33,7 +34,8 @@ class Examination:
     processes: Processes
     photos: Photos
     student: TimmStudent
-    teacher: FrozenTeacher | None
+    teacher: NetworkTeacher | None  # None also where a label store answers for it
+    teacher_score: dict[str, Any] | None  # ``top1``, ``top5`` and ``nll`` that a label store measured over the split
     answers: Answers
     unreadable: dict[int, str]  # the reason, by index in the split
 
@@ -62,6 +64,8 @@ def examine(source: Source, config: Config, split: str, processes: Processes) ->
     check_classes(source, photos.classes)
     student = load_student(source, config, photos.classes, processes)
     teacher = _teacher(source, config, photos, processes)
+    stored = teacher if isinstance(teacher, StoredAnswers) else None
+    network = None if isinstance(teacher, StoredAnswers) else teacher
     portions = data.build_portion_loader(
         photos,
         parts.build_evaluation_transform(config),
@@ -74,7 +78,7 @@ def examine(source: Source, config: Config, split: str, processes: Processes) ->
     mine: dict[int, str] = {}
     answers = collect(
         student,
-        teacher,
+        network,
         _readable(portions, mine),
         classes=len(photos.classes),
         processes=processes,
@@ -85,7 +89,11 @@ def examine(source: Source, config: Config, split: str, processes: Processes) ->
         raise InputError(
             f"data.root: not one of {len(photos)} images of {split!r} can be read; {first_reason(unreadable)}"
         )
-    return Examination(source, config, processes, photos, student, teacher, answers, unreadable)
+    if stored is not None:
+        logits = None if stored.logits is None else stored.logits[answers.indices]
+        answers = answers._replace(teacher_predictions=stored.predictions[answers.indices], teacher_logits=logits)
+    score = None if stored is None or unreadable else stored.score
+    return Examination(source, config, processes, photos, student, network, score, answers, unreadable)
 
 
 def _readable(portions: Iterable[Portion], unreadable: dict[int, str]) -> Iterator[tuple[Tensor, Batch]]:
@@ -108,13 +116,20 @@ def _photos(config: Config, split: str) -> Photos:
     return data.one_split(config.data.root, split)
 
 
-def _teacher(source: Source, config: Config, photos: Photos, processes: Processes) -> FrozenTeacher | None:
+def _teacher(
+    source: Source, config: Config, photos: Photos, processes: Processes
+) -> NetworkTeacher | StoredAnswers | None:
+    section = config.teacher
     of_the_run = source.facts.get("teacher") or {}
-    checkpoint = config.teacher.checkpoint or of_the_run.get("source")
-    if config.teacher.name is None or (source.run is not None and not of_the_run):
+    is_named = section.name or section.members or section.checkpoint or section.store
+    if not is_named or (source.run is not None and not of_the_run):
         return None
     try:
-        return parts.build_teacher(config, photos.classes, processes, checkpoint)
+        if section.store is not None and (source.run is None or "store" in of_the_run):
+            return stored_validation(config, photos)
+        # A compiled network does not call the hooks that its layers are recorded by.
+        config = config.model_copy(update={"teacher": section.model_copy(update={"compile": False})})
+        return parts.build_teacher(config, photos.classes, processes, section.checkpoint or of_the_run.get("source"))
     except InputError as error:
         if source.run is None:
             raise
@@ -147,10 +162,13 @@ def judge_heads(examination: Examination, others: dict[str, Tensor]) -> dict[str
         answers.output,
         answers.labels,
         teacher_logits=answers.teacher_logits,
+        teacher_predictions=answers.teacher_predictions,
         others=others,
         fusion=config.evaluate.fusion,
         seed=config.seed,
     )
+    if judged["teacher"] is not None:  # a store rounds its logits, but has measured before
+        judged["teacher"] |= examination.teacher_score or {}
     return {
         "n": len(answers.labels),
         "weights": weights,

@@ -12,7 +12,9 @@ from deit_kd.data import Splits
 from deit_kd.distributed import Processes
 from deit_kd.files import read_json, write_json
 from deit_kd.interfaces import InputError
+from deit_kd.jobs import parts
 from deit_kd.jobs.run import execute, prepare
+from deit_kd.teachers import NetworkTeacher
 from deit_kd.tracking import HEADS_FILE, say
 
 KEY_FILE = "teacher_key.json"
@@ -26,9 +28,7 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
     """
     if config.teacher.name is None:
         raise InputError("teacher.name: is not set; name a timm model such as resnet18")
-    key = _key(config, splits)
-    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=5).hexdigest()
-    folder = Path(config.teacher.fit.folder) / f"{config.teacher.name}-{digest}"
+    key, folder = _key(config, splits), teacher_folder(config, splits)
     if (folder / HEADS_FILE).is_file():
         if processes.is_main:
             say(f"teacher: found {folder}")
@@ -36,17 +36,43 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
     run = prepare(_fit_config(config, folder), processes, splits)
     if processes.is_main:
         say(f"teacher: fitting {config.teacher.name}{_why(key, folder)}")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / KEY_FILE).is_file():
-            write_json(folder / KEY_FILE, key)
     execute(run)
+    if processes.is_main:
+        write_json(folder / KEY_FILE, key)
     return folder
+
+
+def teacher_folder(config: Config, splits: Splits) -> Path:
+    """Return where the teacher that `config` fits is kept, whether it is there or not."""
+    digest = hashlib.blake2b(json.dumps(_key(config, splits), sort_keys=True).encode(), digest_size=5).hexdigest()
+    return Path(config.teacher.fit.folder) / f"{config.teacher.name}-{digest}"
+
+
+def online_teacher(config: Config, processes: Processes, splits: Splits) -> tuple[NetworkTeacher, str | None]:
+    """Return the recipe's teacher, fitted first where the recipe says so, and where its weights come from."""
+    checkpoint = config.teacher.checkpoint
+    if config.teacher.fit.epochs:
+        checkpoint = str(fitted_teacher(config, processes, splits))
+    return parts.build_teacher(config, splits.train.classes, processes, checkpoint), checkpoint
 
 
 def _key(config: Config, splits: Splits) -> dict[str, Any]:
     teacher = config.teacher.model_dump(mode="json")
     del teacher["fit"]["folder"]
-    for how_it_answers in ("compile", "precision", "channels_last", "image_size"):
+    for how_it_answers in (
+        "channels_last",
+        "class_map",
+        "combine",
+        "compile",
+        "image_size",
+        "label_set",
+        "members",
+        "min_top1",
+        "precision",
+        "store",
+        "store_mode",
+        "store_top",
+    ):
         del teacher[how_it_answers]
     data = config.data
     return {

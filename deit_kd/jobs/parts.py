@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+import yaml
 
 from deit_kd import data
-from deit_kd.config import Config
+from deit_kd.config import Config, TeacherNetwork, TeacherSection
 from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes
 from deit_kd.engine import AUTOCAST_DTYPES
-from deit_kd.interfaces import Batch
+from deit_kd.files import read_json
+from deit_kd.interfaces import Batch, InputError
 from deit_kd.students import TimmStudent
 from deit_kd.students import build_student as build_timm_student
-from deit_kd.teachers import FrozenTeacher
+from deit_kd.teachers import EnsembleTeacher, FrozenTeacher, NetworkTeacher
 from deit_kd.teachers import build_teacher as build_frozen_teacher
+from deit_kd.tracking import CONFIG_FILE, FACTS_FILE
+
+TEACHER_OF_RUN = ":teacher"  # behind a run's folder: not its student but what that learned from
 
 
 def build_splits(config: Config) -> Splits:
@@ -92,7 +98,7 @@ def build_evaluation_loader(config: Config, photos: Photos, processes: Processes
 
 
 def build_student(config: Config, classes: tuple[str, ...], checkpoint: str | None = None) -> TimmStudent:
-    """Return the recipe's student, with its first weights or those of `checkpoint`."""
+    """Return the recipe's student, with its first weights, or with all of its own from `checkpoint`."""
     section = config.student
     return build_timm_student(
         name=section.name,
@@ -100,29 +106,86 @@ def build_student(config: Config, classes: tuple[str, ...], checkpoint: str | No
         checkpoint=checkpoint or section.checkpoint,
         args=section.args,
         drop_path=section.drop_path,
-        classes=len(classes),
+        classes=classes,
         image_size=config.data.image_size,
         distilled=config.distill.kind != "none",
+        token=section.token,
+        new_heads=section.new_heads and checkpoint is None,
+        freeze=section.freeze,
+        whole=checkpoint is not None,
         seed=config.seed,
     )
 
 
+def has_random_weights(config: Config) -> bool:
+    """Return whether any network of the recipe's teacher has random weights."""
+    return config.teacher.random_weights or any(member.random_weights for member in config.teacher.members)
+
+
+def teacher_precision(config: Config) -> str:
+    """Return the precision of the teacher's weights."""
+    return config.train.precision if config.teacher.precision == "auto" else config.teacher.precision
+
+
 def build_teacher(
     config: Config, classes: tuple[str, ...], processes: Processes, checkpoint: str | None
-) -> FrozenTeacher:
-    """Return the recipe's teacher, with the weights of `checkpoint` where there is one."""
+) -> NetworkTeacher:
+    """Return the recipe's teacher or teachers; `checkpoint` is where the weights of the only one are, if anywhere."""
     section = config.teacher
-    precision = config.train.precision if section.precision == "auto" else section.precision
+    if section.members:
+        return EnsembleTeacher(
+            [_build_network(config, member, classes, processes, member.checkpoint) for member in section.members],
+            [member.weight for member in section.members],
+            section.combine,
+            config.seed,
+        )
+    return _build_network(config, section, classes, processes, checkpoint)
+
+
+def teacher_of_run(network: TeacherNetwork, folder: Path) -> TeacherNetwork:
+    """Return `network` with name, weights and eyes of the teacher that the run in `folder` learned from.
+
+    Raises:
+        InputError: there is no such run, or it learned from none, from several or from random weights.
+    """
+    facts = read_json(folder / FACTS_FILE)["teacher"]
+    theirs = TeacherSection.model_validate(yaml.safe_load((folder / CONFIG_FILE).read_text())["teacher"])
+    if facts is None or theirs.members or theirs.random_weights:
+        found = "no teacher" if facts is None else "several teachers" if theirs.members else "random weights"
+        raise InputError(f"teacher.checkpoint: {folder} learned from {found}; name the weights of one")
+    return network.model_copy(
+        update={
+            "name": theirs.name,
+            "pretrained": facts["source"] is None and theirs.pretrained,
+            "checkpoint": facts["source"],
+            "label_set": network.label_set or theirs.label_set,
+            "args": theirs.args,
+            "image_size": network.image_size or theirs.image_size,
+            "mean": network.mean or theirs.mean,
+            "std": network.std or theirs.std,
+        }
+    )
+
+
+def _build_network(
+    config: Config, network: TeacherNetwork, classes: tuple[str, ...], processes: Processes, checkpoint: str | None
+) -> FrozenTeacher:
+    section = config.teacher
+    while checkpoint is not None and checkpoint.endswith(TEACHER_OF_RUN):
+        network = teacher_of_run(network, Path(checkpoint.removesuffix(TEACHER_OF_RUN)))
+        checkpoint = network.checkpoint
     return build_frozen_teacher(
-        name=section.name,
+        name=network.name,
         # A teacher that is fitted starts from timm's weights, and its checkpoint holds what became of them.
-        pretrained=section.pretrained and not section.fit.epochs,
+        pretrained=network.pretrained and not section.fit.epochs,
         checkpoint=checkpoint,
-        random_weights=section.random_weights,
-        args=section.args,
-        image_size=section.image_size,
-        mean=section.mean,
-        std=section.std,
+        random_weights=network.random_weights,
+        label_set=network.label_set,
+        class_map=network.class_map,
+        args=network.args,
+        image_size=network.image_size,
+        mean=network.mean,
+        std=network.std,
         channels_last=section.channels_last,
         compiled=section.compile,
         classes=classes,
@@ -130,6 +193,6 @@ def build_teacher(
         student_mean=config.data.mean,
         student_std=config.data.std,
         seed=config.seed,
-        dtype=AUTOCAST_DTYPES[precision] or torch.float32,
+        dtype=AUTOCAST_DTYPES[teacher_precision(config)] or torch.float32,
         device=processes.device,
     )

@@ -34,11 +34,14 @@ def predict(folder: Path, config: Config, files: list[Path], head: str, csv_file
         csv_file: where to write; None is standard output.
 
     Raises:
-        InputError: a file is missing or no image, or the student has no such head. Nothing is written then.
+        InputError: a file is missing or no image, `csv_file` has no folder, or the student has no such head.
+            Nothing is written then.
     """
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise InputError(f"{missing[0]}: is no file; name image files")
+    if csv_file is not None and (csv_file.is_dir() or not csv_file.parent.is_dir()):
+        raise InputError(f"--csv: {csv_file} cannot be written; name a file in a folder that is there")
     processes = start(config.train.device)
     try:
         choose_attention(config.train.attention, processes.device)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deit_kd.checkpoint import newest_checkpoint, save_checkpoint
-from deit_kd.config import Config
+from deit_kd.config import Config, flat
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes
 from deit_kd.engine import Distiller, Trainer, evaluate, score_teacher, train
@@ -26,8 +27,9 @@ from deit_kd.jobs import parts
 from deit_kd.losses import Objective
 from deit_kd.models import STUDENT_FOLDER, choose_attention, save_local_dir, tensors_hash
 from deit_kd.optim import build_optimizer, build_schedule
+from deit_kd.store import RecordingTeacher, StoredTeacher
 from deit_kd.students import TimmStudent
-from deit_kd.teachers import FrozenTeacher
+from deit_kd.teachers import NetworkTeacher, check_score
 from deit_kd.tracking import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -43,6 +45,9 @@ from deit_kd.tracking import (
 
 RUNS = Path("runs")
 
+# What a run leaves that was killed before its first step.
+LEFTOVERS = {FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
+
 # Keys that a run may be resumed with another value of: they do not change a result.
 FREE_ON_RESUME = {
     "output",
@@ -52,8 +57,13 @@ FREE_ON_RESUME = {
     "data.workers",
     "data.download",
     "teacher.checkpoint",  # the weights themselves are compared
+    "teacher.class_map",  # the columns are compared
+    "teacher.min_top1",
     "teacher.fit.folder",
     "teacher.compile",
+    "teacher.store",  # what it answers with is compared
+    "teacher.store_mode",
+    "teacher.store_top",
     "train.device",
     "train.log_every_steps",
     "train.checkpoint_every_steps",
@@ -77,6 +87,8 @@ class Run:
     student: TimmStudent
     objective: Objective
     optimizer: torch.optim.Optimizer
+    data_facts: dict[str, str]  # a hash of each split
+    schedule: Scheduler
     checkpoint: Any  # named parts, or None
 
     @property
@@ -104,10 +116,21 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
         lr=config.optim.lr,
         lr_reference_batch=config.optim.lr_reference_batch,
         weight_decay=config.optim.weight_decay,
+        layer_decay=config.optim.layer_decay,
         args=config.optim.args,
         batch_size=config.train.batch_size,
     )
-    folder, checkpoint = _open_folder(config, processes, _data_facts(splits))
+    schedule = build_schedule(
+        optimizer,
+        warmup_epochs=config.optim.warmup_epochs,
+        warmup_lr=config.optim.warmup_lr,
+        min_lr=config.optim.min_lr,
+        epochs=config.train.epochs,
+        steps_per_epoch=loader.steps_per_epoch,
+    )
+    data_facts = {"train": splits.train.digest(), "validation": splits.validation.digest()}
+    folder, checkpoint = _open_folder(config, processes, data_facts)
+    processes.wait()  # until all have looked at the folder, nobody writes to it
     return Run(
         config=config,
         processes=processes,
@@ -120,12 +143,22 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
             config.distill.kind, config.distill.alpha, config.distill.temperature, config.distill.scale
         ),
         optimizer=optimizer,
+        data_facts=data_facts,
+        schedule=schedule,
         checkpoint=checkpoint,
     )
 
 
-def execute(run: Run, teacher: FrozenTeacher | None = None, teacher_source: str | None = None) -> dict[str, Any]:
-    """Train `run` to its end; return what ``heads.json`` holds."""
+def execute(
+    run: Run,
+    teacher: NetworkTeacher | StoredTeacher | RecordingTeacher | None = None,
+    teacher_source: str | None = None,
+    after_epoch: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Train `run` to its end; return what ``heads.json`` holds.
+
+    `after_epoch(epoch)` is called in every process when the steps of an epoch are done.
+    """
     config, processes, folder = run.config, run.processes, run.folder
     teacher_facts, teacher_predictions = _meet_teacher(run, teacher, teacher_source)
     trainer = build_trainer(run, teacher)
@@ -133,7 +166,7 @@ def execute(run: Run, teacher: FrozenTeacher | None = None, teacher_source: str 
     if run.checkpoint is not None:
         trainer.load_state(run.checkpoint["trainer"])
         first_step = run.checkpoint["step"]
-        window.load_state(run.checkpoint["window"])
+        window.load_state(run.checkpoint["window"], processes)
     if processes.is_main:
         _write_facts(run, teacher_facts)
         _say_start(run, first_step)
@@ -170,7 +203,7 @@ def execute(run: Run, teacher: FrozenTeacher | None = None, teacher_source: str 
         at_epoch_end = step % run.loader.steps_per_epoch == 0
         if step % config.train.log_every_steps == 0 or at_epoch_end:
             record = window.read(processes, config.train.batch_size)
-            record["lr"] = trainer.optimizer.param_groups[0]["lr"]
+            record["lr"] = max(group["lr"] for group in trainer.optimizer.param_groups)
             record["epoch"] = (step - 1) // run.loader.steps_per_epoch
             if not math.isfinite(record["loss"]):
                 raise InputError(
@@ -179,15 +212,18 @@ def execute(run: Run, teacher: FrozenTeacher | None = None, teacher_source: str 
             journal.record("step", step, record)
             journal.progress(step, _step_note(step, run.loader.total_steps, record, config.distill.kind))
         if at_epoch_end:
-            results = score()
             epoch = step // run.loader.steps_per_epoch - 1
+            if after_epoch is not None:
+                after_epoch(epoch)
+            results = score()
             journal.record("epoch", step, {"epoch": epoch, **results, "teacher": teacher_score})
             if processes.is_main:
                 say(_epoch_note(epoch, config.train.epochs, results, teacher_score))
             window.restart_clock()
-        if (at_epoch_end or step % config.train.checkpoint_every_steps == 0) and processes.is_main:
-            state = {"step": step, "trainer": trainer.state(), "window": window.state()}
-            save_checkpoint(folder / CHECKPOINTS, step, state, config.train.keep_checkpoints)
+        if at_epoch_end or step % config.train.checkpoint_every_steps == 0:
+            state = {"step": step, "trainer": trainer.state(), "window": window.state(processes)}
+            if processes.is_main:
+                save_checkpoint(folder / CHECKPOINTS, step, state, config.train.keep_checkpoints)
 
     try:
         train(
@@ -200,7 +236,7 @@ def execute(run: Run, teacher: FrozenTeacher | None = None, teacher_source: str 
     finally:
         journal.close()
     weights = "model" if trainer.ema is None else "ema"
-    heads = head_scores(config, len(run.splits.validation), weights, score()[weights], teacher_score)
+    heads = head_scores(len(run.splits.validation), weights, score()[weights], teacher_score)
     if processes.is_main:
         _save_student(run, trainer)
         write_json(folder / HEADS_FILE, heads)
@@ -239,13 +275,16 @@ class Window:
         record: dict[str, Any] = dict(zip(("loss", "classification", "distillation"), means, strict=True))
         return {**record, "images_per_second": rate}
 
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {"sums": self._sums, "steps": self._steps}
+    def state(self, processes: Processes) -> dict[str, Any]:
+        """Return the sums of every process [processes, 3]; all of them must ask."""
+        rows = torch.zeros(processes.count, 3, device=self._sums.device)
+        rows[processes.rank] = self._sums
+        return {"sums": processes.sum(rows), "steps": self._steps}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go back to a state that `state()` gave."""
-        self._sums.copy_(state["sums"])
+    def load_state(self, state: dict[str, Any], processes: Processes) -> None:
+        """Go back to a state that `state()` gave, also on another number of processes."""
+        rows = state["sums"]
+        self._sums.copy_(rows[processes.rank] if len(rows) == processes.count else rows.mean(0))
         self._steps = state["steps"]
 
 
@@ -256,7 +295,7 @@ def _open_folder(config: Config, processes: Processes, data_facts: dict[str, str
         newest = newest_folder(RUNS, config.recipe) if config.resume == "auto" else None
         folder = newest or next_free_folder(RUNS, config.recipe)
     folder = processes.share(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= LEFTOVERS):
         return folder, None
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"output: {folder} holds something that is no run; name another folder")
@@ -272,8 +311,8 @@ def _open_folder(config: Config, processes: Processes, data_facts: dict[str, str
 
 
 def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) -> None:
-    before = _flat(yaml.safe_load((folder / CONFIG_FILE).read_text()))
-    now = _flat(config.model_dump(mode="json"))
+    before = flat(yaml.safe_load((folder / CONFIG_FILE).read_text()))
+    now = flat(config.model_dump(mode="json"))
     changed = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -287,45 +326,47 @@ def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) ->
         )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and not key.endswith("args"):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _data_facts(splits: Splits) -> dict[str, str]:
-    return {"train": splits.train.digest(), "validation": splits.validation.digest()}
-
-
 def _meet_teacher(
-    run: Run, teacher: FrozenTeacher | None, source: str | None
+    run: Run, teacher: NetworkTeacher | StoredTeacher | RecordingTeacher | None, source: str | None
 ) -> tuple[dict[str, Any] | None, Tensor | None]:
-    """Score the teacher before the first step; refuse one that differs between processes or from before."""
+    """Score the teacher before the first step; refuse one that cannot be right, or differs between processes."""
     if teacher is None:
         return None, None
     facts: dict[str, Any] = {
         "name": run.config.teacher.name,
+        **teacher.facts,
         "source": source,
-        "weights": tensors_hash(teacher.state_dict()),
+        "random_weights": parts.has_random_weights(run.config),
     }
+    if isinstance(teacher, StoredTeacher):
+        facts["random_weights"] = teacher.facts["random_weights"]
+    else:
+        facts["weights"] = tensors_hash(teacher.state_dict())
     if not run.processes.same_everywhere(facts["weights"]):
         raise InputError("teacher: its weights differ between processes; give all of them the same file")
-    if run.checkpoint is not None and read_json(run.folder / FACTS_FILE)["teacher"]["weights"] != facts["weights"]:
-        raise InputError(f"resume: {run.folder} was begun with other weights of the teacher; name the same ones")
-    facts["score"], predictions = score_teacher(
-        teacher,
-        run.validation,
-        classes=len(run.classes),
-        total=len(run.splits.validation),
-        processes=run.processes,
-    )
+    if run.checkpoint is not None:
+        before = read_json(run.folder / FACTS_FILE)["teacher"]
+        if any(before.get(key) != facts.get(key) for key in ("weights", "store")):
+            raise InputError(f"resume: {run.folder} was begun with other weights of the teacher; name the same ones")
+    if isinstance(teacher, StoredTeacher | RecordingTeacher):
+        facts["score"] = teacher.store.score()
+        predictions = teacher.store.predictions(run.processes.rank, run.processes.count).to(run.processes.device)
+    else:
+        facts["score"], predictions = score_teacher(
+            teacher,
+            run.validation,
+            classes=len(run.classes),
+            total=len(run.splits.validation),
+            processes=run.processes,
+        )
+    if not facts["random_weights"]:
+        score, least = facts["score"], run.config.teacher.min_top1
+        check_score(facts["name"], score["top1"], score["nll"], run.splits.validation.labels, least)
     if run.processes.is_main:
+        for line in teacher.lines():
+            say(line)
         say(f"teacher: {facts['name']}, top-1 {facts['score']['top1']:.2f} % on {len(run.splits.validation)} images")
-        if run.config.teacher.random_weights:
+        if facts["random_weights"]:
             say("warning: the teacher has random weights and teaches nothing")
     return facts, predictions
 
@@ -341,14 +382,7 @@ def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
         distiller=Distiller(wrapped, teacher, run.objective, config.train.precision),
         model=run.student,
         optimizer=run.optimizer,
-        schedule=build_schedule(
-            run.optimizer,
-            warmup_epochs=config.optim.warmup_epochs,
-            warmup_lr=config.optim.warmup_lr,
-            min_lr=config.optim.min_lr,
-            epochs=config.train.epochs,
-            steps_per_epoch=run.loader.steps_per_epoch,
-        ),
+        schedule=run.schedule,
         ema=ModelEmaV3(run.student, decay=config.train.ema_decay, use_warmup=True) if config.train.ema_decay else None,
         scaler=torch.amp.GradScaler(processes.device.type, enabled=config.train.precision == "fp16"),
         processes=processes,
@@ -361,8 +395,9 @@ def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
 def _write_facts(run: Run, teacher_facts: dict[str, Any] | None) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     facts = {
-        "data": _data_facts(run.splits),
+        "data": run.data_facts,
         "classes": list(run.classes),
+        "student": None if run.student.account is None else run.student.account.record(),
         "teacher": teacher_facts,
         "processes": run.processes.count,
         "torch": torch.__version__,
@@ -379,6 +414,8 @@ def _say_start(run: Run, first_step: int) -> None:
         + (f", continued from step {first_step}" if first_step else "")
         + f"; writes {run.folder}"
     )
+    for line in run.student.account.lines() if run.student.account is not None and not first_step else ():
+        say(line)
 
 
 def _step_note(step: int, total: int, record: dict[str, Any], kind: str) -> str:
@@ -398,12 +435,11 @@ def _epoch_note(epoch: int, epochs: int, results: dict[str, Any], teacher_score:
     return "   ".join(pieces)
 
 
-def head_scores(config: Config, n: int, weights: str, result: dict[str, Any], teacher_score: Any) -> dict[str, Any]:
+def head_scores(n: int, weights: str, result: dict[str, Any], teacher_score: Any) -> dict[str, Any]:
     """Return what ``heads.json`` holds, from one result of `evaluate`."""
     return {
         "n": n,
         "weights": weights,
-        "fusion": config.evaluate.fusion,
         "heads": result["heads"],
         "teacher": teacher_score,
         "agreement": result["agreement"],

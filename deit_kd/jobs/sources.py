@@ -1,4 +1,4 @@
-"""Where a student comes from: a run of ours, an exported folder, a file of weights, or timm by name."""
+"""Where a student comes from: a run, a folder of timm's or transformers', a file of weights, or timm by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deit_kd.distributed import Processes
 from deit_kd.files import read_json
 from deit_kd.interfaces import InputError
 from deit_kd.jobs import parts
-from deit_kd.models import STUDENT_FOLDER, check_known, load_weights
+from deit_kd.models import RESERVED_ARGUMENTS, STUDENT_FOLDER, Weights, check_known, load_weights
 from deit_kd.students import TimmStudent
 from deit_kd.tracking import CONFIG_FILE, FACTS_FILE, HEADS_FILE
 
@@ -67,28 +67,61 @@ def _from_run(folder: Path) -> Source:
 
 
 def _from_local_dir(folder: Path) -> Source:
-    saved = read_json(folder / "config.json")
-    if "architecture" not in saved:
+    saved, weights = read_json(folder / "config.json"), load_weights("eval", folder)
+    if saved.get("model_type") in ("deit", "vit"):
+        return _from_transformers(folder, saved, weights)
+    if weights.architecture is None:
         raise InputError(f"{folder}: config.json names no timm architecture; export it as a timm local-dir")
     cfg = {**saved.get("pretrained_cfg", {}), **saved}  # a run writes what it trained with beside timm's defaults
-    names = cfg.get("label_names")
-    arguments = {
-        key: value for key, value in saved.get("model_args", {}).items() if key not in ("img_size", "num_classes")
-    }
+    arguments = {key: value for key, value in weights.build_arguments.items() if key not in RESERVED_ARGUMENTS}
     recipe = [
-        *("--student.name", saved["architecture"]),
+        *("--student.name", weights.architecture),
         *("--student.checkpoint", str(folder)),
         *("--student.args", json.dumps(arguments)),
-        *_kind("head_dist.weight" in load_weights("eval", folder)),
+        *_kind("head_dist.weight" in weights.state),
         *_input_of(cfg),
     ]
-    classes = None if names is None else tuple(names)
     name = folder.resolve().parent.name if folder.name == STUDENT_FOLDER else folder.resolve().name
-    return Source(name, recipe, classes, cfg.get("num_classes"), None)
+    return Source(name, recipe, weights.label_names, cfg.get("num_classes"), None)
+
+
+def _from_transformers(folder: Path, saved: dict[str, Any], weights: Weights) -> Source:
+    seen_file = folder / "preprocessor_config.json"
+    if not seen_file.is_file():
+        raise InputError(f"{folder}: has no {seen_file.name}, which says how images are seen; save its processor there")
+    seen, distilled = read_json(seen_file), "head_dist.weight" in weights.state
+    arguments = {
+        "patch_size": saved["patch_size"],
+        "embed_dim": saved["hidden_size"],
+        "depth": saved["num_hidden_layers"],
+        "num_heads": saved["num_attention_heads"],
+        "mlp_ratio": saved["intermediate_size"] / saved["hidden_size"],
+        "qkv_bias": saved["qkv_bias"],
+    }
+    cfg = {
+        "input_size": (3, saved["image_size"], saved["image_size"]),
+        "mean": seen["image_mean"],
+        "std": seen["image_std"],
+        "crop_pct": _edge(seen["crop_size"]) / _edge(seen["size"]) if seen["do_center_crop"] else 1.0,
+        "interpolation": "bilinear" if seen["resample"] == 2 else "bicubic",  # as Pillow counts them
+    }
+    recipe = [
+        # Any of timm's names would do, since the arguments say everything.
+        *("--student.name", "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224"),
+        *("--student.checkpoint", str(folder)),
+        *("--student.args", json.dumps(arguments)),
+        *_kind(distilled),
+        *_input_of(cfg),
+    ]
+    return Source(folder.resolve().name, recipe, weights.label_names, len(weights.state["head.weight"]), None)
+
+
+def _edge(size: int | dict[str, int]) -> int:
+    return size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
 
 
 def _from_file(file: Path) -> Source:
-    state = load_weights("eval", file)
+    state = load_weights("eval", file).state
     heads = [tensor for name, tensor in state.items() if name in ("head.weight", "fc.weight")]
     recipe = [*("--student.checkpoint", str(file)), *_kind("head_dist.weight" in state)]
     return Source(file.stem, recipe, None, len(heads[0]) if heads else None, None)
@@ -152,4 +185,9 @@ def load_student(source: Source, config: Config, classes: tuple[str, ...], proce
         InputError: its weights cannot be had, or are another model's.
     """
     checkpoint = config.student.checkpoint if source.run is None else str(source.run / STUDENT_FOLDER)
-    return parts.build_student(config, classes, checkpoint=checkpoint).to(processes.device).eval()
+    student = parts.build_student(config, classes, checkpoint=checkpoint)
+    account = student.account
+    if account is None or account.initialised or account.derived:
+        new = "all of it" if account is None else ", ".join([*account.initialised, *account.derived])
+        raise InputError(f"{source.name}: has not learned all of the student (new: {new[:120]}); name its own weights")
+    return student.to(processes.device).eval()

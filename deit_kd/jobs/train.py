@@ -6,10 +6,11 @@ from typing import Any
 
 from deit_kd.config import Config
 from deit_kd.distributed import finish, start
-from deit_kd.jobs import parts
-from deit_kd.jobs.fit import fitted_teacher
+from deit_kd.jobs.fit import online_teacher
 from deit_kd.jobs.run import Run, execute, prepare
-from deit_kd.teachers import FrozenTeacher
+from deit_kd.jobs.stored import recording, stored_teacher
+from deit_kd.store import StoredTeacher
+from deit_kd.teachers import NetworkTeacher
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def train(config: Config) -> dict[str, Any]:
     processes = start(config.train.device)
     try:
         run = prepare(config, processes)
-        heads = execute(run, *ready_teacher(run))
+        heads = _learn(run)
         if config.evaluate.report:
             # Imported here so that training need not wait for the plotting library.
             from deit_kd.jobs.report import write_report
@@ -32,12 +33,19 @@ def train(config: Config) -> dict[str, Any]:
         finish()
 
 
-def ready_teacher(run: Run) -> tuple[FrozenTeacher | None, str | None]:
-    """Return the run's teacher, fitted first where the recipe says so, and where its weights come from."""
+def _learn(run: Run) -> dict[str, Any]:
+    teacher, source = ready_teacher(run)
+    if teacher is None or isinstance(teacher, StoredTeacher) or run.config.teacher.store is None:
+        return execute(run, teacher, source)
+    with recording(run, teacher, source) as (recorder, after_epoch):
+        return execute(run, recorder, source, after_epoch)
+
+
+def ready_teacher(run: Run) -> tuple[NetworkTeacher | StoredTeacher | None, str | None]:
+    """Return the run's teacher, and where its weights or its answers come from."""
     config = run.config
     if config.distill.kind == "none":
         return None, None
-    checkpoint = config.teacher.checkpoint
-    if config.teacher.fit.epochs:
-        checkpoint = str(fitted_teacher(config, run.processes, run.splits))
-    return parts.build_teacher(config, run.classes, run.processes, checkpoint), checkpoint
+    if config.teacher.store is not None and config.teacher.store_mode == "read":
+        return stored_teacher(run), config.teacher.store
+    return online_teacher(config, run.processes, run.splits)

@@ -72,6 +72,7 @@ def judge(
     others: Mapping[str, Tensor],
     fusion: str,
     seed: int,
+    teacher_predictions: Tensor | None = None,
 ) -> dict[str, Any]:
     """Return the scores, intervals, tests and calibration of every head over one split.
 
@@ -82,6 +83,7 @@ def judge(
         others: predictions [n] of other students, by name.
         fusion: which one is called ``fused``: ``softmax`` or ``logits``.
         seed: of the bootstrap and of the two halves.
+        teacher_predictions: [n], of a teacher whose logits are not known; its ``top1`` is all that can be scored.
 
     Returns:
         JSON: ``heads`` and ``teacher`` (``top1`` and ``top5`` in percent, ``nll``, ``brier``, ``ece``, and their
@@ -100,6 +102,9 @@ def judge(
     predictions = {name: values.argmax(-1) for name, values in named.items() if not name.startswith("fused_")}
     if teacher is not None:
         predictions["teacher"] = teacher.argmax(-1)
+    elif teacher_predictions is not None:
+        predictions["teacher"] = teacher_predictions
+        scores["teacher"] = _score_of_classes(teacher_predictions, labels, seed)
     fitted, held_out = _halves(len(labels), seed)
     return {
         "heads": {name: scores.get(name) for name in ("cls", "dist", "fused", "fused_softmax", "fused_logits")},
@@ -135,6 +140,13 @@ def _score(probabilities: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
         "ece": expected_calibration_error(probabilities, labels),
         "intervals": spread,
     }
+
+
+def _score_of_classes(predictions: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
+    right = 100.0 * (predictions == labels).double()
+    unknown = dict.fromkeys(("top5", "nll", "brier", "ece"))
+    spread = interval(bootstrap_means(right[:, None], seed)[:, 0])
+    return {"top1": float(right.mean()), **unknown, "intervals": {"top1": spread}}
 
 
 def _comparisons(predictions: dict[str, Tensor], others: list[str], labels: Tensor, seed: int) -> list[dict[str, Any]]:

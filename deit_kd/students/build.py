@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
+from torch import nn
 
-from deit_kd.interfaces import InputError, nearest
-from deit_kd.models import check_known, create_model, load_into, load_weights, size_argument
+from deit_kd.interfaces import InputError
+from deit_kd.models import (
+    Weights,
+    check_arguments,
+    check_known,
+    create_model,
+    load_weights,
+    pretrained_weights,
+    size_argument,
+)
 from deit_kd.randomness import seed_initialisation
 from deit_kd.students.heads import TimmStudent
+from deit_kd.weights import fit_weights
+
+_PATCH_EMBEDDING = ("patch_embed.",)
+_HEADS = ("head.", "head_dist.", "fc_norm.", "fc_norm_dist.")
+_TOKENS = ("cls_token", "dist_token", "reg_token")
 
 
 def build_student(
@@ -19,53 +32,91 @@ def build_student(
     checkpoint: str | None,
     args: dict[str, Any],
     drop_path: float,
-    classes: int,
+    classes: tuple[str, ...],
     image_size: int,
     distilled: bool,
+    token: str = "cls",
+    new_heads: bool = False,
+    freeze: str = "none",
+    whole: bool = False,
     seed: int,
 ) -> TimmStudent:
     """Build a student with seeded initial weights.
 
     Args:
-        name: a timm name; with `distilled` one that has a distillation token, without it any model, of which
-            a ``*_distilled_*`` name builds its plain twin (no token, no second head).
-        pretrained: start from timm's weights; timm gives them new heads for another class count.
-        checkpoint: start from these weights instead: a run, a local-dir, ``.safetensors`` or ``.pth``.
+        name: a timm name; with `distilled` one that has a distillation token or a plain ViT that one is grafted
+            onto, without it any model, of which a ``*_distilled_*`` name builds its plain twin (no token, no
+            second head).
+        pretrained: start from timm's weights.
+        checkpoint: start from these weights instead: a run, a local-dir, ``.safetensors`` (timm's or
+            transformers') or ``.pth``.
         args: handed to ``timm.create_model`` (patch_size, embed_dim, depth, …).
         drop_path: rate of stochastic depth.
-        classes: C.
+        classes: the dataset's class names, in label order.
         image_size: pixels.
         distilled: whether the student learns from a teacher through its token.
+        token: what a new token starts from, ``cls`` or ``scratch``; see `fit_weights`.
+        new_heads: draw new heads even where the weights' own have as many classes.
+        freeze: ``none``, ``patch_embed``, ``backbone`` (tokens and heads learn) or ``all_but_heads``.
+        whole: the weights must be this very student's, every tensor of them.
         seed: of the run.
 
     Raises:
-        InputError: the model is unknown, has no distillation token, or cannot take the size or arguments.
+        InputError: the model is unknown, has no distillation token and cannot get one, or cannot take the size,
+            the arguments or the weights.
     """
     if name is None:
         raise InputError("student.name: is not set; name a timm model such as deit_tiny_distilled_patch16_224")
     check_known("student.name", name)
+    check_arguments("student.args", args)
     if pretrained and checkpoint is not None:
         raise InputError(f"student.checkpoint: {checkpoint} and student.pretrained exclude each other; unset one")
     architecture = name if distilled else name.replace("_distilled", "")
-    arguments = dict(args)
-    if drop_path:
-        arguments["drop_path_rate"] = drop_path
+    weights = _weights(name, pretrained, checkpoint)
     seed_initialisation("student", seed)
     backbone = create_model(
         "student.name",
         architecture,
-        pretrained=pretrained,
         image_size=image_size,
-        num_classes=classes,
-        **arguments,
+        distillation_token=distilled,
+        num_classes=len(classes),
+        **args,
+        **({"drop_path_rate": drop_path} if drop_path else {}),
     )
-    student = TimmStudent(backbone, model_args={**size_argument(architecture, image_size), **args})
-    if distilled and not student.has_distillation_token:
-        tokened = timm.list_models("*_distilled_*")
-        raise InputError(
-            f"student.name: {name!r} has no distillation token; use a *_distilled_* model"
-            f"{nearest(architecture, tokened)} or set distill.kind none"
+    account = None
+    if weights is not None:
+        other_classes = weights.label_names is not None and weights.label_names != classes
+        account = fit_weights(
+            "student.checkpoint" if checkpoint is not None else "student.pretrained",
+            backbone,
+            weights.state,
+            source=weights.source,
+            new_heads=new_heads or other_classes,
+            token=token,
+            whole=whole,
         )
-    if checkpoint is not None:
-        load_into("student.checkpoint", student.backbone, load_weights("student.checkpoint", checkpoint), checkpoint)
+    student = TimmStudent(backbone, model_args={**size_argument(architecture, image_size), **args}, account=account)
+    _freeze(student.backbone, freeze)
     return student
+
+
+def _weights(name: str, pretrained: bool, checkpoint: str | None) -> Weights | None:
+    if checkpoint is not None:
+        return load_weights("student.checkpoint", checkpoint)
+    return pretrained_weights("student.pretrained", name) if pretrained else None
+
+
+def _freeze(backbone: nn.Module, what: str) -> None:
+    if what == "none":
+        return
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()):
+        raise InputError("student.freeze: a frozen BatchNorm would still move its statistics; freeze a ViT, or nothing")
+    for name, parameter in backbone.named_parameters():
+        learns = {
+            "patch_embed": not name.startswith(_PATCH_EMBEDDING),
+            "backbone": name.startswith(_HEADS + _TOKENS),
+            "all_but_heads": name.startswith(_HEADS),
+        }[what]
+        parameter.requires_grad_(learns)
+    if all(parameter.requires_grad for parameter in backbone.parameters()):
+        raise InputError(f"student.freeze: {type(backbone).__name__} has no {what} to freeze; set it to none")

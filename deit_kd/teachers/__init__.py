@@ -1,6 +1,20 @@
 """Teachers: frozen networks that answer in the dataset's classes."""
 
 from deit_kd.teachers.build import build_teacher
+from deit_kd.teachers.class_map import ClassMap, build_class_map
+from deit_kd.teachers.ensemble import EnsembleTeacher
 from deit_kd.teachers.frozen import FrozenTeacher
+from deit_kd.teachers.gate import check_score, least_top1
 
-__all__ = ["FrozenTeacher", "build_teacher"]
+NetworkTeacher = FrozenTeacher | EnsembleTeacher  # what asks networks, one or several
+
+__all__ = [
+    "ClassMap",
+    "EnsembleTeacher",
+    "FrozenTeacher",
+    "NetworkTeacher",
+    "build_class_map",
+    "build_teacher",
+    "check_score",
+    "least_top1",
+]

@@ -1,16 +1,29 @@
-"""From a recipe to a teacher whose weights are really loaded and whose classes are the dataset's."""
+"""From a recipe to a teacher whose weights are really loaded and whose columns are the dataset's classes."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 
 from deit_kd.interfaces import InputError
-from deit_kd.models import create_model, label_names, load_into, load_weights
+from deit_kd.models import (
+    Weights,
+    check_arguments,
+    check_known,
+    create_model,
+    load_weights,
+    pretrained_weights,
+)
 from deit_kd.randomness import seed_initialisation
-from deit_kd.teachers.frozen import FrozenTeacher, Statistics
+from deit_kd.teachers.class_map import build_class_map, label_set_names
+from deit_kd.teachers.frozen import FrozenTeacher, FusedHeads, Statistics
+from deit_kd.tokens import has_distillation_token
+from deit_kd.weights import fit_weights
+
+SOURCES = "teacher.pretrained, teacher.checkpoint and teacher.fit.epochs"
 
 
 def build_teacher(
@@ -19,6 +32,8 @@ def build_teacher(
     pretrained: bool,
     checkpoint: str | None,
     random_weights: bool,
+    label_set: str | None = None,
+    class_map: str | None = None,
     args: dict[str, Any],
     image_size: int | None,
     mean: Statistics | None,
@@ -33,17 +48,22 @@ def build_teacher(
     dtype: torch.dtype,
     device: torch.device,
 ) -> FrozenTeacher:
-    """Build the frozen teacher.
+    """Build the frozen teacher; nothing of its head is ever new, but with `random_weights`.
+
+    Its size and normalisation are the recipe's, else those that its pretrained config or the ``config.json``
+    beside its checkpoint tells, else the student's.
 
     Args:
-        name: a timm name.
+        name: a timm name; None is what the checkpoint's ``config.json`` names.
         pretrained: use timm's own weights, head included.
-        checkpoint: use these weights: a run, a local-dir, ``.safetensors`` or ``.pth``. They are taken to be
-            trained with the student's normalisation unless `mean` and `std` say otherwise.
+        checkpoint: use these weights: a run, a local-dir, ``.safetensors`` or ``.pth``. A distilled student
+            teaches through its fused heads.
         random_weights: use none; for benchmarks and tests.
+        label_set: what the columns of weights without names are, see `build_class_map`.
+        class_map: a CSV or JSON file of the dataset's classes and the teacher's columns.
         args: handed to ``timm.create_model``.
-        image_size: pixels that the teacher sees; None is the student's.
-        mean: the teacher's normalisation; None is its pretrained config's, or the student's for a checkpoint.
+        image_size: pixels that the teacher sees.
+        mean: the teacher's normalisation.
         std: the same.
         channels_last: memory format.
         compiled: whether to compile it.
@@ -56,11 +76,73 @@ def build_teacher(
         device: where it runs.
 
     Raises:
-        InputError: the weights' source is not named exactly once, they do not fit, or their classes are not
-            the dataset's.
+        InputError: the weights' source is not named exactly once, they do not fit, their head is missing, or a
+            class of the dataset has no column.
     """
-    if name is None:
-        raise InputError("teacher.name: is not set; name a timm model such as resnet18, or set distill.kind none")
+    check_arguments("teacher.args", args)
+    weights = _weights(name, pretrained, checkpoint, random_weights, label_set)
+    architecture = name or weights.architecture
+    if architecture is None:
+        raise InputError(f"teacher.name: is not set, and {weights.source} does not say; name a timm model")
+    known = weights.pretrained_cfg
+    size = image_size or int((known.get("input_size") or (3, student_image_size))[-1])
+    arguments = {**_saved_arguments(architecture, weights), **args}
+    seed_initialisation("teacher", seed)
+    columns = _columns(architecture, weights, len(classes))
+    network = create_model(
+        "teacher.name",
+        architecture,
+        image_size=size,
+        distillation_token="head_dist.weight" in weights.state,
+        num_classes=columns,
+        **arguments,
+    )
+    if not random_weights:
+        fit_weights("teacher", network, weights.state, source=weights.source, whole=True)
+    _probe(network, architecture, columns, size)
+    mapping = build_class_map(
+        classes=classes,
+        columns=columns,
+        label_names=weights.label_names,
+        timm_tag=pretrained,
+        label_set=label_set,
+        file=class_map,
+    )
+    own_mean: Statistics = mean or tuple(known.get("mean", student_mean))
+    own_std: Statistics = std or tuple(known.get("std", student_std))
+    interpolation = "bilinear" if known.get("interpolation") == "bilinear" else "bicubic"
+    return FrozenTeacher(
+        FusedHeads(network) if has_distillation_token(network) else network,
+        student_mean=student_mean,
+        student_std=student_std,
+        mean=own_mean,
+        std=own_std,
+        image_size=size,
+        interpolation=interpolation,
+        dtype=dtype,
+        channels_last=channels_last,
+        compiled=compiled,
+        class_map=mapping,
+        facts={
+            "name": architecture,
+            "origin": weights.source,
+            "licence": known.get("license") if pretrained else None,
+            "image_size": size,
+            "mean": list(own_mean),
+            "std": list(own_std),
+            "interpolation": interpolation,
+            "class_map": None if mapping is None else mapping.record(classes),
+        },
+    ).to(device)
+
+
+def _weights(
+    name: str | None,
+    pretrained: bool,
+    checkpoint: str | None,
+    random_weights: bool,
+    label_set: str | None,
+) -> Weights:
     sources = [
         source
         for source, given in (
@@ -70,52 +152,52 @@ def build_teacher(
         )
         if given
     ]
+    if name is None and checkpoint is None:
+        raise InputError("teacher.name: is not set; name a timm model such as resnet18, or set distill.kind none")
     if len(sources) != 1:
         given = " and ".join(sources) if sources else "nothing"
-        raise InputError(
-            f"teacher.name: {name!r} has {given} to take its weights from; set one of teacher.pretrained, "
-            "teacher.checkpoint and teacher.fit.epochs"
-        )
-    seed_initialisation("teacher", seed)
-    arguments = dict(args) if pretrained else {"num_classes": len(classes), **args}
-    network = create_model(
-        "teacher.name", name, pretrained=pretrained, image_size=image_size or student_image_size, **arguments
-    )
+        raise InputError(f"teacher.name: {name!r} has {given} to take its weights from; set one of {SOURCES}")
     if checkpoint is not None:
-        state = load_weights("teacher.checkpoint", checkpoint)
-        _check_class_names(label_names(checkpoint), classes, checkpoint)
-        load_into("teacher.checkpoint", network, state, checkpoint)
-    _check_class_count(network, classes, name)
-    pretrained_cfg: Any = network.pretrained_cfg if pretrained else {}
-    return FrozenTeacher(
-        network,
-        student_mean=student_mean,
-        student_std=student_std,
-        mean=mean or tuple(pretrained_cfg.get("mean", student_mean)),
-        std=std or tuple(pretrained_cfg.get("std", student_std)),
-        image_size=image_size,
-        dtype=dtype,
-        channels_last=channels_last,
-        compiled=compiled,
-    ).to(device)
+        return load_weights("teacher.checkpoint", checkpoint)
+    assert name is not None
+    if pretrained:
+        return pretrained_weights("teacher.pretrained", name)
+    return Weights({}, "random weights", label_names=None if label_set is None else label_set_names(label_set))
 
 
-def _check_class_count(network: nn.Module, classes: tuple[str, ...], name: str) -> None:
-    if network.num_classes != len(classes):
+def _saved_arguments(architecture: str, weights: Weights) -> dict[str, Any]:
+    """Return how the weights' own model was built, where they are of this architecture."""
+    if weights.architecture is None or weights.architecture.split(".")[0] != architecture.split(".")[0]:
+        return {}
+    return weights.build_arguments
+
+
+def _columns(architecture: str, weights: Weights, classes: int) -> int:
+    """Return how many outputs the head of the weights has."""
+    if not weights.state:
+        return len(weights.label_names or ()) or classes
+    check_known("teacher.name", architecture)
+    classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None)
+    heads = [f"{name}.weight" for name in ((classifier,) if isinstance(classifier, str) else classifier or ())]
+    found = [weights.state[head].shape[0] for head in heads if head in weights.state]
+    if not found:
         raise InputError(
-            f"teacher.name: {name!r} answers in {network.num_classes} classes, the dataset has {len(classes)}; its "
-            "head would teach the wrong ones. Name a checkpoint for these classes, or set teacher.fit.epochs"
+            f"teacher: {weights.source} has no head ({', '.join(heads) or 'timm names none'}), and a teacher's head is "
+            "never made up; use weights that were trained to classify"
         )
+    return int(found[0])
 
 
-def _check_class_names(theirs: tuple[str, ...] | None, classes: tuple[str, ...], checkpoint: str) -> None:
-    if theirs is None or theirs == classes:
-        return
-    for position in range(max(len(theirs), len(classes))):
-        other = theirs[position] if position < len(theirs) else "nothing"
-        own = classes[position] if position < len(classes) else "nothing"
-        if other != own:
-            raise InputError(
-                f"teacher.checkpoint: {checkpoint} has {len(theirs)} classes and the dataset {len(classes)}; class "
-                f"{position} is {other!r} there and {own!r} here. Use a teacher of these classes, in this order"
-            )
+@torch.no_grad()
+def _probe(network: nn.Module, name: str, columns: int, size: int) -> None:
+    """Refuse a network that does not answer one image of its size with one row of finite logits."""
+    try:
+        answer = network.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"teacher.image_size: {name!r} cannot see {size} pixels ({reason}); set another") from error
+    if answer.shape != (1, columns) or not answer.isfinite().all():
+        raise InputError(
+            f"teacher.name: {name!r} answers an image with {list(answer.shape)}, not {columns} finite logits; "
+            "see teacher.args"
+        )

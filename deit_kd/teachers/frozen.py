@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deit_kd.interfaces import Batch, TeacherOutput
+from deit_kd.teachers.class_map import ClassMap
+from deit_kd.tokens import read_heads
 
 Statistics = tuple[float, float, float]
+
+
+LONGEST_LIST = 20  # classes of a map that are printed; the run keeps all
+
+
+class FusedHeads(nn.Module):
+    """A distilled model that teaches through both its heads: log of the mean of their softmaxes (DeiT, section 4)."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return log-probabilities [B, C] for `images` [B, 3, H, W]."""
+        output = read_heads(self.backbone, images)
+        assert output.dist_logits is not None
+        heads = torch.stack([output.cls_logits.float(), output.dist_logits.float()])
+        return heads.log_softmax(-1).logsumexp(0) - math.log(2)
 
 
 class FrozenTeacher(nn.Module):
@@ -17,7 +41,7 @@ class FrozenTeacher(nn.Module):
     Weights are held in `dtype`, so that nothing is cast at every step; convolutions run channels-last.
 
     Args:
-        network: any model ``[B, 3, H, W] -> [B, C]``.
+        network: any model ``[B, 3, H, W] -> [B, M]``; M is C unless there is a `class_map`.
         student_mean: what the batch's images were normalised with.
         student_std: the same.
         mean: what the network was trained with.
@@ -26,6 +50,9 @@ class FrozenTeacher(nn.Module):
         dtype: of weights and input; logits come back in fp32.
         channels_last: memory format of weights and input.
         compiled: run the network through ``torch.compile``.
+        class_map: turns the network's columns into the dataset's classes; None where they are the same.
+        interpolation: of the resize, ``bicubic`` or ``bilinear``; the whole view is resized, nothing is cropped.
+        facts: what a run records about this teacher.
     """
 
     _gain: Tensor
@@ -43,12 +70,18 @@ class FrozenTeacher(nn.Module):
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
         compiled: bool = False,
+        class_map: ClassMap | None = None,
+        interpolation: str = "bicubic",
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network = network.to(dtype=dtype).to(memory_format=self._memory_format).requires_grad_(False)
         self._answer = torch.compile(self.network) if compiled else self.network
+        self._map = class_map
+        self.facts = dict(facts or {})
         self._image_size = image_size
+        self._interpolation = interpolation
         self._dtype = dtype
         # images_teacher = images_student * gain + offset, per channel
         gain = [theirs / own for theirs, own in zip(student_std, std, strict=True)]
@@ -58,6 +91,19 @@ class FrozenTeacher(nn.Module):
         self.register_buffer("_offset", torch.tensor(offset).view(1, 3, 1, 1), persistent=False)
         self.eval()
 
+    def lines(self) -> list[str]:
+        """Return what a person is told about its eyes and its class map."""
+        seen = "the student's size" if self._image_size is None else f"{self._image_size} px"
+        lines = [f"teacher: {self.facts.get('name', type(self.network).__name__)} sees {seen}"]
+        columns = self.facts.get("class_map") or {}
+        for name, group in list(columns.items())[:LONGEST_LIST]:
+            lines.append(
+                f"teacher: {name} <- " + ", ".join(f"{column} {label or ''}".rstrip() for column, label in group)
+            )
+        if len(columns) > LONGEST_LIST:
+            lines.append(f"teacher: … {len(columns) - LONGEST_LIST} more classes in run.json")
+        return lines
+
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Stay in eval, whatever is asked: a teacher's BatchNorm and dropout never move."""
         return super().train(False)
@@ -66,11 +112,12 @@ class FrozenTeacher(nn.Module):
     def forward(self, batch: Batch) -> TeacherOutput:
         """Answer the views of `batch` with logits [B, C] in fp32."""
         with torch.autocast(batch.images.device.type, enabled=False):
-            return TeacherOutput(self._answer(self._eyes(batch.images)).float())
+            logits = self._answer(self._eyes(batch.images)).float()
+            return TeacherOutput(logits if self._map is None else self._map(logits))
 
     def _eyes(self, images: Tensor) -> Tensor:
         if self._image_size is not None and images.shape[-1] != self._image_size:
-            images = F.interpolate(images, size=self._image_size, mode="bicubic", antialias=True)
+            images = F.interpolate(images, size=self._image_size, mode=self._interpolation, antialias=True)
         if self._renormalises:
             images = torch.addcmul(self._offset, images, self._gain)
         return images.to(dtype=self._dtype, memory_format=self._memory_format)

@@ -1,0 +1,111 @@
+"""Does fine-tuning a grafted ViT with distillation beat the same without, and training from scratch?
+
+``python benchmarks/finetune.py --root DIR --output runs/finetune [--epochs 40] [--seeds 0 1]``
+
+Pre-trains a small plain ViT on every other class of an ImageFolder tree, then learns the remaining classes four ways,
+for each seed: grafted and distilled, grafted and not distilled (alpha 0), plain, and from scratch with distillation.
+One teacher is fitted on the remaining classes. Prints how much the graft itself changes the class head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deit_kd.config import Config, parse_config
+from deit_kd.distributed import Processes
+from deit_kd.jobs import parts
+from deit_kd.jobs.train import train
+from deit_kd.models import open_model
+from deit_kd.tracking import HEADS_FILE, say
+
+RECIPE = Path(__file__).parent.parent / "configs" / "photos.yaml"
+
+
+def halve(root: Path, output: Path) -> tuple[Path, Path]:
+    """Return two trees of links: every other class of `root`, and the others."""
+    halves = output / "first_half", output / "second_half"
+    for split in sorted(folder for folder in root.iterdir() if folder.is_dir()):
+        for number, source in enumerate(sorted(folder for folder in split.iterdir() if folder.is_dir())):
+            link = halves[number % 2] / split.name / source.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(source.resolve(), target_is_directory=True)
+    return halves
+
+
+def configured(options: dict[str, Any]) -> Config:
+    """Return the recipe with `options`."""
+    everything = {"config": RECIPE, "student.name": "deit_tiny_patch16_224", **options}
+    return parse_config([item for key, value in everything.items() for item in (f"--{key}", str(value))])[0]
+
+
+def run(options: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Train one recipe, or go on with it; return its ``heads.json``."""
+    begun = {"resume": "auto"} if (output / "config.yaml").is_file() else {}
+    return train(configured({**options, "output": output, **begun}))
+
+
+@torch.no_grad()
+def graft_changes(plain: Path, options: dict[str, Any]) -> str:
+    """Say how far grafting a token moves the class head of the pre-trained model, on its own validation set."""
+    config = configured({**options, "student.checkpoint": plain})
+    photos = parts.build_splits(config).validation
+    grafted = parts.build_student(config, photos.classes).eval()
+    model = open_model("benchmark", plain).eval()
+    changed, distance = 0, 0.0
+    for batch in parts.build_evaluation_loader(config, photos, Processes(0, 1, torch.device("cpu"))):
+        before, after = model(batch.images).softmax(-1), grafted(batch.images).cls_logits.softmax(-1)
+        distance += float((before - after).abs().sum(-1).sum()) / 2
+        changed += int((before.argmax(-1) != after.argmax(-1)).sum())
+    count = len(photos)
+    return f"graft: total variation {distance / count:.4f}, another decision on {changed} of {count} photos"
+
+
+def main() -> None:
+    """Run all variants and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("runs/finetune"))
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--teacher-epochs", type=int, default=30)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    given = parser.parse_args()
+    first, second = halve(given.root, given.output)
+    warmup = {"optim.warmup_epochs": min(5, given.epochs - 1), "train.epochs": given.epochs}
+    scores: dict[str, list[float]] = {}
+    for seed in given.seeds:
+        plain = given.output / f"pretrained-{seed}"
+        base = {"data.root": first, "seed": seed, **warmup}
+        if not (plain / HEADS_FILE).is_file():
+            run({**base, "distill.kind": "none"}, plain)
+        say(graft_changes(plain, base))
+        teach = {
+            "teacher.fit.epochs": given.teacher_epochs,
+            "teacher.fit.folder": given.output / "teachers",
+            "teacher.fit.optim.warmup_epochs": min(2, given.teacher_epochs - 1),
+        }
+        target = {"data.root": second, "seed": seed, **warmup}
+        tuned = {"student.checkpoint": plain, "optim.lr": 5e-4, "optim.layer_decay": 0.75}
+        variants = {
+            "fine-tuned, distilled": {**target, **teach, **tuned},
+            "fine-tuned, grafted, alpha 0": {**target, **teach, **tuned, "distill.alpha": 0},
+            "fine-tuned, plain": {**target, **tuned, "distill.kind": "none"},
+            "from scratch, distilled": {**target, **teach},
+            "from scratch, plain": {**target, "distill.kind": "none"},
+        }
+        for number, (name, options) in enumerate(variants.items()):
+            heads = run(options, given.output / f"variant-{number}-{seed}")["heads"]
+            best = heads["fused"] if heads["fused"] is not None and options.get("distill.alpha") != 0 else heads["cls"]
+            scores.setdefault(name, []).append(best["top1"])
+    for name, found in scores.items():
+        spread = f" (from {min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
+        say(f"{name:30} {statistics.mean(found):.2f} % top-1{spread}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What an export says about its student beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class About:
+    """The facts of a run that a format writes down.
+
+    Args:
+        architecture: timm's name of the student's.
+        model_args: what ``timm.create_model`` needs beside the class count.
+        classes: names, in label order.
+        image_size: pixels.
+        mean: normalisation.
+        std: the same.
+        interpolation: of the evaluation's resize.
+        crop_fraction: of the evaluation's centre crop.
+        heads: what ``heads.json`` holds.
+        teacher: what ``run.json`` holds of the teacher; None where there was none.
+        data: a line about the photos.
+        recipe: the run's ``config.yaml``.
+    """
+
+    architecture: str
+    model_args: Mapping[str, Any]
+    classes: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_fraction: float
+    heads: Mapping[str, Any]
+    teacher: Mapping[str, Any] | None
+    data: str
+    recipe: str
+
+    def card(self, format_name: str, how_to_load: str) -> str:
+        """Return the model card, in Markdown."""
+        scores = [
+            f"| {head} | {score['top1']:.2f} | {score['nll']:.4f} |"
+            for head, score in {**self.heads["heads"], "teacher": self.heads["teacher"]}.items()
+            if score is not None
+        ]
+        return "\n".join(
+            [
+                f"# {self.architecture}, distilled with deit_kd",
+                "",
+                f"Exported as `{format_name}`. {how_to_load}",
+                "",
+                f"- Data: {self.data}, {len(self.classes)} classes, seen at {self.image_size} px "
+                f"(mean {list(self.mean)}, std {list(self.std)}, {self.interpolation}, crop {self.crop_fraction})",
+                *(f"- Teacher: {line}" for line in self._teacher_lines()),
+                "",
+                f"## Scores on {self.heads['n']} validation images ({self.heads['weights']} weights)",
+                "",
+                "| head | top-1 % | NLL |",
+                "|---|---|---|",
+                *scores,
+                "",
+                "## Classes",
+                "",
+                *(f"{label}. {name}" for label, name in enumerate(self.classes)),
+                "",
+                "## Recipe",
+                "",
+                "```yaml",
+                self.recipe.rstrip(),
+                "```",
+                "",
+            ]
+        )
+
+    def _teacher_lines(self) -> list[str]:
+        if self.teacher is None:
+            return ["none"]
+        members = self.teacher.get("members", [self.teacher])
+        return [
+            f"{member['name']} from {member.get('origin')}, "
+            f"licence of the weights: {member.get('licence') or 'not known'}"
+            for member in members
+        ]

@@ -1,0 +1,121 @@
+"""Write a student, read it again with the foreign library in a clean process, compare, and only then keep it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from deit_kd.exports.about import About
+from deit_kd.exports.formats import FORMATS, AllHeads
+from deit_kd.interfaces import InputError
+
+TOLERANCE = 1e-5  # of the largest logit, or of 1
+PROBE_IMAGES = 3  # another batch size than any format was written with
+
+_MAIN = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+{reader}
+place, *folders = sys.argv[1:]
+with torch.inference_mode():
+    for number, folder in enumerate(folders):
+        outputs = read(folder, load_file(f"{{place}}/{{number}}.images")["images"])
+        found = {{str(index): output.float().contiguous().clone() for index, output in enumerate(outputs)}}
+        save_file(found, f"{{place}}/{{number}}.found")
+"""
+
+
+def missing_libraries(format_name: str) -> list[str]:
+    """Return the libraries of a format that are not installed."""
+    return [library for library in FORMATS[format_name].libraries if importlib.util.find_spec(library) is None]
+
+
+def write(format_name: str, backbone: nn.Module, folder: Path, about: About) -> None:
+    """Write one student into `folder`, which is not there yet, with its model card.
+
+    Raises:
+        CannotHold: the format has no place for a part of the student.
+    """
+    entry = FORMATS[format_name]
+    entry.write(backbone.eval(), folder, about)
+    (folder / "README.md").write_text(about.card(format_name, entry.how_to_load))
+
+
+def read_again(format_name: str, written: Sequence[tuple[Path, nn.Module, int]]) -> list[float]:
+    """Read exports again in one clean process; return how far each is off, see `TOLERANCE`.
+
+    Args:
+        format_name: of all of them.
+        written: for each its folder, the student that it was written from, and the student's image size.
+
+    Raises:
+        InputError: the foreign library cannot read one of them.
+    """
+    script = _MAIN.format(reader=FORMATS[format_name].reader)
+    noise = torch.Generator().manual_seed(0)
+    probes = [torch.randn(PROBE_IMAGES, 3, size, size, generator=noise) for _, _, size in written]
+    with tempfile.TemporaryDirectory() as place:
+        for number, images in enumerate(probes):
+            save_file({"images": images}, Path(place) / f"{number}.images")
+        finished = subprocess.run(
+            [sys.executable, "-c", script, place, *(str(folder.absolute()) for folder, _, _ in written)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        if finished.returncode:
+            last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+            raise InputError(f"--format: {format_name} cannot be read again ({last}); nothing was written")
+        found = [load_file(Path(place) / f"{number}.found") for number in range(len(written))]
+    return [
+        _distance(_expected(backbone, images), outputs)
+        for (_, backbone, _), images, outputs in zip(written, probes, found, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _expected(backbone: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    answer: tuple[Tensor, ...] = AllHeads(backbone).eval()(images)
+    return answer
+
+
+def _distance(expected: Sequence[Tensor], found: dict[str, Tensor]) -> float:
+    """Return the largest difference of any output, in units of the largest logit or of 1; foreign heads come first."""
+    heads = min(2, len(expected))
+    if len(found) < heads:
+        return float("inf")
+    return max(
+        float((found[str(number)] - output).abs().max() / output.abs().max().clamp_min(1))
+        for number, output in enumerate(expected[: len(found)])
+    )
+
+
+def export(format_name: str, backbone: nn.Module, folder: Path, about: About) -> float:
+    """Write a student, read it again, compare, and only then let `folder` appear; return how far it is off.
+
+    Raises:
+        CannotHold: the format has no place for a part of the student.
+        InputError: what is read again answers differently, or cannot be read.
+    """
+    aside = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write(format_name, backbone, aside, about)
+        (distance,) = read_again(format_name, [(aside, backbone, about.image_size)])
+        if not distance <= TOLERANCE:
+            raise InputError(f"--format: {format_name} answers differently when read again (by {distance:.1e})")
+        os.replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return distance

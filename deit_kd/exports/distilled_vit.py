@@ -1,0 +1,93 @@
+"""A student in the terms of timm's ``VisionTransformerDistilled``, which plain timm and transformers can build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import Mlp, PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+
+from deit_kd.tokens import has_distillation_token, is_grafted
+
+_SIZES = {192: "tiny", 384: "small"}
+
+
+class CannotHold(Exception):
+    """A format cannot hold a student; the message is the reason, ``it has register tokens``."""
+
+
+@dataclass(frozen=True)
+class DistilledViT:
+    """Tensors under timm's names, and what ``timm.create_model`` needs to build a model that they fit."""
+
+    architecture: str
+    state: dict[str, Tensor]
+    arguments: dict[str, Any]
+
+
+def as_distilled_vit(backbone: nn.Module) -> DistilledViT:
+    """Express a student with a distillation token as timm's own distilled ViT.
+
+    Position embeddings without rows for the tokens (``no_embed_class``) get two rows of zeros.
+
+    Raises:
+        CannotHold: it has a part that timm's class does not.
+    """
+    reason = _reason(backbone)
+    if reason is not None:
+        raise CannotHold(reason)
+    model: Any = backbone
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    if is_grafted(model):
+        state["cls_token"], state["dist_token"] = state["cls_token"][:, :1], state["cls_token"][:, 1:]
+    if model.no_embed_class:
+        state["pos_embed"] = torch.cat([torch.zeros_like(state["pos_embed"][:, :2]), state["pos_embed"]], dim=1)
+    block = model.blocks[0]
+    arguments = {
+        "img_size": list(model.patch_embed.img_size),
+        "patch_size": list(model.patch_embed.patch_size),
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+        "qkv_bias": block.attn.qkv.bias is not None,
+    }
+    if hasattr(block.ls1, "gamma"):
+        arguments["init_values"] = 1.0  # that there are layer scales; their values are in the state
+    if not isinstance(model.norm_pre, nn.Identity):
+        arguments["pre_norm"] = True
+    # Any of timm's distilled names would do, since the arguments say everything; this is the nearest.
+    architecture = f"deit_{_SIZES.get(model.embed_dim, 'base')}_distilled_patch16_224"
+    return DistilledViT(architecture, {name: tensor.contiguous() for name, tensor in state.items()}, arguments)
+
+
+def _reason(model: Any) -> str | None:
+    if not has_distillation_token(model):
+        return "it has no distillation token"
+    if not isinstance(model, VisionTransformer):
+        return f"it is built as {type(model).__name__}, not as a plain ViT"
+    if model.reg_token is not None:
+        return "it has register tokens"
+    if not isinstance(model, VisionTransformerDistilled) and model.global_pool != "token":
+        return f"its class head pools by {model.global_pool!r}"
+    if not isinstance(model.fc_norm, nn.Identity):
+        return "it has a norm after pooling"
+    if type(model.patch_embed) is not PatchEmbed or not isinstance(model.patch_embed.norm, nn.Identity):
+        return f"its stem is a {type(model.patch_embed).__name__} that is no plain patch embedding"
+    if model.pos_embed is None or not isinstance(model.norm, nn.LayerNorm):
+        return "it has no absolute position embedding, or another final norm"
+    return next((reason for block in model.blocks if (reason := _block_reason(block)) is not None), None)
+
+
+def _block_reason(block: Any) -> str | None:
+    plain = type(block) is Block and type(block.attn) is Attention and type(block.mlp) is Mlp
+    if not plain or type(block.mlp.act) is not nn.GELU:
+        return "its blocks are no plain ViT blocks (SwiGLU, parallel, post-norm or another attention)"
+    extras = (block.attn.q_norm, block.attn.k_norm, block.attn.norm, block.mlp.norm)
+    if not all(isinstance(extra, nn.Identity) for extra in extras):
+        return "its blocks have further norms"
+    return None

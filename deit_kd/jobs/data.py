@@ -1,0 +1,120 @@
+"""``deit-kd data check``: read every photo of a tree once, and say what training would stumble over."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import track
+from rich.table import Table
+
+from deit_kd.data import Photos, Splits, load_image
+from deit_kd.files import write_json
+from deit_kd.interfaces import InputError
+from deit_kd.tracking import console, say
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What reading one photo found."""
+
+    split: str
+    name: str
+    size: tuple[int, int] | None  # pixels, width and height; None when it cannot be read
+    digest: str  # of the file's bytes
+    error: str | None
+
+
+def check_data(splits: Splits, processes: int, json_file: Path | None) -> bool:
+    """Print counts by class and split, image sizes, unreadable files and exact duplicates; return if all is well.
+
+    Duplicates are files of the same bytes. One that lies in both splits leaks the validation set into training.
+
+    Args:
+        splits: of files on disk.
+        processes: how many read at a time.
+        json_file: where the findings go too.
+    """
+    findings = _read_all(splits, processes)
+    unreadable = [finding for finding in findings if finding.error is not None]
+    within, across = _duplicates(findings)
+    console.print(_class_table(splits))
+    sizes = [finding.size for finding in findings if finding.size is not None]
+    if sizes:
+        widths, heights = zip(*sizes, strict=True)
+        say(f"sizes: {min(widths)} x {min(heights)} to {max(widths)} x {max(heights)} pixels")
+    say(f"unreadable: {len(unreadable)}")
+    for finding in unreadable:
+        say(f"  {finding.error}")
+    for title, groups in (("within a split", within), ("across splits (leakage)", across)):
+        say(f"exact duplicates {title}: {len(groups)}")
+        for group in groups:
+            say("  " + " = ".join(group))
+    if json_file is not None:
+        counts = {split: dict(_counts(photos)) for split, photos in splits._asdict().items()}
+        unread = [{"split": finding.split, "name": finding.name, "error": finding.error} for finding in unreadable]
+        write_json(
+            json_file,
+            {"counts": counts, "unreadable": unread, "duplicates": {"within": within, "across": across}},
+        )
+    return not unreadable and not across
+
+
+def _read_all(splits: Splits, processes: int) -> list[Finding]:
+    jobs = [
+        (split, photos.root, name)
+        for split, photos in splits._asdict().items()
+        if photos.root is not None
+        for name in photos.names
+    ]
+    with ProcessPoolExecutor(processes) as pool:
+        found: Iterable[Finding] = pool.map(_read, jobs, chunksize=64)
+        return list(track(found, "reading", len(jobs), console=console, disable=not console.is_terminal))
+
+
+def _read(job: tuple[str, Path, str]) -> Finding:
+    split, root, name = job
+    path = root / name
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    try:
+        return Finding(split, name, load_image(path).size, digest, None)
+    except InputError as error:
+        return Finding(split, name, None, digest, str(error))
+
+
+def _duplicates(findings: list[Finding]) -> tuple[list[list[str]], list[list[str]]]:
+    by_digest: dict[str, list[Finding]] = defaultdict(list)
+    for finding in findings:
+        by_digest[finding.digest].append(finding)
+    within: list[list[str]] = []
+    across: list[list[str]] = []
+    for group in by_digest.values():
+        if len(group) > 1:
+            names = [f"{finding.split}/{finding.name}" for finding in group]
+            (within if len({finding.split for finding in group}) == 1 else across).append(names)
+    return within, across
+
+
+def _counts(photos: Photos) -> Counter[str]:
+    return Counter(photos.classes[label] for label in photos.labels)
+
+
+def _class_table(splits: Splits) -> Table:
+    table = Table(title=f"{len(splits.train)} training and {len(splits.validation)} validation images")
+    table.add_column("class")
+    table.add_column("train", justify="right")
+    table.add_column("validation", justify="right")
+    train, validation = _counts(splits.train), _counts(splits.validation)
+    for name in splits.train.classes:
+        table.add_row(name, str(train[name]), str(validation[name]))
+    return table
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

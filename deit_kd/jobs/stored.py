@@ -1,0 +1,391 @@
+"""Between a recipe and a label store: who may read or write one, and how the recipe's teacher fills it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deit_kd.config import Config, flat
+from deit_kd.data import Photos, Splits, TrainingLoader
+from deit_kd.distributed import Processes
+from deit_kd.engine import score_teacher
+from deit_kd.files import read_json
+from deit_kd.interfaces import Batch, InputError, TeacherOutput
+from deit_kd.jobs import parts
+from deit_kd.jobs.fit import teacher_folder
+from deit_kd.jobs.run import Run
+from deit_kd.models import load_weights, tensors_hash
+from deit_kd.store import (
+    VALIDATION,
+    LabelStore,
+    Record,
+    RecordingTeacher,
+    StoredTeacher,
+    differences,
+    epoch_part,
+)
+from deit_kd.teachers import NetworkTeacher
+from deit_kd.tracking import FACTS_FILE, HEADS_FILE, say
+
+SOFT_TOP = 10  # logits kept for soft labels unless teacher.store_top says otherwise
+LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")  # that views depend on
+
+# Keys of the sections data, augment and teacher that change neither a view nor an answer. Any other key, of today
+# or later, does.
+NOT_IN_IDENTITY = {
+    "data.name",  # the photos themselves are compared
+    "data.root",
+    "data.train_split",
+    "data.validation_split",
+    "data.validation_fraction",
+    "data.download",
+    "data.workers",
+    "augment.label_smoothing",  # changes targets, not views
+    "teacher.pretrained",  # the weights themselves are compared
+    "teacher.checkpoint",
+    "teacher.random_weights",
+    "teacher.channels_last",
+    "teacher.class_map",  # what the file says is compared
+    "teacher.compile",
+    "teacher.min_top1",
+    "teacher.store",
+    "teacher.store_mode",
+    "teacher.store_top",
+}
+
+Answer = TypeVar("Answer")
+
+
+def stored_teacher(run: Run) -> StoredTeacher:
+    """Return the teacher that is read from the run's store, after every file that it needs was checked.
+
+    The run's loader deals the epochs of the store over and over. A run that is resumed keeps to those it began with.
+
+    Raises:
+        InputError: the store is of other views or another teacher, is damaged, or holds too little.
+    """
+    config, processes = run.config, run.processes
+    assert config.teacher.store is not None
+    store = open_store(config.teacher.store)
+    refuse_other(store, _identity_without_teacher(config, run.splits))
+    _refuse_libraries(store)
+    if config.distill.kind != "hard" and not store.record.holds_logits:
+        raise InputError(
+            f"distill.kind: {config.distill.kind!r} needs logits, but {config.teacher.store} holds the hard label "
+            f"alone; build another with --teacher.store_top {SOFT_TOP}"
+        )
+    # A builder may add an epoch while the processes look.
+    epochs: int = processes.share(store.epochs)
+    if run.checkpoint is not None:
+        begun = read_json(run.folder / FACTS_FILE)["teacher"].get("view_epochs", epochs)
+        if begun > epochs:
+            raise InputError(f"resume: {run.folder} was begun with {begun} epochs of the store, which has {epochs} now")
+        epochs = begun
+    needed = min(epochs, config.train.epochs)
+    on_main(processes, lambda: store.verify([VALIDATION, *map(epoch_part, range(needed))]))
+    if processes.is_main:
+        cycled = f", dealt over and over for {config.train.epochs} epochs" if needed < config.train.epochs else ""
+        say(f"store: {config.teacher.store}, {needed} epochs of views{cycled}; the teacher is not in memory")
+    run.loader.cycle_views(epochs)
+    return StoredTeacher(store, epochs)
+
+
+class StoredAnswers(NamedTuple):
+    """What a store knows about the validation set."""
+
+    score: dict[str, Any]  # ``top1``, ``top5`` and ``nll``, as they were measured
+    predictions: Tensor  # [n]
+    logits: Tensor | None  # [n, C]; None where the store holds hard labels alone
+
+
+def stored_validation(config: Config, photos: Photos) -> StoredAnswers:
+    """Return what the teacher said about `photos`, read from the recipe's store.
+
+    Raises:
+        InputError: the photos are not the store's validation set, or are seen otherwise.
+    """
+    assert config.teacher.store is not None
+    store = LabelStore(config.teacher.store)
+    refuse_other(store, _validation_identity(config, photos))
+    store.verify([VALIDATION])
+    return StoredAnswers(store.score(), store.predictions(0, 1), store.logits())
+
+
+@contextmanager
+def recording(
+    run: Run, teacher: NetworkTeacher, checkpoint: str | None
+) -> Iterator[tuple[RecordingTeacher, Callable[[int], None]]]:
+    """Fill the run's store while it trains: yield the teacher to ask, and what to call after every epoch.
+
+    Raises:
+        InputError: the store is of other views or another teacher, or somebody else writes to it.
+    """
+    config, processes = run.config, run.processes
+    assert config.teacher.store is not None
+    with writing(config, config.teacher.store, run.splits, run.loader, processes, teacher, checkpoint) as store:
+        fill_validation(config, store, teacher, run.splits, processes)
+        recorder = RecordingTeacher(teacher, store)
+
+        def after_epoch(epoch: int) -> None:
+            recorder.flush()
+            fill_epoch(store, recorder, run.loader, epoch, processes, config.evaluate.batch_size)
+
+        if processes.is_main:
+            say(f"store: {config.teacher.store} is filled, {store.record.bytes_per_view} bytes a view")
+        yield recorder, after_epoch
+
+
+@contextmanager
+def writing(
+    config: Config,
+    folder: str,
+    splits: Splits,
+    loader: TrainingLoader,
+    processes: Processes,
+    teacher: NetworkTeacher,
+    checkpoint: str | None,
+) -> Iterator[LabelStore]:
+    """Open a store that every process may write pieces to, or begin it; nobody else writes to it meanwhile.
+
+    Args:
+        config: the recipe.
+        folder: of the store.
+        splits: the recipe's photos.
+        loader: of the recipe's views.
+        processes: of the job.
+        teacher: that will be asked.
+        checkpoint: where its weights come from; None is timm, or random ones.
+
+    Raises:
+        InputError: the store is of other views or another teacher, or somebody else writes to it.
+    """
+    fields = identity(config, splits) | {"teacher.weights": weights_hash(teacher, checkpoint)}
+    top = config.teacher.store_top
+    manifest = {
+        "identity": fields | _source(config, splits),
+        "classes": list(splits.train.classes),
+        "top": (0 if config.distill.kind == "hard" else SOFT_TOP) if top is None else top,
+        "views": loader.views_per_epoch,
+        "validation": len(splits.validation),
+        "libraries": [libraries_in_use()],
+        "teacher": {
+            **teacher.facts,
+            "weights": fields["teacher.weights"],
+            "random_weights": parts.has_random_weights(config),
+        },
+    }
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(LabelStore.lock(folder))
+            store = LabelStore.begin(folder, manifest)
+            refuse_other(store, fields)
+            _refuse_libraries(store)
+            if top is not None and top != store.record.top:
+                raise InputError(
+                    f"teacher.store_top: {store.record.top} in the store, {top} here; use its own, or name another "
+                    "folder"
+                )
+            if config.distill.kind != "hard" and not store.record.holds_logits:
+                raise InputError(
+                    f"distill.kind: {config.distill.kind!r} needs logits; {folder} holds hard labels alone"
+                )
+            store.verify([part for part in (VALIDATION, *map(epoch_part, range(store.epochs))) if store.holds(part)])
+
+        on_main(processes, enter)
+        yield LabelStore(folder)
+
+
+def fill_validation(
+    config: Config, store: LabelStore, teacher: NetworkTeacher, splits: Splits, processes: Processes
+) -> None:
+    """Ask for every image of the validation set, and keep the answers and their score."""
+    if processes.share(store.holds(VALIDATION)):
+        return
+    asked = _Listener(teacher, store.record)
+    score, _ = score_teacher(
+        asked,
+        parts.build_evaluation_loader(config, splits.validation, processes),
+        classes=len(splits.validation.classes),
+        total=len(splits.validation),
+        processes=processes,
+    )
+    positions = torch.arange(processes.rank, len(splits.validation), processes.count)
+    store.write_piece(VALIDATION, positions, asked.columns())
+    processes.wait()
+    on_main(processes, lambda: store.finish(VALIDATION, score))
+
+
+class _Listener:
+    """Asks a teacher and keeps the records of its answers, in order."""
+
+    def __init__(self, teacher: NetworkTeacher, record: Record) -> None:
+        self._teacher, self._record = teacher, record
+        self._kept: list[dict[str, Tensor]] = []
+
+    def __call__(self, batch: Batch) -> TeacherOutput:
+        answer: TeacherOutput = self._teacher(batch)
+        self._kept.append(self._record.encode(answer.logits))
+        return answer
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return all records by column."""
+        kept = self._kept or [self._record.empty(0)]
+        return {name: torch.cat([records[name] for records in kept]).cpu() for name in kept[0]}
+
+
+def fill_epoch(
+    store: LabelStore,
+    recorder: RecordingTeacher,
+    loader: TrainingLoader,
+    epoch: int,
+    processes: Processes,
+    batch_size: int,
+    advance: Callable[[Batch], None] = lambda batch: None,
+) -> None:
+    """Ask for what an epoch still lacks, each process its share of blocks."""
+    processes.wait()
+    missing: np.ndarray = processes.share(store.missing(epoch_part(epoch)) if processes.is_main else None)
+    block = batch_size + batch_size % 2
+    starts = range(processes.rank * block, len(missing), processes.count * block)
+    if len(starts):
+        positions = np.concatenate([missing[first : first + block] for first in starts])
+        view_ids = np.stack([np.full_like(positions, epoch), positions], axis=1)
+        for batch in loader.views(view_ids, block):
+            batch = batch.to(processes.device)
+            recorder(batch)
+            advance(batch)
+    recorder.flush()
+    processes.wait()
+    on_main(processes, lambda: store.finish(epoch_part(epoch)))
+
+
+def on_main(processes: Processes, act: Callable[[], Answer]) -> Answer | None:
+    """Let the main process `act` while the others wait; what it refuses, all of them refuse."""
+    answer, refusal = None, None
+    if processes.is_main:
+        try:
+            answer = act()
+        except InputError as error:
+            refusal = str(error)
+    refusal = processes.share(refusal)
+    if refusal is not None:
+        raise InputError(refusal)
+    return answer
+
+
+def open_store(folder: str) -> LabelStore:
+    """Return a store that holds an epoch at least.
+
+    Raises:
+        InputError: there is none.
+    """
+    store = LabelStore(folder)
+    if not store.epochs:
+        raise InputError(f"teacher.store: {folder} holds no whole epoch yet; run deit-kd store build on it")
+    return store
+
+
+def identity(config: Config, splits: Splits) -> dict[str, Any]:
+    """Return everything but the weights that a view or an answer depends on, by field."""
+    tree = config.model_dump(mode="json", include={"data", "augment", "teacher"})
+    keys = {key: value for key, value in flat(tree).items() if key not in NOT_IN_IDENTITY}
+    return {
+        "train.images": len(splits.train),
+        "train.photos": splits.train.digest(),
+        **_validation_identity(config, splits.validation),
+        **{key: value for key, value in keys.items() if not key.startswith("teacher.fit.")},
+        "seed": config.seed,
+        "teacher.image_size": config.teacher.image_size or config.data.image_size,
+        "teacher.precision": parts.teacher_precision(config),
+        "teacher.class_map": _file_digest(config.teacher.class_map),
+    }
+
+
+def _file_digest(path: str | None) -> str | None:
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise InputError(f"teacher.class_map: {path} is no file; name a CSV or JSON file")
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+
+
+def _validation_identity(config: Config, photos: Photos) -> dict[str, Any]:
+    """Return what a view of a validation image depends on, by field."""
+    seen = config.data.model_dump(mode="json", include={"image_size", "crop_fraction", "interpolation", "mean", "std"})
+    return {
+        "classes": list(photos.classes),
+        "validation.images": len(photos),
+        "validation.photos": photos.digest(),
+        **{f"data.{key}": value for key, value in seen.items()},
+    }
+
+
+def _identity_without_teacher(config: Config, splits: Splits) -> dict[str, Any]:
+    """Return what can be said of a recipe whose teacher is not in memory, and perhaps not on this machine.
+
+    Weights are compared where their file is at hand. A recipe that names no teacher takes the store's.
+    """
+    fields, section = identity(config, splits), config.teacher
+    if section.name is None and section.checkpoint is None and not section.members:
+        return {key: value for key, value in fields.items() if not key.startswith("teacher.")}
+    checkpoint = section.checkpoint
+    if section.fit.epochs and (teacher_folder(config, splits) / HEADS_FILE).is_file():
+        checkpoint = str(teacher_folder(config, splits))
+    if checkpoint is None or checkpoint.endswith(parts.TEACHER_OF_RUN):
+        return fields | _source(config, splits)
+    return fields | {"teacher.weights": weights_hash(None, checkpoint)}
+
+
+def _source(config: Config, splits: Splits) -> dict[str, str]:
+    """Return where a recipe's weights come from, to compare where they are not at hand."""
+    section = config.teacher
+    if section.fit.epochs:
+        return {"teacher.source": teacher_folder(config, splits).name}
+    if section.pretrained or section.random_weights:
+        return {"teacher.source": "timm" if section.pretrained else "random"}
+    return {"teacher.source": "file"} if section.checkpoint is not None else {}
+
+
+def weights_hash(teacher: NetworkTeacher | None, checkpoint: str | None) -> str:
+    """Return a hash of the weights' file or, where they come from none, of the network."""
+    if checkpoint is None or checkpoint.endswith(parts.TEACHER_OF_RUN):
+        assert teacher is not None
+        return tensors_hash(teacher.state_dict())
+    state = load_weights("teacher.checkpoint", checkpoint).state
+    return tensors_hash({name: state[name] for name in sorted(state)})
+
+
+def libraries_in_use() -> dict[str, str]:
+    """Return the versions of the libraries that views depend on."""
+    return {name: version(name).split("+")[0] for name in LIBRARIES}
+
+
+def refuse_other(store: LabelStore, here: dict[str, Any]) -> None:
+    """Raise an InputError with both values of every field of `here` that the store was not made for."""
+    found = differences(store.manifest["identity"], here, flat(Config().model_dump(mode="json")))
+    if found:
+        more = f"; {len(found) - 3} more" if len(found) > 3 else ""
+        raise InputError(
+            f"teacher.store: {store.folder} holds answers to other questions ({'; '.join(found[:3])}{more}); undo "
+            "that, or name another store"
+        )
+
+
+def _refuse_libraries(store: LabelStore) -> None:
+    here, accepted = libraries_in_use(), store.manifest["libraries"]
+    if here in accepted:
+        return
+    fewest = min((differences(known, here, {}) for known in accepted), key=len)
+    raise InputError(
+        f"teacher.store: {store.folder} was made with other libraries ({'; '.join(fewest)}), which may change a view; "
+        "run deit-kd store check on it, which lets these use it if the answers hold"
+    )

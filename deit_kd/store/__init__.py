@@ -1,0 +1,16 @@
+"""The label store: what a teacher answered to every view, kept on disk and replayed for any student."""
+
+from deit_kd.store.folder import VALIDATION, LabelStore, epoch_part
+from deit_kd.store.identity import differences
+from deit_kd.store.record import Record
+from deit_kd.store.teacher import RecordingTeacher, StoredTeacher
+
+__all__ = [
+    "VALIDATION",
+    "LabelStore",
+    "Record",
+    "RecordingTeacher",
+    "StoredTeacher",
+    "differences",
+    "epoch_part",
+]

@@ -1,0 +1,307 @@
+"""The files of a label store: parts that appear whole or not at all, and a manifest of what they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from deit_kd.files import read_json, write_atomically, write_json
+from deit_kd.interfaces import InputError
+from deit_kd.models import tensors_hash
+from deit_kd.store.record import Record, is_whole
+
+FORMAT = 1
+MANIFEST = "store.json"
+LOCK = ".lock"
+VALIDATION = "validation"
+
+Columns = dict[str, Tensor]
+
+
+def epoch_part(epoch: int) -> str:
+    """Return the name of the part that holds the answers to one epoch's views."""
+    return f"epoch-{epoch:05d}"
+
+
+class LabelStore:
+    """One folder of answers: ``validation`` and one part for each epoch of views.
+
+    A part is a safetensors file whose columns (see `Record`) have one row for each position. Until every row is
+    there, a part is a folder of pieces, each of them whole: a build that was interrupted goes on from them. Every
+    file carries a checksum and the digest of the manifest it was made under.
+
+    Args:
+        folder: of the store.
+
+    Raises:
+        InputError: there is no store, or a later version of this package made it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        if not (self.folder / MANIFEST).is_file():
+            raise InputError(f"teacher.store: {folder} is no label store; make one with deit-kd store build")
+        self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST)
+        if self.manifest.get("format") != FORMAT:
+            raise InputError(
+                f"teacher.store: {folder} has format {self.manifest.get('format')}, this version reads {FORMAT}; "
+                "build it anew"
+            )
+        self.record = Record(len(self.manifest["classes"]), self.manifest["top"])
+        self._open: tuple[str, Columns] | None = None
+
+    @classmethod
+    def begin(cls, folder: str | Path, manifest: Mapping[str, Any]) -> LabelStore:
+        """Write the manifest of a new store, and return the store; one that is there stays as it is.
+
+        Args:
+            folder: empty, or of a store.
+            manifest: ``identity`` (fields by name), ``classes`` (names), ``top`` (K), ``views`` (of an epoch),
+                ``validation`` (images), ``libraries`` (a list of accepted versions) and ``teacher`` (facts).
+
+        Raises:
+            InputError: the folder holds something else.
+        """
+        place = Path(folder).expanduser()
+        if not (place / MANIFEST).is_file():
+            if any(not path.name.startswith(".") for path in place.iterdir()):
+                raise InputError(f"teacher.store: {folder} holds something that is no store; name another folder")
+            with _said_clearly(place):
+                write_json(place / MANIFEST, {"format": FORMAT, **manifest})
+        return cls(folder)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of everything that the records depend on, their form included."""
+        essence = {key: self.manifest[key] for key in ("format", "identity", "classes", "top", "views", "validation")}
+        return hashlib.blake2b(json.dumps(essence, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs of views are there, from the first without a gap."""
+        epoch = 0
+        while self.holds(epoch_part(epoch)):
+            epoch += 1
+        return epoch
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of all files."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    def holds(self, part: str) -> bool:
+        """Return whether a part is there as a whole."""
+        return self._file(part).is_file()
+
+    def accept(self, libraries: Mapping[str, str]) -> None:
+        """Let these versions of libraries use the store from now on."""
+        self.manifest["libraries"].append(dict(libraries))
+        with _said_clearly(self.folder):
+            write_json(self.folder / MANIFEST, self.manifest)
+
+    def columns(self, part: str) -> Columns:
+        """Return the columns of a part, memory-mapped; the part that was read last stays open.
+
+        Raises:
+            InputError: the part is not there, or its file is truncated or of another store.
+        """
+        if self._open is None or self._open[0] != part:
+            columns, _ = self._read(self._file(part), self._rows(part))
+            self._open = part, columns
+        return self._open[1]
+
+    def find(self, view_ids: Tensor) -> Columns:
+        """Return the records of views [B, 2] (epoch and position, in host memory).
+
+        Raises:
+            InputError: one is not there.
+        """
+        found = self.record.empty(len(view_ids))
+        for epoch in view_ids[:, 0].unique().tolist():
+            rows = view_ids[:, 0] == epoch
+            positions = view_ids[rows, 1]
+            if not self.holds(epoch_part(epoch)) or int(positions.max()) >= self.manifest["views"]:
+                raise InputError(
+                    f"teacher.store: {self.folder} has no view {int(positions.max())} of epoch {epoch}; run deit-kd "
+                    "store build with more epochs"
+                )
+            for name, column in self.columns(epoch_part(epoch)).items():
+                found[name][rows] = column[positions]
+        return found
+
+    def score(self) -> dict[str, float | None]:
+        """Return the teacher's ``top1``, ``top5`` and ``nll`` on the validation set, as they were measured."""
+        return self._notes(VALIDATION)
+
+    def predictions(self, rank: int, processes: int) -> Tensor:
+        """Return the teacher's classes [share] on the part of the validation set that one process evaluates."""
+        share = {name: column[rank::processes] for name, column in self.columns(VALIDATION).items()}
+        if "label" in share:
+            return share["label"].long()
+        return share["classes"][:, 0].long() if "classes" in share else share["logits"].argmax(-1)
+
+    def logits(self) -> Tensor | None:
+        """Return the teacher's logits [n, C] on the validation set; None where the store holds hard labels alone."""
+        return self.record.decode(self.columns(VALIDATION)) if self.record.holds_logits else None
+
+    def verify(self, parts: Sequence[str]) -> None:
+        """Read every byte of `parts`, about a second for each GB, and compare the checksums.
+
+        Raises:
+            InputError: a file is not there, truncated, altered or of another store.
+        """
+        for part in parts:
+            columns, metadata = self._read(self._file(part), self._rows(part))
+            if metadata["digest"] != _hash(columns, metadata):
+                raise self._broken(self._file(part), "its checksum differs")
+
+    def _read(self, file: Path, rows: int | None) -> tuple[Columns, dict[str, str]]:
+        """Map the columns of a file: `rows` of them, or any number where that is None."""
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                columns = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            raise self._broken(file, str(error).splitlines()[0]) from error
+        if metadata.get("store") != self.digest:
+            raise self._broken(file, "it belongs to another store")
+        if rows is not None and any(len(column) != rows for column in columns.values()):
+            raise self._broken(file, f"it has not {rows} records")
+        return columns, metadata
+
+    def _notes(self, part: str) -> Any:
+        _, metadata = self._read(self._file(part), self._rows(part))
+        return json.loads(metadata["notes"])
+
+    def _broken(self, file: Path, reason: str) -> InputError:
+        return InputError(
+            f"teacher.store: {file} is truncated or altered ({reason}); delete it and run deit-kd store build again"
+        )
+
+    @staticmethod
+    @contextmanager
+    def lock(folder: str | Path) -> Iterator[None]:
+        """Be the only one who writes to `folder`, which is made if need be; a process that dies lets go.
+
+        Raises:
+            InputError: somebody else writes to it.
+        """
+        import fcntl  # not on Windows, where stores can only be read
+
+        place = Path(folder).expanduser()
+        with _said_clearly(place):
+            place.mkdir(parents=True, exist_ok=True)
+            file = open(place / LOCK, "a")  # noqa: SIM115 - the block below closes it
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(
+                    f"teacher.store: {folder} is being written by another process; wait for it, or name another folder"
+                ) from error
+            yield
+
+    def missing(self, part: str) -> np.ndarray:
+        """Return the positions [n] of a part that nobody has answered yet; damaged pieces count as missing."""
+        rows = self._rows(part)
+        if self.holds(part):
+            return np.empty(0, dtype=np.int64)
+        answered = np.zeros(rows, dtype=bool)
+        for _, positions, _ in self._pieces(part):
+            answered[positions.numpy()] = True
+        return np.flatnonzero(~answered)
+
+    def write_piece(self, part: str, positions: Tensor, columns: Columns) -> None:
+        """Keep the records of some positions [n] of a part, in any order.
+
+        Raises:
+            InputError: an answer was not finite, or the disk is full.
+        """
+        if self.holds(part) or not len(positions):
+            return
+        if not is_whole(columns):
+            raise InputError(
+                f"teacher: an answer to {part} is not finite; check its weights, or set teacher.precision off"
+            )
+        tensors = {"positions": positions, **columns}
+        content, digest = self._packed(tensors, {})
+        place = self._pieces_folder(part)
+        with _said_clearly(self.folder):
+            place.mkdir(exist_ok=True)
+            write_atomically(place / f"{int(positions[0]):010d}-{digest[:12]}.safetensors", content)
+
+    def finish(self, part: str, notes: Any = None) -> None:
+        """Join the pieces of a part into its file.
+
+        Args:
+            part: all of whose positions are there.
+            notes: JSON that is kept with it.
+        """
+        if self.holds(part):
+            shutil.rmtree(self._pieces_folder(part), ignore_errors=True)
+            return
+        columns = self.record.empty(self._rows(part))
+        for _, positions, piece in self._pieces(part):
+            for name, column in columns.items():
+                column[positions] = piece[name]
+        content, _ = self._packed(columns, notes)
+        with _said_clearly(self.folder):
+            write_atomically(self._file(part), content)
+        shutil.rmtree(self._pieces_folder(part))
+
+    def _packed(self, tensors: Columns, notes: Any) -> tuple[bytes, str]:
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        metadata = {"store": self.digest, "notes": json.dumps(notes)}
+        digest = _hash(tensors, metadata)
+        return save(tensors, {**metadata, "digest": digest}), digest
+
+    def _pieces(self, part: str) -> Iterator[tuple[Path, Tensor, Columns]]:
+        """Yield the pieces of a part; delete the damaged ones, whose views are asked for again."""
+        for file in sorted(self._pieces_folder(part).glob("*.safetensors")):
+            try:
+                columns, metadata = self._read(file, None)
+                whole = metadata.get("digest") == _hash(columns, metadata)
+            except InputError:
+                whole = False
+            if whole:
+                yield file, columns.pop("positions"), columns
+            else:
+                file.unlink()
+
+    def _rows(self, part: str) -> int:
+        return self.manifest["validation" if part == VALIDATION else "views"]
+
+    def _file(self, part: str) -> Path:
+        return self.folder / f"{part}.safetensors"
+
+    def _pieces_folder(self, part: str) -> Path:
+        return self.folder / f"{part}.pieces"
+
+
+def _hash(tensors: Columns, metadata: Mapping[str, str]) -> str:
+    in_order = {name: tensors[name] for name in sorted(tensors)}
+    told = metadata["store"] + metadata["notes"] + tensors_hash(in_order)
+    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+
+
+@contextmanager
+def _said_clearly(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(
+            f"teacher.store: {folder} cannot be written ({reason}); free space or name another folder, then run the "
+            "same command again: what was finished stays"
+        ) from error

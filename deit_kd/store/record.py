@@ -1,0 +1,103 @@
+"""One answer as a record of fixed size: its largest logits and what the rest weighs (TinyViT, arXiv 2207.10666)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+LEAST_LOGIT = torch.finfo(torch.float16).min
+LEAST_GAP = 2.0**-24  # the smallest fp16 number: a tie in fp16 must not move the argmax
+
+
+@dataclass(frozen=True)
+class Record:
+    """How answers of C classes are stored; logits are fp16, minus the largest of their row.
+
+    - ``top`` 0: the class of the largest logit alone;
+    - ``top`` K < C: the K largest logits, their classes, and the log-sum-exp of the rest at T = 1 (fp32);
+    - ``top`` >= C: all logits.
+
+    The argmax of what comes back is the argmax of what went in, ties included.
+
+    Args:
+        classes: C.
+        top: K.
+    """
+
+    classes: int
+    top: int
+
+    @property
+    def holds_logits(self) -> bool:
+        """Whether more than a hard label can be read."""
+        return self.top > 0
+
+    @cached_property
+    def _example(self) -> dict[str, Tensor]:
+        return self.encode(torch.zeros(1, self.classes))
+
+    @property
+    def bytes_per_view(self) -> int:
+        """Size of one record."""
+        return sum(column.nbytes for column in self._example.values())
+
+    def empty(self, views: int) -> dict[str, Tensor]:
+        """Return columns for `views` records, to be filled."""
+        return {name: column.new_empty((views, *column.shape[1:])) for name, column in self._example.items()}
+
+    def encode(self, logits: Tensor) -> dict[str, Tensor]:
+        """Return the columns of logits [B, C], on their device: ``label`` [B], or ``logits`` [B, K] and the others."""
+        index_type = torch.int16 if self.classes <= 2**15 else torch.int32
+        logits = logits.float()
+        largest, winner = logits.max(-1)[0], logits.argmax(-1)
+        if not self.holds_logits:
+            return {"label": torch.where(largest.isfinite(), winner, -1).to(index_type)}
+        relative = logits - largest[:, None]
+        stored = relative.clamp(LEAST_LOGIT, -LEAST_GAP).half()
+        stored = stored.scatter(-1, winner[:, None], 0)
+        stored = torch.where(largest.isfinite()[:, None], stored, torch.nan)
+        if self.top >= self.classes:
+            return {"logits": stored}
+        best = stored.float().topk(self.top)
+        rest = relative.scatter(-1, best.indices, -torch.inf).logsumexp(-1)
+        return {
+            "logits": best.values.half(),
+            "classes": best.indices.to(index_type),
+            "rest": rest.clamp_min(LEAST_LOGIT),
+        }
+
+    def decode(self, columns: dict[str, Tensor]) -> Tensor:
+        """Return logits [B, C] in fp32.
+
+        Each class that was not kept gets an equal part of the rest's mass, which is exact at T = 1, and never more
+        than the smallest logit that was kept. A hard label comes back as a distribution of one class.
+        """
+        if "label" in columns:
+            label = columns["label"].long()[:, None]
+            return torch.full((len(label), self.classes), LEAST_LOGIT, device=label.device).scatter_(1, label, 0)
+        kept = columns["logits"].float()
+        if "classes" not in columns:
+            return kept
+        share = columns["rest"] - math.log(self.classes - self.top)
+        share = torch.minimum(share, kept[:, -1]).clamp_max(-LEAST_GAP)
+        return share[:, None].repeat(1, self.classes).scatter_(1, columns["classes"].long(), kept)
+
+    def gap(self, columns: dict[str, Tensor], logits: Tensor) -> Tensor:
+        """Return the largest difference [B] between the logits that were kept and `logits` [B, C], asked anew."""
+        if "label" in columns:
+            return torch.zeros(len(logits))
+        relative = logits.float() - logits.float().max(-1, keepdim=True)[0]
+        if "classes" in columns:
+            relative = relative.gather(-1, columns["classes"].long())
+        return (relative.clamp_min(LEAST_LOGIT) - columns["logits"].float()).abs().max(-1)[0]
+
+
+def is_whole(columns: dict[str, Tensor]) -> bool:
+    """Return whether every record came from an answer whose largest logit was finite."""
+    if "label" in columns:
+        return bool((columns["label"] >= 0).all())
+    return all(bool(columns[name].isfinite().all()) for name in ("logits", "rest") if name in columns)

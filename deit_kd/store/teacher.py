@@ -1,0 +1,104 @@
+"""Two teachers: one that is read from a label store, and one that fills a store while it is asked."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deit_kd.interfaces import Batch, InputError, TeacherOutput
+from deit_kd.store.folder import LabelStore, epoch_part
+
+VIEWS_PER_PIECE = 4096
+SECONDS_PER_PIECE = 60.0  # that a slow teacher can lose when it is killed
+
+
+class StoredTeacher:
+    """Answers views with the records of a store; no network is asked.
+
+    Args:
+        store: that holds the epochs of the views.
+        epochs: how many of them a run cycles.
+    """
+
+    def __init__(self, store: LabelStore, epochs: int) -> None:
+        self.store = store
+        self.facts: dict[str, Any] = {**store.manifest["teacher"], "store": store.digest, "view_epochs": epochs}
+
+    def lines(self) -> list[str]:
+        """Return what a person is told about it."""
+        return []
+
+    def __call__(self, batch: Batch) -> TeacherOutput:
+        """Answer the views of `batch` with logits [B, C] in fp32, on the device of its images.
+
+        Raises:
+            InputError: a view is not in the store.
+        """
+        if batch.view_ids is None:
+            raise InputError("teacher.store: only views of the training loader can be answered, which have view_ids")
+        records = self.store.find(batch.view_ids.cpu())
+        device = batch.images.device
+        logits = self.store.record.decode({name: c.to(device, non_blocking=True) for name, c in records.items()})
+        return TeacherOutput(logits)
+
+
+class RecordingTeacher:
+    """Asks another teacher, and keeps its answers to views; call `flush` when an epoch is done.
+
+    Args:
+        teacher: that is asked.
+        store: that this process may write pieces to.
+    """
+
+    def __init__(self, teacher: Any, store: LabelStore) -> None:
+        self.store = store
+        self._teacher = teacher
+        self._kept: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self._views, self._since = 0, time.monotonic()
+
+    def __call__(self, batch: Batch) -> TeacherOutput:
+        """Answer `batch` as the other teacher does."""
+        answer: TeacherOutput = self._teacher(batch)
+        if batch.view_ids is not None:
+            self._kept.append((batch.view_ids, self.store.record.encode(answer.logits)))
+            self._views += len(batch.view_ids)
+            if self._views >= VIEWS_PER_PIECE or time.monotonic() - self._since >= SECONDS_PER_PIECE:
+                self.flush()
+        return answer
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run records about the other teacher."""
+        facts: dict[str, Any] = self._teacher.facts
+        return facts
+
+    def lines(self) -> list[str]:
+        """Return what a person is told about the other teacher."""
+        lines: list[str] = self._teacher.lines()
+        return lines
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the other teacher's weights."""
+        return self._teacher.state_dict()
+
+    def flush(self) -> None:
+        """Write what is still in memory.
+
+        Raises:
+            InputError: an answer was not finite, or the disk is full.
+        """
+        self._since = time.monotonic()
+        if not self._kept:
+            return
+        view_ids = torch.cat([ids.cpu() for ids, _ in self._kept])
+        columns = {
+            name: torch.cat([records[name] for _, records in self._kept]).cpu() for name in self.store.record.empty(0)
+        }
+        self._kept, self._views = [], 0
+        for epoch in view_ids[:, 0].unique().tolist():
+            rows = view_ids[:, 0] == epoch
+            records = {name: column[rows] for name, column in columns.items()}
+            self.store.write_piece(epoch_part(epoch), view_ids[rows, 1], records)

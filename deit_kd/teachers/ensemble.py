@@ -1,0 +1,86 @@
+"""Several teachers at once: the mean of their probabilities, or one drawn for each view (Hinton et al. 2015)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deit_kd.interfaces import Batch, InputError, TeacherOutput
+from deit_kd.randomness import derive
+from deit_kd.teachers.frozen import FrozenTeacher
+
+COMBINATIONS = ("mean", "draw")
+
+
+class EnsembleTeacher(nn.Module):
+    """Answers with several frozen teachers, each with its own eyes and class map.
+
+    ``mean`` is the log of the weighted mean of their probabilities at T = 1, so that a temperature acts on the
+    ensemble's distribution. ``draw`` lets one teacher answer each view, drawn by weight from the view's epoch and
+    position: neither batch size nor number of processes matters, and a label store replays it. Every teacher
+    answers every batch; where a batch has no view ids, as in evaluation, ``draw`` answers as ``mean`` does.
+
+    Args:
+        members: the teachers.
+        weights: of each; they are scaled to sum to 1.
+        combine: ``mean`` or ``draw``.
+        seed: of the draw.
+
+    Raises:
+        InputError: there are not as many weights as teachers, a weight is not positive, or `combine` is unknown.
+    """
+
+    _shares: Tensor
+
+    def __init__(
+        self, members: Sequence[FrozenTeacher], weights: Sequence[float], combine: str = "mean", seed: int = 0
+    ) -> None:
+        super().__init__()
+        if len(members) != len(weights) or not members or min(weights) <= 0:
+            raise InputError(
+                f"teacher.members: {len(members)} teachers have weights {list(weights)}; give each one > 0"
+            )
+        if combine not in COMBINATIONS:
+            raise InputError(f"teacher.combine: {combine!r} is unknown; use one of {', '.join(COMBINATIONS)}")
+        self.members = nn.ModuleList(members)
+        self.combine = combine
+        self._key = derive("teacher of a view", seed) >> 1  # fits int64
+        shares = torch.tensor(weights, dtype=torch.float64, device=members[0]._gain.device)
+        self.register_buffer("_shares", shares / shares.sum())
+        self.facts: dict[str, Any] = {
+            "name": f"{combine} of {', '.join(member.facts.get('name', 'a teacher') for member in members)}",
+            "members": [
+                {**member.facts, "weight": share} for member, share in zip(members, self._shares.tolist(), strict=True)
+            ],
+        }
+
+    def lines(self) -> list[str]:
+        """Return what a person is told about the members."""
+        members: list[Any] = list(self.members)
+        return [line for member in members for line in member.lines()]
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> TeacherOutput:
+        """Answer the views of `batch` with log-probabilities [B, C] in fp32."""
+        answers = torch.stack([member(batch).logits for member in self.members]).log_softmax(-1)  # [members, B, C]
+        if self.combine == "draw" and batch.view_ids is not None:
+            drawn = self.draw(batch.view_ids.to(answers.device, non_blocking=True))
+            return TeacherOutput(answers[drawn, torch.arange(len(drawn), device=drawn.device)])
+        shares = self._shares.to(answers.dtype).log()
+        return TeacherOutput((answers + shares[:, None, None]).logsumexp(0))
+
+    def draw(self, view_ids: Tensor) -> Tensor:
+        """Return the member [B] that answers each view; a pure function of ``view_ids`` [B, 2] and the seed."""
+        mixed = _scramble(_scramble(view_ids[:, 0] + self._key) + view_ids[:, 1])
+        uniform = (mixed & 0xFFFFFFFF).double() / 2**32
+        return torch.bucketize(uniform, self._shares.cumsum(0)[:-1], right=True)
+
+
+def _scramble(integers: Tensor) -> Tensor:
+    """Mix the bits of int64 `integers` (splitmix64's finaliser, with a logical shift), on their device."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        integers = (integers ^ ((integers >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return integers ^ ((integers >> 31) & ((1 << 33) - 1))

@@ -1,0 +1,101 @@
+"""The distillation token (DeiT, arXiv 2012.12877): graft it onto timm's plain ViTs, and read both heads apart."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from deit_kd.interfaces import InputError, StudentOutput
+
+
+def has_second_head(backbone: nn.Module) -> bool:
+    """Return whether the model has a ``head_dist``, at the top or within its head."""
+    # iFormer keeps it inside its head, and an identity in its place where the model is plain.
+    return any(
+        name.rpartition(".")[2] == "head_dist" and not isinstance(module, nn.Identity)
+        for name, module in backbone.named_modules()
+    )
+
+
+def has_distillation_token(backbone: nn.Module) -> bool:
+    """Return whether the model has a token for its second head to read."""
+    has_token = isinstance(getattr(backbone, "dist_token", None), nn.Parameter) or both_in_class_token(backbone)
+    return has_token and isinstance(getattr(backbone, "head_dist", None), nn.Module)
+
+
+def both_in_class_token(backbone: nn.Module) -> bool:
+    """Return whether one parameter ``cls_token`` [1, 2, D] holds both tokens, as in pit and in grafted models."""
+    cls_token = getattr(backbone, "cls_token", None)
+    return isinstance(cls_token, nn.Parameter) and cls_token.shape[1] == 2
+
+
+def is_grafted(backbone: nn.Module) -> bool:
+    """Return whether `graft` made the model's distillation token."""
+    return isinstance(backbone, VisionTransformer | Eva) and both_in_class_token(backbone)
+
+
+def graft(key: str, backbone: nn.Module) -> None:
+    """Put a distillation token at index 1 of a plain timm ViT, and a second head that reads it; both new.
+
+    The model stays timm's own: its parameter ``cls_token`` grows to hold both tokens [1, 2, D], as pit's does,
+    ``pos_embed`` grows by the token's row where it has rows for prefix tokens, and ``num_prefix_tokens`` grows
+    by one wherever it is kept, so that rotary embeddings, patch dropout, pooling and resizing still tell prefix
+    from patches. The class head keeps its pooling; where a norm follows the pooling, ``head_dist`` reads its
+    token through a copy of it.
+
+    Args:
+        key: the recipe's key, which errors begin with.
+        backbone: a `VisionTransformer` or `Eva` with a class token.
+
+    Raises:
+        InputError: the model has no class token to stand beside, or builds its sequence in another way.
+    """
+    _check_can_graft(key, backbone)
+    model: Any = backbone
+    with torch.no_grad():
+        token = nn.init.trunc_normal_(torch.empty_like(model.cls_token), std=0.02)
+        model.cls_token = nn.Parameter(torch.cat([model.cls_token, token], dim=1))
+        if model.pos_embed is not None and not model.no_embed_class:
+            row = nn.init.trunc_normal_(torch.empty_like(model.pos_embed[:, :1]), std=0.02)
+            model.pos_embed = nn.Parameter(torch.cat([model.pos_embed[:, :1], row, model.pos_embed[:, 1:]], dim=1))
+    for module in model.modules():
+        if hasattr(module, "num_prefix_tokens"):
+            module.num_prefix_tokens += 1
+    model.fc_norm_dist = copy.deepcopy(model.fc_norm)
+    model.head_dist = nn.Linear(model.head.in_features, model.head.out_features)
+    nn.init.trunc_normal_(model.head_dist.weight, std=0.02)
+    nn.init.zeros_(model.head_dist.bias)
+
+
+def _check_can_graft(key: str, backbone: Any) -> None:
+    kind = type(backbone).__name__
+    reason = None
+    if has_second_head(backbone):
+        reason = "has a second head but no distillation token (both heads read the same features)"
+    elif not isinstance(backbone, VisionTransformer | Eva):
+        reason = f"is a {kind}, which a distillation token cannot be grafted onto"
+    elif backbone.cls_token is None:
+        reason = f"has no class token for a distillation token to stand beside (it pools by {backbone.global_pool!r})"
+    elif getattr(backbone, "pool_include_prefix", False):
+        reason = "pools over its prefix tokens, so that a new one would change its class head"
+    elif not isinstance(backbone.head, nn.Linear):
+        reason = "has no linear head to copy"
+    if reason is not None:
+        raise InputError(f"{key}: the model {reason}; use a vit_*, deit_*, deit3_* or eva model with a class token")
+
+
+def read_heads(backbone: nn.Module, images: Tensor) -> StudentOutput:
+    """Answer `images` [B, 3, H, W] with logits [B, C] of each head there is."""
+    model: Any = backbone
+    features = model.forward_features(images)
+    if not has_distillation_token(backbone):
+        return StudentOutput(model.forward_head(features))
+    drop = model.head_drop
+    if is_grafted(backbone):
+        return StudentOutput(model.forward_head(features), model.head_dist(drop(model.fc_norm_dist(features[:, 1]))))
+    return StudentOutput(model.head(drop(features[:, 0])), model.head_dist(drop(features[:, 1])))

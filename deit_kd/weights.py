@@ -1,0 +1,222 @@
+"""Weights from anywhere into a model, with a tensor-by-tensor account of what became of each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deit_kd.interfaces import InputError
+from deit_kd.layouts import from_transformers, is_transformers
+
+TOKEN_NOISE = 0.1  # of the class token's spread: two identical tokens would stay alike (cosine .999 in the paper)
+
+# What a distillation token, its position and its head start from where the source has none.
+ORIGINS = {
+    "dist_token": "cls_token",
+    "pos_embed[dist]": "pos_embed[cls]",
+    "head_dist.weight": "head.weight",
+    "head_dist.bias": "head.bias",
+    "fc_norm_dist.weight": "fc_norm.weight",
+    "fc_norm_dist.bias": "fc_norm.bias",
+}
+
+
+@dataclass
+class Account:
+    """What became of every tensor of a model and of the weights that it was started from.
+
+    The rows of ``pos_embed``, and the halves of a ``cls_token`` that holds both tokens, are told apart.
+
+    Args:
+        source: where the weights came from.
+        loaded: the model's tensors that are the source's as they stand.
+        interpolated: resized to another resolution or patch size, with both shapes.
+        derived: made from another tensor, with its name: a new token from the class token.
+        initialised: newly initialised.
+        left_out: the source's tensors that the model has no place for.
+    """
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    interpolated: dict[str, str] = field(default_factory=dict)
+    derived: dict[str, str] = field(default_factory=dict)
+    initialised: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """Return the account as ``run.json`` keeps it."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """Return what a person is told: counts, and every tensor that was not simply loaded."""
+        changes = {
+            "interpolated": [f"{name} {shapes}" for name, shapes in self.interpolated.items()],
+            "derived": [f"{name} from {origin}" for name, origin in self.derived.items()],
+            "newly initialised": self.initialised,
+            "left out": self.left_out,
+        }
+        loaded = f"weights: {len(self.loaded)} tensors loaded from {self.source}"
+        return [loaded] + [f"weights: {what}: {', '.join(names)}" for what, names in changes.items() if names]
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the model's heads, e.g. ``("fc",)`` or ``("head", "head_dist")``."""
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return (*names, "head_dist") if hasattr(model, "head_dist") and "head_dist" not in names else names
+
+
+def to_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state` under timm's names, whether it came from timm, deit, DDP or transformers."""
+    bare = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return from_transformers(bare) if is_transformers(bare) else bare
+
+
+def fit_weights(
+    key: str,
+    model: nn.Module,
+    state: dict[str, Tensor],
+    *,
+    source: str,
+    new_heads: bool = False,
+    token: str = "cls",
+    whole: bool = False,
+) -> Account:
+    """Load `state` into `model`, adapt what has one right way to be adapted, and account for every tensor.
+
+    A new class count gives new heads; a new resolution interpolates ``pos_embed`` and keeps the rows of prefix
+    tokens; another patch size resamples the patch embedding (FlexiViT's pseudo-inverse, as in timm). A plain
+    checkpoint fits a distilled model, and the other way round.
+
+    Args:
+        key: the recipe's key, which errors begin with.
+        model: a timm model, its new weights already drawn.
+        state: a state dict, see `to_timm_names`.
+        source: where it came from, for the account.
+        new_heads: give the model new heads even where the old ones fit.
+        token: ``cls`` starts a distillation token that the source lacks from its class token, with a little
+            noise, and the token's head from the class head; ``scratch`` leaves both as they were drawn.
+        whole: nothing may be new, derived or left out, as for a teacher or a run's own student.
+
+    Raises:
+        InputError: a tensor is missing, unknown or of another shape, with the first differences.
+    """
+    own = _apart(model, model.state_dict())
+    given = _apart(model, to_timm_names(state))
+    heads = tuple(f"{name}." for name in classifier_names(model))
+    account = Account(source)
+    fitted = dict(own)
+    problems: list[str] = []
+    used: set[str] = set()
+    for name, drawn in own.items():
+        taken = given.get(name)
+        is_head = name.startswith(heads)
+        if is_head and not whole and (new_heads or (taken is not None and taken.shape != drawn.shape)):
+            account.initialised.append(name)
+        elif taken is not None and taken.shape == drawn.shape:
+            fitted[name] = taken
+            account.loaded.append(name)
+            used.add(name)
+        elif taken is not None and (resized := _resized(model, name, taken, drawn)) is not None:
+            fitted[name] = resized
+            account.interpolated[name] = f"{list(taken.shape)} -> {list(drawn.shape)}"
+            used.add(name)
+        elif taken is not None:
+            problems.append(f"{name} is {list(taken.shape)}, not {list(drawn.shape)}")
+        elif not whole and name in ORIGINS:
+            origin = ORIGINS[name]
+            if origin in account.loaded and (token == "cls" or name.startswith("fc_norm")):
+                fitted[name] = _with_noise(fitted[origin]) if name == "dist_token" else fitted[origin].clone()
+                account.derived[name] = origin
+            else:
+                account.initialised.append(name)
+        elif not whole and is_head:
+            account.initialised.append(name)
+        else:
+            problems.append(f"{name} is missing")
+    for name in given.keys() - used:
+        if not whole and (name in ORIGINS or name.startswith(heads)):
+            account.left_out.append(name)
+        elif name not in own:
+            problems.append(f"{name} is unknown")
+    if problems:
+        shown = "; ".join(sorted(problems)[:3])
+        raise InputError(
+            f"{key}: {source} does not fit the model ({len(problems)} differences: {shown}); name its own model"
+        )
+    account.left_out.sort()
+    model.load_state_dict(_together(model, fitted))
+    return account
+
+
+def _apart(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Split what one tensor holds of several tokens: both tokens of a ``cls_token``, the rows of ``pos_embed``."""
+    apart = dict(state)
+    cls_token, positions = apart.get("cls_token"), apart.get("pos_embed")
+    if cls_token is not None and cls_token.ndim == 3 and cls_token.shape[1] == 2:
+        apart["cls_token"], apart["dist_token"] = cls_token[:, :1], cls_token[:, 1:]
+    has_grid = hasattr(getattr(model, "patch_embed", None), "grid_size")
+    if cls_token is None or positions is None or positions.ndim != 3 or not has_grid:
+        return apart
+    tokens = 1 + ("dist_token" in apart) + (apart["reg_token"].shape[1] if "reg_token" in apart else 0)
+    rows = _prefix_rows(positions.shape[1], tokens, _grid(model), getattr(model, "no_embed_class", False))
+    if rows:
+        first_register = 1 + ("dist_token" in apart)
+        apart["pos_embed[cls]"] = positions[:, :1]
+        if "dist_token" in apart:
+            apart["pos_embed[dist]"] = positions[:, 1:2]
+        if first_register < rows:
+            apart["pos_embed[reg]"] = positions[:, first_register:rows]
+    apart["pos_embed"] = positions[:, rows:]
+    return apart
+
+
+def _together(model: Any, apart: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `_apart`, in the layout of `model`."""
+    state = dict(apart)
+    if "dist_token" in state and not hasattr(model, "dist_token"):
+        state["cls_token"] = torch.cat([state["cls_token"], state.pop("dist_token")], dim=1)
+    rows = [state.pop(f"pos_embed[{token}]") for token in ("cls", "dist", "reg") if f"pos_embed[{token}]" in state]
+    if rows:
+        state["pos_embed"] = torch.cat([*rows, state["pos_embed"]], dim=1)
+    return state
+
+
+def _grid(model: Any) -> tuple[int, int]:
+    height, width = model.patch_embed.grid_size
+    return height, width
+
+
+def _prefix_rows(length: int, tokens: int, grid: tuple[int, int], no_embed_class: bool) -> int:
+    """Return how many rows of a position embedding belong to prefix tokens: those that leave a grid of patches."""
+    choices = (0, tokens) if no_embed_class else (tokens, 0)
+    for rows in choices:
+        patches = length - rows
+        if patches == math.prod(grid) or (patches > 0 and math.isqrt(patches) ** 2 == patches):
+            return rows
+    return choices[0]
+
+
+def _resized(model: Any, name: str, taken: Tensor, drawn: Tensor) -> Tensor | None:
+    """Return `taken` in the shape of `drawn` where only resolution or patch size differ, else None."""
+    if taken.ndim != drawn.ndim:
+        return None
+    if name == "pos_embed" and taken.ndim == 3 and taken.shape[2] == drawn.shape[2]:
+        if math.isqrt(taken.shape[1]) ** 2 != taken.shape[1]:
+            return None
+        return resample_abs_pos_embed(taken, new_size=list(_grid(model)), num_prefix_tokens=0)
+    if name == "pos_embed" and taken.ndim == 4 and taken.shape[1] == drawn.shape[1]:  # pit: [1, D, H, W]
+        return F.interpolate(taken, size=drawn.shape[2:], mode="bicubic", antialias=True)
+    if name == "patch_embed.proj.weight" and taken.ndim == 4 and taken.shape[:2] == drawn.shape[:2]:
+        return resample_patch_embed(taken, list(drawn.shape[2:]))
+    return None
+
+
+def _with_noise(token: Tensor) -> Tensor:
+    return token + TOKEN_NOISE * token.std() * torch.randn_like(token)

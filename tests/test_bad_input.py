@@ -1,0 +1,273 @@
+"""Bad input gets one line on standard error, exit code 2, and nothing is written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deit_kd.cli import main
+from tests.conftest import Finished, as_arguments, snapshot, tiny, write_photos
+
+TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line that `arguments` are refused with."""
+    capsys.readouterr()
+    code = main(arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+KEYS = [
+    ({"student__nmae": "x"}, "student.nmae: unknown key (nearest: student.name"),
+    ({"distil__kind": "hard"}, "distil.kind: unknown key (nearest: distill.kind"),
+    ({"teacher__fit__epoch": 1}, "teacher.fit.epoch: unknown key (nearest: teacher.fit.epochs"),
+    ({"temperature": 3}, "temperature: unknown key (nearest: distill.temperature"),
+    ({"batch_size": 8}, "batch_size: unknown key (nearest: "),
+    ({"config": "nowhere.yaml"}, "File does not exist"),
+    ({"train__epochs": "many"}, "train.epochs: 'many'"),
+    ({"train__epochs": 1.5}, "train.epochs: '1.5'"),
+    ({"train__epochs": 0}, "train.epochs: '0' Input should be greater than 0"),
+    ({"train__batch_size": -8}, "train.batch_size: '-8'"),
+    ({"data__workers": -1}, "data.workers: '-1'"),
+    ({"data__mean": "[1, 2]"}, "data.mean: '[1, 2]' Expected a tuple with 3 elements"),
+    ({"data__std": "[0.0, 1.0, 1.0]"}, "data.std: (0.0, 1.0, 1.0): must be above 0"),
+    ({"data__download": "maybe"}, "data.download: 'maybe' Expected a bool"),
+    ({"data__validation_fraction": 1.0}, "data.validation_fraction: '1.0'"),
+    ({"augment__scale": "[1.0, 0.2]"}, "augment.scale: (1.0, 0.2): must be [low, high]"),
+    ({"augment__auto_augment": "banana"}, "augment.auto_augment: 'banana' is no policy of timm's"),
+    ({"augment__repeats": 40}, "augment.repeats: 40 is too many for 48 photos"),
+    ({"distill__kind": "medium"}, "distill.kind: 'medium' Expected a Literal['none', 'soft', 'hard']"),
+    ({"distill__alpha": 1.5}, "distill.alpha: '1.5' Input should be less than or equal to 1"),
+    ({"distill__temperature": 0}, "distill.temperature: '0' Input should be greater than 0"),
+    ({"optim__lr": "nan"}, "optim.lr: 'nan'"),
+    ({"optim__name": "adamq"}, "optim.name: 'adamq'"),
+    ({"optim__warmup_epochs": 1}, "optim.warmup_epochs: 1 is not below train.epochs 1"),
+    ({"train__precision": "fp17"}, "train.precision: 'fp17'"),
+    ({"train__precision": "fp16"}, "train.precision: fp16 needs CUDA"),
+    ({"train__device": "gpu"}, "train.device: 'gpu'"),
+    ({"resume": "yes"}, "resume: 'True' Expected one of Literal['auto'], null"),
+]
+DATA = [
+    ({"data__root": "nowhere"}, "data.root: nowhere is not a folder"),
+    ({"data__root": None}, "data.root: is not set"),
+    ({"data__name": "imagenet"}, "data.name: 'imagenet' is unknown; use one of folder, digits"),
+    ({"data__name": "cifar10", "data__root": "nowhere"}, "--data.download true"),
+    ({"data__train_split": "learn"}, "data.train_split: "),
+    ({"train__batch_size": 9}, "train.batch_size: 9 is not a multiple of 2"),
+    ({"train__batch_size": 20, "train__accumulation_steps": 4}, "train.batch_size: 20 is not a multiple of 8"),
+    ({"train__batch_size": 64}, "train.batch_size: 64 is more than the 48 views of an epoch; use 48 or less"),
+]
+MODELS = [
+    ({"student__name": None}, "student.name: is not set"),
+    ({"student__name": "deit_tiny_destilled_patch16_224"}, "(nearest: deit_tiny_distilled_patch16_224"),
+    ({"student__name": "vit_base_patch16_siglip_224"}, "has no class token for a distillation token"),
+    ({"student__name": "levit_128s", "student__args": "{}", "data__image_size": 224}, "second head but no distill"),
+    ({"student__name": "iformer_m_distilled", "student__args": "{}"}, "second head but no distillation token"),
+    ({"data__image_size": 20}, "data.image_size: 20 is not a multiple of student.name's patch size 8; use 16 or 24"),
+    ({"student__args": {**TINY, "num_heads": 5}}, "student.name: "),
+    ({"student__args": {**TINY, "embed_dim": "wide"}}, "student.name: "),
+    ({"student__args": {**TINY, "depht": 2}}, "depht"),
+    ({"student__args": "[1]"}, "student.args: '[1]' Expected a dict"),
+    ({"student__checkpoint": "nowhere"}, "student.checkpoint: nowhere holds no weights"),
+    ({"student__pretrained": True, "student__args": "{}", "data__image_size": 224}, "check the network"),
+    ({"teacher__name": None}, "teacher.name: is not set"),
+    ({"teacher__name": "resnet19"}, "teacher.name: 'resnet19' is not a timm model (nearest: "),
+    ({"teacher__random_weights": None}, "has nothing to take its weights from"),
+    ({"teacher__checkpoint": "nowhere"}, "teacher.checkpoint and teacher.random_weights to take its weights from"),
+    ({"teacher__random_weights": None, "teacher__checkpoint": "nowhere"}, "teacher.checkpoint: nowhere holds no"),
+    ({"teacher__random_weights": None, "teacher__pretrained": True}, "check the network"),
+    ({"teacher__args": {"num_classes": 1000}}, "teacher.args: num_classes cannot be given here"),
+    ({"teacher__fit__epochs": 1}, "teacher.random_weights and teacher.fit.epochs exclude each other"),
+    (
+        {"teacher__random_weights": None, "teacher__fit__epochs": 1, "teacher__fit__batch_size": 64},
+        "train.batch_size: 64 is more than the 48 views",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), KEYS + DATA + MODELS, ids=lambda value: str(value)[:50])
+def test_options_that_cannot_be(
+    options: dict[str, Any],
+    expected: str,
+    photos_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(["train", *tiny(photos_root, tmp_path / "run", **options)], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def no_classes(root: Path) -> None:
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+
+
+def empty_root(root: Path) -> None:
+    shutil.rmtree(root)
+    root.mkdir()
+
+
+TREES = [
+    (empty_root, "holds no class folders"),
+    (no_classes, "train holds no class folders"),
+    (lambda root: shutil.rmtree(root / "validation" / "dots"), "differ between the splits (only in train: dots)"),
+    (
+        lambda root: (root / "train" / "dots").rename(root / "train" / "dot"),
+        "only in train: dot; only in validation: d",
+    ),
+    (lambda root: [path.unlink() for path in (root / "train" / "dots").iterdir()], "no images (.jpg"),
+    (lambda root: [path.unlink() for path in (root / "validation" / "dots").iterdir()], "in class dots"),
+    (lambda root: shutil.rmtree(root / "train"), "data.train_split: "),
+]
+
+
+@pytest.mark.parametrize(("spoil", "expected"), TREES)
+def test_folders_that_cannot_be(spoil: Any, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_photos(tmp_path / "photos", {"train": 4, "validation": 2})
+    spoil(root)
+    assert expected in refused(["train", *tiny(root, tmp_path / "run")], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_a_class_of_one_image_cannot_be_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_photos(tmp_path / "photos", {"": 1})
+    assert "has 1 image(s), too few to split" in refused(["train", *tiny(root, tmp_path / "run")], capsys)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_photo_that_cannot_be_read_is_named(workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_photos(tmp_path / "photos", {"train": 4, "validation": 2})
+    (root / "train" / "dots" / "002.png").write_bytes(b"broken")
+    line = refused(["train", *tiny(root, tmp_path / "run", data__workers=workers)], capsys)
+    assert f"error: {root}/train/dots/002.png: cannot be read as an image" in line
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = tiny(photos_root, tmp_path / "run", optim__lr=1e30, distill__kind="none", optim__name="sgd")
+    assert "the loss is nan at step" in refused(["train", *arguments], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "(nearest: train)"),
+        (["eval"], "the first argument names a run"),
+        (["eval", "nowhere"], "'nowhere' is not a timm model"),
+        (["predict", "nowhere", "a.png"], "nowhere: is no run"),
+        (["predict", "--head", "cls"], "the first argument names a run"),
+    ],
+)
+def test_verbs_that_cannot_be(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert expected in refused(arguments, capsys)
+
+
+RUN_CASES = [
+    (["eval", "RUN", "--split", "test"], "test"),
+    (["eval", "RUN", "--data.root", "nowhere"], "data.root: nowhere is not a folder"),
+    (["eval", "RUN", "--evaluate.fuson", "logits"], "evaluate.fuson: unknown key (nearest: evaluate.fusion"),
+    (["predict", "RUN", "nowhere.png"], "nowhere.png: is no file"),
+    (["predict", "RUN", "RUN/heads.json"], "heads.json: cannot be read as an image"),
+    (["predict", "RUN", "PHOTO", "--head", "second"], "second"),
+    (["predict", "RUN"], "files"),
+    (["predict", "RUN", "PHOTO", "--csv", "nowhere/out.csv"], "nowhere/out.csv"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), RUN_CASES, ids=lambda value: str(value)[:50])
+def test_what_a_finished_run_cannot_do(
+    arguments: list[str],
+    expected: str,
+    finished: Finished,
+    photos_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(finished.folder)
+    photo = str(photos_root / "validation" / "dots" / "000.png")
+    filled = [text.replace("RUN", str(finished.folder)).replace("PHOTO", photo) for text in arguments]
+    assert expected in refused(filled, capsys)
+    assert snapshot(finished.folder) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_photos_of_other_classes_are_not_scored(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_photos(tmp_path / "photos", {"train": 2, "validation": 2}, ("bars", "discs", "rings"))
+    line = refused(["eval", str(finished.folder), "--data.root", str(root)], capsys)
+    assert "class 1 is 'dots' there and 'discs' here" in line
+
+
+def test_a_teacher_of_other_classes_is_refused(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_photos(tmp_path / "photos", {"train": 4, "validation": 2}, ("bars", "discs", "rings"))
+    teacher = next(finished.teachers.iterdir())
+    options = as_arguments(teacher__checkpoint=str(teacher), teacher__random_weights=False)
+    line = refused(["train", *tiny(root, tmp_path / "run"), *options], capsys)
+    assert "1 of 3 classes have no column of the teacher: discs" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_never_overwritten(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(finished.folder)
+    assert "already holds a run; continue it with --resume auto" in refused(["train", *finished.arguments], capsys)
+    assert snapshot(finished.folder) == before
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume", "auto"]])
+def test_a_folder_that_holds_something_else_is_never_written_to(
+    resume: list[str], photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert "holds something that is no run" in refused(["train", *tiny(photos_root, tmp_path), *resume], capsys)
+    assert list(snapshot(tmp_path)) == ["thesis.tex"]
+
+
+def test_an_output_that_is_a_file_is_refused(
+    photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    assert "output: " in refused(["train", *tiny(photos_root, tmp_path / "file")], capsys)
+
+
+CHANGES = [
+    ({"distill__temperature": 4}, "distill.temperature: 3.0 -> 4.0"),
+    ({"seed": 1}, "seed: 0 -> 1"),
+    ({"optim__lr": 2e-3}, "optim.lr: 0.001 -> 0.002"),
+    ({"train__batch_size": 12}, "train.batch_size: 8 -> 12"),
+    ({"student__args": {**TINY, "depth": 1}}, "student.args: "),
+    ({"augment__mixup": 0}, "augment.mixup: 0.8 -> 0.0"),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), CHANGES, ids=lambda value: str(value)[:50])
+def test_another_recipe_is_not_resumed(
+    options: dict[str, Any], expected: str, finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(finished.folder)
+    line = refused(["train", *finished.arguments, "--resume", "auto", *as_arguments(**options)], capsys)
+    assert "was begun with another recipe" in line
+    assert expected in line
+    assert snapshot(finished.folder) == before
+
+
+def test_other_photos_are_not_resumed(finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_photos(tmp_path / "photos", {"train": 17, "validation": 7})
+    line = refused(["train", *finished.arguments, "--resume", "auto", "--data.root", str(root)], capsys)
+    assert "data (train): other photos" in line
+    assert "validation" not in line.partition("data (train)")[2]

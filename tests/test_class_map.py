@@ -1,0 +1,307 @@
+"""A teacher's columns are found by name, or the run stops; nothing is ever guessed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.data import ImageNetInfo
+
+from deit_kd import Batch, FrozenTeacher, InputError, soft_distillation
+from deit_kd.teachers import ClassMap, build_class_map, build_teacher, check_score, least_top1
+
+IMAGENETTE = (
+    "n01440764",
+    "n02102040",
+    "n02979186",
+    "n03000684",
+    "n03028079",
+    "n03394916",
+    "n03417042",
+    "n03425413",
+    "n03445777",
+    "n03888257",
+)
+IMAGENETTE_COLUMNS = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def mapped(classes, columns=1000, label_names=None, timm_tag=False, label_set="imagenet-1k", file=None):
+    return build_class_map(
+        classes=tuple(classes),
+        columns=columns,
+        label_names=label_names,
+        timm_tag=timm_tag,
+        label_set=label_set,
+        file=None if file is None else str(file),
+    )
+
+
+def teacher(**overrides):
+    fields = {
+        "name": "test_resnet",
+        "pretrained": False,
+        "checkpoint": None,
+        "random_weights": False,
+        "label_set": None,
+        "class_map": None,
+        "args": {},
+        "image_size": 32,
+        "mean": None,
+        "std": None,
+        "channels_last": False,
+        "compiled": False,
+        "classes": IMAGENETTE,
+        "student_image_size": 32,
+        "student_mean": MEAN,
+        "student_std": STD,
+        "seed": 0,
+        "dtype": torch.float32,
+        "device": torch.device("cpu"),
+    }
+    return build_teacher(**{**fields, **overrides})
+
+
+def batch(images):
+    zeros = torch.zeros(len(images), dtype=torch.long)
+    return Batch(images, torch.zeros(len(images), 1), zeros)
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """Stand in for the hub: give timm this state dict as the weights of any tag."""
+
+    def publish(state):
+        monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(state))
+
+    return publish
+
+
+def test_imagenette_takes_its_ten_columns_of_a_thousand():
+    frozen = teacher(random_weights=True, label_set="imagenet-1k")
+    columns = [group[0][0] for group in frozen.facts["class_map"].values()]
+    assert columns == IMAGENETTE_COLUMNS
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(frozen(batch(images)).logits, frozen.network(images)[:, IMAGENETTE_COLUMNS])
+
+
+def test_timm_tag_needs_no_label_set(published):
+    published(timm.create_model("test_resnet").state_dict())
+    frozen = teacher(name="test_resnet.r160_in1k", pretrained=True, image_size=None)
+    assert [group[0][0] for group in frozen.facts["class_map"].values()] == IMAGENETTE_COLUMNS
+
+
+def test_order_of_the_dataset_is_kept():
+    assert mapped(IMAGENETTE[::-1]).columns == [[column] for column in IMAGENETTE_COLUMNS[::-1]]
+
+
+def test_subset_is_the_renormalised_distribution():
+    logits = torch.randn(4, 6)
+    chosen = ClassMap([[4], [1], [2]])(logits)
+    probabilities = logits.softmax(-1)[:, [4, 1, 2]]
+    torch.testing.assert_close(chosen.softmax(-1), probabilities / probabilities.sum(-1, keepdim=True))
+
+
+def test_merged_columns_add_their_probabilities_at_temperature_one():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    probabilities = logits.softmax(-1)[0]
+    merged = ClassMap([[0, 3], [1], [2]])(logits)
+    expected = torch.stack([probabilities[0] + probabilities[3], probabilities[1], probabilities[2]])
+    torch.testing.assert_close(merged.softmax(-1)[0], expected)
+    student = torch.randn(1, 3)
+    softened = (expected.log() / 4).softmax(-1)
+    by_hand = 16 * (softened * (softened.log() - (student / 4).log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(soft_distillation(student, merged, 4.0), by_hand)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("map.json", json.dumps({"fish": [0, "n01443537"], "van": "ambulance", "rest": "maillot, tank suit"})),
+        ("map.csv", 'class,teacher\nfish,0\nfish,n01443537\nvan,Ambulance\nrest,"maillot, tank suit"\n'),
+    ],
+)
+def test_mapping_file_takes_columns_ids_and_labels(tmp_path: Path, name, text):
+    file = tmp_path / name
+    file.write_text(text)
+    assert mapped(("fish", "van", "rest"), file=file).columns == [[0, 1], [407], [639]]
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"a": "crane", "b": 1}, "columns 134 and 517"),
+        ({"a": 1000, "b": 1}, "column 1000 of 'a'"),
+        ({"a": "tenhc", "b": 1}, "nearest: tench"),
+        ({"a": 1, "b": "n01443537"}, "cannot tell these classes apart"),
+        ({"a": 1}, "1 of 2 classes have no column of the teacher: b"),
+        ({"a": 1, "b": []}, "1 of 2 classes have no column of the teacher: b"),
+        ({"a": 1.5, "b": 1}, "no column, WordNet id or label"),
+        ({"a": True, "b": 1}, "no column, WordNet id or label"),
+        ([1, 2], "is no mapping"),
+    ],
+)
+def test_mapping_file_that_cannot_be_right_is_refused(tmp_path: Path, entry, reason):
+    file = tmp_path / "map.json"
+    file.write_text(json.dumps(entry))
+    with pytest.raises(InputError, match=reason):
+        mapped(("a", "b"), file=file)
+
+
+@pytest.mark.parametrize(("name", "text"), [("none.json", None), ("bad.json", "{"), ("bad.csv", "x,y\n1,2\n")])
+def test_file_that_is_no_mapping_is_refused(tmp_path: Path, name, text):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=r"^teacher\.class_map: "):
+        mapped(("a", "b"), file=tmp_path / name)
+
+
+def test_unmapped_classes_stop_with_the_nearest_names():
+    with pytest.raises(InputError, match=r"1 of 2 classes .* n01440765 \(nearest: n01440764"):
+        mapped(("n01443537", "n01440765"))
+
+
+def test_everyday_words_are_not_guessed():
+    """ImageNet's mouse is a computer's: a folder of that name needs a mapping file."""
+    with pytest.raises(InputError, match=r"mouse \(nearest: .*mouse"):
+        mapped(("n01440764", "mouse"))
+
+
+def test_own_label_names_come_before_what_timm_knows():
+    own = ImageNetInfo().label_names()[::-1]
+    found = mapped(("n01440764", "n01443537"), label_names=tuple(own), timm_tag=True)
+    assert found.columns == [[999], [998]]
+
+
+def test_same_names_in_another_order_are_put_in_order():
+    assert mapped(("a", "b", "c"), columns=3, label_names=("c", "a", "b"), label_set=None).columns == [[1], [2], [0]]
+
+
+def test_same_names_in_the_same_order_need_no_map():
+    assert mapped(("a", "b"), columns=2, label_names=("a", "b"), label_set=None) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"label_set": None}, "columns have no names"),  # a person's 1000-class teacher is not ImageNet
+        ({"label_set": "imagenet-12k"}, "11821 classes, the teacher's head 1000"),
+        ({"label_set": "imagenet"}, "use one of imagenet-1k"),
+        ({"label_names": ("a", "b"), "label_set": None}, "2 class names lie beside weights of 1000 columns"),
+    ],
+)
+def test_columns_without_the_right_names_are_refused(fields, reason):
+    with pytest.raises(InputError, match=reason):
+        mapped(IMAGENETTE, **fields)
+
+
+def test_head_that_timm_did_not_load_is_refused(published):
+    """timm drops the published head for another class count, or lacks it, and says so in one INFO line at most."""
+    full = timm.create_model("test_resnet").state_dict()
+    headless = {name: tensor for name, tensor in full.items() if not name.startswith("fc.")}
+    published(headless)
+    with pytest.raises(InputError, match="fc"):
+        teacher(name="test_resnet.r160_in1k", pretrained=True)
+
+
+def test_head_that_equals_its_random_start_counts_as_not_loaded(published):
+    torch.manual_seed(0)
+    published(timm.create_model("test_resnet.r160_in1k").state_dict())
+    with pytest.raises(InputError, match="has no head"):
+        teacher(name="test_resnet.r160_in1k", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, "nothing to take its weights from"),
+        ({"pretrained": True, "random_weights": True}, "teacher.pretrained and teacher.random_weights"),
+        ({"name": None, "pretrained": True}, r"teacher\.name: is not set"),
+        ({"random_weights": True, "args": {"num_classes": 10}}, "num_classes cannot be given"),
+        ({"pretrained": True, "args": {"num_classes": 10}}, "num_classes cannot be given"),
+        ({"random_weights": True, "args": {"checkpoint_path": "x.pth"}}, "checkpoint_path cannot be given"),
+        ({"random_weights": True, "args": {"pretrained_cfg_overlay": {}}}, "pretrained_cfg_overlay cannot be given"),
+        ({"random_weights": True, "args": {"features_only": True}}, "features_only cannot be given"),
+        ({"random_weights": True, "args": {"global_pool": ""}}, "test_resnet"),
+        ({"name": "test_resnett", "random_weights": True}, "nearest: test_resnet"),
+    ],
+)
+def test_every_other_way_to_a_head_that_was_not_loaded_is_refused(fields, reason):
+    with pytest.raises(InputError, match=reason):
+        teacher(**fields)
+
+
+def without_head(state):
+    return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (without_head, "has no head"),
+        (lambda state: {**state, "fc.weight": state["fc.weight"][:9]}, "columns have no names|fc.bias"),
+        (lambda state: {**state, "extra": torch.zeros(1)}, "extra is unknown"),
+        (lambda state: {name: t for name, t in state.items() if name != "fc.bias"}, "fc.bias is missing"),
+    ],
+)
+def test_checkpoint_that_does_not_hold_the_whole_teacher_is_refused(tmp_path: Path, change, reason):
+    state = timm.create_model("test_resnet", num_classes=10).state_dict()
+    torch.save(change(state), tmp_path / "teacher.pth")
+    with pytest.raises(InputError, match=reason):
+        teacher(checkpoint=str(tmp_path / "teacher.pth"))
+
+
+def test_pth_that_would_be_unpickled_is_refused(tmp_path: Path):
+    torch.save({"model": Path("code")}, tmp_path / "teacher.pth")
+    with pytest.raises(InputError, match="not unpickled"):
+        teacher(checkpoint=str(tmp_path / "teacher.pth"))
+
+
+def test_teacher_has_its_own_eyes():
+    """The student sees 16 px in its own normalisation; the teacher gets 32 px in its own, of the whole view."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit", img_size=32, num_classes=3)
+    frozen = FrozenTeacher(network, student_mean=(0.1,) * 3, student_std=(0.5,) * 3, mean=MEAN, std=STD, image_size=32)
+    pixels = torch.rand(2, 3, 16, 16)
+    theirs = torch.nn.functional.interpolate(pixels, 32, mode="bicubic", antialias=True)
+    expected = network((theirs - 0.5) / 0.25)
+    torch.testing.assert_close(frozen(batch((pixels - 0.1) / 0.5)).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pretrained_config_says_what_the_teacher_sees(published):
+    published(timm.create_model("test_vit").state_dict())
+    frozen = teacher(name="test_vit.r160_in1k", pretrained=True, image_size=None)
+    assert frozen.facts["image_size"] == timm.get_pretrained_cfg("test_vit.r160_in1k").input_size[-1] == 160
+    assert tuple(frozen.facts["mean"]) == tuple(timm.get_pretrained_cfg("test_vit.r160_in1k").mean)
+    assert frozen(batch(torch.randn(1, 3, 32, 32))).logits.shape == (1, 10)
+
+
+def test_fixed_size_teacher_can_be_given_another_size(published):
+    published(timm.create_model("test_vit").state_dict())
+    frozen = teacher(name="test_vit.r160_in1k", pretrained=True, image_size=64)
+    assert frozen.network.patch_embed.img_size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("labels", "least"),
+    [([0] * 50 + [1] * 50, 65.0), ([0] * 90 + [1] * 10, 99.0), ([0, 0, 0], 100.0)],
+)
+def test_least_score_is_the_largest_class_and_three_standard_errors(labels, least):
+    assert least_top1(labels) == pytest.approx(least)
+
+
+@pytest.mark.parametrize(
+    ("top1", "nll", "min_top1", "reason"),
+    [(64.9, 1.0, None, "below 65.00 %"), (40.0, 1.0, 50.0, "below 50.00 %"), (99.0, float("nan"), None, "not finite")],
+)
+def test_teacher_below_the_gate_is_refused(top1, nll, min_top1, reason):
+    with pytest.raises(InputError, match=reason):
+        check_score("it", top1, nll, [0] * 50 + [1] * 50, min_top1)
+
+
+def test_teacher_above_the_gate_may_teach():
+    check_score("it", 65.0, 1.0, [0] * 50 + [1] * 50, None)
+    check_score("it", 10.0, 1.0, [0] * 50 + [1] * 50, 0.0)

@@ -1,0 +1,126 @@
+"""The schema of a recipe: YAML, dotted overrides, and one line for whatever cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deit_kd import InputError
+from deit_kd.cli import main
+from deit_kd.config import Config, known_keys, parse_config
+from tests.conftest import REPOSITORY
+
+RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+def config(*arguments: str) -> Config:
+    return parse_config(list(arguments))[0]
+
+
+def test_the_defaults_are_deits_recipe() -> None:
+    defaults = config()
+    assert (defaults.train.batch_size, defaults.train.epochs, defaults.optim.lr) == (1024, 300, 5e-4)
+    assert (defaults.optim.weight_decay, defaults.optim.warmup_epochs, defaults.student.drop_path) == (0.05, 5, 0.1)
+    assert (defaults.augment.mixup, defaults.augment.cutmix, defaults.augment.label_smoothing) == (0.8, 1.0, 0.1)
+    assert (defaults.augment.erasing, defaults.augment.repeats) == (0.25, 3)
+    assert (defaults.distill.kind, defaults.distill.alpha) == ("hard", 0.5)
+
+
+def test_an_option_overrides_the_recipe_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("distill: {kind: soft, temperature: 5}\nseed: 3\n")
+    parsed = config("--config", str(tmp_path / "mine.yaml"), "--distill.temperature", "2")
+    assert (parsed.distill.kind, parsed.distill.temperature, parsed.seed) == ("soft", 2.0, 3)
+
+
+def test_the_recipe_is_named_after_its_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("seed: 3\n")
+    assert config("--config", str(tmp_path / "mine.yaml")).recipe == "mine"
+    assert config("--config", str(tmp_path / "mine.yaml"), "--recipe", "other").recipe == "other"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "section", "key", "value"),
+    [
+        (["--student.args", "{patch_size: 8, depth: 2}"], "student", "args", {"patch_size": 8, "depth": 2}),
+        (["--student.args", '{"embed_dim": 96}'], "student", "args", {"embed_dim": 96}),
+        (["--augment.scale", "[0.5, 1.0]"], "augment", "scale", (0.5, 1.0)),
+        (["--augment.auto_augment", "null"], "augment", "auto_augment", None),
+        (["--train.precision", "off"], "train", "precision", "off"),
+        (["--data.root=a=b"], "data", "root", "a=b"),
+        (["--optim.lr", "1e-3"], "optim", "lr", 1e-3),
+        (["--data.mean", "[0.5, 0.5, 0.5]"], "data", "mean", (0.5, 0.5, 0.5)),
+    ],
+)
+def test_values_of_every_shape(arguments: list[str], section: str, key: str, value: Any) -> None:
+    assert getattr(getattr(config(*arguments), section), key) == value
+
+
+def test_what_is_resolved_is_read_again(tmp_path: Path) -> None:
+    first = config("--student.args", "{depth: 2}", "--teacher.fit.epochs", "3", "--train.precision", "off")
+    (tmp_path / "run.yaml").write_text(first.to_yaml())
+    assert config("--config", str(tmp_path / "run.yaml")) == first
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_valid_and_begin_with_their_command(recipe: Path) -> None:
+    config("--config", str(recipe))
+    assert f"python train.py --config configs/{recipe.name}" in recipe.read_text().splitlines()[0]
+
+
+def test_known_keys_are_those_of_the_yaml() -> None:
+    def paths(tree: dict[str, Any], prefix: str = "") -> set[str]:
+        own = {prefix + key for key in tree}
+        return own.union(*(paths(v, f"{prefix}{k}.") for k, v in tree.items() if isinstance(v, dict)))
+
+    assert paths(yaml.safe_load(Config().to_yaml())) == set(known_keys())
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["eval", "--help"], ["predict", "--help"]])
+def test_help_says_every_key(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert all(f"--{key}" in said for key in known_keys())
+
+
+def test_print_config_says_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--distill.temperature", "7", "--print_config"])
+    assert stopped.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["distill"]["temperature"] == 7
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_the_verbs_are_listed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    assert all(verb in capsys.readouterr().out for verb in ("train",))
+
+
+YAML_CASES = [
+    ("distil: {kind: hard}", "distil.kind: unknown key (nearest: distill.kind"),
+    ("distill: {kin: hard}", "distill.kin: unknown key (nearest: distill.kind"),
+    ("train: {batchsize: 8}", "train.batchsize: unknown key (nearest: train.batch_size"),
+    ("teacher: {fit: {epoch: 1}}", "teacher.fit.epoch: unknown key (nearest: teacher.fit.epochs"),
+    ("temperature: 3", "temperature: unknown key (nearest: "),
+    ("train: {epochs: many}", "train.epochs: 'many'"),
+    ("train: {epochs: 0}", "train.epochs: '0'"),
+    ("distill: {alpha: 1.5}", "distill.alpha: '1.5'"),
+    ("distill: {kind: medium}", "distill.kind: 'medium'"),
+    ("student: {args: 7}", "student.args: '7'"),
+    ("seed: -1", "seed: -1"),
+    ("train: [1, 2", "config: is no YAML (while parsing a flow sequence in line 1, column 8"),
+    ("- 1", "config: is no recipe"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), YAML_CASES)
+def test_a_recipe_that_cannot_be_is_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        config("--config", str(tmp_path / "mine.yaml"))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,61 @@
+"""`deit-kd data check` says what training would stumble over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deit_kd.cli import main
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Two splits of two classes, every photo another."""
+    noise = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for index in range(3):
+                Image.fromarray(noise.integers(0, 255, (8 + index, 12, 3), dtype=np.uint8)).save(
+                    folder / f"{index}.png"
+                )
+    return tmp_path / "photos"
+
+
+def check(tree: Path) -> tuple[int, dict[str, object]]:
+    findings = tree.parent / "findings.json"
+    code = main(["data", "check", str(tree), "--json", str(findings)])
+    return code, json.loads(findings.read_text())
+
+
+def test_a_sound_tree_is_counted_and_passes(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, findings = check(tree)
+    assert code == 0
+    assert findings["counts"] == {split: {"cat": 3, "dog": 3} for split in ("train", "validation")}
+    assert "12 x 8 to 12 x 10 pixels" in capsys.readouterr().out
+
+
+def test_an_unreadable_photo_is_listed_and_fails(tree: Path) -> None:
+    (tree / "train" / "cat" / "0.png").write_bytes(b"no image")
+    code, findings = check(tree)
+    assert code == 1
+    assert [entry["name"] for entry in findings["unreadable"]] == ["cat/0.png"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("split", "kind", "code"), [("train", "within", 0), ("validation", "across", 1)])
+def test_the_same_file_twice_is_found(tree: Path, split: str, kind: str, code: int) -> None:
+    shutil.copy(tree / "train" / "cat" / "0.png", tree / split / "dog" / "copy.png")
+    found, findings = check(tree)
+    assert found == code
+    assert findings["duplicates"][kind] == [["train/cat/0.png", f"{split}/dog/copy.png"]]  # type: ignore[index]
+
+
+def test_a_missing_tree_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.startswith("error: data.root: ")

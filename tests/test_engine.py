@@ -1,0 +1,241 @@
+"""The engine: the step, the average, accumulation, clipping and exact evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from deit_kd import Batch, Distiller, Objective, TeacherOutput
+from deit_kd.engine import Trainer, evaluate, score_teacher, train
+from deit_kd.optim import build_optimizer, build_schedule
+from tests.conftest import ONE_PROCESS, tiny_student
+
+
+def make_batch(size: int = 8, seed: int = 0) -> Batch:
+    chance = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (size,), generator=chance)
+    images = torch.randn(size, 3, 16, 16, generator=chance)
+    return Batch(images, nn.functional.one_hot(labels, 3).float(), labels)
+
+
+def pixel_teacher(batch: Batch) -> TeacherOutput:
+    """Answer with a few pixels, so that a teacher is a plain function of its batch."""
+    return TeacherOutput(3 * batch.images[:, :, 0, 0])
+
+
+def trainer(drop_path: float = 0.0, kind: str = "soft", ema: float = 0.0, **options: Any) -> Trainer:
+    model = tiny_student(drop_path=drop_path)
+    optimizer = build_optimizer(
+        model.backbone, name="sgd", lr=0.1, lr_reference_batch=0, weight_decay=0.0, args={}, batch_size=8
+    )
+    base: dict[str, Any] = {
+        "distiller": Distiller(model, pixel_teacher, Objective(kind)),
+        "model": model,
+        "optimizer": optimizer,
+        "schedule": build_schedule(optimizer, warmup_epochs=0, warmup_lr=0.0, min_lr=0.0, epochs=2, steps_per_epoch=5),
+        "ema": ModelEmaV3(model, decay=ema, use_warmup=True) if ema else None,
+        "scaler": torch.amp.GradScaler("cpu", enabled=False),
+        "processes": ONE_PROCESS,
+        "accumulation_steps": 1,
+        "clip_grad_norm": None,
+        "seed": 0,
+    }
+    return Trainer(**{**base, **options})
+
+
+def halves(batch: Batch) -> Iterator[Batch]:
+    for part in (slice(0, 4), slice(4, 8)):
+        yield Batch(batch.images[part], batch.targets[part], batch.labels[part])
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def assert_close(a: nn.Module, b: nn.Module) -> None:
+    torch.testing.assert_close(weights(a), weights(b), rtol=1e-5, atol=1e-6)
+
+
+def test_accumulation_equals_the_larger_batch() -> None:
+    at_once, in_two = trainer(clip_grad_norm=0.1), trainer(clip_grad_norm=0.1, accumulation_steps=2)
+    for step in range(3):
+        terms = [at_once.step(iter([make_batch(seed=step)]), step), in_two.step(halves(make_batch(seed=step)), step)]
+        torch.testing.assert_close(*terms)
+    assert_close(at_once.model, in_two.model)
+
+
+def test_a_step_returns_loss_and_both_terms() -> None:
+    loss, classification, distillation = trainer().step(iter([make_batch()]), 0)
+    torch.testing.assert_close(loss, (classification + distillation) / 2)
+
+
+@pytest.mark.parametrize("head", ["head", "head_dist"])
+def test_clipping_holds_both_heads(head: str) -> None:
+    clipped = trainer(clip_grad_norm=1e-6)
+    before = getattr(clipped.model.backbone, head).weight.detach().clone()
+    clipped.step(iter([make_batch()]), 0)
+    moved = (getattr(clipped.model.backbone, head).weight.detach() - before).norm()
+    assert 0 < moved <= 0.1 * 1e-6 * 1.01 + 1e-7
+
+
+def test_without_clipping_steps_are_larger() -> None:
+    free = trainer()
+    before = weights(free.model)
+    free.step(iter([make_batch()]), 0)
+    assert sum((a - b).norm() for a, b in zip(weights(free.model), before, strict=True)) > 1e-3
+
+
+def test_the_average_follows_the_model_and_starts_with_it() -> None:
+    averaged = trainer(ema=0.99)
+    assert averaged.ema is not None
+    averaged.step(iter([make_batch()]), 0)
+    after_one = weights(averaged.ema.module)
+    averaged.step(iter([make_batch(seed=1)]), 1)
+    after_two, model = weights(averaged.ema.module), weights(averaged.model)
+    decay = averaged.ema.get_decay(2)
+    assert 0 < decay < 0.99  # the warm-up
+    expected = [decay * old + (1 - decay) * new for old, new in zip(after_one, model, strict=True)]
+    torch.testing.assert_close(after_two, expected)
+
+
+def test_drop_path_follows_from_seed_and_step_alone() -> None:
+    first, second = trainer(drop_path=0.5), trainer(drop_path=0.5)
+    for each in (first, second):
+        torch.rand(3)
+        each.model.train()
+    assert torch.equal(first.step(iter([make_batch()]), 4), second.step(iter([make_batch()]), 4))
+    other_step = trainer(drop_path=0.5)
+    other_step.model.train()
+    assert not torch.equal(
+        other_step.step(iter([make_batch()]), 5), trainer(drop_path=0.5).step(iter([make_batch()]), 4)
+    )
+
+
+def test_a_state_goes_on_bit_for_bit() -> None:
+    whole, broken = trainer(drop_path=0.3, ema=0.9), trainer(drop_path=0.3, ema=0.9)
+    for step in range(4):
+        whole.step(iter([make_batch(seed=step)]), step)
+    for step in range(2):
+        broken.step(iter([make_batch(seed=step)]), step)
+    resumed = trainer(drop_path=0.3, ema=0.9)
+    resumed.load_state(broken.state())
+    for step in range(2, 4):
+        resumed.step(iter([make_batch(seed=step)]), step)
+    assert whole.ema is not None
+    assert resumed.ema is not None
+    for a, b in ((whole.model, resumed.model), (whole.ema.module, resumed.ema.module)):
+        assert all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
+
+
+def test_the_state_holds_nothing_of_the_teacher() -> None:
+    class Network(nn.Linear):
+        def forward(self, batch: Any) -> Any:
+            return TeacherOutput(super().forward(batch.images.flatten(1)))
+
+    teaching = trainer()
+    teaching.distiller.teacher = Network(3 * 16 * 16, 3)
+    teaching.step(iter([make_batch()]), 0)
+    state = teaching.state()
+    assert set(state) == {"student", "ema", "optimizer", "scaler"}
+    assert state["student"].keys() == tiny_student().state_dict().keys()
+
+
+def test_training_learns_what_it_is_shown() -> None:
+    losses: list[float] = []
+    train(
+        trainer(kind="none"),
+        [make_batch()] * 10,
+        first_step=0,
+        total_steps=10,
+        after_step=lambda step, terms: losses.append(terms[0].item()),
+    )
+    assert len(losses) == 10
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def scored(batches: list[Batch], **options: Any) -> Any:
+    model = tiny_student()
+    return evaluate(
+        {"model": model},
+        batches,
+        classes=3,
+        total=sum(len(batch.labels) for batch in batches),
+        processes=ONE_PROCESS,
+        precision="off",
+        fusion="softmax",
+        **options,
+    )["model"]
+
+
+def test_evaluation_counts_every_image_of_an_incomplete_batch() -> None:
+    batch = make_batch(11)
+    output = tiny_student().eval()(batch.images)
+    right = (output.cls_logits.argmax(-1) == batch.labels).sum().item()
+    batches = [Batch(*(field[part] for field in batch[:3])) for part in (slice(0, 4), slice(4, 8), slice(8, 11))]
+    assert scored(batches)["heads"]["cls"]["top1"] == pytest.approx(100 * right / 11)
+
+
+def test_evaluation_is_the_same_whatever_the_batches_are() -> None:
+    batch = make_batch(8)
+    whole, parts = scored([batch]), scored(list(halves(batch)))
+    assert whole["agreement"] == parts["agreement"]
+    for head in ("cls", "dist", "fused"):
+        assert whole["heads"][head]["top1"] == parts["heads"][head]["top1"]
+        assert whole["heads"][head]["nll"] == pytest.approx(parts["heads"][head]["nll"], rel=1e-5)
+
+
+def test_agreement_with_the_teacher_is_counted_by_image() -> None:
+    batch = make_batch(8)
+    predictions = tiny_student().eval()(batch.images).cls_logits.argmax(-1)
+    predictions[:2] = (predictions[:2] + 1) % 3
+    agreement = scored(list(halves(batch)), teacher_predictions=predictions)["agreement"]
+    assert agreement["cls_teacher"] == 0.75
+
+
+def test_evaluation_leaves_the_mode_of_a_model_as_it_was() -> None:
+    for training in (True, False):
+        model = tiny_student().train(training)
+        evaluate(
+            {"model": model},
+            [make_batch()],
+            classes=3,
+            total=8,
+            processes=ONE_PROCESS,
+            precision="off",
+            fusion="logits",
+        )
+        assert model.training is training
+
+
+def test_a_teacher_is_scored_on_what_it_says() -> None:
+    batch = make_batch(8)
+    score, predictions = score_teacher(pixel_teacher, list(halves(batch)), classes=3, total=8, processes=ONE_PROCESS)
+    expected = batch.images[:, :, 0, 0].argmax(-1)
+    assert torch.equal(predictions, expected)
+    assert score["top1"] == pytest.approx(100 * (expected == batch.labels).float().mean().item())
+
+
+def test_bf16_autocast_stays_near_fp32() -> None:
+    half = trainer()
+    half.distiller.precision = "bf16"
+    torch.testing.assert_close(
+        half.step(iter([make_batch()]), 0), trainer().step(iter([make_batch()]), 0), rtol=0.02, atol=0.02
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_amp_trains_on_the_gpu(precision: str) -> None:
+    device = torch.device("cuda")
+    learner = trainer(kind="none", processes=type(ONE_PROCESS)(0, 1, device))
+    learner.model.to(device)
+    learner.distiller.precision = precision
+    learner.scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+    losses = [learner.step(iter([make_batch()]), step)[0].item() for step in range(10)]
+    assert losses[-1] < losses[0]

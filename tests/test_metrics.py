@@ -1,0 +1,52 @@
+"""Scores are exact counts, and nothing is given that makes no sense."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deit_kd.metrics import Agreement, Score
+from tests.conftest import ONE_PROCESS
+
+
+def score(probabilities: Tensor, labels: list[int]) -> Any:
+    counted = Score(probabilities.shape[-1])
+    counted.add(probabilities, torch.tensor(labels))
+    return counted.result(len(labels), ONE_PROCESS)
+
+
+def test_top1_top5_and_nll_worked_by_hand() -> None:
+    ranks = torch.tensor([0.3, 0.2, 0.18, 0.12, 0.1, 0.06, 0.04]).expand(4, 7)
+    result = score(ranks, [0, 1, 4, 5])
+    assert result["top1"] == 25
+    assert result["top5"] == 75
+    assert result["nll"] == pytest.approx(-math.log(0.3 * 0.2 * 0.1 * 0.06) / 4)
+
+
+@pytest.mark.parametrize(("classes", "is_null"), [(2, True), (5, True), (6, False)])
+def test_top5_of_five_classes_or_fewer_is_null(classes: int, is_null: bool) -> None:
+    assert (score(torch.eye(classes), list(range(classes)))["top5"] is None) == is_null
+
+
+def test_batches_of_any_size_give_the_same_counts() -> None:
+    probabilities, labels = torch.rand(50, 8).softmax(-1), torch.randint(8, (50,))
+    whole, parts = Score(8), Score(8)
+    whole.add(probabilities, labels)
+    for some, few in zip(probabilities.split(7), labels.split(7), strict=True):
+        parts.add(some, few)
+    expected = whole.result(50, ONE_PROCESS)
+    assert parts.result(50, ONE_PROCESS) == pytest.approx(expected)
+
+
+def test_a_probability_of_zero_gives_a_finite_nll() -> None:
+    assert math.isfinite(score(torch.tensor([[1.0, 0.0]]), [1])["nll"])
+
+
+def test_agreement_is_a_fraction_and_null_without_a_partner() -> None:
+    agreement = Agreement()
+    agreement.add({"cls": torch.tensor([0, 1, 2, 3]), "dist": torch.tensor([0, 1, 2, 0]), "fused": torch.zeros(4)})
+    assert agreement.result(4, ONE_PROCESS) == {"cls_teacher": None, "dist_teacher": None, "cls_dist": 0.75}

@@ -1,0 +1,97 @@
+"""The optimiser and the learning rate, which is a pure function of the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from deit_kd import InputError
+from deit_kd.optim import build_optimizer, build_schedule
+from tests.conftest import tiny_student
+
+
+def optimizer(**options: Any) -> torch.optim.Optimizer:
+    base: dict[str, Any] = {
+        "name": "adamw",
+        "lr": 5e-4,
+        "lr_reference_batch": 512,
+        "weight_decay": 0.05,
+        "args": {},
+        "batch_size": 1024,
+    }
+    return build_optimizer(tiny_student().backbone, **{**base, **options})
+
+
+def rates(**options: Any) -> list[float]:
+    """Return the learning rate of every step of a run of 4 epochs of 5 steps, at a peak of 1e-3."""
+    built = optimizer()
+    base: dict[str, Any] = {"warmup_epochs": 1, "warmup_lr": 1e-6, "min_lr": 1e-5, "epochs": 4, "steps_per_epoch": 5}
+    schedule = build_schedule(built, **{**base, **options})
+    found = []
+    for step in range(20):
+        schedule.step_update(step)
+        found.append(built.param_groups[0]["lr"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "reference", "expected"), [(1024, 512, 1e-3), (64, 512, 6.25e-5), (64, 0, 5e-4)]
+)
+def test_the_learning_rate_scales_with_the_global_batch(batch_size: int, reference: int, expected: float) -> None:
+    built = optimizer(batch_size=batch_size, lr_reference_batch=reference)
+    assert [group["lr"] for group in built.param_groups] == pytest.approx([expected] * 2)
+
+
+def test_tokens_positions_biases_and_norms_are_not_decayed() -> None:
+    backbone = tiny_student().backbone
+    built = build_optimizer(
+        backbone, name="adamw", lr=1e-3, lr_reference_batch=0, weight_decay=0.05, args={}, batch_size=8
+    )
+    names = {parameter: name for name, parameter in backbone.named_parameters()}
+    decayed = {names[p] for group in built.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {name for name, p in backbone.named_parameters() if p.ndim > 1 and "token" not in name} - {
+        "pos_embed"
+    }
+    assert sum(len(group["params"]) for group in built.param_groups) == len(names)
+
+
+def test_args_reach_the_optimiser() -> None:
+    assert optimizer(args={"betas": (0.8, 0.9)}).param_groups[0]["betas"] == (0.8, 0.9)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion"])
+def test_timms_optimisers_go_by_name(name: str) -> None:
+    assert name in type(optimizer(name=name)).__name__.lower()
+
+
+@pytest.mark.parametrize("options", [{"name": "adamq"}, {"args": {"no_such": 1}}, {"args": {"betas": (2, 3)}}])
+def test_an_optimiser_that_cannot_be_is_refused_in_one_line(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"^optim\.name: ") as caught:
+        optimizer(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_rate_warms_up_linearly_then_falls_as_a_cosine() -> None:
+    found = rates()
+    assert found[0] == pytest.approx(1e-6)
+    assert found[:6] == sorted(found[:6])
+    assert found[1] - found[0] == pytest.approx(found[2] - found[1])
+    assert max(found) <= 1e-3 * (1 + 1e-9)
+    assert found[5:] == sorted(found[5:], reverse=True)
+    assert 1e-5 <= found[-1] < 5e-5
+
+
+def test_the_rate_is_a_pure_function_of_the_step() -> None:
+    built = optimizer()
+    schedule = build_schedule(built, warmup_epochs=1, warmup_lr=1e-6, min_lr=1e-5, epochs=4, steps_per_epoch=5)
+    for step in (13, 2, 19):
+        schedule.step_update(step)
+        assert built.param_groups[0]["lr"] == rates()[step]
+
+
+@pytest.mark.parametrize("warmup", [4, 9])
+def test_a_warm_up_as_long_as_the_run_is_refused(warmup: int) -> None:
+    with pytest.raises(InputError, match=rf"warmup_epochs: {warmup} is not below train\.epochs 4"):
+        rates(warmup_epochs=warmup)

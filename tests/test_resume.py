@@ -1,0 +1,158 @@
+"""A run killed at any step and resumed ends, bit for bit, as the run that was never broken off."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deit_kd.cli import main
+from tests.conftest import REPOSITORY, Finished, as_arguments, records, tiny
+
+FIT_STEPS = 8  # optimiser steps of the teacher's fit; the student's 12 come after them
+
+# train.py itself, which kills itself before the n-th optimiser step of this process.
+KILLED = """
+import os, runpy, signal, sys
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+left, sys.argv[1:] = int(sys.argv[1]), sys.argv[2:]
+def count(*_):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+register_optimizer_step_pre_hook(count)
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def kill(arguments: list[str], before_step: int, said: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(before_step), *arguments]
+    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    with open(said, "w") as output:  # no pipe: the workers would hold it open for seconds after the kill
+        done = subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": paths},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=200,
+        )
+    assert done.returncode == -signal.SIGKILL, said.read_text()
+
+
+def elsewhere(finished: Finished, home: Path) -> list[str]:
+    """Return the arguments of the finished run, with its run and teachers under `home`."""
+    return [*finished.arguments, "--output", str(home / "run"), "--teacher.fit.folder", str(home / "teachers")]
+
+
+def assert_same_end(finished: Finished, home: Path) -> None:
+    teacher = next(finished.teachers.iterdir()).name
+    for here, there in ((finished.teachers / teacher, home / "teachers" / teacher), (finished.folder, home / "run")):
+        for file in ("student/model.safetensors", "student/config.json", "heads.json"):
+            assert (here / file).read_bytes() == (there / file).read_bytes(), f"{there / file}"
+        assert records(here) == records(there)
+
+
+def copied(finished: Finished, home: Path) -> list[str]:
+    shutil.copytree(finished.folder, home / "run")
+    shutil.copytree(finished.teachers, home / "teachers")
+    return [*elsewhere(finished, home), "--resume", "auto"]
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        pytest.param([6], id="in the teacher's fit"),
+        pytest.param([FIT_STEPS + 4], id="between two checkpoints"),
+        pytest.param([1, 5, 3 + 9], id="three times: before the first step, in the fit, in the last epoch"),
+    ],
+)
+def test_a_killed_run_ends_as_the_unbroken_one(kills: list[int], finished: Finished, tmp_path: Path) -> None:
+    arguments = [*elsewhere(finished, tmp_path), "--resume", "auto"]
+    for before_step in kills:
+        kill(arguments, before_step, tmp_path / "said.txt")
+    assert not (tmp_path / "run" / "heads.json").exists()
+    assert main(["train", *arguments]) == 0
+    assert_same_end(finished, tmp_path)
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_numbers(finished: Finished, tmp_path: Path) -> None:
+    assert main(["train", *copied(finished, tmp_path)]) == 0
+    assert_same_end(finished, tmp_path)
+
+
+def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = copied(finished, tmp_path)
+    older, newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-99])
+    (tmp_path / "run" / "heads.json").unlink()
+    assert main(["train", *arguments]) == 0
+    assert f"continued from step {int(older.stem.removeprefix('step-'))}" in capsys.readouterr().out
+    assert_same_end(finished, tmp_path)
+
+
+def test_workers_and_records_may_change_on_resume(finished: Finished, tmp_path: Path) -> None:
+    arguments = copied(finished, tmp_path)
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    newest.unlink()
+    assert main(["train", *arguments, "--data.workers", "0", "--train.checkpoint_every_steps", "100"]) == 0
+    assert_same_end(finished, tmp_path)
+
+
+@pytest.mark.parametrize("left", [["run.json"], [".run.json.partial"], ["run.json", ".config.yaml.partial"], []])
+def test_a_run_killed_before_its_first_step_starts_anew(left: list[str], photos_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in left:
+        (tmp_path / "run" / name).write_text("{")
+    assert main(["train", *tiny(photos_root, tmp_path / "run", distill__kind="none"), "--resume", "auto"]) == 0
+
+
+def test_records_after_the_checkpoint_are_cut_away(finished: Finished, tmp_path: Path) -> None:
+    arguments = copied(finished, tmp_path)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "step", "step": 13, "loss": 0.0}) + '\n{"kind": "st')
+    assert main(["train", *arguments]) == 0
+    assert_same_end(finished, tmp_path)
+
+
+def test_other_weights_of_the_teacher_are_not_resumed(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = copied(finished, tmp_path)
+    weights = next((tmp_path / "teachers").glob("*/student/model.safetensors"))
+    state = load_file(weights)
+    state["fc.bias"] += 1e-3
+    save_file(state, weights)
+    assert main(["train", *arguments]) == 2
+    assert "was begun with other weights of the teacher" in capsys.readouterr().err
+
+
+def test_resume_auto_without_an_output_goes_on_with_the_newest_run(
+    photos_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [*tiny(photos_root, Path("x"))[:-2], "--recipe", "mine", "--distill.kind", "none"]
+    assert main(["train", *arguments]) == 0
+    assert main(["train", *arguments]) == 0
+    assert main(["train", *arguments, "--resume", "auto"]) == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["mine-1", "mine-2"]
+    assert "continued from step 6; writes runs/mine-2" in capsys.readouterr().out
+
+
+def test_starting_from_weights_is_not_resuming(finished: Finished, photos_root: Path, tmp_path: Path) -> None:
+    options = as_arguments(student__checkpoint=str(finished.folder))
+    assert main(["train", *tiny(photos_root, tmp_path / "run"), *options]) == 0
+    steps = [record["step"] for record in records(tmp_path / "run") if record["kind"] == "step"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert torch.isfinite(torch.tensor(records(tmp_path / "run")[0]["loss"]))

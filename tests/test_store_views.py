@@ -1,0 +1,146 @@
+"""What a label store needs of the loader: epochs of views that come again, and any view at any time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deit_kd.data import Photos, TrainingLoader, build_training_loader, training_transform
+from deit_kd.data.order import Dealer
+from deit_kd.interfaces import Batch
+
+
+def photos(count: int) -> Photos:
+    arrays = np.random.default_rng(0).integers(0, 255, (count, 12, 12, 3)).astype(np.uint8)
+    return Photos([str(i) for i in range(count)], [i % 3 for i in range(count)], ("a", "b", "c"), arrays=arrays)
+
+
+def loader(count: int = 23, **options: Any) -> TrainingLoader:
+    transform = training_transform(
+        image_size=8,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        interpolation="bilinear",
+        auto_augment=None,
+        color_jitter=0.2,
+        horizontal_flip=0.5,
+        scale=(0.3, 1.0),
+        ratio=(0.75, 1.33),
+        erasing=0.5,
+    )
+    base: dict[str, Any] = {
+        "seed": 5,
+        "repeats": 1,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "mix_probability": 1.0,
+        "mix_switch_probability": 0.5,
+        "label_smoothing": 0.1,
+        "batch_size": 6,
+        "accumulation_steps": 1,
+        "epochs": 5,
+        "rank": 0,
+        "processes": 1,
+        "workers": 0,
+        "pin_memory": False,
+    }
+    return build_training_loader(photos(count), transform, **{**base, **options})
+
+
+def by_view(batches: Any) -> dict[tuple[int, ...], torch.Tensor]:
+    return {
+        tuple(view): image
+        for batch in batches
+        for view, image in zip(batch.view_ids.tolist(), batch.images, strict=True)
+    }
+
+
+def test_a_longer_run_deals_the_view_epochs_again_mixing_included() -> None:
+    cycled = loader(epochs=5)
+    cycled.cycle_views(2)
+    batches: list[Batch] = list(cycled.batches(0))
+    for step, batch in enumerate(batches):
+        first = batches[step % (2 * cycled.steps_per_epoch)]
+        assert all(torch.equal(one, other) for one, other in zip(batch, first, strict=True))
+    assert {int(batch.view_ids[0, 0]) for batch in batches if batch.view_ids is not None} == {0, 1}
+
+
+def test_a_cycled_run_continues_in_the_middle_as_it_would_have_gone_on() -> None:
+    whole, resumed = loader(epochs=4), loader(epochs=4)
+    whole.cycle_views(3)
+    resumed.cycle_views(3)
+    expected = list(whole.batches(0))[7:]
+    assert [batch.view_ids.tolist() for batch in resumed.batches(7)] == [batch.view_ids.tolist() for batch in expected]
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(st.integers(4, 40), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
+def test_the_dealer_repeats_the_order_of_the_view_epoch(count: int, repeats: int, epochs: int, cycle: int) -> None:
+    if count // repeats < 2:
+        return
+    dealer = Dealer(
+        photos=count,
+        repeats=repeats,
+        seed=1,
+        batch_size=2,
+        accumulation_steps=1,
+        rank=0,
+        processes=1,
+        pairs=True,
+        epochs=epochs,
+    )
+    plain = list(dealer)
+    dealer.view_epochs = cycle
+    period = cycle * dealer.steps_per_epoch
+    assert list(dealer) == [plain[step % period] for step in range(len(plain))]
+
+
+@pytest.mark.parametrize("options", [{}, {"repeats": 3}, {"mixup": 0.0, "cutmix": 0.0}, {"workers": 2}])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_any_view_is_the_one_that_training_sees(options: dict[str, Any], batch_size: int) -> None:
+    trained = by_view(loader(**{**options, "workers": 0}).batches(0))
+    asked_loader = loader(**options)
+    view_ids = np.array([[epoch, p] for epoch in (0, 3) for p in range(asked_loader.views_per_epoch)])
+    asked = by_view(asked_loader.views(view_ids, batch_size))
+    assert len(asked) == 2 * asked_loader.views_per_epoch
+    for view in asked.keys() & trained.keys():
+        assert torch.equal(asked[view], trained[view])
+    assert {view for view in trained if view[0] in (0, 3)} <= asked.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "answered"),
+    [
+        ({}, [[1, 3]], [[1, 2], [1, 3]]),
+        ({}, [[2, 0], [1, 5], [1, 4]], [[1, 4], [1, 5], [2, 0], [2, 1]]),
+        ({"mixup": 0.0, "cutmix": 0.0}, [[1, 3]], [[1, 3]]),
+    ],
+)
+def test_a_view_comes_with_the_partner_that_it_is_mixed_with(options: Any, asked: Any, answered: Any) -> None:
+    batches = loader(**options).views(np.array(asked), 8)
+    assert [view for batch in batches if batch.view_ids is not None for view in batch.view_ids.tolist()] == answered
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "views"),
+    [
+        (23, {}, 22),  # the last has no partner, and no batch can ever hold it
+        (23, {"mixup": 0.0, "cutmix": 0.0}, 23),
+        (23, {"repeats": 3}, 20),
+        (24, {}, 24),
+    ],
+)
+def test_an_epoch_has_every_view_that_some_batch_size_deals(count: int, options: dict[str, Any], views: int) -> None:
+    assert loader(count, **options).views_per_epoch == views
+
+
+def test_view_ids_stay_in_host_memory() -> None:
+    batch = next(iter(loader().batches(0)))
+    moved = batch.to(torch.device("meta"))
+    assert moved.images.is_meta
+    assert moved.view_ids is batch.view_ids

@@ -1,0 +1,168 @@
+"""The student: timm's own two heads, the same in train and in eval, or a refusal with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from deit_kd import InputError, StudentOutput, TimmStudent, head_probabilities
+from tests.conftest import STUDENT, STUDENT_ARGS, tiny_student
+
+IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def answer(student: nn.Module, images: torch.Tensor = IMAGES) -> StudentOutput:
+    with torch.no_grad():
+        return student(images)
+
+
+def test_the_heads_are_timms_distilled_training_outputs() -> None:
+    student = tiny_student().train()
+    student.backbone.set_distilled_training(True)
+    cls_logits, dist_logits = student.backbone(IMAGES)
+    assert torch.equal(answer(student).cls_logits, cls_logits)
+    assert torch.equal(answer(student).dist_logits, dist_logits)
+
+
+def test_timm_answers_with_the_mean_of_the_heads() -> None:
+    student = tiny_student().eval()
+    output = answer(student)
+    torch.testing.assert_close(student.backbone(IMAGES), (output.cls_logits + output.dist_logits) / 2)
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_the_answer_is_the_same_in_train_and_in_eval(distilled: bool) -> None:
+    student = tiny_student(distilled=distilled)
+    trained, evaluated = answer(student.train()), answer(student.eval())
+    assert torch.equal(trained.cls_logits, evaluated.cls_logits)
+    assert (trained.dist_logits is None) == (evaluated.dist_logits is None) == (not distilled)
+
+
+def test_the_heads_differ() -> None:
+    output = answer(tiny_student())
+    assert output.dist_logits is not None
+    assert not torch.allclose(output.cls_logits, output.dist_logits)
+
+
+def test_without_distillation_the_plain_twin_is_built() -> None:
+    student = tiny_student(distilled=False)
+    assert not student.has_distillation_token
+    assert not hasattr(student.backbone, "head_dist")
+    assert getattr(student.backbone, "dist_token", None) is None
+    assert answer(student).dist_logits is None
+
+
+def test_without_distillation_any_cnn_learns() -> None:
+    student = tiny_student(name="test_resnet", args={}, distilled=False)
+    assert answer(student).cls_logits.shape == (3, 3)
+
+
+def test_pit_answers_with_both_heads() -> None:
+    student = tiny_student(
+        name="pit_ti_distilled_224", args={"base_dims": [8, 8, 8], "depth": [1, 1, 1]}, image_size=64
+    )
+    output = answer(student, torch.randn(2, 3, 64, 64))
+    assert output.cls_logits.shape == (2, 3)
+    assert output.dist_logits is not None
+    assert not torch.allclose(output.cls_logits, output.dist_logits)
+
+
+@pytest.mark.parametrize(("size", "patch", "tokens"), [(16, 8, 6), (32, 8, 18), (24, 4, 38)])
+def test_any_image_size_and_patch_size(size: int, patch: int, tokens: int) -> None:
+    student = tiny_student(image_size=size, args={**STUDENT_ARGS, "patch_size": patch}, classes=tuple("abcdefg"))
+    images = torch.randn(1, 3, size, size)
+    assert student.backbone.forward_features(images).shape == (1, tokens, 32)
+    assert answer(student, images).cls_logits.shape == (1, 7)
+
+
+def test_args_and_drop_path_reach_timm() -> None:
+    student = tiny_student(args={**STUDENT_ARGS, "depth": 3}, drop_path=0.4)
+    assert len(student.backbone.blocks) == 3
+    assert student.backbone.blocks[2].drop_path1.drop_prob == pytest.approx(0.4)
+
+
+def test_drop_path_only_acts_in_training() -> None:
+    student = tiny_student(drop_path=0.9)
+    assert not torch.equal(answer(student.train()).cls_logits, answer(student.eval()).cls_logits)
+    assert torch.equal(answer(student.eval()).cls_logits, answer(student.eval()).cls_logits)
+
+
+def test_first_weights_follow_from_the_seed() -> None:
+    torch.rand(5)
+    first, again, other = (tiny_student(seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["backbone.dist_token"], other["backbone.dist_token"])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_checkpoint_gives_its_weights(tmp_path: Path, suffix: str) -> None:
+    state = tiny_student(seed=5).backbone.state_dict()
+    file = tmp_path / f"weights{suffix}"
+    save_file(state, file) if suffix == ".safetensors" else torch.save({"model": state}, file)
+    loaded = tiny_student(checkpoint=str(file)).backbone.state_dict()
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"name": "levit_128s", "args": {}, "image_size": 224}, "LevitDistilled has a second head but no distill"),
+        ({"name": "efficientformer_l1", "args": {}, "image_size": 224}, "second head but no distillation token"),
+        ({"name": "iformer_m_distilled", "args": {}, "image_size": 224}, "second head but no distillation token"),
+        ({"name": "test_resnet", "args": {}}, "is a ResNet, which a distillation token cannot be grafted onto"),
+        (
+            {"name": "deit_tiny_destilled_patch16_224"},
+            r"is not a timm model \(nearest: deit_tiny_distilled_patch16_224",
+        ),
+        ({"name": None}, "student.name: is not set"),
+        ({"image_size": 20}, "data.image_size: 20 is not a multiple of student.name's patch size 8; use 16 or 24"),
+        ({"image_size": 6}, "data.image_size: 6 is not a multiple of student.name's patch size 8; use 8$"),
+        ({"args": {**STUDENT_ARGS, "num_heads": 5}}, "cannot be created"),
+        ({"args": {"no_such_argument": 1}}, "cannot be created .*no_such_argument"),
+        ({"pretrained": True, "checkpoint": "here"}, "exclude each other"),
+        ({"checkpoint": "nowhere"}, "student.checkpoint: nowhere holds no weights"),
+        ({"pretrained": True, "args": {}, "image_size": 224}, "check the network, or give a checkpoint"),
+    ],
+)
+def test_a_student_that_cannot_be_is_refused_in_one_line(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason) as caught:
+        tiny_student(**options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"args": {**STUDENT_ARGS, "embed_dim": 64}}, r"blocks\.0\.\S+ is \["),
+        ({"args": {**STUDENT_ARGS, "depth": 3}}, r"blocks\.2\.\S+ is unknown"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    save_file(tiny_student(**change).backbone.state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=f"student.checkpoint: .*{reason}"):
+        tiny_student(checkpoint=str(tmp_path / "other.safetensors"))
+
+
+def test_the_fused_head_is_the_mean_of_softmaxes_or_of_logits() -> None:
+    output = StudentOutput(torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]]))
+    assert output.dist_logits is not None
+    softmaxes = (output.cls_logits.softmax(-1) + output.dist_logits.softmax(-1)) / 2
+    mean_logits = ((output.cls_logits + output.dist_logits) / 2).softmax(-1)
+    torch.testing.assert_close(head_probabilities(output)["fused"], softmaxes)
+    torch.testing.assert_close(head_probabilities(output, "logits")["fused"], mean_logits)
+    assert not torch.allclose(softmaxes, mean_logits)
+
+
+def test_a_student_of_one_head_has_no_dist_and_no_fused_head() -> None:
+    assert list(head_probabilities(StudentOutput(torch.zeros(1, 2)))) == ["cls"]
+
+
+def test_a_persons_own_timm_model_can_be_wrapped() -> None:
+    backbone = timm.create_model(STUDENT, num_classes=3, img_size=16, **STUDENT_ARGS)
+    assert TimmStudent(backbone).has_distillation_token

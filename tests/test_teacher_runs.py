@@ -1,0 +1,331 @@
+"""Whole runs with every kind of teacher: mapped, several at once, an assistant, and one that must not teach."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deit_kd import Batch, FrozenTeacher, InputError
+from deit_kd.cli import main
+from deit_kd.config import parse_config
+from deit_kd.exports import missing_libraries
+from deit_kd.jobs.train import train
+from deit_kd.teachers import EnsembleTeacher, build_teacher
+from deit_kd.tracking import console
+from tests.conftest import assert_same_scores, evaluated
+
+SYNSETS = ("n01440764", "n02102040", "n02979186")
+COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200))
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Three classes that differ in colour: whatever can learn, learns them."""
+    root = tmp_path_factory.mktemp("photos")
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 16), ("validation", 8)):
+        for name, colour in zip(SYNSETS, COLOURS, strict=True):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = np.clip(noise.normal(colour, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+def recipe(photos: Path, output: Path, *options: str) -> list[str]:
+    fixed = {
+        "data.root": photos,
+        "data.image_size": 32,
+        "data.workers": 0,
+        "augment.auto_augment": "null",
+        "augment.repeats": 1,
+        "augment.erasing": 0,
+        "student.name": "vit_tiny_patch16_224",
+        "student.args": "{patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",
+        "student.drop_path": 0,
+        "optim.lr": 2e-3,
+        "optim.lr_reference_batch": 0,
+        "optim.warmup_epochs": 0,
+        "train.epochs": 1,
+        "train.batch_size": 16,
+        "train.precision": "off",
+        "train.ema_decay": 0,
+        "train.device": "cpu",
+        "evaluate.report": "false",
+        "output": output,
+    }
+    return [item for key, value in fixed.items() for item in (f"--{key}", str(value))] + list(options)
+
+
+def run(photos: Path, output: Path, *options: str) -> dict:
+    config, _ = parse_config(recipe(photos, output, *options))
+    return train(config)
+
+
+@pytest.fixture(scope="module")
+def assistant(photos, tmp_path_factory) -> Path:
+    """A small supervised student that scores well enough to teach."""
+    folder = tmp_path_factory.mktemp("runs") / "assistant"
+    heads = run(photos, folder, "--distill.kind", "none", "--train.epochs", "12", "--augment.mixup", "0",
+                "--augment.cutmix", "0", "--augment.color_jitter", "0")  # fmt: skip
+    assert heads["heads"]["cls"]["top1"] > 90
+    return folder
+
+
+def facts(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_mapped_teacher_is_printed_and_recorded(photos, tmp_path):
+    with console.capture() as capture:
+        run(photos, tmp_path / "run", "--teacher.name", "test_resnet", "--teacher.random_weights", "true",
+        "--teacher.label_set", "imagenet-1k", "--teacher.image_size", "48")  # fmt: skip
+    told = capture.get()
+    assert "teacher: n02102040 <- 217 n02102040" in told
+    assert "teacher: test_resnet sees 48 px" in told
+    assert "warning: the teacher has random weights" in told
+    teacher = facts(tmp_path / "run")["teacher"]
+    assert teacher["class_map"]["n02979186"] == [[482, "n02979186"]]
+    assert teacher["random_weights"] is True
+    assert teacher["image_size"] == 48
+
+
+def test_assistant_chain_of_students(photos, assistant, tmp_path):
+    """A run's student teaches the next; a distilled one through its fused head, and neither is named again."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(photos, first, "--teacher.checkpoint", str(assistant), "--student.checkpoint", str(assistant))
+    assert facts(first)["teacher"]["name"] == "vit_tiny_patch16_224"
+    heads = run(photos, second, "--teacher.checkpoint", str(first))
+    fused = json.loads((first / "heads.json").read_text())["heads"]["fused"]
+    assert heads["teacher"]["top1"] == fused["top1"]
+    assert heads["teacher"]["nll"] == pytest.approx(fused["nll"], rel=1e-5)
+
+
+def test_runs_teacher_teaches_the_next(photos, assistant, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(photos, first, "--teacher.checkpoint", str(assistant), "--teacher.image_size", "48")
+    run(photos, second, "--teacher.checkpoint", f"{first}:teacher")
+    assert facts(second)["teacher"]["weights"] == facts(first)["teacher"]["weights"]
+    assert facts(second)["teacher"]["image_size"] == 48
+
+
+def test_run_without_a_teacher_has_none_to_lend(photos, assistant, tmp_path):
+    with pytest.raises(InputError, match="learned from no teacher"):
+        run(photos, tmp_path / "run", "--teacher.checkpoint", f"{assistant}:teacher")
+
+
+def test_grafted_run_is_evaluated_from_its_own_weights(photos, assistant, tmp_path):
+    folder = tmp_path / "grafted"
+    with console.capture() as capture:
+        heads = run(photos, folder, "--teacher.checkpoint", str(assistant), "--student.checkpoint", str(assistant))
+    account = facts(folder)["student"]
+    assert account["derived"]["dist_token"] == "cls_token"
+    assert "weights: derived: " in capture.get()
+    assert main(["eval", str(folder), "--diagnose", "true"]) == 0
+    assert_same_scores(evaluated(folder), heads)
+    diagnosis = json.loads((folder / "eval" / "validation" / "diagnosis.json").read_text())
+    assert list(diagnosis["gallery"][0]["attention"]) == ["cls", "dist"]
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("vit_small_patch14_reg4_dinov2", 2), ("vit_small_patch16_dinov3", 0)])
+def test_grafted_student_with_registers_is_seen_from_inside(photos, assistant, tmp_path, name, blocks):
+    """Its registers stand between its tokens and its patches; the blocks of an Eva are no plain ones."""
+    shape = "{embed_dim: 32, depth: 2, num_heads: 2}"
+    size = ["--data.image_size", "28" if "14" in name else "32", "--student.name", name, "--student.args", shape]
+    run(photos, tmp_path / "run", *size, "--teacher.checkpoint", str(assistant), "--evaluate.report", "true")
+    diagnosis = json.loads((tmp_path / "run" / "report" / "diagnosis.json").read_text())
+    assert [layer["layer"] for layer in diagnosis["tokens"]] == ["input", "block 1", "block 2"][: 1 + blocks]
+    maps = diagnosis["gallery"][0]["attention"]
+    assert list(maps) == (["cls", "dist"] if blocks else [])
+    assert all(len(one["last block"]) == 2 for one in maps.values())
+
+
+def test_teacher_with_classes_in_a_wrong_order_does_not_teach(photos, assistant, tmp_path, capsys):
+    """Its file says that column 0 is the class that it calls 1: it scores below guessing."""
+    mapping = tmp_path / "map.csv"
+    mapping.write_text("class,teacher\n" + "".join(f"{name},{(i + 1) % 3}\n" for i, name in enumerate(SYNSETS)))
+    output = tmp_path / "run"
+    options = ["--teacher.checkpoint", str(assistant), "--teacher.class_map", str(mapping)]
+    assert main(["train", *recipe(photos, output, *options)]) == 2
+    assert "teacher.min_top1: " in capsys.readouterr().err
+    assert not output.exists()
+    assert main(["train", *recipe(photos, output, *options, "--teacher.min_top1", "0")]) == 0
+
+
+def test_teacher_that_answers_nan_does_not_teach(photos, assistant, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(assistant / "student" / "model.safetensors")
+    state["blocks.0.attn.qkv.bias"] = torch.full_like(state["blocks.0.attn.qkv.bias"], float("nan"))
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((assistant / "student" / "config.json").read_text())
+    with pytest.raises(InputError, match="not 3 finite logits"):
+        run(photos, tmp_path / "run", "--teacher.checkpoint", str(tmp_path))
+
+
+def test_several_teachers_from_a_recipe(photos, assistant, tmp_path):
+    members = tmp_path / "members.yaml"
+    members.write_text(
+        f"teacher:\n  combine: draw\n  members:\n    - {{checkpoint: {assistant}, weight: 3}}\n"
+        "    - {name: test_resnet, random_weights: true, label_set: imagenet-1k, image_size: 48}\n"
+    )
+    run(photos, tmp_path / "run", "--config", str(members), "--evaluate.report", "true")
+    teacher = facts(tmp_path / "run")["teacher"]
+    assert [member["weight"] for member in teacher["members"]] == [0.75, 0.25]
+    assert [member["image_size"] for member in teacher["members"]] == [32, 48]
+    assert teacher["random_weights"] is True
+    assert 'data-head="teacher"' in (tmp_path / "run" / "report" / "report.html").read_text()
+
+
+def test_runs_student_leaves_for_timm(assistant, tmp_path):
+    target = tmp_path / "export"
+    assert main(["export", str(assistant), "--format", "timm", "--to", str(target)]) == 0
+    assert {path.name for path in target.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert json.loads((target / "config.json").read_text())["label_names"] == list(SYNSETS)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--format", "tim"], "use one of timm, local-dir, transformers, onnx, torch-export (nearest: timm)"),
+        (["--format", "transformers"], "cannot hold this student: it has no distillation token"),
+        (["--format", "timm", "--to", "HERE"], "is there already"),
+    ],
+)
+def test_export_that_cannot_be_is_refused(assistant, tmp_path, options, reason, capsys):
+    if missing_libraries("transformers") and "transformers" in options:
+        pytest.skip("needs transformers")
+    options = [str(tmp_path) if option == "HERE" else option for option in options]
+    assert main(["export", str(assistant), *options]) == 2
+    assert reason in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--teacher.checkpoint", "ASSISTANT", "--teacher.random_weights", "true"], "and teacher.random"),
+        (["--teacher.name", "test_resnet", "--teacher.pretrained", "true", "--teacher.random_weights", "true"],
+         "teacher.pretrained and teacher.random_weights"),
+        (["--teacher.name", "test_resnet"], "nothing to take its weights from"),
+    ],
+)  # fmt: skip
+def test_recipe_that_names_weights_twice_or_never_is_refused(photos, assistant, tmp_path, options, reason, capsys):
+    options = [str(assistant) if option == "ASSISTANT" else option for option in options]
+    assert main(["train", *recipe(photos, tmp_path / "run", *options)]) == 2
+    assert reason in capsys.readouterr().err
+
+
+class Constant(torch.nn.Module):
+    """A network that gives every image the same logits."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(logits))
+
+    def forward(self, images):
+        return self.logits.expand(len(images), -1)
+
+
+def constant(*logits):
+    return FrozenTeacher(Constant(list(logits)), student_mean=MEAN, student_std=STD, mean=MEAN, std=STD)
+
+
+def views(count, epoch=0, first=0):
+    ids = torch.stack([torch.full((count,), epoch), torch.arange(first, first + count)], dim=1)
+    return Batch(torch.zeros(count, 3, 4, 4), torch.zeros(count, 2), torch.zeros(count, dtype=torch.long), ids)
+
+
+def test_mean_is_of_probabilities_not_of_logits():
+    teachers = [constant(4.0, 0.0), constant(0.0, 1.0)]
+    answer = EnsembleTeacher(teachers, [3, 1])(views(2)).logits
+    expected = 0.75 * torch.tensor([4.0, 0.0]).softmax(-1) + 0.25 * torch.tensor([0.0, 1.0]).softmax(-1)
+    torch.testing.assert_close(answer.exp(), expected.expand(2, 2))
+
+
+def test_certain_teachers_give_finite_log_probabilities():
+    answer = EnsembleTeacher([constant(200.0, 0.0), constant(300.0, 0.0)], [1, 1])(views(1)).logits
+    assert answer.isfinite().all()
+
+
+def test_draw_depends_on_the_view_alone():
+    teacher = EnsembleTeacher([constant(0.0, 9.0), constant(9.0, 0.0)], [1, 3], "draw", seed=5)
+    whole = teacher(views(64)).logits
+    parts = torch.cat([teacher(views(16, first=first)).logits for first in range(0, 64, 16)])
+    assert torch.equal(whole, parts)
+    assert not torch.equal(whole, teacher(views(64, epoch=1)).logits)
+
+
+def test_draw_follows_the_weights():
+    teacher = EnsembleTeacher([constant(0.0, 1.0), constant(1.0, 0.0), constant(1.0, 1.0)], [1, 3, 4], "draw")
+    drawn = torch.cat([teacher.draw(views(4000, epoch=epoch).view_ids) for epoch in range(3)])
+    shares = torch.bincount(drawn) / len(drawn)
+    torch.testing.assert_close(shares, torch.tensor([0.125, 0.375, 0.5]), atol=0.02, rtol=0)
+
+
+def test_draw_without_view_ids_is_the_mean():
+    teachers = [constant(4.0, 0.0), constant(0.0, 1.0)]
+    batch = views(2)._replace(view_ids=None)
+    assert torch.equal(
+        EnsembleTeacher(teachers, [1, 1], "draw")(batch).logits, EnsembleTeacher(teachers, [1, 1])(batch).logits
+    )
+
+
+@pytest.mark.parametrize(("weights", "combine"), [([1], "mean"), ([1, 0], "mean"), ([1, 1], "median")])
+def test_ensemble_that_makes_no_sense_is_refused(weights, combine):
+    with pytest.raises(InputError):
+        EnsembleTeacher([constant(0.0, 1.0), constant(1.0, 0.0)], weights, combine)
+
+
+def test_ensemble_stays_in_eval_without_gradient():
+    teacher = EnsembleTeacher([constant(0.0, 1.0), constant(1.0, 0.0)], [1, 1])
+    teacher.train()
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not any(member.training for member in teacher.members)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distilled_teacher_answers_with_the_mean_of_its_softmaxes(tmp_path, dtype):
+    import timm
+
+    from deit_kd import head_probabilities
+    from deit_kd.tokens import read_heads
+
+    torch.manual_seed(0)
+    network = timm.create_model(
+        "deit_tiny_distilled_patch16_224", embed_dim=32, depth=2, num_heads=2, img_size=32, num_classes=3
+    ).eval()
+    torch.save(network.state_dict(), tmp_path / "t.pth")
+    teacher = build_teacher(
+        name="deit_tiny_distilled_patch16_224",
+        pretrained=False,
+        checkpoint=str(tmp_path / "t.pth"),
+        random_weights=False,
+        label_set=None,
+        class_map=None,
+        args={"embed_dim": 32, "depth": 2, "num_heads": 2},
+        image_size=None,
+        mean=None,
+        std=None,
+        channels_last=True,
+        compiled=False,
+        classes=("a", "b", "c"),
+        student_image_size=32,
+        student_mean=MEAN,
+        student_std=STD,
+        seed=0,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    batch = views(2)._replace(images=torch.randn(2, 3, 32, 32))
+    with torch.no_grad():
+        expected = head_probabilities(read_heads(network, batch.images))["fused"]
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(teacher(batch).logits.exp(), expected, atol=tolerance, rtol=tolerance)
