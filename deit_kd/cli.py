@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 from deit_kd.config import build_parser, parse_config
 from deit_kd.interfaces import InputError, nearest
@@ -22,13 +23,30 @@ def _train(arguments: Arguments) -> None:
 
 
 def _evaluate(arguments: Arguments) -> None:
-    parser = _run_parser("deit-kd eval")
-    parser.add_argument("--split", choices=["train", "validation"], default="validation", help="what to score on")
-    folder, arguments = _with_recipe_of_run(arguments, parser)
-    config, others = parse_config(arguments, parser)
-    from deit_kd.jobs.evaluate import evaluate_run
+    parser = build_parser("deit-kd eval")
+    parser.add_argument("source", type=str, help="a run, an exported folder, a file of weights or a timm model")
+    parser.add_argument("--split", type=str, default="validation", help="train, validation or a folder under data.root")
+    parser.add_argument("--against", type=str, default=None, help="a second student to compare with")
+    parser.add_argument("--to", type=str, default=None, help="folder for the files; RUN/eval/<split> unless set")
+    parser.add_argument("--diagnose", type=bool, default=False, help="look at tokens, layers and attention, too")
+    parser.add_argument("--images", type=list[str], default=[], help="names of the images to show then")
+    if _asks_for_help(arguments):
+        parse_config(arguments, parser)
+    source = _first_argument(arguments, parser)
+    from deit_kd.jobs.evaluate import evaluate_source
+    from deit_kd.jobs.sources import open_source
 
-    evaluate_run(folder, config, others["split"])
+    recipe = open_source(source).recipe
+    config, others = parse_config([source, *recipe, *arguments[1:]], parser)
+    evaluate_source(
+        source,
+        config,
+        others["split"],
+        against=others["against"],
+        folder=None if others["to"] is None else Path(others["to"]),
+        look_inside=others["diagnose"],
+        images=others["images"],
+    )
 
 
 def _predict(arguments: Arguments) -> None:
@@ -42,6 +60,25 @@ def _predict(arguments: Arguments) -> None:
 
     csv_file = None if others["csv"] is None else Path(others["csv"])
     predict(folder, config, [Path(file) for file in others["files"]], others["head"], csv_file)
+
+
+def _report(arguments: Arguments) -> None:
+    parser = _run_list_parser("deit-kd report", "folders of finished runs")
+    parser.add_argument("--to", type=str, default=None, help="folder for the page; RUN/report unless set")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:1")
+    given = _parse(parser, arguments)
+    from deit_kd.jobs.report import report
+
+    report([Path(run) for run in given["runs"]], None if given["to"] is None else Path(given["to"]), given["device"])
+
+
+def _plot(arguments: Arguments) -> None:
+    parser = _run_list_parser("deit-kd plot", "folders of runs, finished or not")
+    parser.add_argument("--to", type=str, default=None, help="PNG to write; RUN/curves.png unless set")
+    given = _parse(parser, arguments)
+    from deit_kd.jobs.plot import plot
+
+    plot([Path(run) for run in given["runs"]], None if given["to"] is None else Path(given["to"]))
 
 
 def _export(arguments: Arguments) -> None:
@@ -64,6 +101,20 @@ def _bench(arguments: Arguments) -> None:
     from deit_kd.jobs.bench import bench
 
     bench(config, others["rounds"], others["steps"], None if others["json"] is None else Path(others["json"]))
+
+
+def _run_list_parser(program: str, runs: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=program, exit_on_error=False)
+    parser.add_argument("runs", type=str, nargs="+", help=runs)
+    return parser
+
+
+def _parse(parser: ArgumentParser, arguments: Arguments) -> dict[str, Any]:
+    try:
+        given: dict[str, Any] = parser.parse_args(arguments).as_dict()
+    except ArgumentError as error:
+        raise InputError(f"{str(error).splitlines()[0]}; see {parser.prog} --help") from error
+    return given
 
 
 def _data(arguments: Arguments) -> int:
@@ -136,20 +187,30 @@ def _run_parser(program: str) -> ArgumentParser:
 
 def _with_recipe_of_run(arguments: Arguments, parser: ArgumentParser) -> tuple[Path, Arguments]:
     """Return the run's folder, which is the first argument, and the arguments with its recipe before them."""
-    if any(argument in ("-h", "--help") for argument in arguments):
+    if _asks_for_help(arguments):
         return Path(), arguments
-    if not arguments or arguments[0].startswith("-"):
-        raise InputError(f"{parser.prog}: the first argument is the folder of a run")
-    folder = Path(arguments[0])
+    folder = Path(_first_argument(arguments, parser))
     recipe = folder / "config.yaml"
     if not recipe.is_file():
         raise InputError(f"{folder}: is no run (it has no {recipe.name}); name the folder of a run")
     return folder, [arguments[0], "--config", str(recipe), *arguments[1:]]
 
 
+def _asks_for_help(arguments: Arguments) -> bool:
+    return any(argument in ("-h", "--help") for argument in arguments)
+
+
+def _first_argument(arguments: Arguments, parser: ArgumentParser) -> str:
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError(f"{parser.prog}: the first argument names a run; see {parser.prog} --help")
+    return arguments[0]
+
+
 VERBS: dict[str, tuple[str, Callable[[Arguments], int | None]]] = {
     "train": ("train a student, its teacher first where the recipe says so", _train),
-    "eval": ("score a run's heads apart and fused", _evaluate),
+    "eval": ("score a student's heads apart and fused, a run's or a published one's", _evaluate),
+    "report": ("one page about runs: curves, heads, calibration, attention", _report),
+    "plot": ("the curves of a run that is still going", _plot),
     "data": ("check a tree of photos: counts, unreadable files, duplicates", _data),
     "store": ("ask a teacher once for every view (build, check, info)", _store),
     "predict": ("class, probability and head for unlabelled images", _predict),

@@ -268,6 +268,17 @@ class Evaluate(Section):
     """softmax is the paper's mean of the two softmaxes; logits is timm's and deit's mean of the logits"""
     batch_size: int = Field(128, gt=0)
     """images, for each process"""
+    report: bool = True
+    """write report/report.html at the end of the run"""
+
+
+class Tracking(Section):
+    """Where records go beside metrics.jsonl and TensorBoard."""
+
+    wandb: bool = False
+    """log to Weights & Biases, too; needs the package wandb"""
+    project: str = "deit_kd"
+    """name of the project there"""
 
 
 class Config(Section):
@@ -281,6 +292,7 @@ class Config(Section):
     optim: Optim = Optim()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    tracking: Tracking = Tracking()
     recipe: str = "run"
     """name of the run's folder; the recipe file's name unless set"""
     seed: int = Field(0, ge=0)

@@ -42,13 +42,17 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def same_everywhere(self, value: Any) -> bool:
-        """Return whether every process holds the same `value`."""
+    def gather(self, value: Any) -> list[Any]:
+        """Return every process's `value`, by rank, on every process."""
         if self.count == 1:
-            return True
+            return [value]
         values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value)
-        return all(other == value for other in values)
+        return values
+
+    def same_everywhere(self, value: Any) -> bool:
+        """Return whether every process holds the same `value`."""
+        return all(other == value for other in self.gather(value))
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite `tensors` with the main process's."""

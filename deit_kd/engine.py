@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deit_kd.distributed import Processes
-from deit_kd.interfaces import Batch, Student, Teacher, head_probabilities
+from deit_kd.interfaces import Batch, Student, StudentOutput, Teacher, head_probabilities
 from deit_kd.losses import Objective, Terms
 from deit_kd.metrics import Agreement, Score
 from deit_kd.randomness import seed_step
@@ -197,6 +197,64 @@ def evaluate(
         }
         for name in models
     }
+
+
+class Answers(NamedTuple):
+    """What a student and perhaps a teacher said about images, on the CPU in fp32."""
+
+    indices: Tensor  # [n], of the images in their split
+    labels: Tensor  # [n]
+    output: StudentOutput  # logits [n, C]
+    teacher_predictions: Tensor | None  # [n]
+    teacher_logits: Tensor | None  # [n, C]; None also where only the teacher's classes are known
+
+
+@torch.inference_mode()
+def collect(
+    student: nn.Module,
+    teacher: Teacher | None,
+    batches: Iterable[tuple[Tensor, Batch]],
+    *,
+    classes: int,
+    processes: Processes,
+    precision: str,
+) -> Answers:
+    """Ask a student in eval, and perhaps a teacher, about every image; return the answers of all processes.
+
+    Args:
+        student: answers images with a `StudentOutput`.
+        teacher: answers a `Batch`, or None.
+        batches: this process's share: indices [B] in the split, and the images.
+        classes: C.
+        processes: of the run.
+        precision: of autocast.
+
+    Returns:
+        The answers in the order of the split, the same for any number of processes.
+    """
+    student.eval()
+    rows: list[tuple[Tensor, ...]] = []
+    for indices, batch in batches:
+        batch = batch.to(processes.device)
+        with autocast(processes.device, precision):
+            output = student(batch.images)
+        logits = [output.cls_logits, output.dist_logits, None if teacher is None else teacher(batch).logits]
+        none = torch.empty(len(indices), 0)
+        rows.append((indices, batch.labels.cpu(), *(none if x is None else x.float().cpu() for x in logits)))
+    rows = [row for share in processes.gather(rows) for row in share]
+    if not rows:
+        empty = torch.empty(0, dtype=torch.long)
+        return Answers(empty, empty, StudentOutput(torch.empty(0, classes)), None, None)
+    indices, labels, cls, dist, taught = (torch.cat(column) for column in zip(*rows, strict=True))
+    order = indices.argsort()
+    teacher_logits = taught[order] if taught.shape[1] else None
+    return Answers(
+        indices[order],
+        labels[order],
+        StudentOutput(cls[order], dist[order] if dist.shape[1] else None),
+        None if teacher_logits is None else teacher_logits.argmax(-1),
+        teacher_logits,
+    )
 
 
 @torch.inference_mode()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import hashlib
+import importlib
+import importlib.util
 import json
 import math
 import os
@@ -18,6 +22,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from deit_kd.files import write_atomically
+from deit_kd.interfaces import InputError
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -44,6 +49,31 @@ def _numbers(parent: Path, recipe: str) -> list[int]:
     return [int(match[1]) for match in matches if match]
 
 
+def check_tracking(wandb: bool) -> None:
+    """Raise an InputError where Weights & Biases is asked for and not installed."""
+    if wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError("tracking.wandb: true, but wandb is not installed; pip install wandb, or set it false")
+
+
+class WandbBoard:
+    """Weights & Biases, as if it were TensorBoard; a run that is resumed goes on there, too."""
+
+    def __init__(self, folder: Path, project: str, recipe: Mapping[str, Any]) -> None:
+        wandb: Any = importlib.import_module("wandb")
+        identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
+        self._run = wandb.init(
+            project=project, name=folder.name, id=identity, resume="allow", dir=str(folder), config=dict(recipe)
+        )
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Log one number."""
+        self._run.log({name: value}, step=step)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._run.finish()
+
+
 class Journal:
     """Writes ``metrics.jsonl`` and ``tensorboard/``, and tells the person; silent where it is not the main process.
 
@@ -53,16 +83,31 @@ class Journal:
         total_steps: of the run.
         first_step: steps already done; records after it, of a run that was cut short, are dropped.
         is_main: whether this process writes and talks.
+        wandb_project: log to this project of Weights & Biases, too; None does not.
+        recipe: what is kept there of the run.
     """
 
-    def __init__(self, folder: Path, *, title: str, total_steps: int, first_step: int, is_main: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        title: str,
+        total_steps: int,
+        first_step: int,
+        is_main: bool,
+        wandb_project: str | None = None,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
         self._is_main = is_main
         self._metrics = folder / METRICS_FILE
         self._progress: Progress | None = None
         if not is_main:
             return
         self._cut_back(first_step)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+        self._boards: list[Any] = [SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)]
+        if wandb_project is not None:
+            self._boards.append(WandbBoard(folder, wandb_project, recipe or {}))
+        self._first_step, self._total_steps, self._since = first_step, total_steps, time.perf_counter()
         if console.is_terminal:
             self._progress = _progress()
             self._task = self._progress.add_task(title, total=total_steps, completed=first_step, note="")
@@ -80,21 +125,25 @@ class Journal:
         with open(self._metrics, "a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **fields}) + "\n")
         for name, value in _numbers_of(fields):
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+            for board in self._boards:
+                board.add_scalar(f"{kind}/{name}", value, step)
 
     def progress(self, step: int, note: str) -> None:
         """Move the bar; where there is no terminal, print a line."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step, note=note)
         elif self._is_main:
-            say(note)
+            per_step = (time.perf_counter() - self._since) / max(1, step - self._first_step)
+            left = datetime.timedelta(seconds=round(per_step * (self._total_steps - step)))
+            say(f"{note}  {left} left")
 
     def close(self) -> None:
         """Stop the bar and flush the files."""
         if self._progress is not None:
             self._progress.stop()
         if self._is_main:
-            self._board.close()
+            for board in self._boards:
+                board.close()
 
 
 class ViewMeter:
@@ -194,3 +243,61 @@ def print_heads(result: Mapping[str, Any]) -> None:
                 "-" if agrees is None else f"{agrees:.3f}",
             )
     console.print(table)
+
+
+def print_scores(result: Mapping[str, Any]) -> None:
+    """Print every head's scores of an evaluation, with their 95 % intervals, and what calibration mends."""
+    table = Table(title=f"{result['student']}: {result['n']} images, weights: {result['weights']}; [95 % interval]")
+    columns = {"top-1 %": "top1", "top-5 %": "top5", "NLL": "nll", "Brier": "brier", "ECE": "ece"}
+    for column in ("head", *columns, "T", "NLL at T"):
+        table.add_column(column, justify="left" if column == "head" else "right")
+    rows = {**{head: score for head, score in result["heads"].items() if head != "fused"}, "teacher": result["teacher"]}
+    for name, score in rows.items():
+        if score is not None:
+            scaled = result["temperature"].get(name)
+            table.add_row(
+                name.replace("_", ", "),
+                *(_with_interval(score, key) for key in columns.values()),
+                *(("-", "-") if scaled is None else (f"{scaled['temperature']:.2f}", f"{scaled['after']['nll']:.4f}")),
+            )
+    console.print(table)
+
+
+def _with_interval(score: Mapping[str, Any], key: str) -> str:
+    if score[key] is None:
+        return "-"
+    digits = 2 if key.startswith("top") else 3
+    if key not in score["intervals"]:  # measured elsewhere, image by image unknown
+        return f"{score[key]:.{digits}f}"
+    low, high = score["intervals"][key]
+    return f"{score[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def print_comparison(result: Mapping[str, Any]) -> None:
+    """Print McNemar's test of each two heads, who disagrees with whom, and the best weight of the fusion."""
+    if result["comparisons"]:
+        table = Table(title="the same images: who alone is right, and McNemar's test")
+        for column in ("first", "second", "first alone", "second alone", "difference, points", "p"):
+            table.add_column(column, justify="left" if column in ("first", "second") else "right")
+        for row in result["comparisons"]:
+            low, high = row["interval"]
+            table.add_row(
+                row["first"],
+                row["second"],
+                str(row["only_first"]),
+                str(row["only_second"]),
+                f"{row['difference']:+.2f} [{low:+.2f}, {high:+.2f}]",
+                f"{row['p']:.3g}",
+            )
+        console.print(table)
+    names, matrix = result["disagreement"]["names"], result["disagreement"]["matrix"]
+    table = Table("disagreement", *names, title="share of the images on which two differ")
+    for name, row in zip(names, matrix, strict=True):
+        table.add_row(name, *(f"{value:.3f}" for value in row))
+    console.print(table)
+    for fusion, found in (result["fusion_weight"] or {}).items():
+        say(
+            f"fused by {fusion}: the best weight of cls on one half is {found['weight_of_cls']:.2f}; on the other it "
+            f"gives {found['weighted']['top1']:.2f} % and NLL {found['weighted']['nll']:.4f}, equal weights "
+            f"{found['equal']['top1']:.2f} % and {found['equal']['nll']:.4f}"
+        )

@@ -95,6 +95,7 @@ def tiny(root: Path, output: Path, **options: Any) -> list[str]:
         "train__ema_decay": 0,
         "train__device": "cpu",
         "train__log_every_steps": 1,
+        "evaluate__report": False,
         "output": str(output),
     }
     return as_arguments(**{**base, **options})
@@ -145,6 +146,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory, photos_root: Path) -> Fin
     return Finished(home / "run", home / "teachers", arguments)
 
 
+SEVEN_CLASSES = ("apple", "bread", "<b>cup", "door", "egg", "fork", "gate")
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``photos`` and two runs on them: ``distilled``, and ``plain`` without a distillation token."""
+    home = tmp_path_factory.mktemp("runs")
+    write_photos(home / "photos", {"train": 4, "validation": 5}, SEVEN_CLASSES)
+    for name, kind in (("distilled", "hard"), ("plain", "none")):
+        assert main(["train", *short(home / "photos", home / name, distill__kind=kind)]) == 0
+    return home
+
+
+def short(root: Path, output: Path, **options: Any) -> list[str]:
+    """Return the arguments of a run like those of `runs`: two epochs of two steps."""
+    return tiny(root, output, **{"train__epochs": 2, "train__batch_size": 14, **options})
+
+
 def records(folder: Path) -> list[dict[str, Any]]:
     """Return ``metrics.jsonl`` without its rates, which no run repeats."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -176,6 +195,21 @@ def array_photos(count: int, size: int = 12, classes: int = 3) -> Photos:
         classes=tuple(f"class{c}" for c in range(classes)),
         arrays=arrays,
     )
+
+
+def evaluated(folder: Path, split: str = "validation") -> Any:
+    """Return what ``deit-kd eval`` found of a run."""
+    return json.loads((folder / "eval" / split / "heads.json").read_text())
+
+
+def assert_same_scores(evaluation: Any, trained: Any) -> None:
+    """Assert that an evaluation holds what the ``heads.json`` of a run does."""
+    assert (evaluation["n"], evaluation["weights"]) == (trained["n"], trained["weights"])
+    assert evaluation["agreement"] == pytest.approx(trained["agreement"])
+    for name, score in {**trained["heads"], "teacher": trained["teacher"]}.items():
+        found = {**evaluation["heads"], "teacher": evaluation["teacher"]}[name]
+        assert (found is None) == (score is None)
+        assert score is None or {key: found[key] for key in score} == pytest.approx(score)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -163,10 +163,10 @@ def test_a_loss_that_is_no_number_ends_the_run(
     ("arguments", "expected"),
     [
         (["trian"], "(nearest: train)"),
-        (["eval"], "the first argument is the folder of a run"),
-        (["eval", "nowhere"], "nowhere: is no run"),
+        (["eval"], "the first argument names a run"),
+        (["eval", "nowhere"], "'nowhere' is not a timm model"),
         (["predict", "nowhere", "a.png"], "nowhere: is no run"),
-        (["predict", "--head", "cls"], "the first argument is the folder of a run"),
+        (["predict", "--head", "cls"], "the first argument names a run"),
     ],
 )
 def test_verbs_that_cannot_be(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,7 +209,7 @@ def test_photos_of_other_classes_are_not_scored(
 ) -> None:
     root = write_photos(tmp_path / "photos", {"train": 2, "validation": 2}, ("bars", "discs", "rings"))
     line = refused(["eval", str(finished.folder), "--data.root", str(root)], capsys)
-    assert "class 1 is 'dots' in the run and 'discs' here" in line
+    assert "class 1 is 'dots' there and 'discs' here" in line
 
 
 def test_a_teacher_of_other_classes_is_refused(

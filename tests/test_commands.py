@@ -21,7 +21,7 @@ from deit_kd import TimmStudent, head_probabilities
 from deit_kd.cli import main
 from deit_kd.config import Config
 from deit_kd.data import evaluation_transform, load_image
-from tests.conftest import CLASSES, FULL, MEAN, STD, Finished, records, snapshot, tiny
+from tests.conftest import CLASSES, FULL, MEAN, STD, Finished, assert_same_scores, evaluated, records, snapshot, tiny
 
 SCORE = {"top1", "top5", "nll"}
 SCORE_HEADS = ("cls", "dist", "fused")
@@ -112,7 +112,7 @@ def test_no_checkpoint_holds_the_teacher(finished: Finished) -> None:
 
 def test_eval_gives_the_same_numbers_again(finished: Finished, photos_root: Path) -> None:
     assert main(["eval", str(finished.folder)]) == 0
-    assert json.loads((finished.folder / "eval" / "validation.json").read_text()) == finished.heads
+    assert_same_scores(evaluated(finished.folder), finished.heads)
 
 
 def test_eval_scores_other_photos_and_another_fusion(finished: Finished, photos_root: Path, tmp_path: Path) -> None:
@@ -122,12 +122,12 @@ def test_eval_scores_other_photos_and_another_fusion(finished: Finished, photos_
             path.unlink()
     arguments = ["--data.root", str(root), "--evaluate.fusion", "logits", "--evaluate.batch_size", "4"]
     assert main(["eval", str(finished.folder), *arguments]) == 0
-    assert json.loads((finished.folder / "eval" / "validation.json").read_text())["n"] == 6
+    assert evaluated(finished.folder)["n"] == 6
 
 
 def test_eval_scores_the_training_split(finished: Finished) -> None:
     assert main(["eval", str(finished.folder), "--split", "train"]) == 0
-    assert json.loads((finished.folder / "eval" / "train.json").read_text())["n"] == 48
+    assert evaluated(finished.folder, "train")["n"] == 48
 
 
 def predicted(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> list[dict[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from deit_kd.jobs.store import check
 from deit_kd.losses import soft_distillation
 from deit_kd.store import VALIDATION, LabelStore, Record, epoch_part
 from deit_kd.tracking import console
+from tests.conftest import assert_same_scores, evaluated
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
 PHOTOS_PER_CLASS = {"train": 15, "validation": 6}
@@ -69,6 +69,7 @@ class Home:
             "train.ema_decay": 0.9,
             "train.device": "cpu",
             "train.log_every_steps": 1,
+            "evaluate.report": False,
         }
         written = []
         for key, value in {**base, **options}.items():
@@ -127,14 +128,6 @@ def hard(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def soft(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of all logits, two epochs."""
     return home.build(tmp_path_factory.mktemp("soft") / "store", **{"distill.kind": "soft"}).folder
-
-
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What a person is told."""
-    lines = io.StringIO()
-    monkeypatch.setattr(console, "file", lines)
-    return lines
 
 
 @pytest.fixture
@@ -296,13 +289,12 @@ def test_a_recording_run_that_was_killed_fills_the_rest_when_it_is_resumed(
     same_answers(LabelStore(tmp_path / "store"), LabelStore(hard), EPOCHS)
 
 
-def test_a_longer_run_cycles_and_keeps_to_its_epochs_when_the_store_has_grown(
-    home: Home, tmp_path: Path, told: io.StringIO
-) -> None:
+def test_a_longer_run_cycles_and_keeps_to_its_epochs_when_the_store_has_grown(home: Home, tmp_path: Path) -> None:
     home.build(tmp_path / "store", 1)
     options = {"teacher.store": tmp_path / "store", "train.epochs": 3}
-    records = home.train(tmp_path / "run", **options)
-    assert "1 epochs of views, dealt over and over for 3 epochs" in told.getvalue()
+    with console.capture() as capture:
+        records = home.train(tmp_path / "run", **options)
+    assert "1 epochs of views, dealt over and over for 3 epochs" in capture.get()
     home.build(tmp_path / "store", 2)
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     checkpoints[-1].unlink()
@@ -456,15 +448,16 @@ def test_a_damaged_store_is_found_before_training(
 
 
 def test_other_libraries_are_refused_until_a_check_passes(
-    home: Home, soft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: io.StringIO
+    home: Home, soft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(soft, tmp_path / "store")
     monkeypatch.setattr(stored, "version", lambda name: "99.0+cpu" if name == "pillow" else "1")
     arguments = home.arguments(**{"teacher.store": tmp_path / "store"})
     with pytest.raises(InputError, match=r"pillow: '[\d.]+' in the store, '99\.0' here.*run deit-kd store check"):
         ready(arguments)
-    assert main(["store", "check", str(tmp_path / "store"), *home.arguments(), "--samples", "20"]) == 0
-    assert "accepts numpy 1, pillow 99.0" in told.getvalue()
+    with console.capture() as capture:
+        assert main(["store", "check", str(tmp_path / "store"), *home.arguments(), "--samples", "20"]) == 0
+    assert "accepts numpy 1, pillow 99.0" in capture.get()
     assert ready(arguments).facts
 
 
@@ -489,15 +482,36 @@ def test_a_check_reports_how_far_the_answers_are(home: Home, soft: Path) -> None
     assert 0 < result["largest_difference"] < 0.02
 
 
+@pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_evaluating_a_stored_run_reads_the_teacher_from_the_store(
-    home: Home, hard: Path, tmp_path: Path, no_teacher: None, told: io.StringIO
+    home: Home, hard: Path, soft: Path, tmp_path: Path, no_teacher: None, kind: str
 ) -> None:
+    run = tmp_path / "run"
+    store = hard if kind == "hard" else soft
+    home.train(run, **{"teacher.store": store, "train.epochs": 1, "distill.kind": kind})
+    assert main(["eval", str(run), "--diagnose", "true"]) == 0
+    evaluation, trained = evaluated(run), json.loads((run / "heads.json").read_text())
+    assert_same_scores(evaluation, trained)
+    assert evaluation["teacher"]["top1"] == trained["teacher"]["top1"]
+    assert "teacher" in evaluation["disagreement"]["names"]
+    assert ("teacher" in evaluation["reliability"]) == (kind == "soft")  # hard labels have no confidence
+    with console.capture() as capture:
+        assert main(["eval", str(run), "--split", "train"]) == 0
+    assert "without the teacher: teacher.store" in capture.get()
+
+
+def test_a_stored_run_is_reported_with_its_teacher(home: Home, hard: Path, tmp_path: Path, no_teacher: None) -> None:
+    home.train(tmp_path / "run", **{"teacher.store": hard, "train.epochs": 1, "evaluate.report": True})
+    assert 'data-head="teacher"' in (tmp_path / "run/report/report.html").read_text()
+
+
+def test_a_student_without_a_run_is_compared_with_a_stored_teacher(home: Home, hard: Path, tmp_path: Path) -> None:
     home.train(tmp_path / "run", **{"teacher.store": hard, "train.epochs": 1})
-    heads = (tmp_path / "run" / "heads.json").read_text()
-    assert main(["eval", str(tmp_path / "run")]) == 0
-    assert json.loads((tmp_path / "run" / "eval" / "validation.json").read_text()) == json.loads(heads)
-    assert main(["eval", str(tmp_path / "run"), "--split", "train"]) == 0
-    assert "without the teacher: teacher.store" in told.getvalue()
+    options = {"--data.root": home.photos, "--data.workers": 0, "--teacher.store": hard, "--to": tmp_path / "to"}
+    arguments = [str(part) for pair in options.items() for part in pair]
+    assert main(["eval", str(tmp_path / "run" / "student"), *arguments]) == 0
+    teacher = json.loads((tmp_path / "to" / "heads.json").read_text())["teacher"]
+    assert teacher["nll"] == LabelStore(hard).score()["nll"]
 
 
 @pytest.mark.parametrize(
@@ -531,9 +545,10 @@ def test_a_store_goes_on_in_the_form_it_was_begun(home: Home, soft: Path, tmp_pa
     assert main(build) == 2
 
 
-def test_info_says_what_is_in_a_store_and_what_may_use_it(home: Home, hard: Path, told: io.StringIO) -> None:
-    assert main(["store", "info", str(hard)]) == 0
-    out = told.getvalue()
+def test_info_says_what_is_in_a_store_and_what_may_use_it(home: Home, hard: Path) -> None:
+    with console.capture() as capture:
+        assert main(["store", "info", str(hard)]) == 0
+    out = capture.get()
     for fact in (
         "2 epochs of 150 views, 60 validation images",
         "the hard label alone of 10 classes, 2 bytes",

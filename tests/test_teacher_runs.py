@@ -17,6 +17,7 @@ from deit_kd.exports import missing_libraries
 from deit_kd.jobs.train import train
 from deit_kd.teachers import EnsembleTeacher, build_teacher
 from deit_kd.tracking import console
+from tests.conftest import assert_same_scores, evaluated
 
 SYNSETS = ("n01440764", "n02102040", "n02979186")
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200))
@@ -57,6 +58,7 @@ def recipe(photos: Path, output: Path, *options: str) -> list[str]:
         "train.precision": "off",
         "train.ema_decay": 0,
         "train.device": "cpu",
+        "evaluate.report": "false",
         "output": output,
     }
     return [item for key, value in fixed.items() for item in (f"--{key}", str(value))] + list(options)
@@ -126,8 +128,23 @@ def test_grafted_run_is_evaluated_from_its_own_weights(photos, assistant, tmp_pa
     account = facts(folder)["student"]
     assert account["derived"]["dist_token"] == "cls_token"
     assert "weights: derived: " in capture.get()
-    assert main(["eval", str(folder)]) == 0
-    assert json.loads((folder / "eval" / "validation.json").read_text())["heads"] == heads["heads"]
+    assert main(["eval", str(folder), "--diagnose", "true"]) == 0
+    assert_same_scores(evaluated(folder), heads)
+    diagnosis = json.loads((folder / "eval" / "validation" / "diagnosis.json").read_text())
+    assert list(diagnosis["gallery"][0]["attention"]) == ["cls", "dist"]
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("vit_small_patch14_reg4_dinov2", 2), ("vit_small_patch16_dinov3", 0)])
+def test_grafted_student_with_registers_is_seen_from_inside(photos, assistant, tmp_path, name, blocks):
+    """Its registers stand between its tokens and its patches; the blocks of an Eva are no plain ones."""
+    shape = "{embed_dim: 32, depth: 2, num_heads: 2}"
+    size = ["--data.image_size", "28" if "14" in name else "32", "--student.name", name, "--student.args", shape]
+    run(photos, tmp_path / "run", *size, "--teacher.checkpoint", str(assistant), "--evaluate.report", "true")
+    diagnosis = json.loads((tmp_path / "run" / "report" / "diagnosis.json").read_text())
+    assert [layer["layer"] for layer in diagnosis["tokens"]] == ["input", "block 1", "block 2"][: 1 + blocks]
+    maps = diagnosis["gallery"][0]["attention"]
+    assert list(maps) == (["cls", "dist"] if blocks else [])
+    assert all(len(one["last block"]) == 2 for one in maps.values())
 
 
 def test_teacher_with_classes_in_a_wrong_order_does_not_teach(photos, assistant, tmp_path, capsys):
@@ -159,11 +176,12 @@ def test_several_teachers_from_a_recipe(photos, assistant, tmp_path):
         f"teacher:\n  combine: draw\n  members:\n    - {{checkpoint: {assistant}, weight: 3}}\n"
         "    - {name: test_resnet, random_weights: true, label_set: imagenet-1k, image_size: 48}\n"
     )
-    run(photos, tmp_path / "run", "--config", str(members))
+    run(photos, tmp_path / "run", "--config", str(members), "--evaluate.report", "true")
     teacher = facts(tmp_path / "run")["teacher"]
     assert [member["weight"] for member in teacher["members"]] == [0.75, 0.25]
     assert [member["image_size"] for member in teacher["members"]] == [32, 48]
     assert teacher["random_weights"] is True
+    assert 'data-head="teacher"' in (tmp_path / "run" / "report" / "report.html").read_text()
 
 
 def test_runs_student_leaves_for_timm(assistant, tmp_path):

@@ -42,6 +42,17 @@ def folder(
     return splits
 
 
+def one_split(root: str | None, split: str) -> Photos:
+    """Return the photos of ``root/<split>/<class>/…``; the split ``.`` is a tree without split folders.
+
+    Raises:
+        InputError: the folder is missing or empty, or a class has no images.
+    """
+    if root is None:
+        raise InputError("data.root: is not set; name a folder with one folder of images for each class")
+    return _scan(Path(root).expanduser() / split)
+
+
 def _scan(split_folder: Path) -> Photos:
     try:
         classes, class_to_label = find_classes(split_folder)

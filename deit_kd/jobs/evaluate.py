@@ -1,107 +1,124 @@
-"""``deit-kd eval``: score a run's heads apart and fused, on its own data or on other photos of its classes."""
+"""``deit-kd eval``: everything that a split says about a student's heads, whoever trained it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 from torch import Tensor
 
 from deit_kd.config import Config
-from deit_kd.data import Photos
-from deit_kd.distributed import Processes, finish, start
-from deit_kd.engine import evaluate, score_teacher
-from deit_kd.files import read_json, write_json
-from deit_kd.interfaces import InputError
-from deit_kd.jobs import parts
-from deit_kd.jobs.run import head_scores
-from deit_kd.jobs.stored import stored_validation
-from deit_kd.models import STUDENT_FOLDER, choose_attention
-from deit_kd.students import TimmStudent
-from deit_kd.tracking import FACTS_FILE, HEADS_FILE, print_heads, say
+from deit_kd.distributed import finish, start
+from deit_kd.files import write_json
+from deit_kd.jobs.diagnose import (
+    ATTENTION_FOLDER,
+    DIAGNOSIS_FILE,
+    diagnose,
+    tell_diagnosis,
+    write_diagnosis,
+)
+from deit_kd.jobs.examine import Examination, examine, examine_other, first_reason, judge_heads
+from deit_kd.jobs.sources import Source, open_source
+from deit_kd.metrics import every_head
+from deit_kd.tracking import HEADS_FILE, console, print_comparison, print_scores, say
+
+PREDICTIONS_FILE = "predictions.parquet"
+EVALUATIONS = Path("runs/eval")  # of students that have no run
 
 
-def evaluate_run(folder: Path, config: Config, split: str) -> dict[str, Any]:
-    """Score the weights in ``folder/student``; print and return what ``heads.json`` holds.
-
-    The numbers also go to ``folder/eval/<split>.json``.
+def evaluate_source(
+    text: str,
+    config: Config,
+    split: str,
+    *,
+    against: str | None = None,
+    folder: Path | None = None,
+    look_inside: bool = False,
+    images: list[str] | None = None,
+) -> dict[str, Any]:
+    """Score a student on a split; print the tables, write ``heads.json`` and ``predictions.parquet``.
 
     Args:
-        folder: of a finished run.
-        config: the run's, with what a person overrode.
-        split: ``train`` or ``validation``.
+        text: a run, an exported folder, a file of weights or a timm model.
+        config: what `text` stands for, with what a person overrode.
+        split: ``train``, ``validation``, or another folder under ``data.root`` (``.`` is the root itself).
+        against: a second student, in the same words as `text`.
+        folder: where the files go; None is ``RUN/eval/<split>``, or ``runs/eval/<name>-<split>``.
+        look_inside: write ``diagnosis.json`` and the images with the tokens' attention, too; see `diagnose`.
+        images: which images to show then; the most interesting ones unless set.
+
+    Returns:
+        What ``heads.json`` holds.
 
     Raises:
-        InputError: the run is not finished, or the photos are of other classes.
+        InputError: the student cannot be had, the photos are of other classes, or none can be read.
     """
     processes = start(config.train.device)
     try:
-        choose_attention(config.train.attention, processes.device)
-        facts, student = load_student(folder, config, processes)
-        photos: Photos = getattr(parts.build_splits(config), split)
-        _check_classes(tuple(facts["classes"]), photos.classes)
-        batches = parts.build_evaluation_loader(config, photos, processes)
-        teacher_score, predictions = _score_teacher(config, facts, photos, batches, processes)
-        result = evaluate(
-            {"student": student},
-            batches,
-            classes=len(photos.classes),
-            total=len(photos),
-            processes=processes,
-            precision=config.train.precision,
-            fusion=config.evaluate.fusion,
-            teacher_predictions=predictions,
-        )["student"]
-        weights = read_json(folder / HEADS_FILE)["weights"]
-        heads = head_scores(len(photos), weights, result, teacher_score)
+        source = open_source(text)
+        examination = examine(source, config, split, processes)
+        other = None if against is None else open_source(against)
+        others = {} if other is None else {other.name: examine_other(other, examination, split, processes)}
+        heads = judge_heads(examination, others)
         if processes.is_main:
-            (folder / "eval").mkdir(exist_ok=True)
-            write_json(folder / "eval" / f"{split}.json", heads)
-            print_heads(heads)
-            say(f"numbers: {folder / 'eval' / f'{split}.json'}")
+            diagnosis = diagnose(examination, images or []) if look_inside else None
+            folder = folder or default_folder(source, split)
+            write_evaluation(folder, examination, heads)
+            tell(heads, examination, folder)
+            if diagnosis is not None:
+                write_diagnosis(folder, diagnosis)
+                tell_diagnosis(diagnosis)
+                say(f"diagnosis: {folder / DIAGNOSIS_FILE}   images: {folder / ATTENTION_FOLDER}")
         return heads
     finally:
         finish()
 
 
-def load_student(folder: Path, config: Config, processes: Processes) -> tuple[dict[str, Any], TimmStudent]:
-    """Return the facts of a finished run, and its student in eval.
+def default_folder(source: Source, split: str) -> Path:
+    """Return where the files of an evaluation go."""
+    split = "root" if split == "." else split.replace("/", "-")
+    return EVALUATIONS / f"{source.name}-{split}" if source.run is None else source.run / "eval" / split
 
-    Raises:
-        InputError: the run is not finished.
+
+def write_evaluation(folder: Path, examination: Examination, heads: dict[str, Any]) -> None:
+    """Write ``heads.json`` and ``predictions.parquet``.
+
+    The table has a row for each readable image: ``path``, ``label``, by head ``<head>_top5`` (classes, best first)
+    and ``<head>_top5_probability``, and ``teacher_top1``.
     """
-    if not (folder / HEADS_FILE).is_file():
-        raise InputError(f"{folder}: is no finished run (it has no {HEADS_FILE}); finish it with --resume auto")
-    facts = read_json(folder / FACTS_FILE)
-    student = parts.build_student(config, tuple(facts["classes"]), checkpoint=str(folder / STUDENT_FOLDER))
-    return facts, student.to(processes.device).eval()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / HEADS_FILE, heads)
+    answers, photos = examination.answers, examination.photos
+    classes = photos.classes
+
+    def names(labels: Tensor) -> Any:
+        return arrow.array([classes[label] for label in labels.tolist()])
+
+    columns: dict[str, Any] = {
+        "path": arrow.array([photos.names[index] for index in answers.indices.tolist()]),
+        "label": names(answers.labels),
+    }
+    for head, probabilities in every_head(answers.output).items():
+        best = probabilities.topk(min(5, len(classes)))
+        columns[f"{head}_top5"] = arrow.array([[classes[label] for label in row] for row in best.indices.tolist()])
+        columns[f"{head}_top5_probability"] = arrow.array(best.values.tolist(), arrow.list_(arrow.float32()))
+    if answers.teacher_predictions is not None:
+        columns["teacher_top1"] = names(answers.teacher_predictions)
+    parquet.write_table(arrow.table(columns), folder / PREDICTIONS_FILE)
 
 
-def _score_teacher(
-    config: Config, facts: dict[str, Any], photos: Photos, batches: Any, processes: Processes
-) -> tuple[Any, Tensor | None]:
-    if facts["teacher"] is None:
-        return None, None
-    try:
-        if "store" in facts["teacher"]:
-            return stored_validation(config, photos, processes)
-        teacher = parts.build_teacher(config, photos.classes, processes, facts["teacher"]["source"])
-    except InputError as error:
-        if processes.is_main:
-            say(f"without the teacher: {error}")
-        return None, None
-    return score_teacher(teacher, batches, classes=len(photos.classes), total=len(photos), processes=processes)
-
-
-def _check_classes(theirs: tuple[str, ...], ours: tuple[str, ...]) -> None:
-    if theirs == ours:
-        return
-    first = next(
-        (
-            f"class {i} is {a!r} in the run and {b!r} here"
-            for i, (a, b) in enumerate(zip(theirs, ours, strict=False))
-            if a != b
-        ),
-        f"the run has {len(theirs)} classes, the data {len(ours)}",
-    )
-    raise InputError(f"data.root: other classes than the run's ({first}); name photos of the same classes")
+def tell(heads: dict[str, Any], examination: Examination, folder: Path) -> None:
+    """Print the tables of an evaluation and where its files are."""
+    if heads["heads"]["dist"] is None:
+        say(f"{heads['student']} has no distillation head: its class head alone is scored")
+    if examination.unreadable:
+        say(
+            f"{len(examination.unreadable)} of {len(examination.photos)} images cannot be read and are left out: "
+            f"{first_reason(examination.unreadable)}"
+        )
+    print_scores(heads)
+    print_comparison(heads)
+    console.print()
+    say(f"numbers: {folder / HEADS_FILE}   predictions: {folder / PREDICTIONS_FILE}")

@@ -11,7 +11,7 @@ from deit_kd.distributed import Processes
 from deit_kd.exports import FORMATS, About, CannotHold, export, missing_libraries
 from deit_kd.files import read_json
 from deit_kd.interfaces import InputError, nearest
-from deit_kd.jobs.evaluate import load_student
+from deit_kd.jobs.sources import load_student, open_source
 from deit_kd.models import STUDENT_FOLDER, choose_attention
 from deit_kd.tracking import CONFIG_FILE, HEADS_FILE, say
 
@@ -40,12 +40,14 @@ def export_run(folder: Path, config: Config, format_name: str, to: Path | None) 
     if target.exists():
         raise InputError(f"--to: {target} is there already; remove it, or name another folder")
     choose_attention("auto", torch.device("cpu"))
-    facts, student = load_student(folder, config, Processes(0, 1, torch.device("cpu")))
+    source = open_source(str(folder))
+    facts, classes = source.facts, source.classes or ()
+    student = load_student(source, config, classes, Processes(0, 1, torch.device("cpu")))
     saved = read_json(folder / STUDENT_FOLDER / "config.json")
     about = About(
         architecture=saved["architecture"],
         model_args=saved.get("model_args", {}),
-        classes=tuple(facts["classes"]),
+        classes=classes,
         image_size=config.data.image_size,
         mean=config.data.mean,
         std=config.data.std,

@@ -15,7 +15,7 @@ from deit_kd.distributed import finish, start
 from deit_kd.engine import autocast
 from deit_kd.interfaces import InputError, head_probabilities
 from deit_kd.jobs import parts
-from deit_kd.jobs.evaluate import load_student
+from deit_kd.jobs.sources import load_student, open_source
 from deit_kd.models import choose_attention
 from deit_kd.tracking import say
 
@@ -45,7 +45,9 @@ def predict(folder: Path, config: Config, files: list[Path], head: str, csv_file
     processes = start(config.train.device)
     try:
         choose_attention(config.train.attention, processes.device)
-        facts, student = load_student(folder, config, processes)
+        source = open_source(str(folder))
+        classes = source.classes or ()
+        student = load_student(source, config, classes, processes)
         if not student.has_distillation_token:
             if head == "dist":
                 raise InputError(f"--head: 'dist', but the student of {folder} has no distillation token; use cls")
@@ -64,7 +66,7 @@ def predict(folder: Path, config: Config, files: list[Path], head: str, csv_file
             }
             for index, file in enumerate(block):
                 for name, (values, labels) in best.items():
-                    rows.append((str(file), name, facts["classes"][int(labels[index])], f"{float(values[index]):.4f}"))
+                    rows.append((str(file), name, classes[int(labels[index])], f"{float(values[index]):.4f}"))
     finally:
         finish()
     if csv_file is None:

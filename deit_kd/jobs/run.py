@@ -36,6 +36,7 @@ from deit_kd.tracking import (
     FACTS_FILE,
     HEADS_FILE,
     Journal,
+    check_tracking,
     newest_folder,
     next_free_folder,
     print_heads,
@@ -68,6 +69,9 @@ FREE_ON_RESUME = {
     "train.log_every_steps",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
+    "evaluate.report",
+    "tracking.wandb",
+    "tracking.project",
 }
 
 
@@ -102,6 +106,7 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
     """
     if config.train.precision == "fp16" and processes.device.type == "cpu":
         raise InputError("train.precision: fp16 needs CUDA; use bf16 or off on the CPU")
+    check_tracking(config.tracking.wandb)
     choose_attention(config.train.attention, processes.device)
     splits = splits or parts.build_splits(config)
     loader = parts.build_training_loader(config, splits.train, processes)
@@ -173,6 +178,8 @@ def execute(
         total_steps=run.loader.total_steps,
         first_step=first_step,
         is_main=processes.is_main,
+        wandb_project=config.tracking.project if config.tracking.wandb else None,
+        recipe=config.model_dump(mode="json"),
     )
     teacher_score = None if teacher_facts is None else teacher_facts["score"]
 

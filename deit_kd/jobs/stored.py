@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -99,8 +99,16 @@ def stored_teacher(run: Run) -> StoredTeacher:
     return StoredTeacher(store, epochs)
 
 
-def stored_validation(config: Config, photos: Photos, processes: Processes) -> tuple[Any, Tensor]:
-    """Return the teacher's score on `photos` and its classes [share], read from the recipe's store.
+class StoredAnswers(NamedTuple):
+    """What a store knows about the validation set."""
+
+    score: dict[str, Any]  # ``top1``, ``top5`` and ``nll``, as they were measured
+    predictions: Tensor  # [n]
+    logits: Tensor | None  # [n, C]; None where the store holds hard labels alone
+
+
+def stored_validation(config: Config, photos: Photos) -> StoredAnswers:
+    """Return what the teacher said about `photos`, read from the recipe's store.
 
     Raises:
         InputError: the photos are not the store's validation set, or are seen otherwise.
@@ -109,7 +117,7 @@ def stored_validation(config: Config, photos: Photos, processes: Processes) -> t
     store = LabelStore(config.teacher.store)
     refuse_other(store, _validation_identity(config, photos))
     store.verify([VALIDATION])
-    return store.score(), store.predictions(processes.rank, processes.count).to(processes.device)
+    return StoredAnswers(store.score(), store.predictions(0, 1), store.logits())
 
 
 @contextmanager

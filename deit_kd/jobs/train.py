@@ -22,13 +22,23 @@ def train(config: Config) -> dict[str, Any]:
     processes = start(config.train.device)
     try:
         run = prepare(config, processes)
-        teacher, source = ready_teacher(run)
-        if teacher is None or isinstance(teacher, StoredTeacher) or config.teacher.store is None:
-            return execute(run, teacher, source)
-        with recording(run, teacher, source) as (recorder, after_epoch):
-            return execute(run, recorder, source, after_epoch)
+        heads = _learn(run)
+        if config.evaluate.report:
+            # Imported here so that training need not wait for the plotting library.
+            from deit_kd.jobs.report import write_report
+
+            write_report([run.folder], None, processes)
+        return heads
     finally:
         finish()
+
+
+def _learn(run: Run) -> dict[str, Any]:
+    teacher, source = ready_teacher(run)
+    if teacher is None or isinstance(teacher, StoredTeacher) or run.config.teacher.store is None:
+        return execute(run, teacher, source)
+    with recording(run, teacher, source) as (recorder, after_epoch):
+        return execute(run, recorder, source, after_epoch)
 
 
 def ready_teacher(run: Run) -> tuple[NetworkTeacher | StoredTeacher | None, str | None]:

@@ -151,6 +151,10 @@ class LabelStore:
             return share["label"].long()
         return share["classes"][:, 0].long() if "classes" in share else share["logits"].argmax(-1)
 
+    def logits(self) -> Tensor | None:
+        """Return the teacher's logits [n, C] on the validation set; None where the store holds hard labels alone."""
+        return self.record.decode(self.columns(VALIDATION)) if self.record.holds_logits else None
+
     def verify(self, parts: Sequence[str]) -> None:
         """Read every byte of `parts`, about a second for each GB, and compare the checksums.
 

@@ -1,4 +1,4 @@
-"""Exact scores of each head, counted on the device and summed over processes once."""
+"""Exact scores of each head while a run trains, counted on the device and summed over processes once."""
 
 from __future__ import annotations
 

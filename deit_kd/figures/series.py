@@ -1,0 +1,37 @@
+"""What a line chart is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Legible on white and on black, and apart for those who see red and green alike (after Okabe & Ito).
+_HEADS = {"cls": "#3f8fd2", "dist": "#e58a1f", "fused": "#2aa876", "teacher": "#8a8f98"}
+_OTHERS = ("#3f8fd2", "#e58a1f", "#2aa876", "#c65fa8", "#d9534f", "#8c7ae6", "#b5a336")
+
+
+def colour_of(name: str, position: int = 0) -> str:
+    """Return the colour of a head or of the teacher; of anything else, the one at its position."""
+    return _HEADS.get(name.split("_")[0], _OTHERS[position % len(_OTHERS)])
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    dash: str = "-"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over the same axis."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    levels: Sequence[tuple[str, float]] = ()  # horizontal lines: the teacher's score

@@ -1,0 +1,98 @@
+"""The curves of a run, from its records: what the report and ``deit-kd plot`` draw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deit_kd.figures import Chart, Series, colour_of
+from deit_kd.interfaces import InputError
+from deit_kd.tracking import METRICS_FILE
+
+Records = list[dict[str, Any]]
+COLUMNS = {
+    "step": ("step", "classification", "distillation", "lr", "images_per_second"),
+    "epoch": ("step", "epoch", "model", "teacher"),
+}
+HEADS = {"cls": ":", "dist": "--", "fused": "-"}
+
+
+def read_records(folder: Path) -> Records:
+    """Return the records of a run, finished or not; a line that is still being written is left out.
+
+    Raises:
+        InputError: there are none, or one lacks a column.
+    """
+    file = folder / METRICS_FILE
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    records = [_record(line, f"{file}, line {n}") for n, line in enumerate(lines, start=1) if line.endswith("\n")]
+    if not records:
+        raise InputError(f"{folder}: has no records (no line in {METRICS_FILE}); name the folder of a run")
+    return records
+
+
+def _record(line: str, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        missing = [column for column in COLUMNS[record["kind"]] if column not in record]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{place}: is no record of a run ({error}); name a run of deit_kd") from error
+    if missing:
+        raise InputError(f"{place}: has no column {missing[0]!r}; name a run of this version of deit_kd")
+    return dict(record)
+
+
+def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
+    """Return the charts ``loss``, ``heads``, ``learning_rate`` and ``images_per_second`` of one or several runs.
+
+    One run has a colour for each head, several have a colour for each run. The heads are those of the averaged
+    weights where the run keeps them.
+    """
+    several = len(runs) > 1
+    loss: list[Series] = []
+    heads: list[Series] = []
+    rate: list[Series] = []
+    speed: list[Series] = []
+    levels: dict[str, float] = {}
+    for position, (run, records) in enumerate(runs.items()):
+        steps = [record for record in records if record["kind"] == "step"]
+        epochs = [record for record in records if record["kind"] == "epoch"]
+        prefix = f"{run}: " if several else ""
+        colour = colour_of("", position)
+        at = [record["step"] for record in steps]
+        distils = any(record["distillation"] for record in steps)
+        for term, head in (("classification", "cls"), ("distillation", "dist")):
+            if term == "classification" or distils:
+                line = colour if several else colour_of(head)
+                dash = HEADS["dist"] if several and head == "dist" else "-"
+                loss.append(Series(f"{prefix}{term}", at, [record[term] for record in steps], line, dash))
+        rate.append(Series(run, at, [record["lr"] for record in steps], colour))
+        speed.append(Series(run, at, [record["images_per_second"] for record in steps], colour))
+        for head, dash in HEADS.items():
+            scored = [(record["epoch"] + 1, scores_of(record)["heads"][head]) for record in epochs]
+            points = [(epoch, score["top1"]) for epoch, score in scored if score is not None]
+            if points:
+                line = colour if several else colour_of(head)
+                x, y = zip(*points, strict=True)
+                heads.append(Series(f"{prefix}{head}", x, y, line, dash if several else "-"))
+        teacher = epochs[-1]["teacher"] if epochs else None
+        if teacher is not None:
+            levels[f"teacher {teacher['top1']:.1f}"] = teacher["top1"]
+    return {
+        "loss": Chart("Both terms of the loss", "step", "nats", loss),
+        "heads": Chart("Heads on the validation split", "epoch", "top-1 %", heads, list(levels.items())),
+        "learning_rate": Chart("Learning rate", "step", "", rate),
+        "images_per_second": Chart("Speed", "step", "images/s", speed),
+    }
+
+
+def scores_of(epoch: Mapping[str, Any]) -> Any:
+    """Return an epoch's result of the weights that the run will keep: the averaged ones where there are any."""
+    return epoch.get("ema", epoch["model"])
+
+
+def rows_of(chart: Chart) -> list[dict[str, Any]]:
+    """Return the points of a chart as rows of a table."""
+    return [{"series": line.name, "x": x, "y": y} for line in chart.series for x, y in zip(line.x, line.y, strict=True)]

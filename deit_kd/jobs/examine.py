@@ -1,0 +1,180 @@
+"""A student, a split, and what the student and its teacher said about it: what every judgement starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from deit_kd import data
+from deit_kd.config import Config, build_parser, parse_config
+from deit_kd.data import Photos, Portion
+from deit_kd.distributed import Processes
+from deit_kd.engine import Answers, collect
+from deit_kd.files import read_json
+from deit_kd.interfaces import Batch, InputError, head_probabilities
+from deit_kd.jobs import parts
+from deit_kd.jobs.sources import Source, check_classes, load_student
+from deit_kd.jobs.stored import StoredAnswers, stored_validation
+from deit_kd.metrics import judge
+from deit_kd.models import choose_attention
+from deit_kd.students import TimmStudent
+from deit_kd.teachers import NetworkTeacher
+from deit_kd.tracking import HEADS_FILE, say
+
+
+@dataclass(frozen=True)
+class Examination:
+    """A student, a split, and what the student and its teacher said about it."""
+
+    source: Source
+    config: Config
+    processes: Processes
+    photos: Photos
+    student: TimmStudent
+    teacher: NetworkTeacher | None  # None also where a label store answers for it
+    teacher_score: dict[str, Any] | None  # ``top1``, ``top5`` and ``nll`` that a label store measured over the split
+    answers: Answers
+    unreadable: dict[int, str]  # the reason, by index in the split
+
+    @property
+    def speaker(self) -> str:
+        """Which head speaks for the student: its fused one, or the class head where it has no other."""
+        return "cls" if self.answers.output.dist_logits is None else "fused"
+
+    def heads(self) -> dict[str, Tensor]:
+        """Return the probabilities [n, C] of the heads there are: ``cls``, ``dist`` and ``fused``."""
+        return dict(head_probabilities(self.answers.output, self.config.evaluate.fusion))
+
+    def predictions(self) -> Tensor:
+        """Return the student's classes [n]."""
+        return self.heads()[self.speaker].argmax(-1)
+
+
+def examine(source: Source, config: Config, split: str, processes: Processes) -> Examination:
+    """Ask a student, and its teacher where there is one, about every readable image of a split.
+
+    Raises:
+        InputError: the student cannot be had, the photos are of other classes, or none can be read.
+    """
+    choose_attention(config.train.attention, processes.device)
+    photos = _photos(config, split)
+    check_classes(source, photos.classes)
+    student = load_student(source, config, photos.classes, processes)
+    teacher = _teacher(source, config, photos, processes)
+    stored = teacher if isinstance(teacher, StoredAnswers) else None
+    network = None if isinstance(teacher, StoredAnswers) else teacher
+    portions = data.build_portion_loader(
+        photos,
+        parts.build_evaluation_transform(config),
+        batch_size=config.evaluate.batch_size,
+        rank=processes.rank,
+        processes=processes.count,
+        workers=config.data.workers,
+        pin_memory=processes.device.type == "cuda",
+    )
+    mine: dict[int, str] = {}
+    answers = collect(
+        student,
+        network,
+        _readable(portions, mine),
+        classes=len(photos.classes),
+        processes=processes,
+        precision=config.train.precision,
+    )
+    unreadable = dict(sorted(pair for share in processes.gather(mine) for pair in share.items()))
+    if not len(answers.labels):
+        raise InputError(
+            f"data.root: not one of {len(photos)} images of {split!r} can be read; {first_reason(unreadable)}"
+        )
+    if stored is not None:
+        logits = None if stored.logits is None else stored.logits[answers.indices]
+        answers = answers._replace(teacher_predictions=stored.predictions[answers.indices], teacher_logits=logits)
+    score = None if stored is None or unreadable else stored.score
+    return Examination(source, config, processes, photos, student, network, score, answers, unreadable)
+
+
+def _readable(portions: Iterable[Portion], unreadable: dict[int, str]) -> Iterator[tuple[Tensor, Batch]]:
+    for portion in portions:
+        unreadable.update(portion.unreadable)
+        if portion.batch is not None:
+            yield portion.indices, portion.batch
+
+
+def first_reason(unreadable: dict[int, str]) -> str:
+    return next(iter(unreadable.values()), "there are none")
+
+
+def _photos(config: Config, split: str) -> Photos:
+    if split in ("train", "validation"):
+        photos: Photos = getattr(parts.build_splits(config), split)
+        return photos
+    if config.data.name != "folder":
+        raise InputError(f"--split: {config.data.name} has no split {split!r}; use train or validation")
+    return data.one_split(config.data.root, split)
+
+
+def _teacher(
+    source: Source, config: Config, photos: Photos, processes: Processes
+) -> NetworkTeacher | StoredAnswers | None:
+    section = config.teacher
+    of_the_run = source.facts.get("teacher") or {}
+    is_named = section.name or section.members or section.checkpoint or section.store
+    if not is_named or (source.run is not None and not of_the_run):
+        return None
+    try:
+        if section.store is not None and (source.run is None or "store" in of_the_run):
+            return stored_validation(config, photos)
+        # A compiled network does not call the hooks that its layers are recorded by.
+        config = config.model_copy(update={"teacher": section.model_copy(update={"compile": False})})
+        return parts.build_teacher(config, photos.classes, processes, section.checkpoint or of_the_run.get("source"))
+    except InputError as error:
+        if source.run is None:
+            raise
+        if processes.is_main:
+            say(f"without the teacher: {error}")
+        return None
+
+
+def examine_other(source: Source, first: Examination, split: str, processes: Processes) -> Tensor:
+    """Return what a second student predicts [n] for the images that the first has seen.
+
+    Its own recipe says how it sees them; where they lie is the first one's.
+
+    Raises:
+        InputError: as `examine` does.
+    """
+    own, _ = parse_config(source.recipe, build_parser("deit-kd eval"))
+    place = ("name", "root", "train_split", "validation_split", "validation_fraction", "workers")
+    photos = own.data.model_copy(update={key: getattr(first.config.data, key) for key in place})
+    train = own.train.model_copy(update={"device": first.config.train.device})
+    config = own.model_copy(update={"data": photos, "train": train, "teacher": type(own.teacher)()})
+    return examine(source, config, split, processes).predictions()
+
+
+def judge_heads(examination: Examination, others: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what the evaluation's ``heads.json`` holds: that of a training run, and all that `judge` finds."""
+    config, source, answers = examination.config, examination.source, examination.answers
+    weights = "given" if source.run is None else read_json(source.run / HEADS_FILE)["weights"]
+    judged = judge(
+        answers.output,
+        answers.labels,
+        teacher_logits=answers.teacher_logits,
+        teacher_predictions=answers.teacher_predictions,
+        others=others,
+        fusion=config.evaluate.fusion,
+        seed=config.seed,
+    )
+    if judged["teacher"] is not None:  # a store rounds its logits, but has measured before
+        judged["teacher"] |= examination.teacher_score or {}
+    return {
+        "n": len(answers.labels),
+        "weights": weights,
+        "fusion": config.evaluate.fusion,
+        "student": source.name,
+        "classes": list(examination.photos.classes),
+        "unreadable": {examination.photos.names[index]: reason for index, reason in examination.unreadable.items()},
+        **judged,
+    }

@@ -1,0 +1,32 @@
+"""``deit-kd plot``: the curves of a run that is still going, or of several, in one image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deit_kd.figures import as_png, line_charts
+from deit_kd.files import write_atomically
+from deit_kd.jobs.curves import charts_of, read_records
+from deit_kd.tracking import say
+
+CURVES_FILE = "curves.png"
+
+
+def plot(folders: list[Path], file: Path | None) -> Path:
+    """Draw the curves of runs over each other.
+
+    Args:
+        folders: of runs, finished or not.
+        file: the PNG to write; None is ``curves.png`` in the first run.
+
+    Raises:
+        InputError: a folder has no records yet.
+    """
+    runs = {folder.resolve().name: read_records(folder) for folder in folders}
+    file = file or folders[0] / CURVES_FILE
+    write_atomically(file, as_png(line_charts(list(charts_of(runs).values()), columns=2)))
+    last = {name: records[-1] for name, records in runs.items()}
+    for name, record in last.items():
+        say(f"{name}: step {record['step']}")
+    say(f"curves: {file}")
+    return file

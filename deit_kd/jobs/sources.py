@@ -1,0 +1,193 @@
+"""Where a student comes from: a run, a folder of timm's or transformers', a file of weights, or timm by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+from timm.data import ImageNetInfo, resolve_data_config
+
+from deit_kd.config import Config
+from deit_kd.distributed import Processes
+from deit_kd.files import read_json
+from deit_kd.interfaces import InputError
+from deit_kd.jobs import parts
+from deit_kd.models import RESERVED_ARGUMENTS, STUDENT_FOLDER, Weights, check_known, load_weights
+from deit_kd.students import TimmStudent
+from deit_kd.tracking import CONFIG_FILE, FACTS_FILE, HEADS_FILE
+
+LOCAL_DIR = "local-dir:"
+WORDNET_ID = re.compile(r"n\d{8}")  # how timm calls the classes of its ImageNet models
+
+
+class Source(NamedTuple):
+    """A student that was named on the command line, before its weights are read."""
+
+    name: str  # as a person calls it
+    recipe: list[str]  # the options that it stands for; what is typed after it overrides them
+    classes: tuple[str, ...] | None  # None where only their count is known
+    class_count: int | None  # None where only the weights know it
+    run: Path | None  # None for anything but a run
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run was made from; nothing for another source."""
+        return {} if self.run is None else read_json(self.run / FACTS_FILE)
+
+
+def open_source(text: str) -> Source:
+    """Find out what `text` names: a run, an exported folder, a file of weights, or a timm model.
+
+    Raises:
+        InputError: it is none of these, or a run that is not finished.
+    """
+    path = Path(text.removeprefix(LOCAL_DIR)).expanduser()
+    if (path / CONFIG_FILE).is_file():
+        return _from_run(path)
+    if (path / "config.json").is_file():
+        return _from_local_dir(path)
+    if path.is_dir():
+        raise InputError(f"{text}: is no run (it has no {CONFIG_FILE}) and no exported folder (no config.json)")
+    if path.is_file():
+        return _from_file(path)
+    if text.startswith(LOCAL_DIR) or "/" in text or path.suffix in (".pth", ".safetensors"):
+        raise InputError(f"{text}: is not there; name a run, an exported folder, a file of weights or a timm model")
+    return _from_timm(text)
+
+
+def _from_run(folder: Path) -> Source:
+    if not (folder / HEADS_FILE).is_file():
+        raise InputError(f"{folder}: is no finished run (it has no {HEADS_FILE}); finish it with --resume auto")
+    classes = tuple(read_json(folder / FACTS_FILE)["classes"])
+    recipe = ["--config", str(folder / CONFIG_FILE)]
+    return Source(folder.resolve().name, recipe, classes, len(classes), folder)
+
+
+def _from_local_dir(folder: Path) -> Source:
+    saved, weights = read_json(folder / "config.json"), load_weights("eval", folder)
+    if saved.get("model_type") in ("deit", "vit"):
+        return _from_transformers(folder, saved, weights)
+    if weights.architecture is None:
+        raise InputError(f"{folder}: config.json names no timm architecture; export it as a timm local-dir")
+    cfg = {**saved.get("pretrained_cfg", {}), **saved}  # a run writes what it trained with beside timm's defaults
+    arguments = {key: value for key, value in weights.build_arguments.items() if key not in RESERVED_ARGUMENTS}
+    recipe = [
+        *("--student.name", weights.architecture),
+        *("--student.checkpoint", str(folder)),
+        *("--student.args", json.dumps(arguments)),
+        *_kind("head_dist.weight" in weights.state),
+        *_input_of(cfg),
+    ]
+    name = folder.resolve().parent.name if folder.name == STUDENT_FOLDER else folder.resolve().name
+    return Source(name, recipe, weights.label_names, cfg.get("num_classes"), None)
+
+
+def _from_transformers(folder: Path, saved: dict[str, Any], weights: Weights) -> Source:
+    seen_file = folder / "preprocessor_config.json"
+    if not seen_file.is_file():
+        raise InputError(f"{folder}: has no {seen_file.name}, which says how images are seen; save its processor there")
+    seen, distilled = read_json(seen_file), "head_dist.weight" in weights.state
+    arguments = {
+        "patch_size": saved["patch_size"],
+        "embed_dim": saved["hidden_size"],
+        "depth": saved["num_hidden_layers"],
+        "num_heads": saved["num_attention_heads"],
+        "mlp_ratio": saved["intermediate_size"] / saved["hidden_size"],
+        "qkv_bias": saved["qkv_bias"],
+    }
+    cfg = {
+        "input_size": (3, saved["image_size"], saved["image_size"]),
+        "mean": seen["image_mean"],
+        "std": seen["image_std"],
+        "crop_pct": _edge(seen["crop_size"]) / _edge(seen["size"]) if seen["do_center_crop"] else 1.0,
+        "interpolation": "bilinear" if seen["resample"] == 2 else "bicubic",  # as Pillow counts them
+    }
+    recipe = [
+        # Any of timm's names would do, since the arguments say everything.
+        *("--student.name", "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224"),
+        *("--student.checkpoint", str(folder)),
+        *("--student.args", json.dumps(arguments)),
+        *_kind(distilled),
+        *_input_of(cfg),
+    ]
+    return Source(folder.resolve().name, recipe, weights.label_names, len(weights.state["head.weight"]), None)
+
+
+def _edge(size: int | dict[str, int]) -> int:
+    return size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
+
+
+def _from_file(file: Path) -> Source:
+    state = load_weights("eval", file).state
+    heads = [tensor for name, tensor in state.items() if name in ("head.weight", "fc.weight")]
+    recipe = [*("--student.checkpoint", str(file)), *_kind("head_dist.weight" in state)]
+    return Source(file.stem, recipe, None, len(heads[0]) if heads else None, None)
+
+
+def _from_timm(name: str) -> Source:
+    check_known("eval", name)
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        raise InputError(f"{name}: timm has no weights of it; name a tag that has some, or a run")
+    classes = ImageNetInfo("imagenet-1k").label_names() if cfg.num_classes == 1000 else None
+    recipe = [*("--student.name", name), *("--student.pretrained", "true"), *_kind("_distilled" in name)]
+    known = None if classes is None else tuple(classes)
+    return Source(name, [*recipe, *_input_of(cfg.to_dict())], known, cfg.num_classes, None)
+
+
+def _kind(distilled: bool) -> list[str]:
+    return ["--distill.kind", "hard" if distilled else "none", "--student.drop_path", "0"]
+
+
+def _input_of(cfg: dict[str, Any]) -> list[str]:
+    seen = resolve_data_config(pretrained_cfg=cfg)
+    return [
+        *("--data.image_size", str(seen["input_size"][-1])),
+        *("--data.mean", json.dumps(list(seen["mean"]))),
+        *("--data.std", json.dumps(list(seen["std"]))),
+        *("--data.crop_fraction", str(seen["crop_pct"])),
+        *("--data.interpolation", seen["interpolation"]),
+    ]
+
+
+def check_classes(source: Source, ours: tuple[str, ...]) -> None:
+    """Refuse photos of other classes than the student's, or in another order.
+
+    Raises:
+        InputError: with the first class that differs.
+    """
+    theirs = source.classes
+    folders_have_own_names = not any(map(WORDNET_ID.fullmatch, ours))
+    if theirs is None or (all(map(WORDNET_ID.fullmatch, theirs)) and folders_have_own_names):
+        if source.class_count not in (None, len(ours)):
+            raise InputError(
+                f"data.root: {source.name} answers in {source.class_count} classes, the data have {len(ours)}; name "
+                "photos of its classes"
+            )
+        return
+    for position in range(max(len(theirs), len(ours))):
+        there = repr(theirs[position]) if position < len(theirs) else "nothing"
+        here = repr(ours[position]) if position < len(ours) else "nothing"
+        if there != here:
+            raise InputError(
+                f"data.root: {source.name} answers in {len(theirs)} classes, the data have {len(ours)}; class "
+                f"{position} is {there} there and {here} here. Name photos of the same classes, in this order"
+            )
+
+
+def load_student(source: Source, config: Config, classes: tuple[str, ...], processes: Processes) -> TimmStudent:
+    """Return the student of `source` in eval, on its device.
+
+    Raises:
+        InputError: its weights cannot be had, or are another model's.
+    """
+    checkpoint = config.student.checkpoint if source.run is None else str(source.run / STUDENT_FOLDER)
+    student = parts.build_student(config, classes, checkpoint=checkpoint)
+    account = student.account
+    if account is None or account.initialised or account.derived:
+        new = "all of it" if account is None else ", ".join([*account.initialised, *account.derived])
+        raise InputError(f"{source.name}: has not learned all of the student (new: {new[:120]}); name its own weights")
+    return student.to(processes.device).eval()

@@ -1,0 +1,39 @@
+"""Scores of heads: exact counts while training, and what a split's probabilities say afterwards."""
+
+from deit_kd.metrics.calibration import (
+    BINS,
+    calibration_gaps,
+    expected_calibration_error,
+    fit_fusion_weight,
+    fit_temperature,
+    reliability,
+    scale_temperature,
+)
+from deit_kd.metrics.comparison import class_accuracies, disagreement_matrix, followed, mcnemar
+from deit_kd.metrics.counts import Agreement, Score
+from deit_kd.metrics.heads import every_head, judge, per_image
+from deit_kd.metrics.intervals import bootstrap_means, interval
+from deit_kd.metrics.representation import linear_cka, token_cosines
+
+__all__ = [
+    "BINS",
+    "Agreement",
+    "Score",
+    "bootstrap_means",
+    "calibration_gaps",
+    "class_accuracies",
+    "disagreement_matrix",
+    "every_head",
+    "expected_calibration_error",
+    "fit_fusion_weight",
+    "fit_temperature",
+    "followed",
+    "interval",
+    "judge",
+    "linear_cka",
+    "mcnemar",
+    "per_image",
+    "reliability",
+    "scale_temperature",
+    "token_cosines",
+]

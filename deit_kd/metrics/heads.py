@@ -1,0 +1,208 @@
+"""Everything that the logits of one split say about a student's heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deit_kd.interfaces import StudentOutput, head_probabilities
+from deit_kd.metrics.calibration import (
+    SMALLEST,
+    calibration_gaps,
+    expected_calibration_error,
+    fit_fusion_weight,
+    fit_temperature,
+    reliability,
+    scale_temperature,
+)
+from deit_kd.metrics.comparison import class_accuracies, disagreement_matrix, mcnemar
+from deit_kd.metrics.intervals import bootstrap_means, interval
+from deit_kd.randomness import generator
+
+FUSIONS = ("softmax", "logits")
+
+
+def every_head(output: StudentOutput) -> dict[str, Tensor]:
+    """Return the probabilities [n, C] of ``cls`` and, with a distillation head, of both and of both fusions."""
+    heads = head_probabilities(output, "softmax")
+    if output.dist_logits is None:
+        return heads
+    return {
+        "cls": heads["cls"],
+        "dist": heads["dist"],
+        "fused_softmax": heads["fused"],
+        "fused_logits": head_probabilities(output, "logits")["fused"],
+    }
+
+
+def weighted(fusion: str, output: StudentOutput, weight: float) -> Tensor:
+    """Return fused probabilities [n, C] with `weight` on the class head."""
+    cls_logits, dist_logits = output.cls_logits.float(), output.dist_logits
+    assert dist_logits is not None
+    if fusion == "softmax":
+        return torch.lerp(dist_logits.float().softmax(-1), cls_logits.softmax(-1), weight)
+    return torch.lerp(dist_logits.float(), cls_logits, weight).softmax(-1)
+
+
+def per_image(probabilities: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return each image's ``top1`` and ``top5`` (0 or 100), ``nll`` in nats and ``brier``, all [n] in float64.
+
+    Brier's score is the squared distance of the probabilities from the truth, summed over classes (0 to 2).
+    There is no ``top5`` where C <= 5.
+    """
+    classes = probabilities.shape[-1]
+    chosen = probabilities.double().gather(1, labels[:, None])[:, 0]
+    values = {"top1": 100.0 * (probabilities.argmax(-1) == labels).double()}
+    if classes > 5:
+        values["top5"] = 100.0 * (probabilities.topk(5).indices == labels[:, None]).any(-1).double()
+    values["nll"] = -chosen.clamp_min(SMALLEST).log()
+    values["brier"] = probabilities.double().square().sum(-1) - 2 * chosen + 1
+    return values
+
+
+def judge(
+    output: StudentOutput,
+    labels: Tensor,
+    *,
+    teacher_logits: Tensor | None,
+    others: Mapping[str, Tensor],
+    fusion: str,
+    seed: int,
+    teacher_predictions: Tensor | None = None,
+) -> dict[str, Any]:
+    """Return the scores, intervals, tests and calibration of every head over one split.
+
+    Args:
+        output: logits of the split, [n, C] each.
+        labels: [n].
+        teacher_logits: [n, C], or None without a teacher.
+        others: predictions [n] of other students, by name.
+        fusion: which one is called ``fused``: ``softmax`` or ``logits``.
+        seed: of the bootstrap and of the two halves.
+        teacher_predictions: [n], of a teacher whose logits are not known; its ``top1`` is all that can be scored.
+
+    Returns:
+        JSON: ``heads`` and ``teacher`` (``top1`` and ``top5`` in percent, ``nll``, ``brier``, ``ece``, and their
+        95 % ``intervals``), ``agreement``, ``comparisons`` (McNemar), ``disagreement``, ``by_class``,
+        ``fusion_weight`` and ``temperature`` (fitted on one half, scored on the other), ``reliability``. What a
+        student without a distillation head has not is None.
+    """
+    probabilities = every_head(output)
+    both_heads = output.dist_logits is not None
+    named = {**probabilities, **({"fused": probabilities[f"fused_{fusion}"]} if both_heads else {})}
+    teacher = None if teacher_logits is None else teacher_logits.float().softmax(-1)
+    scored = {**probabilities, **({} if teacher is None else {"teacher": teacher})}
+    scores = {name: _score(values, labels, seed) for name, values in scored.items()}
+    if both_heads:
+        scores["fused"] = scores[f"fused_{fusion}"]
+    predictions = {name: values.argmax(-1) for name, values in named.items() if not name.startswith("fused_")}
+    if teacher is not None:
+        predictions["teacher"] = teacher.argmax(-1)
+    elif teacher_predictions is not None:
+        predictions["teacher"] = teacher_predictions
+        scores["teacher"] = _score_of_classes(teacher_predictions, labels, seed)
+    fitted, held_out = _halves(len(labels), seed)
+    return {
+        "heads": {name: scores.get(name) for name in ("cls", "dist", "fused", "fused_softmax", "fused_logits")},
+        "teacher": scores.get("teacher"),
+        "agreement": {
+            f"{a}_{b}": float((predictions[a] == predictions[b]).double().mean())
+            if a in predictions and b in predictions
+            else None
+            for a, b in (("cls", "teacher"), ("dist", "teacher"), ("cls", "dist"))
+        },
+        "comparisons": _comparisons({**predictions, **others}, list(others), labels, seed),
+        "disagreement": disagreement_matrix({"truth": labels, **predictions, **others}),
+        "by_class": class_accuracies({**predictions, **others}, labels, output.cls_logits.shape[-1]),
+        "fusion_weight": _fit_fusion(output, labels, fitted, held_out) if both_heads else None,
+        "temperature": {
+            name: _fit_temperature(values, labels, fitted, held_out) for name, values in probabilities.items()
+        },
+        "reliability": {name: reliability(values, labels) for name, values in scored.items()},
+    }
+
+
+def _score(probabilities: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
+    values = per_image(probabilities, labels)
+    gaps = calibration_gaps(probabilities, labels)
+    means = bootstrap_means(torch.cat([torch.stack(list(values.values()), dim=1), gaps], dim=1), seed)
+    spread = {name: interval(means[:, column]) for column, name in enumerate(values)}
+    spread["ece"] = interval(means[:, len(values) :].abs().sum(-1))
+    return {
+        "top1": float(values["top1"].mean()),
+        "top5": float(values["top5"].mean()) if "top5" in values else None,
+        "nll": float(values["nll"].mean()),
+        "brier": float(values["brier"].mean()),
+        "ece": expected_calibration_error(probabilities, labels),
+        "intervals": spread,
+    }
+
+
+def _score_of_classes(predictions: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
+    right = 100.0 * (predictions == labels).double()
+    unknown = dict.fromkeys(("top5", "nll", "brier", "ece"))
+    spread = interval(bootstrap_means(right[:, None], seed)[:, 0])
+    return {"top1": float(right.mean()), **unknown, "intervals": {"top1": spread}}
+
+
+def _comparisons(predictions: dict[str, Tensor], others: list[str], labels: Tensor, seed: int) -> list[dict[str, Any]]:
+    best = "fused" if "fused" in predictions else "cls"
+    pairs = [("cls", "dist"), ("cls", "fused"), ("dist", "fused"), *((best, other) for other in others)]
+    rows = []
+    for first, second in pairs:
+        if first in predictions and second in predictions:
+            right, wrong = predictions[first] == labels, predictions[second] == labels
+            difference = 100 * (right.double() - wrong.double())
+            rows.append(
+                {
+                    "first": first,
+                    "second": second,
+                    **mcnemar(right, wrong),
+                    "difference": float(difference.mean()),
+                    "interval": interval(bootstrap_means(difference[:, None], seed)[:, 0]),
+                }
+            )
+    return rows
+
+
+def _halves(images: int, seed: int) -> tuple[Tensor, Tensor]:
+    order = torch.from_numpy(generator("halves", seed).permutation(images))
+    return order[: images // 2], order[images // 2 :]
+
+
+def _fit_fusion(output: StudentOutput, labels: Tensor, fitted: Tensor, held_out: Tensor) -> dict[str, Any]:
+    assert output.dist_logits is not None
+    halves = [StudentOutput(output.cls_logits[half], output.dist_logits[half]) for half in (fitted, held_out)]
+    result = {}
+    for fusion in FUSIONS:
+        weigh = partial(weighted, fusion)
+        weight = fit_fusion_weight(halves[0], labels[fitted], weigh) if len(fitted) else 0.5
+        result[fusion] = {
+            "weight_of_cls": weight,
+            "weighted": _short_score(weigh(halves[1], weight), labels[held_out]),
+            "equal": _short_score(weigh(halves[1], 0.5), labels[held_out]),
+        }
+    return result
+
+
+def _fit_temperature(probabilities: Tensor, labels: Tensor, fitted: Tensor, held_out: Tensor) -> dict[str, Any]:
+    temperature = fit_temperature(probabilities[fitted], labels[fitted]) if len(fitted) else 1.0
+    after = scale_temperature(probabilities[held_out], temperature)
+    return {
+        "temperature": temperature,
+        "before": _short_score(probabilities[held_out], labels[held_out]),
+        "after": _short_score(after, labels[held_out]),
+    }
+
+
+def _short_score(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    values = per_image(probabilities, labels)
+    return {
+        "top1": float(values["top1"].mean()),
+        "nll": float(values["nll"].mean()),
+        "ece": expected_calibration_error(probabilities, labels),
+    }

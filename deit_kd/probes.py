@@ -1,0 +1,123 @@
+"""Looking into a network while it answers: what its layers say, and where its tokens attend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import isqrt
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from timm.models.vision_transformer import Block
+from timm.utils import AttentionExtract
+from torch import Tensor, nn
+
+from deit_kd.interfaces import InputError
+
+
+class TokenAttention(NamedTuple):
+    """Where the leading tokens (class, then distillation) attend to among the patches of a square image."""
+
+    last_block: Tensor  # [B, heads, tokens, h, w]
+    rollout: Tensor | None  # [B, tokens, h, w]; None where the blocks do not share their patches (pit)
+
+
+@contextmanager
+def recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Keep the last output of each module, in fp32 on the CPU, while the context lasts."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> object:
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+            outputs[name] = output.detach().float().cpu()
+
+        return modules[name].register_forward_hook(hook)
+
+    handles = [keep(name) for name in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()  # type: ignore[attr-defined]
+
+
+def blocks(network: nn.Module) -> dict[str, nn.Module]:
+    """Return the transformer blocks of a timm model (vit, deit, pit), in order; none of a CNN."""
+    found = [module for module in network.modules() if isinstance(module, Block)]
+    return {f"block {number}": block for number, block in enumerate(found, start=1)}
+
+
+def stages(network: nn.Module) -> dict[str, nn.Module]:
+    """Return what a teacher's layers are compared by: its blocks, or the stages that timm names of a CNN."""
+    named = dict(network.named_modules())
+    names = [stage["module"] for stage in getattr(network, "feature_info", None) or []]
+    return blocks(network) or {name: named[name] for name in names if name in named}
+
+
+def leading_tokens(network: nn.Module, otherwise: int) -> int:
+    """Return how many tokens stand before the patches; `otherwise` where the network does not say (pit, a CNN)."""
+    said = (module.num_prefix_tokens for module in network.modules() if hasattr(module, "num_prefix_tokens"))
+    return int(next(said, otherwise))  # type: ignore[arg-type]
+
+
+def pooled(output: Tensor, leading_tokens: int) -> Tensor:
+    """Return one vector an image [B, D]: the mean of the patches of [B, N, D], or of the places of [B, D, h, w]."""
+    return output[:, leading_tokens:].mean(1) if output.ndim == 3 else output.flatten(2).mean(-1)
+
+
+def input_token_cosine(backbone: nn.Module) -> float:
+    """Return the cosine of the learned class and distillation tokens, before any position is added."""
+    own: Tensor = backbone.cls_token  # type: ignore[assignment]
+    second = getattr(backbone, "dist_token", None)
+    tokens = own if second is None else torch.cat([own, second], dim=1)  # [1, 2, D]; pit keeps both in one
+    return float(torch.cosine_similarity(tokens[0, 0].detach().float(), tokens[0, 1].detach().float(), dim=0))
+
+
+def block_attention(backbone: nn.Module, images: Tensor) -> list[Tensor]:
+    """Return the attention weights of every block, [B, heads, N, N] each; the rows sum to 1.
+
+    Args:
+        backbone: a timm ViT whose attention is timm's plain one: it must have been created after
+            ``choose_attention("plain", …)``, since the fused one never holds its weights.
+        images: [B, 3, H, W].
+
+    Raises:
+        InputError: the model has no attention, or a fused one.
+    """
+    extract = AttentionExtract(backbone, names=["*.attn.attn_drop"], method="hook")
+    with torch.no_grad():
+        found = [weights.float().cpu() for weights in extract(images).values()]
+    if not found:
+        raise InputError("train.attention: a fused attention holds no weights to look at; use plain")
+    return found
+
+
+def rollout(attention: list[Tensor], leading_tokens: int) -> Tensor:
+    """Return the attention of the leading tokens to the patches, followed through all blocks: [B, tokens, patches].
+
+    Half of each block's output is its input (the residual path), heads count alike.
+
+    Args:
+        attention: of every block, [B, heads, N, N].
+        leading_tokens: tokens that stand before the patches.
+
+    Source: Abnar & Zuidema 2020, arXiv 2005.00928, section 3.
+    """
+    followed = torch.eye(attention[0].shape[-1])
+    for weights in attention:
+        followed = (weights.mean(1) + torch.eye(weights.shape[-1])) / 2 @ followed
+    return followed[:, :leading_tokens, leading_tokens:]
+
+
+def token_attention(backbone: nn.Module, images: Tensor, leading_tokens: int) -> TokenAttention:
+    """Return where the leading tokens attend to, see `block_attention`."""
+    attention = block_attention(backbone, images)
+    last = attention[-1][:, :, :leading_tokens, leading_tokens:]
+    height = isqrt(last.shape[-1])
+    shares_patches = len({weights.shape[-1] for weights in attention}) == 1
+    followed = rollout(attention, leading_tokens) if shares_patches else None
+    return TokenAttention(
+        rearrange(last, "b heads tokens (h w) -> b heads tokens h w", h=height),
+        None if followed is None else rearrange(followed, "b tokens (h w) -> b tokens h w", h=height),
+    )

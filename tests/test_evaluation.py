@@ -1,0 +1,226 @@
+"""``deit-kd eval``: every student, every split, exact numbers, and one clear line where it cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+import pytest
+import timm
+import torch
+
+from deit_kd.cli import main
+from tests.conftest import SEVEN_CLASSES, assert_same_scores, write_photos
+
+INPUT = ("--data.image_size", "16", "--data.workers", "0", "--train.precision", "off", "--train.device", "cpu")
+
+
+def evaluate(folder: Path, *arguments: str) -> Any:
+    """Evaluate and return what ``heads.json`` holds."""
+    assert main(["eval", *arguments, "--to", str(folder)]) == 0
+    return json.loads((folder / "heads.json").read_text())
+
+
+def test_a_run_scores_as_it_did_at_its_end(runs: Path, tmp_path: Path) -> None:
+    heads = evaluate(tmp_path, str(runs / "distilled"))
+    assert heads["n"] == 35
+    assert_same_scores(heads, json.loads((runs / "distilled/heads.json").read_text()))
+
+
+def exported(runs: Path) -> list[str]:
+    return [str(runs / "distilled/student")]
+
+
+def local_dir(runs: Path) -> list[str]:
+    return [f"local-dir:{runs / 'distilled/student'}"]
+
+
+def deit_file(runs: Path) -> list[str]:
+    file = runs / "distilled.pth"
+    model = timm.create_model(f"local-dir:{runs / 'distilled/student'}", pretrained=True)
+    torch.save({"model": model.state_dict()}, file)
+    args = '{"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}'
+    shape = ["--student.name", "deit_tiny_distilled_patch16_224", "--student.args", args]
+    return [str(file), *shape, "--data.crop_fraction", "1"]
+
+
+def transformers_folder(runs: Path) -> list[str]:
+    folder = runs / "transformers"
+    pytest.importorskip("transformers")
+    assert main(["export", str(runs / "distilled"), "--format", "transformers", "--to", str(folder)]) == 0
+    return [str(folder)]
+
+
+@pytest.mark.parametrize("source", [exported, local_dir, deit_file, transformers_folder])
+def test_every_kind_of_source_gives_the_numbers_of_the_run(runs: Path, tmp_path: Path, source: Any) -> None:
+    expected = evaluate(tmp_path / "run", str(runs / "distilled"))
+    found = evaluate(tmp_path / "source", *source(runs), "--data.root", str(runs / "photos"), *INPUT)
+    assert found["heads"] == expected["heads"]
+    assert found["teacher"] is None
+
+
+def test_a_teacher_can_be_named_for_a_student_without_a_run(runs: Path, tmp_path: Path) -> None:
+    options = ["--data.root", str(runs / "photos"), *INPUT]
+    teacher = ["--teacher.name", "deit_tiny_patch16_224", "--teacher.checkpoint", str(runs / "plain")]
+    shape = ["--teacher.args", '{"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}']
+    heads = evaluate(tmp_path, str(runs / "distilled/student"), *options, *teacher, *shape)
+    plain = json.loads((runs / "plain/heads.json").read_text())
+    assert heads["teacher"]["nll"] == pytest.approx(plain["heads"]["cls"]["nll"])
+
+
+def test_predictions_have_a_row_for_every_image(runs: Path, tmp_path: Path) -> None:
+    heads = evaluate(tmp_path, str(runs / "distilled"))
+    table = parquet.read_table(tmp_path / "predictions.parquet")
+    assert table.num_rows == 35
+    rows = table.to_pylist()
+    assert rows[0]["path"] == "<b>cup/000.png"
+    assert {len(row["cls_top5"]) for row in rows} == {5}
+    assert {row["teacher_top1"] for row in rows} <= set(SEVEN_CLASSES)
+    for head in ("cls", "dist", "fused_softmax", "fused_logits"):
+        top1 = 100 * sum(row[f"{head}_top5"][0] == row["label"] for row in rows) / 35
+        assert top1 == pytest.approx(heads["heads"][head]["top1"])
+        assert all(row[f"{head}_top5_probability"] == sorted(row[f"{head}_top5_probability"])[::-1] for row in rows)
+
+
+def test_a_second_student_is_compared_image_by_image(runs: Path, tmp_path: Path) -> None:
+    heads = evaluate(tmp_path, str(runs / "distilled"), "--against", str(runs / "plain"))
+    assert heads["disagreement"]["names"] == ["truth", "cls", "dist", "fused", "teacher", "plain"]
+    plain = json.loads((runs / "plain/heads.json").read_text())
+    assert heads["disagreement"]["matrix"][0][-1] == pytest.approx(1 - plain["heads"]["cls"]["top1"] / 100)
+
+
+@pytest.mark.parametrize(("split", "images"), [("train", 28), ("validation", 35), ("extra", 21)])
+def test_any_split_can_be_scored(runs: Path, tmp_path: Path, split: str, images: int) -> None:
+    root = shutil.copytree(runs / "photos", tmp_path / "photos")
+    write_photos(root, {"extra": 3}, SEVEN_CLASSES)
+    heads = evaluate(tmp_path / "out", str(runs / "distilled"), "--split", split, "--data.root", str(root))
+    assert heads["n"] == images
+    assert heads["by_class"]["support"] == [images // 7] * 7
+
+
+def test_a_tree_without_split_folders_is_scored_whole(runs: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(runs / "photos/validation", tmp_path / "photos")
+    assert evaluate(tmp_path / "out", str(runs / "distilled"), "--split", ".", "--data.root", str(root))["n"] == 35
+
+
+def test_a_student_without_the_token_is_scored_by_its_class_head_and_says_so_once(
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    heads = evaluate(tmp_path, str(runs / "plain"))
+    assert [name for name, score in heads["heads"].items() if score is not None] == ["cls"]
+    assert capsys.readouterr().out.count("no distillation head") == 1
+
+
+def test_an_image_that_cannot_be_read_is_listed_and_left_out(
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = shutil.copytree(runs / "photos", tmp_path / "photos")
+    whole = evaluate(tmp_path / "whole", str(runs / "distilled"), "--data.root", str(root))
+    (root / "validation/apple/002.png").write_bytes(b"no image")
+    heads = evaluate(tmp_path / "out", str(runs / "distilled"), "--data.root", str(root))
+    assert heads["n"] == 34
+    assert list(heads["unreadable"]) == ["apple/002.png"]
+    assert whole["by_class"]["support"][1] == heads["by_class"]["support"][1] + 1  # apple follows <b>cup
+    assert "1 of 35 images cannot be read and are left out" in capsys.readouterr().out
+
+
+def test_two_processes_count_exactly_as_one(runs: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(runs / "photos", tmp_path / "photos")
+    (root / "validation/door/000.png").write_bytes(b"no image")  # shares of different size
+    arguments = [str(runs / "distilled"), "--data.root", str(root)]
+    alone = evaluate(tmp_path / "one", *arguments)
+    program = tmp_path / "program.py"
+    program.write_text("import sys\nfrom deit_kd.cli import main\nsys.exit(main(sys.argv[1:]))\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    subprocess.run(
+        [*launch, "eval", *arguments, "--to", str(tmp_path / "two")], check=True, env=environment, timeout=120
+    )
+    together = json.loads((tmp_path / "two/heads.json").read_text())
+    assert together["n"] == alone["n"] == 34
+    assert together["unreadable"] == alone["unreadable"]
+    assert together["disagreement"] == alone["disagreement"]
+    assert together["by_class"] == alone["by_class"]
+    tables = [parquet.read_table(tmp_path / folder / "predictions.parquet") for folder in ("one", "two")]
+    assert tables[0].column("path").equals(tables[1].column("path"))
+    assert together["heads"]["fused"]["nll"] == pytest.approx(alone["heads"]["fused"]["nll"], rel=1e-6)
+
+
+def another_order(root: Path) -> list[str]:
+    return ["--data.root", str(write_photos(root, {"train": 2, "validation": 1}, ("apple", "bread", "cup")))]
+
+
+def no_images(root: Path) -> list[str]:
+    write_photos(root, {"validation": 1}, SEVEN_CLASSES)
+    for file in root.rglob("*.png"):
+        file.write_bytes(b"no image")
+    return ["--split", "validation", "--data.train_split", "validation", "--data.root", str(root)]
+
+
+def empty_split(root: Path) -> list[str]:
+    (root / "test").mkdir(parents=True)
+    return ["--split", "test", "--data.root", str(root)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (another_order, ["7 classes", "3", "class 0", "'<b>cup'", "'apple'", "in this order"]),
+        (no_images, ["not one of 7 images", "cannot be read as an image"]),
+        (empty_split, ["no class folders"]),
+    ],
+)
+def test_photos_that_cannot_be_scored_are_one_line(
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: Any,
+    words: list[str],
+) -> None:
+    to = tmp_path / "out"
+    assert main(["eval", str(runs / "distilled"), *options(tmp_path / "photos"), "--to", str(to)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert [word for word in words if word not in lines[0]] == []
+    assert not to.exists()
+
+
+def unfinished(runs: Path, tmp_path: Path) -> str:
+    folder = shutil.copytree(runs / "distilled", tmp_path / "unfinished")
+    (folder / "heads.json").unlink()
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (unfinished, ["no finished run", "--resume auto"]),
+        (lambda runs, tmp: str(tmp), ["is no run", "config.json"]),
+        (lambda runs, tmp: str(tmp / "nowhere.pth"), ["is not there"]),
+        (lambda runs, tmp: "deit_tinny_distilled_patch16_224", ["not a timm model", "deit_tiny_distilled"]),
+        (lambda runs, tmp: "deit_tiny_distilled_patch16_224", ["1000 classes", "the data have 7"]),
+        (lambda runs, tmp: "test_vit", ["the data have 7"]),
+        (lambda runs, tmp: "--split", ["the first argument"]),
+    ],
+)
+def test_a_student_that_cannot_be_had_is_one_line(
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    source: Any,
+    words: list[str],
+) -> None:
+    assert main(["eval", source(runs, tmp_path), "--data.root", str(runs / "photos")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert [word for word in words if word not in lines[0]] == []
