@@ -1,10 +1,11 @@
 """Does fine-tuning a grafted ViT with distillation beat the same without, and training from scratch?
 
-``python benchmarks/finetune.py --root DIR --output runs/finetune [--epochs 40] [--seeds 0 1]``
+``python benchmarks/finetune.py --root DIR --output runs/finetune [--epochs 40] [--seeds 0 1] [--any.recipe_key VALUE]``
 
-Pre-trains a small plain ViT on every other class of an ImageFolder tree, then learns the remaining classes four ways,
-for each seed: grafted and distilled, grafted and not distilled (alpha 0), plain, and from scratch with distillation.
-One teacher is fitted on the remaining classes. Prints how much the graft itself changes the class head.
+Pre-trains a small plain ViT on every other class of an ImageFolder tree, then learns the remaining classes five ways,
+for each seed: grafted and distilled, grafted and not distilled (alpha 0), plain, and from scratch with and without
+distillation. One teacher is fitted on the remaining classes for each seed. Any key of the recipe can follow. Prints
+how much the graft itself changes the class head.
 """
 
 from __future__ import annotations
@@ -38,32 +39,36 @@ def halve(root: Path, output: Path) -> tuple[Path, Path]:
     return halves
 
 
-def configured(options: dict[str, Any]) -> Config:
-    """Return the recipe with `options`."""
-    everything = {"config": RECIPE, "student.name": "deit_tiny_patch16_224", **options}
-    return parse_config([item for key, value in everything.items() for item in (f"--{key}", str(value))])[0]
+def config_of(options: dict[str, Any], common: list[str]) -> Config:
+    """Return the photos recipe with `common` and then `options` over it."""
+    own = [item for key, value in options.items() for item in (f"--{key}", str(value))]
+    return parse_config(["--config", str(RECIPE), "--student.name", "deit_tiny_patch16_224", *common, *own])[0]
 
 
-def run(options: dict[str, Any], output: Path) -> dict[str, Any]:
+def run(options: dict[str, Any], common: list[str], output: Path) -> dict[str, Any]:
     """Train one recipe, or go on with it; return its ``heads.json``."""
-    begun = {"resume": "auto"} if (output / "config.yaml").is_file() else {}
-    return train(configured({**options, "output": output, **begun}))
+    resume = {"resume": "auto"} if (output / "config.yaml").is_file() else {}
+    return train(config_of({**options, **resume, "output": output}, common))
 
 
 @torch.no_grad()
-def graft_changes(plain: Path, options: dict[str, Any]) -> str:
+def graft_changes(plain: Path, options: dict[str, Any], common: list[str]) -> str:
     """Say how far grafting a token moves the class head of the pre-trained model, on its own validation set."""
-    config = configured({**options, "student.checkpoint": plain})
-    photos = parts.build_splits(config).validation
-    grafted = parts.build_student(config, photos.classes).eval()
-    model = open_model("benchmark", plain).eval()
-    changed, distance = 0, 0.0
-    for batch in parts.build_evaluation_loader(config, photos, Processes(0, 1, torch.device("cpu"))):
+    config = config_of({**options, "student.checkpoint": plain}, common)
+    classes = parts.build_splits(config).validation.classes
+    grafted = parts.build_student(config, classes).eval()
+    model = open_model("benchmark", plain / "student").eval()
+    loader = parts.build_evaluation_loader(
+        config, parts.build_splits(config).validation, Processes(0, 1, torch.device("cpu"))
+    )
+    changed = seen = 0
+    distance = 0.0
+    for batch in loader:
         before, after = model(batch.images).softmax(-1), grafted(batch.images).cls_logits.softmax(-1)
         distance += float((before - after).abs().sum(-1).sum()) / 2
         changed += int((before.argmax(-1) != after.argmax(-1)).sum())
-    count = len(photos)
-    return f"graft: total variation {distance / count:.4f}, another decision on {changed} of {count} photos"
+        seen += len(before)
+    return f"graft: total variation {distance / seen:.4f}, another decision on {100 * changed / seen:.2f} % of {seen}"
 
 
 def main() -> None:
@@ -74,7 +79,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--teacher-epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    given = parser.parse_args()
+    given, common = parser.parse_known_args()
     first, second = halve(given.root, given.output)
     warmup = {"optim.warmup_epochs": min(5, given.epochs - 1), "train.epochs": given.epochs}
     scores: dict[str, list[float]] = {}
@@ -82,8 +87,8 @@ def main() -> None:
         plain = given.output / f"pretrained-{seed}"
         base = {"data.root": first, "seed": seed, **warmup}
         if not (plain / HEADS_FILE).is_file():
-            run({**base, "distill.kind": "none"}, plain)
-        say(graft_changes(plain, base))
+            run({**base, "distill.kind": "none"}, common, plain)
+        say(graft_changes(plain, base, common))
         teach = {
             "teacher.fit.epochs": given.teacher_epochs,
             "teacher.fit.folder": given.output / "teachers",
@@ -99,7 +104,7 @@ def main() -> None:
             "from scratch, plain": {**target, "distill.kind": "none"},
         }
         for number, (name, options) in enumerate(variants.items()):
-            heads = run(options, given.output / f"variant-{number}-{seed}")["heads"]
+            heads = run(options, common, given.output / f"variant-{number}-{seed}")["heads"]
             best = heads["fused"] if heads["fused"] is not None and options.get("distill.alpha") != 0 else heads["cls"]
             scores.setdefault(name, []).append(best["top1"])
     for name, found in scores.items():
