@@ -182,6 +182,7 @@ def execute(
         recipe=config.model_dump(mode="json"),
     )
     teacher_score = None if teacher_facts is None else teacher_facts["score"]
+    latest: dict[str, Any] = {}  # scores of the last epoch that ended here
 
     def score() -> dict[str, Any]:
         trainer.align_buffers()
@@ -216,10 +217,10 @@ def execute(
             epoch = step // run.loader.steps_per_epoch - 1
             if after_epoch is not None:
                 after_epoch(epoch)
-            results = score()
-            journal.record("epoch", step, {"epoch": epoch, **results, "teacher": teacher_score})
+            latest.update(score())
+            journal.record("epoch", step, {"epoch": epoch, **latest, "teacher": teacher_score})
             if processes.is_main:
-                say(_epoch_note(epoch, config.train.epochs, results, teacher_score))
+                say(_epoch_note(epoch, config.train.epochs, latest, teacher_score))
             window.restart_clock()
         if at_epoch_end or step % config.train.checkpoint_every_steps == 0:
             state = {"step": step, "trainer": trainer.state(), "window": window.state(processes)}
@@ -237,7 +238,7 @@ def execute(
     finally:
         journal.close()
     weights = "model" if trainer.ema is None else "ema"
-    heads = head_scores(len(run.splits.validation), weights, score()[weights], teacher_score)
+    heads = head_scores(len(run.splits.validation), weights, (latest or score())[weights], teacher_score)
     if processes.is_main:
         _save_student(run, trainer)
         write_json(folder / HEADS_FILE, heads)
