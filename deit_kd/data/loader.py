@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -42,6 +43,11 @@ class _Plainly:
             raise InputError(str(error).strip().rpartition("InputError: ")[2]) from error
 
 
+def _stand_back(worker: int) -> None:
+    """Let the step's threads go first: one that waits for a core holds all the others up."""
+    os.nice(19)
+
+
 class TrainingLoader:
     """All batches of a run in order; iterate from any step."""
 
@@ -78,6 +84,8 @@ class TrainingLoader:
                 collate_fn=self._mixing,
                 num_workers=self._workers,
                 pin_memory=self._pin_memory,
+                # Pinned memory means that a GPU trains; else workers and the step share the cores.
+                worker_init_fn=None if self._pin_memory else _stand_back,
             )
         )
 
