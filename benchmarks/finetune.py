@@ -95,7 +95,7 @@ def main() -> None:
             "teacher.fit.optim.warmup_epochs": min(2, given.teacher_epochs - 1),
         }
         target = {"data.root": second, "seed": seed, **warmup}
-        tuned = {"student.checkpoint": plain, "optim.lr": 5e-4, "optim.layer_decay": 0.75}
+        tuned = {"student.checkpoint": plain}
         variants = {
             "fine-tuned, distilled": {**target, **teach, **tuned},
             "fine-tuned, grafted, alpha 0": {**target, **teach, **tuned, "distill.alpha": 0},
