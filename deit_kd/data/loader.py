@@ -148,14 +148,19 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
         return self._transform(self._photos.image(index)), self._photos.labels[index]
 
 
+def unmixed_batch(examples: list[tuple[torch.Tensor, int]], classes: int) -> Batch:
+    """Return the batch of images [3, H, W] with their labels, neither mixed nor smoothed."""
+    labels = torch.tensor([label for _, label in examples])
+    targets = torch.nn.functional.one_hot(labels, classes).float()
+    return Batch(torch.stack([image for image, _ in examples]), targets, labels)
+
+
 @dataclass(frozen=True)
 class _EvaluationCollate:
     classes: int
 
     def __call__(self, examples: list[tuple[torch.Tensor, int]]) -> Batch:
-        labels = torch.tensor([label for _, label in examples])
-        targets = torch.nn.functional.one_hot(labels, self.classes).float()
-        return Batch(torch.stack([image for image, _ in examples]), targets, labels)
+        return unmixed_batch(examples, self.classes)
 
 
 def build_evaluation_loader(

@@ -66,7 +66,7 @@ class Photos:
         Raises:
             InputError: a file is missing or is not a readable image.
         """
-        if self.arrays is not None:
+        if self.arrays is not None or self.decoded is not None:
             return self
         with ThreadPoolExecutor() as pool:
             decoded = list(pool.map(lambda index: np.asarray(self.image(index)), range(len(self))))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from deit_kd.data.loader import unmixed_batch
 from deit_kd.data.photos import Photos
 from deit_kd.data.transforms import Transform
 from deit_kd.interfaces import Batch, InputError
@@ -52,9 +53,8 @@ class _Collate:
         indices = torch.tensor([index for index, _, _ in read], dtype=torch.long)
         if not read:
             return Portion(indices, None, unreadable)
-        labels = torch.tensor([label for _, _, label in read])
-        targets = torch.nn.functional.one_hot(labels, self.classes).float()
-        return Portion(indices, Batch(torch.stack([image for _, image, _ in read]), targets, labels), unreadable)
+        batch = unmixed_batch([(image, label) for _, image, label in read], self.classes)
+        return Portion(indices, batch, unreadable)
 
 
 def build_portion_loader(

@@ -109,6 +109,8 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
     check_tracking(config.tracking.wandb)
     choose_attention(config.train.attention, processes.device)
     splits = splits or parts.build_splits(config)
+    if config.data.in_memory:  # here, so that a teacher's fit shares what was decoded
+        splits = splits._replace(train=splits.train.in_memory())
     loader = parts.build_training_loader(config, splits.train, processes)
     student = parts.build_student(config, splits.train.classes).to(processes.device)
     optimizer = build_optimizer(
