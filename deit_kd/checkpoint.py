@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from deit_kd.files import write_atomically
+from deit_kd.interfaces import InputError
 from deit_kd.models import tensors_hash
+
+BEST = "best.safetensors"  # beside the newest ones, the checkpoint of the best epoch
 
 Tree = Any  # nested dicts and lists of tensors and JSON values
 
@@ -44,24 +50,86 @@ def _digest(skeleton: str, tensors: dict[str, Tensor]) -> str:
     return hashlib.blake2b((skeleton + tensors_hash(in_order)).encode(), digest_size=16).hexdigest()
 
 
-def save_checkpoint(folder: Path, step: int, parts: Tree, keep: int) -> Path:
-    """Write the parts of one step and delete all but the newest `keep` checkpoints.
+def save_checkpoint(folder: Path, step: int, parts: Tree, keep: int, is_best: bool = False) -> Path:
+    """Write the parts of one step and delete all but the newest `keep` checkpoints, and the best.
 
     Args:
         folder: the run's ``checkpoints/``.
         step: optimiser steps done.
         parts: nested dicts and lists of tensors and JSON values, by part (``student``, ``optimizer``, …).
         keep: how many checkpoints stay.
+        is_best: whether this is the best so far; it stays as ``best.safetensors``, too.
+
+    Raises:
+        OSError: it cannot be written; what was there before is as it was.
     """
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_flatten(parts, "", tensors))
+    return _write(folder, step, skeleton, tensors, keep, is_best)
+
+
+def _write(folder: Path, step: int, skeleton: str, tensors: dict[str, Tensor], keep: int, is_best: bool) -> Path:
     metadata = {"parts": skeleton, "digest": _digest(skeleton, tensors)}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:09d}.safetensors"
     write_atomically(path, save(tensors, metadata))
+    if is_best:
+        aside = folder / f".{BEST}.partial"
+        aside.unlink(missing_ok=True)
+        try:
+            os.link(path, aside)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, aside)
+        os.replace(aside, folder / BEST)
     for old in sorted(folder.glob("step-*.safetensors"))[:-keep]:
         old.unlink()
     return path
+
+
+class CheckpointWriter:
+    """Writes checkpoints while training goes on: it waits for a copy of the tensors, not for the disk.
+
+    Args:
+        folder: the run's ``checkpoints/``.
+        keep: how many checkpoints stay.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def save(self, step: int, parts: Tree, is_best: bool = False) -> None:
+        """Begin to write the parts of one step, see `save_checkpoint`, once the one before is written.
+
+        Raises:
+            InputError: the one before could not be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        skeleton = json.dumps(_flatten(parts, "", tensors))
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        self.wait()
+        self._writing = self._thread.submit(_write, self._folder, step, skeleton, copies, self._keep, is_best)
+
+    def wait(self) -> None:
+        """Wait until what was begun is on the disk.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except OSError as error:
+            raise InputError(
+                f"{self._folder}: a checkpoint cannot be written ({error.strerror or error}); the one before is kept: "
+                f"make room, then continue with --resume auto"
+            ) from error
+
+    def close(self) -> None:
+        """End the thread; what was begun is finished first."""
+        self._thread.shutdown()
 
 
 def load_checkpoint(path: Path) -> Tree:

@@ -10,7 +10,8 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from deit_kd.config import build_parser, parse_config
-from deit_kd.interfaces import InputError, nearest
+from deit_kd.interfaces import InputError, Stopped, nearest
+from deit_kd.stopping import handlers, stop_at_once
 
 Arguments = list[str]
 
@@ -220,7 +221,11 @@ VERBS: dict[str, tuple[str, Callable[[Arguments], int | None]]] = {
 
 
 def main(arguments: Arguments | None = None) -> int:
-    """Run one verb; return the exit code: 0, 1 where a check found something, 2 where the input cannot be used."""
+    """Run one verb; return the exit code.
+
+    0; 1 where a check found something or another process is gone; 2 where the input cannot be used; 143, 130 or 75
+    after SIGTERM, SIGINT or SIGUSR1.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
@@ -231,7 +236,12 @@ def main(arguments: Arguments | None = None) -> int:
     try:
         if verb not in VERBS:
             raise InputError(f"{verb}: unknown verb; use one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
-        return VERBS[verb][1](arguments[1:]) or 0
+        with handlers(stop_at_once):
+            return VERBS[verb][1](arguments[1:]) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if str(stopped):
+            print(stopped, file=sys.stderr)
+        return stopped.code

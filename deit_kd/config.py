@@ -255,10 +255,16 @@ class Train(Section):
     """auto, cpu, cuda or cuda:1"""
     log_every_steps: int = Field(20, gt=0)
     """steps between records"""
-    checkpoint_every_steps: int = Field(500, gt=0)
-    """steps between checkpoints; one more is written after every epoch"""
+    checkpoint_every_minutes: float = Field(10.0, gt=0)
+    """between checkpoints, at the next record; one more is written after every epoch"""
+    checkpoint_every_steps: int | None = Field(None, gt=0)
+    """steps between further checkpoints"""
     keep_checkpoints: int = Field(2, gt=0)
-    """how many stay"""
+    """how many stay, beside the one with the best top-1"""
+    max_bad_steps: int = Field(10, gt=0)
+    """steps in a row without a finite gradient after which the run stops; each of them is left out"""
+    timeout_seconds: float = Field(600.0, ge=0)
+    """without progress of any process after which all of them stop; 0 waits for ever"""
 
 
 class Evaluate(Section):

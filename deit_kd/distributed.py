@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -54,6 +55,10 @@ class Processes:
         """Return whether every process holds the same `value`."""
         return all(other == value for other in self.gather(value))
 
+    def all(self, value: bool) -> bool:
+        """Return whether `value` holds in every process."""
+        return all(self.gather(value))
+
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite `tensors` with the main process's."""
         if self.count > 1:
@@ -98,8 +103,13 @@ def _keep_freed_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
 
 
-def start(device_name: str) -> Processes:
-    """Join the process group that torchrun describes; without torchrun, be the only process."""
+def start(device_name: str, timeout: float = 0.0) -> Processes:
+    """Join the process group that torchrun describes; without torchrun, be the only process.
+
+    Args:
+        device_name: see `pick_device`.
+        timeout: seconds after which a process that waits for the others gives up; 0 is torch's own.
+    """
     device = pick_device(device_name)
     count = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -109,8 +119,17 @@ def start(device_name: str) -> Processes:
     else:
         _keep_freed_memory()
     if count > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(seconds=timeout) if timeout else None,
+        )
     return Processes(rank, count, device)
+
+
+def names_lost_process(error: RuntimeError) -> bool:
+    """Return whether a collective failed because another process has died or makes no progress."""
+    of_torch = isinstance(error, dist.DistError)
+    return of_torch or any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer"))
 
 
 def finish() -> None:

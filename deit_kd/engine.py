@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +16,7 @@ from deit_kd.distributed import Processes
 from deit_kd.interfaces import Batch, Student, StudentOutput, Teacher, head_probabilities
 from deit_kd.losses import Objective, Terms
 from deit_kd.metrics import Agreement, Score
+from deit_kd.optim import WeightAverage
 from deit_kd.randomness import seed_step
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -55,9 +55,25 @@ class Distiller:
         return self.objective(student_output, teacher_output, batch.targets)
 
 
+class StepResult(NamedTuple):
+    """What one optimiser step of this process gave, on its device; nobody has waited for it yet."""
+
+    terms: Tensor  # [5], in fp32: `STEP_TERMS`
+    is_finite: Tensor  # [views], of each view's loss, in the order of the micro-batches
+
+
+# The loss and its terms before weighing, whether the step was left out (0 or 1), and how many answers of the teacher
+# were not finite.
+STEP_TERMS = ("loss", "classification", "distillation", "left_out", "teacher_not_finite")
+
+
 @dataclass
 class Trainer:
     """All that one optimiser step needs and changes.
+
+    A step whose gradient is not finite is left out: weights, moments, average and buffers stay as they were. That
+    is read from the norm of the reduced gradient, so all processes agree without talking, and it is applied on the
+    device. Under fp16 the scaler leaves such steps out, as it always does.
 
     Args:
         distiller: gives the loss.
@@ -76,33 +92,55 @@ class Trainer:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Scheduler
-    ema: ModelEmaV3 | None
+    ema: WeightAverage | None
     scaler: torch.amp.GradScaler
     processes: Processes
     accumulation_steps: int
     clip_grad_norm: float | None
     seed: int
 
-    def step(self, batches: Iterator[Batch], step: int) -> Tensor:
-        """Do optimiser step `step` (from 0); return loss, classification and distillation [3], on the device."""
+    def step(self, batches: Iterator[Batch], step: int) -> StepResult:
+        """Do optimiser step `step` (from 0)."""
         self.schedule.step_update(step)
-        terms = torch.zeros(3, device=self.processes.device)
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        terms = torch.zeros(len(STEP_TERMS), device=self.processes.device)
+        is_finite = []
         for micro_step in range(self.accumulation_steps):
             batch = next(batches).to(self.processes.device)
             seed_step(self.seed, step, micro_step, self.processes.rank)
             with self._sync_only_at(micro_step == self.accumulation_steps - 1):
                 micro_terms = self.distiller(batch)
                 self.scaler.scale(micro_terms.loss / self.accumulation_steps).backward()
-            terms += torch.stack(micro_terms).detach() / self.accumulation_steps
+            terms[:3] += torch.stack(micro_terms[:3]).detach() / self.accumulation_steps
+            terms[4] += micro_terms.teacher_not_finite
+            is_finite.append(micro_terms.is_finite)
+        applied = self._apply()
+        for buffer, before in buffers:
+            buffer.copy_(torch.where(applied, buffer, before))
+        if self.ema is not None:
+            self.ema.follow(self.model, step=step + 1, applied=applied)
+        terms[3] = ~applied
+        return StepResult(terms, torch.cat(is_finite))
+
+    def _apply(self) -> Tensor:
+        """Let the optimiser use the gradients, unless they are not finite; return whether it did, on the device."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        applied = norm.isfinite()
         if self.clip_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
-        self.scaler.step(self.optimizer)
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            # What GradScaler hands to torch's fused optimisers: 1 leaves the step out without waiting for the device.
+            self.optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif applied:  # the other optimisers have to wait for the device
+            self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(self.model, step=step + 1)
-        return terms
+        return applied
 
     def _sync_only_at(self, last: bool) -> AbstractContextManager[Any]:
         student = self.distiller.student
@@ -281,9 +319,9 @@ def train(
     *,
     first_step: int,
     total_steps: int,
-    after_step: Callable[[int, Tensor], None],
+    after_step: Callable[[int, StepResult], None],
 ) -> None:
-    """Train from `first_step` to the end; `after_step(steps_done, terms)` is called after every step."""
+    """Train from `first_step` to the end; `after_step(steps_done, result)` is called after every step."""
     trainer.model.train()
     stream = iter(batches)
     for step in range(first_step, total_steps):

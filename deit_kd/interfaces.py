@@ -14,6 +14,19 @@ class InputError(Exception):
     """Something a person gave us cannot be used; the message is one line: value, reason, cure."""
 
 
+class Stopped(BaseException):
+    """A signal, or the loss of another process, ends the run; like KeyboardInterrupt it is no error to be handled.
+
+    Args:
+        message: one line for the person, or nothing where another process says it.
+        code: the exit code.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def nearest(value: str, known: Iterable[str]) -> str:
     """Return `` (nearest: a, b)`` for the known names most like `value`, or an empty string."""
     close = difflib.get_close_matches(value, list(known), n=3, cutoff=0.5)

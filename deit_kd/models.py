@@ -206,7 +206,7 @@ def load_weights(key: str, path: str | Path) -> Weights:
 def _load_state(key: str, file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
+            return _without_the_rest(load_file(file))
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -220,6 +220,15 @@ def _load_state(key: str, file: Path) -> dict[str, Tensor]:
     state = loaded.get("model", loaded.get("state_dict", loaded)) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{key}: {file} holds no state dict (tensors by name, or under 'model')")
+    return state
+
+
+def _without_the_rest(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a run's checkpoint without optimiser and meters: the average's weights where it keeps one."""
+    for network in (".trainer.ema.backbone.", ".trainer.student.backbone."):
+        weights = {name.removeprefix(network): tensor for name, tensor in state.items() if name.startswith(network)}
+        if weights:
+            return weights
     return state
 
 

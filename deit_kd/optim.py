@@ -8,7 +8,8 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
 from deit_kd.interfaces import InputError
 
@@ -82,3 +83,25 @@ def build_schedule(
         updates_per_epoch=steps_per_epoch,
     )
     return schedule
+
+
+class WeightAverage(ModelEmaV3):
+    """timm's exponential moving average of a model, which leaves out the steps that the optimiser left out."""
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module, step: int, applied: Tensor) -> None:
+        """Move towards `model` after its optimiser step `step` (from 1), on the device.
+
+        Args:
+            model: what is averaged.
+            step: sets the decay, which is warmed up.
+            applied: scalar, whether the step was.
+        """
+        weight = (1 - self.get_decay(step)) * applied.float()
+        average, followed = self.module.state_dict().values(), model.state_dict().values()
+        pairs = list(zip(average, followed, strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([mean for mean, _ in floats], [now for _, now in floats], [weight] * len(floats))
+        for mean, now in pairs:
+            if not mean.is_floating_point():
+                mean.copy_(now)

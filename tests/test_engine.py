@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from deit_kd import Batch, Distiller, Objective, TeacherOutput
 from deit_kd.engine import Trainer, evaluate, score_teacher, train
-from deit_kd.optim import build_optimizer, build_schedule
+from deit_kd.optim import WeightAverage, build_optimizer, build_schedule
 from tests.conftest import ONE_PROCESS, tiny_student
 
 
@@ -38,7 +37,7 @@ def trainer(drop_path: float = 0.0, kind: str = "soft", ema: float = 0.0, **opti
         "model": model,
         "optimizer": optimizer,
         "schedule": build_schedule(optimizer, warmup_epochs=0, warmup_lr=0.0, min_lr=0.0, epochs=2, steps_per_epoch=5),
-        "ema": ModelEmaV3(model, decay=ema, use_warmup=True) if ema else None,
+        "ema": WeightAverage(model, decay=ema, use_warmup=True) if ema else None,
         "scaler": torch.amp.GradScaler("cpu", enabled=False),
         "processes": ONE_PROCESS,
         "accumulation_steps": 1,
@@ -46,6 +45,11 @@ def trainer(drop_path: float = 0.0, kind: str = "soft", ema: float = 0.0, **opti
         "seed": 0,
     }
     return Trainer(**{**base, **options})
+
+
+def terms(learner: Trainer, step: int = 0) -> Tensor:
+    """Do one step; return its terms."""
+    return learner.step(iter([make_batch()]), step).terms
 
 
 def halves(batch: Batch) -> Iterator[Batch]:
@@ -64,13 +68,13 @@ def assert_close(a: nn.Module, b: nn.Module) -> None:
 def test_accumulation_equals_the_larger_batch() -> None:
     at_once, in_two = trainer(clip_grad_norm=0.1), trainer(clip_grad_norm=0.1, accumulation_steps=2)
     for step in range(3):
-        terms = [at_once.step(iter([make_batch(seed=step)]), step), in_two.step(halves(make_batch(seed=step)), step)]
-        torch.testing.assert_close(*terms)
+        results = [at_once.step(iter([make_batch(seed=step)]), step), in_two.step(halves(make_batch(seed=step)), step)]
+        torch.testing.assert_close(*[result.terms for result in results])
     assert_close(at_once.model, in_two.model)
 
 
 def test_a_step_returns_loss_and_both_terms() -> None:
-    loss, classification, distillation = trainer().step(iter([make_batch()]), 0)
+    loss, classification, distillation, *_ = trainer().step(iter([make_batch()]), 0).terms
     torch.testing.assert_close(loss, (classification + distillation) / 2)
 
 
@@ -108,12 +112,10 @@ def test_drop_path_follows_from_seed_and_step_alone() -> None:
     for each in (first, second):
         torch.rand(3)
         each.model.train()
-    assert torch.equal(first.step(iter([make_batch()]), 4), second.step(iter([make_batch()]), 4))
+    assert torch.equal(terms(first, 4), terms(second, 4))
     other_step = trainer(drop_path=0.5)
     other_step.model.train()
-    assert not torch.equal(
-        other_step.step(iter([make_batch()]), 5), trainer(drop_path=0.5).step(iter([make_batch()]), 4)
-    )
+    assert not torch.equal(terms(other_step, 5), terms(trainer(drop_path=0.5), 4))
 
 
 def test_a_state_goes_on_bit_for_bit() -> None:
@@ -152,7 +154,7 @@ def test_training_learns_what_it_is_shown() -> None:
         [make_batch()] * 10,
         first_step=0,
         total_steps=10,
-        after_step=lambda step, terms: losses.append(terms[0].item()),
+        after_step=lambda step, result: losses.append(result.terms[0].item()),
     )
     assert len(losses) == 10
     assert losses[-1] < 0.95 * losses[0]
@@ -223,9 +225,7 @@ def test_a_teacher_is_scored_on_what_it_says() -> None:
 def test_bf16_autocast_stays_near_fp32() -> None:
     half = trainer()
     half.distiller.precision = "bf16"
-    torch.testing.assert_close(
-        half.step(iter([make_batch()]), 0), trainer().step(iter([make_batch()]), 0), rtol=0.02, atol=0.02
-    )
+    torch.testing.assert_close(terms(half), terms(trainer()), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.gpu
@@ -237,5 +237,92 @@ def test_amp_trains_on_the_gpu(precision: str) -> None:
     learner.model.to(device)
     learner.distiller.precision = precision
     learner.scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
-    losses = [learner.step(iter([make_batch()]), step)[0].item() for step in range(10)]
+    losses = [terms(learner, step)[0].item() for step in range(10)]
     assert losses[-1] < losses[0]
+
+
+def poisoned(batch: Batch, value: float = float("nan")) -> Batch:
+    """Return `batch` with one view that no network can take."""
+    images = batch.images.clone()
+    images[3] = value
+    return batch._replace(images=images)
+
+
+def everything(learner: Trainer) -> list[Tensor]:
+    """Return weights, buffers, moments and average."""
+    moments = [
+        value.clone()
+        for state in learner.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
+    average = [] if learner.ema is None else [value.clone() for value in learner.ema.module.state_dict().values()]
+    return [value.clone() for value in learner.model.state_dict().values()] + moments + average
+
+
+def with_optimizer(name: str) -> Trainer:
+    learner = trainer(ema=0.9, clip_grad_norm=1.0)
+    learner.optimizer = build_optimizer(
+        learner.model.backbone, name=name, lr=0.01, lr_reference_batch=0, weight_decay=0.1, args={}, batch_size=8
+    )
+    learner.schedule = build_schedule(
+        learner.optimizer, warmup_epochs=0, warmup_lr=0.0, min_lr=0.0, epochs=2, steps_per_epoch=5
+    )
+    return learner
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_without_a_finite_gradient_changes_nothing(name: str, value: float) -> None:
+    learner = with_optimizer(name)
+    learner.step(iter([make_batch()]), 0)
+    before = everything(learner)
+    result = learner.step(iter([poisoned(make_batch(seed=1), value)]), 1)
+    assert result.terms[3] == 1
+    for was, now in zip(before, everything(learner), strict=True):
+        assert torch.equal(was, now)
+    learner.step(iter([make_batch(seed=2)]), 2)
+    assert all(torch.isfinite(value).all() for value in everything(learner))
+    assert not torch.equal(before[0], everything(learner)[0])
+
+
+def test_a_step_that_is_left_out_is_as_if_it_had_not_been() -> None:
+    with_a_bad_step, without = with_optimizer("adamw"), with_optimizer("adamw")
+    for learner in (with_a_bad_step, without):
+        learner.step(iter([make_batch()]), 0)
+    with_a_bad_step.step(iter([poisoned(make_batch(seed=1))]), 1)
+    for learner in (with_a_bad_step, without):
+        learner.step(iter([make_batch(seed=2)]), 2)
+    for a, b in zip(everything(with_a_bad_step), everything(without), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_statistics_of_a_batch_norm_are_not_poisoned_either() -> None:
+    learner = trainer(kind="none")
+    learner.model.register_module("norm", nn.BatchNorm2d(3))
+    forward = learner.model.forward
+    learner.model.forward = lambda images: forward(learner.model.norm(images))  # type: ignore[method-assign]
+    learner.model.train()
+    learner.step(iter([make_batch()]), 0)
+    before = everything(learner)
+    learner.step(iter([poisoned(make_batch(seed=1))]), 1)
+    for was, now in zip(before, everything(learner), strict=True):
+        assert torch.equal(was, now)
+
+
+def test_a_step_says_which_views_had_no_finite_loss() -> None:
+    learner = trainer(accumulation_steps=2)
+    batches = [poisoned(make_batch()), make_batch(seed=1)]
+    assert (~learner.step(iter(batches), 0).is_finite).nonzero().tolist() == [[3]]
+
+
+def test_answers_of_the_teacher_that_are_not_finite_are_counted() -> None:
+    def broken(batch: Batch) -> TeacherOutput:
+        logits = pixel_teacher(batch).logits
+        logits[2, 1], logits[5, 0] = float("nan"), float("inf")
+        return TeacherOutput(logits)
+
+    learner = trainer()
+    assert terms(learner)[4] == 0
+    learner.distiller.teacher = broken
+    assert terms(learner, 1)[4] == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -43,8 +44,15 @@ class _Plainly:
             raise InputError(str(error).strip().rpartition("InputError: ")[2]) from error
 
 
-def _stand_back(worker: int) -> None:
-    """Let the step's threads go first: one that waits for a core holds all the others up."""
+def _serve(worker: int) -> None:
+    """Leave signals to the process that trains: a terminal and SLURM send them to workers, too."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _serve_and_stand_back(worker: int) -> None:
+    """Let the step's threads go first, too: one that waits for a core holds all the others up."""
+    _serve(worker)
     os.nice(19)
 
 
@@ -67,6 +75,10 @@ class TrainingLoader:
         self._dealer.first_step = first_step
         return self._load(self._dealer)
 
+    def views_of_step(self, step: int) -> list[ViewKey]:
+        """Return which views this process sees in optimiser step `step` (from 0)."""
+        return self._dealer.of_step(step)
+
     def views(self, view_ids: np.ndarray, batch_size: int) -> Iterable[Batch]:
         """Return any views in batches, whatever batches they are trained in, for any process.
 
@@ -85,7 +97,7 @@ class TrainingLoader:
                 num_workers=self._workers,
                 pin_memory=self._pin_memory,
                 # Pinned memory means that a GPU trains; else workers and the step share the cores.
-                worker_init_fn=None if self._pin_memory else _stand_back,
+                worker_init_fn=_serve if self._pin_memory else _serve_and_stand_back,
             )
         )
 
@@ -183,5 +195,6 @@ def build_evaluation_loader(
             num_workers=workers,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
+            worker_init_fn=_serve,
         )
     )

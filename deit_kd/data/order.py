@@ -121,10 +121,19 @@ class Dealer(Sampler[list[ViewKey]]):
             if step // self.steps_per_epoch % self.view_epochs != epoch:
                 epoch = step // self.steps_per_epoch % self.view_epochs
                 order = epoch_order(self._photos, self._repeats, self._seed, epoch)
-            batch_start = step % self.steps_per_epoch * self._batch_size
-            for micro_step in range(self._accumulation_steps):
-                start = batch_start + (micro_step * self._processes + self._rank) * self._block
-                yield [ViewKey(epoch, p, int(order[p])) for p in range(start, start + self._block)]
+            yield from self._micro_batches(step, epoch, order)
+
+    def of_step(self, step: int) -> list[ViewKey]:
+        """Return what this process computes in optimiser step `step` (from 0), in the order of its micro-batches."""
+        epoch = step // self.steps_per_epoch % self.view_epochs
+        order = epoch_order(self._photos, self._repeats, self._seed, epoch)
+        return [key for block in self._micro_batches(step, epoch, order) for key in block]
+
+    def _micro_batches(self, step: int, epoch: int, order: np.ndarray) -> Iterator[list[ViewKey]]:
+        batch_start = step % self.steps_per_epoch * self._batch_size
+        for micro_step in range(self._accumulation_steps):
+            start = batch_start + (micro_step * self._processes + self._rank) * self._block
+            yield [ViewKey(epoch, p, int(order[p])) for p in range(start, start + self._block)]
 
     def blocks(self, view_ids: np.ndarray, size: int) -> Iterator[list[ViewKey]]:
         """Yield the keys of any views, e.g. of those that training drops at an epoch's end.

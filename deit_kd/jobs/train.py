@@ -19,7 +19,7 @@ def train(config: Config) -> dict[str, Any]:
     Raises:
         InputError: anything that cannot work; nothing is written then.
     """
-    processes = start(config.train.device)
+    processes = start(config.train.device, config.train.timeout_seconds)
     try:
         run = prepare(config, processes)
         heads = _learn(run)

@@ -28,6 +28,8 @@ class Terms(NamedTuple):
     loss: Tensor
     classification: Tensor
     distillation: Tensor
+    is_finite: Tensor  # [B], whether both terms of a view are
+    teacher_not_finite: Tensor  # how many of the teacher's B answers hold a logit that is not
 
 
 class Objective:
@@ -78,15 +80,21 @@ class Objective:
             InputError: the student has no distillation head, or there is no teacher, and the kind needs one.
         """
         with torch.autocast(student.cls_logits.device.type, enabled=False):
-            classification = soft_target_cross_entropy(student.cls_logits.float(), targets.float()).mean()
+            classification = soft_target_cross_entropy(student.cls_logits.float(), targets.float())
             if self._distillation is None:
-                return Terms(classification, classification, torch.zeros_like(classification))
+                loss = classification.mean()
+                nothing = torch.zeros_like(loss)
+                return Terms(loss, loss, nothing, classification.detach().isfinite(), nothing)
             if student.dist_logits is None:
                 raise InputError(f"distill.kind {self.kind!r} needs a student with a distillation token")
             if teacher is None:
                 raise InputError(f"distill.kind {self.kind!r} needs a teacher")
-            distillation = self._distillation(student.dist_logits.float(), teacher.logits.float()).mean()
+            taught = teacher.logits.float()
+            distillation = self._distillation(student.dist_logits.float(), taught)
             if self.scale == "numel":
                 distillation = distillation / targets.shape[-1]
+            is_finite = (classification + distillation).detach().isfinite()
+            teacher_not_finite = (~taught.isfinite().all(-1)).float().sum()
+            classification, distillation = classification.mean(), distillation.mean()
             loss = (1 - self.alpha) * classification + self.alpha * distillation
-            return Terms(loss, classification, distillation)
+            return Terms(loss, classification, distillation, is_finite, teacher_not_finite)

@@ -1,0 +1,186 @@
+"""Signals that end a run, and processes that stall: all stop after the same step, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from deit_kd.distributed import Processes
+from deit_kd.interfaces import Stopped
+
+# What a shell calls a process that the signal ended; for SIGUSR1, which SLURM sends before the time is up, sysexits'
+# EX_TEMPFAIL: the job is fine, start it again.
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
+
+SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_TO_AGREE = 20.0
+SECONDS_OF_ONE_INTERRUPT = 1.0  # torchrun hands on the interrupt that the terminal already sent to all
+
+Item = TypeVar("Item")
+Handler = Callable[[int, FrameType | None], None]
+
+
+def stopped_by(number: int, what_is_kept: str) -> Stopped:
+    """Return the end that a signal asks for."""
+    name = signal.Signals(number).name
+    return Stopped(f"stopped by {name}; {what_is_kept}", EXIT_CODES[signal.Signals(number)])
+
+
+@contextmanager
+def handlers(handler: Handler) -> Iterator[None]:
+    """Let `handler` hear the signals meanwhile; in a thread that is not the main one, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in EXIT_CODES}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def stop_at_once(number: int, frame: FrameType | None) -> None:
+    """End what is going on, as an exception does: the handler outside of training."""
+    raise stopped_by(number, "what was finished is kept")
+
+
+class Watch:
+    """Lets all processes of a run stop after the same step, and ends them when one of them makes no progress.
+
+    A signal that reaches any process is told to all through the process group's store, by a thread that never
+    touches the device. Each then says which step it has begun and begins no other until all have said so; the last
+    of them is where all stop. A second SIGINT ends the process at once.
+
+    Use it as a context manager around the training loop, in the main thread.
+
+    Args:
+        processes: of the run.
+        step: steps done before.
+        timeout: seconds without progress of any process after which all end; 0 waits for ever.
+    """
+
+    _opened = 0
+
+    def __init__(self, processes: Processes, step: int, timeout: float) -> None:
+        self._processes, self._timeout = processes, timeout
+        self._begun = step + 1
+        self._signal: int | None = None
+        self._interrupted = 0.0
+        self._lock = threading.Lock()
+        self._said = False  # which step has begun
+        self._last_step: int | None = None
+        self._agreed = threading.Event()
+        self._closed = threading.Event()
+        self._beats = 0
+        self._seen: dict[int, tuple[int, float]] = {}  # by rank: beats, and when they last changed
+        Watch._opened += 1  # the same in every process, so that a later watch does not read what an earlier one said
+        self._prefix = f"watch/{Watch._opened}"
+        self._thread = threading.Thread(target=self._look_now_and_then, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._handlers = handlers(self._hear)
+        self._handlers.__enter__()
+        if self._processes.count > 1:
+            store: Any = dist.distributed_c10d._get_default_store()
+            self._store = dist.PrefixStore(self._prefix, store.clone() if hasattr(store, "clone") else store)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._handlers.__exit__(None, None, None)
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that any process heard, as far as this one knows."""
+        return self._signal
+
+    def may_go_on(self, step: int) -> bool:
+        """Return whether to begin another step after `step` are done; the same in every process."""
+        self._beats += 1
+        if self._processes.count == 1:
+            return self._signal is None
+        with self._lock:
+            if not self._said:
+                self._begun = step + 1
+                return True
+        if not self._agreed.wait(SECONDS_TO_AGREE) or self._last_step is None:
+            raise Stopped("another process of the run is gone; the last checkpoint is kept", 1)
+        return step < self._last_step
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield `items`, each a sign of progress."""
+        for item in items:
+            self._beats += 1
+            yield item
+
+    def until_signal(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield `items`, each a sign of progress, and no more once a signal was heard."""
+        for item in self.over(items):
+            if self._signal is not None:
+                return
+            yield item
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            again = time.monotonic() - self._interrupted
+            handed_on = "TORCHELASTIC_RUN_ID" in os.environ and again < SECONDS_OF_ONE_INTERRUPT
+            if self._interrupted and not handed_on:
+                os._exit(EXIT_CODES[signal.SIGINT])
+            self._interrupted = self._interrupted or time.monotonic()
+        self._signal = number
+
+    def _look_now_and_then(self) -> None:
+        while not self._closed.wait(SECONDS_BETWEEN_LOOKS):
+            try:
+                self._agree()
+                if self._timeout:
+                    self._look_for_stalled()
+            except RuntimeError:  # the store is gone, and with it the process that held it
+                self._agreed.set()
+                return
+
+    def _agree(self) -> None:
+        ranks = range(self._processes.count)
+        if self._signal is None and self._store.check(["signal"]):
+            self._signal = int(self._store.get("signal"))
+        if self._signal is not None and not self._said:
+            self._store.set("signal", str(int(self._signal)))
+            with self._lock:
+                self._said = True
+            self._store.set(f"begun/{self._processes.rank}", str(self._begun))
+        if self._said and self._last_step is None and self._store.check([f"begun/{rank}" for rank in ranks]):
+            self._last_step = max(int(self._store.get(f"begun/{rank}")) for rank in ranks)
+            self._agreed.set()
+
+    def _look_for_stalled(self) -> None:
+        now, mine = time.monotonic(), self._processes.rank
+        if self._seen.get(mine, (-1, 0.0))[0] != self._beats:
+            self._store.set(f"beats/{mine}", str(self._beats))
+        for rank in range(self._processes.count):
+            beats = int(self._store.get(f"beats/{rank}")) if self._store.check([f"beats/{rank}"]) else 0
+            if rank not in self._seen or self._seen[rank][0] != beats:
+                self._seen[rank] = beats, now
+        if all(now - since < self._timeout for _, since in self._seen.values()):
+            return
+        stalled = min(self._seen, key=lambda rank: self._seen[rank])
+        if mine != stalled or self._processes.count == 1:
+            print(
+                f"error: process {stalled} has made no progress for {self._timeout:g} s; all stop, the last checkpoint "
+                f"is kept; see what it was doing, or raise train.timeout_seconds",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(1)

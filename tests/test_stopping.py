@@ -1,0 +1,179 @@
+"""Signals, stalls, lost processes and steps without a finite gradient: a run stops in order, and goes on as it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from deit_kd.cli import main
+from deit_kd.students import TimmStudent
+from tests.conftest import Finished, records, tiny
+from tests.test_resume import FIT_STEPS, assert_same_end, elsewhere, newest_two
+
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
+
+
+@contextmanager
+def signal_in_step(number: int, step: int) -> Iterator[None]:
+    """Send a signal to this process within its optimiser step `step` (from 1)."""
+    done = 0
+
+    def count(*_: object) -> None:
+        nonlocal done
+        done += 1
+        if done == step:
+            os.kill(os.getpid(), number)
+
+    hook = register_optimizer_step_pre_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def signal_in_evaluation(number: int) -> Iterator[None]:
+    """Send a signal to this process when a student is asked for the first time in eval."""
+    sent = False
+
+    def look(module: nn.Module, _: object) -> None:
+        nonlocal sent
+        if isinstance(module, TimmStudent) and not module.training and not sent:
+            sent = True
+            os.kill(os.getpid(), number)
+
+    hook = register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def last_step(folder: Path) -> int:
+    return int(newest_two(folder)[-1].stem.removeprefix("step-"))
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: signal.Signals(number).name)
+def test_a_signal_ends_the_step_and_writes_a_checkpoint(
+    number: signal.Signals, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*elsewhere(finished, tmp_path), "--resume", "auto"]
+    with signal_in_step(number, FIT_STEPS + 3):
+        assert main(["train", *arguments]) == CODES[number]
+    assert last_step(tmp_path / "run") == 3  # checkpoints are due at steps 2 and 4
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"stopped by {number.name}; the checkpoint of step 3 is in ")
+    assert not (tmp_path / "run" / "heads.json").exists()
+    assert signal.getsignal(number) == (signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    assert main(["train", *arguments]) == 0
+    assert_same_end(finished, tmp_path)
+
+
+def test_a_signal_in_the_teachers_fit_is_heard_too(finished: Finished, tmp_path: Path) -> None:
+    arguments = [*elsewhere(finished, tmp_path), "--resume", "auto"]
+    with signal_in_step(signal.SIGTERM, 3):
+        assert main(["train", *arguments]) == 143
+    assert last_step(next((tmp_path / "teachers").iterdir())) == 3
+    assert main(["train", *arguments]) == 0
+    assert_same_end(finished, tmp_path)
+
+
+def test_a_signal_in_an_evaluation_ends_it_and_the_epoch_is_scored_on_resume(
+    finished: Finished, tmp_path: Path
+) -> None:
+    arguments = [*elsewhere(finished, tmp_path), "--resume", "auto", "--evaluate.batch_size", "4"]
+    with signal_in_evaluation(signal.SIGTERM):
+        assert main(["train", *arguments]) == 143
+    fit = next((tmp_path / "teachers").iterdir())
+    assert [record for record in records(fit) if record["kind"] == "epoch"] == []
+    assert main(["train", *arguments]) == 0
+    kinds = [(record["kind"], record["step"]) for record in records(fit)]
+    assert kinds == [(record["kind"], record["step"]) for record in records(next(finished.teachers.iterdir()))]
+
+
+TWICE = """
+import os, runpy, signal, sys
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still here", flush=True)
+register_optimizer_step_pre_hook(interrupt)
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_second_interrupt_ends_at_once(photos_root: Path, tmp_path: Path) -> None:
+    arguments = tiny(photos_root, tmp_path / "run", distill__kind="none")
+    done = subprocess.run([sys.executable, "-c", TWICE, *arguments], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 130
+    assert "still here" not in done.stdout
+
+
+def test_an_interrupt_before_training_is_one_line(photos_root: Path, tmp_path: Path) -> None:
+    interrupted = "import os, signal, sys; from deit_kd.cli import VERBS, main; VERBS['plot'] = ('', lambda _: os.kill("
+    interrupted += "os.getpid(), signal.SIGINT)); sys.exit(main(['plot']))"
+    done = subprocess.run([sys.executable, "-c", interrupted], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (130, "stopped by SIGINT; what was finished is kept\n")
+
+
+@contextmanager
+def poison(steps: set[int]) -> Iterator[None]:
+    """Let the student's third view of these steps (from 1) be not a number."""
+    step = 0
+
+    def spoil(module: nn.Module, inputs: Any) -> Any:
+        nonlocal step
+        if isinstance(module, TimmStudent) and module.training:
+            step += 1
+            if step in steps:
+                images = inputs[0].clone()
+                images[2] = torch.nan
+                return (images,)
+        return None
+
+    hook = register_module_forward_pre_hook(spoil)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def test_bad_steps_are_left_out_counted_and_named(photos_root: Path, tmp_path: Path) -> None:
+    arguments = tiny(photos_root, tmp_path / "run", distill__kind="soft", train__log_every_steps=3)
+    with poison({2, 3, 5}):
+        assert main(["train", *arguments]) == 0
+    steps = [record for record in records(tmp_path / "run") if record["kind"] == "step"]
+    assert [(record["step"], record["bad_steps"]) for record in steps] == [(3, 2), (6, 1)]
+    assert all(record["loss"] > 0 for record in steps)
+    bad = [record for record in records(tmp_path / "run") if record["kind"] == "bad_step"]
+    assert [record["step"] for record in bad] == [2, 3, 5]
+    for record in bad:
+        assert record["loss"] == record["classification"] == "nan"
+        (view,) = record["views"]
+        assert (view["epoch"], view["position"]) == (0, 8 * (record["step"] - 1) + 2)
+        assert (photos_root / "train" / view["photo"]).is_file()
+
+
+def test_a_run_gives_up_after_too_many_bad_steps_in_a_row(
+    photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = tiny(photos_root, tmp_path / "run", distill__kind="none", train__max_bad_steps=3, train__epochs=2)
+    with poison({2, 3, 5, *range(9, 13)}):
+        assert main(["train", *arguments]) == 2
+    assert "train: the last 3 steps had no finite gradient and were left out" in capsys.readouterr().err
+    assert last_step(tmp_path / "run") == 6
+    assert records(tmp_path / "run")[-1]["step"] == 11
+    assert main(["train", *arguments, "--resume", "auto"]) == 0
