@@ -1,6 +1,9 @@
-"""Compare the heads that `side_by_side.py` saved: a table over seeds, and paired bootstrap intervals over images.
+"""Compare the heads of runs over seeds: a table, and paired bootstrap intervals over images.
 
-python benchmarks/compare_heads.py OUTPUT --base none --variants soft hard --seeds 0 1 2
+    for run in RUNS/*; do deit-kd eval $run; done
+    python benchmarks/compare_heads.py RUNS --base none --variants soft hard --seeds 0 1 2
+
+Each run lies in ``RUNS/<variant>-<seed>``; ``deit-kd eval`` wrote what its heads said about every image.
 """
 
 from __future__ import annotations
@@ -9,19 +12,17 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
 from rich.console import Console
 from rich.table import Table
 
 
-def right(folder: Path, variant: str, seed: int) -> dict[str, np.ndarray]:
-    """Return for each head whether it was right [n]; ``logits`` is the fusion by mean of logits."""
-    with np.load(folder / f"{variant}-{seed}.npz") as saved:
-        columns = {name: saved[name] for name in saved.files}
-    labels = columns.pop("labels")
-    if "fused" in columns:
-        # The softmax of mean logits is the normalised geometric mean, which has the same argmax.
-        columns["logits"] = np.log(columns["cls"]) + np.log(columns["dist"])
-    return {head: probabilities.argmax(1) == labels for head, probabilities in columns.items()}
+def right(run: Path) -> dict[str, np.ndarray]:
+    """Return for each head whether it was right [n], by the images' paths."""
+    answers = parquet.read_table(run / "eval" / "validation" / "predictions.parquet").sort_by("path").to_pydict()
+    heads = [name.removesuffix("_top5") for name in answers if name.endswith("_top5")]
+    labels = np.array(answers["label"])
+    return {head: np.array([row[0] for row in answers[f"{head}_top5"]]) == labels for head in heads}
 
 
 def paired_interval(gains: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
@@ -39,12 +40,12 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["soft", "hard"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
-    base = np.stack([right(options.folder, options.base, seed)["cls"] for seed in options.seeds])
+    base = np.stack([right(options.folder / f"{options.base}-{seed}")["cls"] for seed in options.seeds])
     table = Table(title=f"top-1 %, {base.shape[1]} images, seeds {options.seeds}")
     for column in ("variant", "head", "mean", "by seed", f"over {options.base}'s cls", "95 % interval"):
         table.add_column(column)
     for variant in [options.base, *options.variants]:
-        by_seed = [right(options.folder, variant, seed) for seed in options.seeds]
+        by_seed = [right(options.folder / f"{variant}-{seed}") for seed in options.seeds]
         for head in by_seed[0]:
             correct = np.stack([result[head] for result in by_seed])
             gains = correct.astype(float) - base

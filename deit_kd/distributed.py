@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, Stopped
+
+SECONDS_TO_MEET = 600.0
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,8 @@ def start(device_name: str, timeout: float = 0.0) -> Processes:
 
     Args:
         device_name: see `pick_device`.
-        timeout: seconds after which a process that waits for the others gives up; 0 is torch's own.
+        timeout: seconds that one may make the others wait, which `stopping.Watch` looks after; a minute later
+            a process that still waits gives up. 0 is torch's own.
     """
     device = pick_device(device_name)
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -119,11 +124,51 @@ def start(device_name: str, timeout: float = 0.0) -> Processes:
     else:
         _keep_freed_memory()
     if count > 1 and not dist.is_initialized():
+        patience = datetime.timedelta(seconds=timeout + 60) if timeout else None
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(seconds=timeout) if timeout else None,
+            store=_fresh_store(rank, count),
+            rank=rank,
+            world_size=count,
+            timeout=patience,
         )
     return Processes(rank, count, device)
+
+
+def _fresh_store(rank: int, count: int) -> dist.Store:
+    """Return a store for this attempt of the run.
+
+    torchrun may keep one store over restarts; the addresses that lost processes left there would be called again.
+    Each process therefore says a word that is new, and the main one answers it with the name of the attempt, until
+    every one has taken that name.
+
+    Raises:
+        Stopped: a process does not come.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, count))
+    word, last = uuid.uuid4().hex, time.monotonic() + SECONDS_TO_MEET
+    attempt, missing = (word, set(range(1, count))) if rank == 0 else ("", {rank})
+    if rank:
+        store.set(f"word/{rank}", word)
+    while missing:
+        if time.monotonic() > last:
+            raise Stopped(f"processes did not meet within {SECONDS_TO_MEET} s (process {min(missing)} is missing)", 1)
+        for other in tuple(missing):
+            if rank == 0:
+                if _read(store, f"taken/{other}") == attempt:
+                    missing.remove(other)
+                elif their_word := _read(store, f"word/{other}"):
+                    store.set(f"answer/{other}", their_word + attempt)
+            elif (answer := _read(store, f"answer/{rank}")).startswith(word):
+                attempt = answer.removeprefix(word)
+                store.set(f"taken/{rank}", attempt)
+                missing.clear()
+        time.sleep(0.02)
+    return dist.PrefixStore(attempt, store)
+
+
+def _read(store: dist.Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 def names_lost_process(error: RuntimeError) -> bool:

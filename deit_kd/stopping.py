@@ -107,9 +107,13 @@ class Watch:
         """The signal that any process heard, as far as this one knows."""
         return self._signal
 
+    def beat(self) -> None:
+        """Give a sign of progress."""
+        self._beats += 1
+
     def may_go_on(self, step: int) -> bool:
         """Return whether to begin another step after `step` are done; the same in every process."""
-        self._beats += 1
+        self.beat()
         if self._processes.count == 1:
             return self._signal is None
         with self._lock:
@@ -123,7 +127,7 @@ class Watch:
     def over(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yield `items`, each a sign of progress."""
         for item in items:
-            self._beats += 1
+            self.beat()
             yield item
 
     def until_signal(self, items: Iterable[Item]) -> Iterator[Item]:
@@ -176,11 +180,12 @@ class Watch:
         if all(now - since < self._timeout for _, since in self._seen.values()):
             return
         stalled = min(self._seen, key=lambda rank: self._seen[rank])
-        if mine != stalled or self._processes.count == 1:
-            print(
-                f"error: process {stalled} has made no progress for {self._timeout:g} s; all stop, the last checkpoint "
-                f"is kept; see what it was doing, or raise train.timeout_seconds",
-                file=sys.stderr,
-                flush=True,
-            )
+        print(
+            f"error: process {stalled} has made no progress for {self._timeout:g} s; all stop, the last checkpoint is "
+            f"kept; see what it was doing, or raise train.timeout_seconds",
+            file=sys.stderr,
+            flush=True,
+        )
+        if mine == stalled:
+            time.sleep(4 * SECONDS_BETWEEN_LOOKS)  # the others have something to say, too
         os._exit(1)

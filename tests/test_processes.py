@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +32,69 @@ SHARED = {
 }
 
 
-def torchrun(arguments: list[str], said: Path) -> int:
-    """Run ``torchrun --nproc-per-node 2 train.py``; return its exit code."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+STANDALONE = ("--standalone", "--nproc-per-node", "2")
+KEEP_ALIVE = "keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=120,is_host="
+
+
+def launched(
+    arguments: list[str], said: Path, launcher: tuple[str, ...] = STANDALONE, fault: str | None = None
+) -> subprocess.Popen[bytes]:
+    """Start ``torchrun train.py``, with a fault in one process where `fault` says so (see faulty.py)."""
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher]
     paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    with open(said, "w") as output:
-        return subprocess.run(
-            [*launcher, *arguments],
+    with open(said, "a") as output:
+        return subprocess.Popen(
+            [*command, "train.py" if fault is None else "tests/faulty.py", *arguments],
             cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": paths},
+            env={**os.environ, "PYTHONPATH": paths, "FAULT": fault or ""},
             stdout=output,
             stderr=subprocess.STDOUT,
-            timeout=250,
-        ).returncode
+            start_new_session=True,
+        )
+
+
+def torchrun(arguments: list[str], said: Path, launcher: tuple[str, ...] = STANDALONE, fault: str | None = None) -> int:
+    """Run ``torchrun train.py`` on two processes; return its exit code."""
+    process = launched(arguments, said, launcher, fault)
+    try:
+        return process.wait(250)
+    finally:
+        kill_family(process.pid)
+
+
+def kill_family(pid: int) -> None:
+    """Kill a process and all that it started, as the loss of a machine does."""
+    children = [
+        int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()
+    ]
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    for child in children:
+        kill_family(child)
+
+
+def shared(finished: Finished, photos_root: Path, output: Path, **options: Any) -> list[str]:
+    teacher = {"teacher__random_weights": None, "teacher__checkpoint": str(next(finished.teachers.iterdir()))}
+    return tiny(photos_root, output, **{**SHARED, **teacher, **options})
 
 
 @pytest.fixture(scope="module")
 def one_and_two(finished: Finished, photos_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     home = tmp_path_factory.mktemp("processes")
-    teacher = {"teacher__random_weights": None, "teacher__checkpoint": str(next(finished.teachers.iterdir()))}
-    assert main(["train", *tiny(photos_root, home / "one", **SHARED, **teacher)]) == 0
-    code = torchrun(tiny(photos_root, home / "two", **SHARED, **teacher), home / "said.txt")
+    assert main(["train", *shared(finished, photos_root, home / "one")]) == 0
+    code = torchrun(shared(finished, photos_root, home / "two"), home / "said.txt")
     assert code == 0, (home / "said.txt").read_text()
     return home / "one", home / "two"
+
+
+def assert_same_losses(one: Path, two: Path) -> None:
+    steps_of_one, steps_of_two = (
+        [record for record in records(folder) if record["kind"] == "step"] for folder in (one, two)
+    )
+    assert len(steps_of_one) == len(steps_of_two) == 6
+    for here, there in zip(steps_of_one, steps_of_two, strict=True):
+        for term in ("loss", "classification", "distillation", "lr"):
+            assert here[term] == pytest.approx(there[term], rel=1e-5)
 
 
 def heads(folder: Path) -> Any:
@@ -57,11 +102,7 @@ def heads(folder: Path) -> Any:
 
 
 def test_two_processes_give_the_losses_of_one(one_and_two: tuple[Path, Path]) -> None:
-    one, two = ([record for record in records(folder) if record["kind"] == "step"] for folder in one_and_two)
-    assert len(one) == len(two) == 6
-    for here, there in zip(one, two, strict=True):
-        for term in ("loss", "classification", "distillation", "lr"):
-            assert here[term] == pytest.approx(there[term], rel=1e-5)
+    assert_same_losses(*one_and_two)
 
 
 def test_two_processes_count_what_one_counts(one_and_two: tuple[Path, Path]) -> None:
@@ -83,3 +124,88 @@ def test_two_processes_fit_a_teacher_and_go_on_where_they_were_cut(photos_root: 
     max((tmp_path / "run" / "checkpoints").glob("step-*")).unlink()
     assert torchrun(arguments, tmp_path / "said.txt") == 0, (tmp_path / "said.txt").read_text()
     assert (heads(tmp_path / "run"), records(tmp_path / "run")) == (before, written)
+
+
+def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(
+    one_and_two: tuple[Path, Path], finished: Finished, photos_root: Path, tmp_path: Path
+) -> None:
+    arguments = [*shared(finished, photos_root, tmp_path / "run"), "--resume", "auto"]
+    assert torchrun(arguments, tmp_path / "said.txt", fault="term:1:2") != 0
+    said = (tmp_path / "said.txt").read_text()
+    assert said.count("stopped by SIGTERM; the checkpoint of step ") == 1, said
+    assert not (tmp_path / "run" / "heads.json").exists()
+    assert main(["train", *arguments]) == 0
+    assert_same_losses(one_and_two[0], tmp_path / "run")
+
+
+def test_a_killed_process_is_started_again_and_the_run_goes_on(
+    one_and_two: tuple[Path, Path], finished: Finished, photos_root: Path, tmp_path: Path
+) -> None:
+    options = {"train__checkpoint_every_steps": 2, "resume": "auto"}
+    arguments = shared(finished, photos_root, tmp_path / "run", **options)
+    launcher = (*STANDALONE, "--max-restarts", "1")
+    assert torchrun(arguments, tmp_path / "said.txt", launcher, fault="kill:1:4") == 0
+    assert "continued from step 2" in (tmp_path / "said.txt").read_text()
+    assert_same_losses(one_and_two[0], tmp_path / "run")
+
+
+def test_a_process_that_stalls_stops_the_others(finished: Finished, photos_root: Path, tmp_path: Path) -> None:
+    arguments = shared(finished, photos_root, tmp_path / "run", train__timeout_seconds=8)
+    assert torchrun(arguments, tmp_path / "said.txt", fault="stall:1:3") != 0
+    said = (tmp_path / "said.txt").read_text()
+    assert "error: process 1 has made no progress for 8 s; all stop, the last checkpoint is kept" in said, said
+
+
+def test_a_bad_gradient_of_one_process_is_left_out_on_both(
+    finished: Finished, photos_root: Path, tmp_path: Path
+) -> None:
+    arguments = shared(finished, photos_root, tmp_path / "run")
+    assert torchrun(arguments, tmp_path / "said.txt", fault="nan:1:4") == 0, (tmp_path / "said.txt").read_text()
+    written = records(tmp_path / "run")
+    assert [record["bad_steps"] for record in written if record["kind"] == "step"] == [0, 1, 0, 0, 0, 0]
+    (bad,) = [record for record in written if record["kind"] == "bad_step" and len(record["views"]) == 1]
+    assert (bad["step"], bad["process"], bad["loss"]) == (2, 1, "nan")
+
+
+def test_a_machine_that_is_lost_comes_back_and_the_run_ends_as_if_it_had_not_been(
+    one_and_two: tuple[Path, Path], finished: Finished, photos_root: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    arguments = shared(finished, photos_root, tmp_path / "run", train__checkpoint_every_steps=2, resume="auto")
+    launcher = ("--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-id", "run")
+    launcher += (
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{port}",
+        "--local-addr",
+        "localhost",
+        "--rdzv-conf",
+    )
+    on_host, on_other = (*launcher, KEEP_ALIVE + "true"), (*launcher, KEEP_ALIVE + "false")
+    said = [tmp_path / "host.txt", tmp_path / "other.txt"]
+    # Process 1 waits in its third step until its machine is lost, on whichever machine it is.
+    host = launched(arguments, said[0], on_host, "wait:1:3")
+    other = launched(arguments, said[1], on_other, "wait:1:3")
+    try:
+        wait_for(lambda: any("waiting in step 3" in file.read_text() for file in said))
+        kill_family(other.pid)
+        other.wait()
+        other = launched(arguments, said[1], on_other)
+        assert host.wait(200) == 0, said[0].read_text()
+    finally:
+        for machine in (host, other):
+            kill_family(machine.pid)
+            machine.wait()
+    assert "continued from step 2" in said[0].read_text() + said[1].read_text()
+    assert_same_losses(one_and_two[0], tmp_path / "run")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Return when `condition` holds."""
+    last = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < last
+        time.sleep(0.2)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from deit_kd.cli import main
 from deit_kd.students import TimmStudent
-from tests.conftest import Finished, records, tiny
+from tests.conftest import REPOSITORY, Finished, records, tiny
 from tests.test_resume import FIT_STEPS, assert_same_end, elsewhere, newest_two
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
@@ -177,3 +178,31 @@ def test_a_run_gives_up_after_too_many_bad_steps_in_a_row(
     assert last_step(tmp_path / "run") == 6
     assert records(tmp_path / "run")[-1]["step"] == 11
     assert main(["train", *arguments, "--resume", "auto"]) == 0
+
+
+SRUN = """#!/bin/bash
+echo "$@" > srun.txt
+trap 'echo heard > heard.txt; exit 1' USR1
+for _ in $(seq 200); do sleep 0.05; done
+"""
+SCONTROL = """#!/bin/bash
+[ "$1" = show ] && echo node-1 || echo "$@" > requeued.txt
+"""
+
+
+def test_the_slurm_example_hands_the_signal_on_and_puts_the_job_back(tmp_path: Path) -> None:
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_JOB_NAME": "kd"}
+    environment = {**os.environ, **slurm, "DATA": "photos", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = subprocess.Popen(["bash", REPOSITORY / "docs" / "slurm.sbatch"], cwd=tmp_path, env=environment)
+    while not (tmp_path / "srun.txt").exists():
+        time.sleep(0.05)
+    time.sleep(0.3)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(20) == 1
+    assert (tmp_path / "heard.txt").read_text() == "heard\n"
+    assert (tmp_path / "requeued.txt").read_text() == "requeue 7\n"
+    arguments = (tmp_path / "srun.txt").read_text().split()
+    assert arguments[arguments.index("--rdzv-endpoint") + 1] == "node-1:29500"

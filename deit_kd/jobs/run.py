@@ -252,6 +252,7 @@ class Course:
     def _after_step(self, step: int, result: StepResult) -> None:
         train, progress = self.run.config.train, self.progress
         progress.add(result)
+        self.watch.beat()
         at_epoch_end = step % self.run.loader.steps_per_epoch == 0
         is_due = train.checkpoint_every_steps is not None and step % train.checkpoint_every_steps == 0
         if step % train.log_every_steps == 0 or at_epoch_end:
