@@ -166,6 +166,8 @@ def test_bad_steps_are_left_out_counted_and_named(photos_root: Path, tmp_path: P
         (view,) = record["views"]
         assert (view["epoch"], view["position"]) == (0, 8 * (record["step"] - 1) + 2)
         assert (photos_root / "train" / view["photo"]).is_file()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "3 steps left out for a gradient that was not finite" in (tmp_path / "run/report/report.html").read_text()
 
 
 def test_a_run_gives_up_after_too_many_bad_steps_in_a_row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ Records = list[dict[str, Any]]
 COLUMNS = {
     "step": ("step", "classification", "distillation", "lr", "images_per_second"),
     "epoch": ("step", "epoch", "model", "teacher"),
+    "bad_step": ("step",),
 }
 HEADS = {"cls": ":", "dist": "--", "fused": "-"}
 
@@ -67,7 +69,8 @@ def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
             if term == "classification" or distils:
                 line = colour if several else colour_of(head)
                 dash = HEADS["dist"] if several and head == "dist" else "-"
-                loss.append(Series(f"{prefix}{term}", at, [record[term] for record in steps], line, dash))
+                values = [math.nan if record[term] is None else record[term] for record in steps]
+                loss.append(Series(f"{prefix}{term}", at, values, line, dash))
         rate.append(Series(run, at, [record["lr"] for record in steps], colour))
         speed.append(Series(run, at, [record["images_per_second"] for record in steps], colour))
         for head, dash in HEADS.items():
@@ -86,6 +89,13 @@ def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
         "learning_rate": Chart("Learning rate", "step", "", rate),
         "images_per_second": Chart("Speed", "step", "images/s", speed),
     }
+
+
+def troubles_of(records: Records) -> str:
+    """Return in words how many steps were left out, and how often the teacher's answer was not finite."""
+    steps = [record for record in records if record["kind"] == "step"]
+    left_out, wrong = (sum(record.get(key, 0) for record in steps) for key in ("bad_steps", "teacher_not_finite"))
+    return f"{left_out} steps left out for a gradient that was not finite; {wrong} answers of the teacher were not"
 
 
 def scores_of(epoch: Mapping[str, Any]) -> Any:

@@ -27,7 +27,7 @@ from deit_kd.figures import (
 )
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import InputError
-from deit_kd.jobs.curves import charts_of, read_records, rows_of
+from deit_kd.jobs.curves import charts_of, read_records, rows_of, troubles_of
 from deit_kd.jobs.diagnose import Diagnosis, Portrait, diagnose, write_diagnosis
 from deit_kd.jobs.evaluate import write_evaluation
 from deit_kd.jobs.examine import Examination, examine, judge_heads
@@ -102,7 +102,10 @@ def write_report(folders: list[Path], folder: Path | None, processes: Processes)
     examinations = {name: _examine(source, processes) for name, source in sources.items()}
     page = folder / REPORT_FILE
     if processes.is_main:
-        seen = [_see(name, folder if len(names) == 1 else folder / name, examinations) for name in names]
+        seen = [
+            _see(name, folder if len(names) == 1 else folder / name, examinations, troubles_of(records[name]))
+            for name in names
+        ]
         charts = charts_of(records)
         figures = Figures(folder)
         curves = [figures.add(name, line_charts([chart]), rows_of(chart)) for name, chart in charts.items()]
@@ -144,7 +147,7 @@ def _examine(source: Source, processes: Processes) -> Examination:
     return examine(source, config, "validation", processes)
 
 
-def _see(name: str, folder: Path, examinations: Mapping[str, Examination]) -> Seen:
+def _see(name: str, folder: Path, examinations: Mapping[str, Examination], troubles: str) -> Seen:
     """Judge and look into one run, and write what was found; the others that saw the same photos stand beside it."""
     own = examinations[name]
     digest = own.photos.digest()
@@ -156,7 +159,8 @@ def _see(name: str, folder: Path, examinations: Mapping[str, Examination]) -> Se
     heads, diagnosis = judge_heads(own, others), diagnose(own, [])
     write_evaluation(folder, own, heads)
     write_diagnosis(folder, diagnosis)
-    return Seen(name, _facts(own.config, own.source.facts, heads), heads, diagnosis)
+    facts = {**_facts(own.config, own.source.facts, heads), "soundness": troubles}
+    return Seen(name, facts, heads, diagnosis)
 
 
 def _facts(config: Config, facts: Mapping[str, Any], heads: Mapping[str, Any]) -> dict[str, Any]:
