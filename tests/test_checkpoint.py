@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deit_kd.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from deit_kd.checkpoint import BEST, CheckpointWriter, load_checkpoint, newest_checkpoint, save_checkpoint
+from deit_kd.interfaces import InputError
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
 tensors = st.builds(
@@ -116,3 +117,31 @@ def test_only_the_newest_stay(tmp_path: Path, keep: int) -> None:
         save_checkpoint(tmp_path, step, {"step": step}, keep)
     steps = sorted(int(path.stem.removeprefix("step-")) for path in tmp_path.iterdir())
     assert steps == list(range(8 - keep, 8))
+
+
+def test_the_best_stays_when_newer_ones_push_it_out(tmp_path: Path) -> None:
+    for step, is_best in enumerate((False, True, False, False, True, False, False)):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=1, is_best=is_best)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [BEST, "step-000000006.safetensors"]
+    assert load_checkpoint(tmp_path / BEST)["step"] == 4
+
+
+def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path: Path) -> None:
+    writer, weights = CheckpointWriter(tmp_path, keep=3), torch.zeros(1000, 1000)
+    for step in range(3):
+        writer.save(step, {"weights": weights, "also": [weights[0]]})
+        weights += 1
+    writer.close()
+    for step, path in enumerate(sorted(tmp_path.iterdir())):
+        found = load_checkpoint(path)
+        assert (found["weights"] == step).all()
+        assert (found["also"][0] == step).all()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file stands where the folder should be")
+    writer = CheckpointWriter(tmp_path / "checkpoints", keep=1)
+    writer.save(1, {"step": 1})
+    with pytest.raises(InputError, match=r"a checkpoint cannot be written .* continue with --resume auto"):
+        writer.wait()
+    writer.close()

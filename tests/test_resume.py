@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deit_kd.checkpoint import BEST, load_checkpoint
 from deit_kd.cli import main
 from tests.conftest import REPOSITORY, Finished, as_arguments, records, tiny
 
@@ -160,3 +161,13 @@ def test_starting_from_weights_is_not_resuming(finished: Finished, photos_root: 
     steps = [record["step"] for record in records(tmp_path / "run") if record["kind"] == "step"]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert torch.isfinite(torch.tensor(records(tmp_path / "run")[0]["loss"]))
+
+
+def test_the_best_epoch_can_be_scored_and_started_from(finished: Finished, tmp_path: Path) -> None:
+    best = finished.folder / "checkpoints" / BEST
+    epochs = [record for record in records(finished.folder) if record["kind"] == "epoch"]
+    tops = [record["ema"]["heads"]["fused"]["top1"] for record in epochs]
+    assert load_checkpoint(best)["progress"]["step"] == epochs[tops.index(max(tops))]["step"]
+    assert main(["eval", str(best), "--to", str(tmp_path / "eval")]) == 0
+    scored = json.loads((tmp_path / "eval/heads.json").read_text())
+    assert scored["heads"]["fused"]["top1"] == pytest.approx(max(tops))

@@ -79,6 +79,8 @@ def evaluate_source(
 def default_folder(source: Source, split: str) -> Path:
     """Return where the files of an evaluation go."""
     split = "root" if split == "." else split.replace("/", "-")
+    if source.checkpoint is not None:
+        split += f"-{source.checkpoint.stem}"
     return EVALUATIONS / f"{source.name}-{split}" if source.run is None else source.run / "eval" / split
 
 

@@ -17,7 +17,7 @@ from deit_kd.interfaces import InputError
 from deit_kd.jobs import parts
 from deit_kd.models import RESERVED_ARGUMENTS, STUDENT_FOLDER, Weights, check_known, load_weights
 from deit_kd.students import TimmStudent
-from deit_kd.tracking import CONFIG_FILE, FACTS_FILE, HEADS_FILE
+from deit_kd.tracking import CHECKPOINTS, CONFIG_FILE, FACTS_FILE, HEADS_FILE
 
 LOCAL_DIR = "local-dir:"
 WORDNET_ID = re.compile(r"n\d{8}")  # how timm calls the classes of its ImageNet models
@@ -31,6 +31,7 @@ class Source(NamedTuple):
     classes: tuple[str, ...] | None  # None where only their count is known
     class_count: int | None  # None where only the weights know it
     run: Path | None  # None for anything but a run
+    checkpoint: Path | None = None  # of the run, to be read instead of the student that it ended with
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -39,7 +40,7 @@ class Source(NamedTuple):
 
 
 def open_source(text: str) -> Source:
-    """Find out what `text` names: a run, an exported folder, a file of weights, or a timm model.
+    """Find out what `text` names: a run or one of its checkpoints, an exported folder, a file, or a timm model.
 
     Raises:
         InputError: it is none of these, or a run that is not finished.
@@ -51,6 +52,9 @@ def open_source(text: str) -> Source:
         return _from_local_dir(path)
     if path.is_dir():
         raise InputError(f"{text}: is no run (it has no {CONFIG_FILE}) and no exported folder (no config.json)")
+    if path.is_file() and path.parent.name == CHECKPOINTS and (path.parent.parent / CONFIG_FILE).is_file():
+        run = _from_run(path.parent.parent)
+        return run._replace(name=f"{run.name}-{path.stem}", checkpoint=path)
     if path.is_file():
         return _from_file(path)
     if text.startswith(LOCAL_DIR) or "/" in text or path.suffix in (".pth", ".safetensors"):
@@ -184,7 +188,8 @@ def load_student(source: Source, config: Config, classes: tuple[str, ...], proce
     Raises:
         InputError: its weights cannot be had, or are another model's.
     """
-    checkpoint = config.student.checkpoint if source.run is None else str(source.run / STUDENT_FOLDER)
+    own = None if source.run is None else str(source.checkpoint or source.run / STUDENT_FOLDER)
+    checkpoint = own or config.student.checkpoint
     student = parts.build_student(config, classes, checkpoint=checkpoint)
     account = student.account
     if account is None or account.initialised or account.derived:
