@@ -235,3 +235,11 @@ def main(arguments: Arguments | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from deit_kd.data import lost_worker
+
+        lost = lost_worker(error)
+        if lost is None:
+            raise
+        print(f"error: {lost}", file=sys.stderr)
+        return 2

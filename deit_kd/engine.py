@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deit_kd.distributed import Processes
-from deit_kd.interfaces import Batch, Student, StudentOutput, Teacher, head_probabilities
+from deit_kd.interfaces import Batch, InputError, Student, StudentOutput, Teacher, head_probabilities
 from deit_kd.losses import Objective, Terms
 from deit_kd.metrics import Agreement, Score
 from deit_kd.randomness import seed_step
@@ -70,6 +70,7 @@ class Trainer:
         accumulation_steps: micro-batches a step.
         clip_grad_norm: largest gradient norm, over all parameters; None does not clip.
         seed: of the run.
+        skip: whether batches may lack views; the mean is then over the views that all processes have.
     """
 
     distiller: Distiller
@@ -82,18 +83,25 @@ class Trainer:
     accumulation_steps: int
     clip_grad_norm: float | None
     seed: int
+    skip: bool = False
 
     def step(self, batches: Iterator[Batch], step: int) -> Tensor:
         """Do optimiser step `step` (from 0); return loss, classification and distillation [3], on the device."""
         self.schedule.step_update(step)
         terms = torch.zeros(3, device=self.processes.device)
+        views = places = 0
         for micro_step in range(self.accumulation_steps):
             batch = next(batches).to(self.processes.device)
             seed_step(self.seed, step, micro_step, self.processes.rank)
             with self._sync_only_at(micro_step == self.accumulation_steps - 1):
                 micro_terms = self.distiller(batch)
-                self.scaler.scale(micro_terms.loss / self.accumulation_steps).backward()
-            terms += torch.stack(micro_terms).detach() / self.accumulation_steps
+                # The mean over the views there are becomes their share of the mean over all places.
+                divisor = self.accumulation_steps * batch.places / max(1, len(batch.labels))
+                self.scaler.scale(micro_terms.loss / divisor).backward()
+            terms += torch.stack(micro_terms).detach() / divisor
+            views, places = views + len(batch.labels), places + batch.places
+        if self.skip:
+            terms *= self._make_up(views, places)
         if self.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
@@ -103,6 +111,17 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model, step=step + 1)
         return terms
+
+    def _make_up(self, views: int, places: int) -> Tensor:
+        """Turn gradients of a mean over all places into those over the views there are; return the factor."""
+        if self.processes.count == 1 and views == places:
+            return torch.ones((), device=self.processes.device)
+        # Counts of all processes stay on the device: nobody waits to read them.
+        known = self.processes.sum(torch.tensor([views], device=self.processes.device, dtype=torch.float32))[0]
+        factor = places * self.processes.count / known.clamp_min(1)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+        return factor
 
     def _sync_only_at(self, last: bool) -> AbstractContextManager[Any]:
         student = self.distiller.student
@@ -155,25 +174,29 @@ def evaluate(
         models: students by name, e.g. the model and its average; every one sees each batch once.
         batches: this process's share.
         classes: C.
-        total: images of the whole split.
+        total: images of the whole split, of which those that are missing in `batches` do not count.
         processes: of the run.
         precision: of autocast.
         fusion: ``softmax`` or ``logits``, see `head_probabilities`.
-        teacher_predictions: [share], the teacher's classes in the order of `batches`.
+        teacher_predictions: [share], the teacher's classes in the order of `batches`; -1 where it has none.
 
     Returns:
-        By model: ``{"heads": {"cls": {"top1", "top5", "nll"}, "dist": …, "fused": …}, "agreement": …}``, with
-        None for heads that are not there.
+        By model: ``{"n": …, "heads": {"cls": {"top1", "top5", "nll"}, "dist": …, "fused": …}, "agreement": …}``, with
+        None for heads that are not there; n images were seen.
+
+    Raises:
+        InputError: no image can be read.
     """
     scores: dict[str, dict[str, Score]] = {name: {} for name in models}
     agreements = {name: Agreement() for name in models}
     was_training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
-    seen = 0
+    seen = lacking = 0
     for batch in batches:
         batch = batch.to(processes.device)
-        size = len(batch.labels)
+        places = slice(seen, seen + batch.places)
+        seen, lacking = seen + batch.places, lacking + len(batch.missing)
         for name, model in models.items():
             with autocast(processes.device, precision):
                 output = model(batch.images)
@@ -182,13 +205,15 @@ def evaluate(
                 for head, probabilities in head_probabilities(output, fusion).items()
             }
             if teacher_predictions is not None:
-                predictions["teacher"] = teacher_predictions[seen : seen + size]
+                taught = teacher_predictions[places]
+                predictions["teacher"] = taught[batch.rows()] if batch.missing else taught
             agreements[name].add(predictions)
-        seen += size
     for name, model in models.items():
         model.train(was_training[name])
+    total = _readable(total, lacking, processes)
     return {
         name: {
+            "n": total,
             "heads": {
                 head: scores[name][head].result(total, processes) if head in scores[name] else None
                 for head in ("cls", "dist", "fused")
@@ -197,6 +222,14 @@ def evaluate(
         }
         for name in models
     }
+
+
+def _readable(total: int, lacking: int, processes: Processes) -> int:
+    """Return how many of `total` images are there, of which this process lacks some."""
+    total -= int(processes.sum(torch.tensor(lacking, device=processes.device)))
+    if not total:
+        raise InputError("data.root: not one image can be read; see deit-kd data check")
+    return total
 
 
 class Answers(NamedTuple):
@@ -213,7 +246,7 @@ class Answers(NamedTuple):
 def collect(
     student: nn.Module,
     teacher: Teacher | None,
-    batches: Iterable[tuple[Tensor, Batch]],
+    batches: Iterable[Batch],
     *,
     classes: int,
     processes: Processes,
@@ -224,7 +257,7 @@ def collect(
     Args:
         student: answers images with a `StudentOutput`.
         teacher: answers a `Batch`, or None.
-        batches: this process's share: indices [B] in the split, and the images.
+        batches: this process's share of the split: of P processes, r has the images r, r + P, r + 2P, …
         classes: C.
         processes: of the run.
         precision: of autocast.
@@ -234,7 +267,12 @@ def collect(
     """
     student.eval()
     rows: list[tuple[Tensor, ...]] = []
-    for indices, batch in batches:
+    seen = 0
+    for batch in batches:
+        indices = processes.rank + processes.count * (seen + batch.rows())
+        seen += batch.places
+        if not len(indices):
+            continue
         batch = batch.to(processes.device)
         with autocast(processes.device, precision):
             output = student(batch.images)
@@ -264,15 +302,20 @@ def score_teacher(
     """Score a teacher over a split, as `evaluate` does.
 
     Returns:
-        ``{"top1", "top5", "nll"}`` over all processes, and the predictions [share] of this process.
+        ``{"top1", "top5", "nll"}`` over all processes, and the predictions [share] of this process; -1 for images
+        that are missing.
     """
     score = Score(classes)
-    predictions = []
+    predictions = [torch.empty(0, dtype=torch.long, device=processes.device)]
+    lacking = 0
     for batch in batches:
         batch = batch.to(processes.device)
-        predictions.append(score.add(teacher(batch).logits.float().softmax(-1), batch.labels))
-    joined = torch.cat(predictions) if predictions else torch.empty(0, dtype=torch.long, device=processes.device)
-    return score.result(total, processes), joined
+        predicted = score.add(teacher(batch).logits.float().softmax(-1), batch.labels)
+        if batch.missing:
+            predicted = predicted.new_full((batch.places,), -1).index_copy(0, batch.rows().to(predicted), predicted)
+        predictions.append(predicted)
+        lacking += len(batch.missing)
+    return score.result(_readable(total, lacking, processes), processes), torch.cat(predictions)
 
 
 def train(

@@ -69,6 +69,10 @@ class Photos:
                 ) from error
             raise
 
+    def where(self, index: int) -> str:
+        """Return what a person finds one image by: the path of its file, if it has one."""
+        return self.names[index] if self.root is None else str(self.root / self.names[index])
+
     def in_memory(self, skip: bool = False) -> Photos:
         """Return the same photos, every file read and decoded once; H x W x 3 bytes each, which workers share.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,10 @@ from deit_kd.teachers import NetworkTeacher, check_score
 from deit_kd.tracking import (
     CHECKPOINTS,
     CONFIG_FILE,
+    DATA_ERRORS_FILE,
     FACTS_FILE,
     HEADS_FILE,
+    DataErrors,
     Journal,
     check_tracking,
     newest_folder,
@@ -46,7 +48,7 @@ from deit_kd.tracking import (
 RUNS = Path("runs")
 
 # What a run leaves that was killed before its first step.
-LEFTOVERS = {FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
+LEFTOVERS = {DATA_ERRORS_FILE, FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
 
 # Keys that a run may be resumed with another value of: they do not change a result.
 FREE_ON_RESUME = {
@@ -56,6 +58,8 @@ FREE_ON_RESUME = {
     "data.root",  # the photos themselves are compared
     "data.workers",
     "data.in_memory",
+    "data.on_error",  # an unbroken run has met no photo that they are about
+    "data.max_errors",
     "data.download",
     "teacher.checkpoint",  # the weights themselves are compared
     "teacher.class_map",  # the columns are compared
@@ -91,6 +95,7 @@ class Run:
     data_facts: dict[str, str]  # a hash of each split
     schedule: Scheduler
     checkpoint: Any  # named parts, or None
+    errors: DataErrors  # photos that cannot be read
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -110,7 +115,7 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
     choose_attention(config.train.attention, processes.device)
     splits = splits or parts.build_splits(config)
     if config.data.in_memory:  # here, so that a teacher's fit shares what was decoded
-        splits = splits._replace(train=splits.train.in_memory())
+        splits = splits._replace(train=splits.train.in_memory(parts.skips(config)))
     loader = parts.build_training_loader(config, splits.train, processes)
     student = parts.build_student(config, splits.train.classes).to(processes.device)
     optimizer = build_optimizer(
@@ -149,6 +154,9 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
         data_facts=data_facts,
         schedule=schedule,
         checkpoint=checkpoint,
+        errors=parts.build_data_errors(
+            config, splits, folder, processes, first_step=0 if checkpoint is None else checkpoint["step"]
+        ),
     )
 
 
@@ -188,12 +196,13 @@ def execute(
 
     def score() -> dict[str, Any]:
         trainer.align_buffers()
+        epoch = run.errors.step // run.loader.steps_per_epoch - 1
         models: dict[str, nn.Module] = {"model": run.student}
         if trainer.ema is not None:
             models["ema"] = trainer.ema.module
-        return evaluate(
+        scores = evaluate(
             models,
-            run.validation,
+            run.errors.watch("validation", run.validation, epoch),
             classes=len(run.classes),
             total=len(run.splits.validation),
             processes=processes,
@@ -201,6 +210,8 @@ def execute(
             fusion=config.evaluate.fusion,
             teacher_predictions=teacher_predictions,
         )
+        run.errors.tell()
+        return scores
 
     def after_step(step: int, terms: Tensor) -> None:
         window.add(terms)
@@ -209,6 +220,9 @@ def execute(
             record = window.read(processes, config.train.batch_size)
             record["lr"] = max(group["lr"] for group in trainer.optimizer.param_groups)
             record["epoch"] = (step - 1) // run.loader.steps_per_epoch
+            if parts.skips(config):
+                run.errors.tell()
+                record["missing"] = run.errors.views("train")  # so far
             if not math.isfinite(record["loss"]):
                 raise InputError(
                     f"train: the loss is {record['loss']} at step {step}; lower optim.lr or set train.precision off"
@@ -225,6 +239,7 @@ def execute(
                 say(_epoch_note(epoch, config.train.epochs, latest, teacher_score))
             window.restart_clock()
         if at_epoch_end or step % config.train.checkpoint_every_steps == 0:
+            run.errors.tell()
             state = {"step": step, "trainer": trainer.state(), "window": window.state(processes)}
             if processes.is_main:
                 save_checkpoint(folder / CHECKPOINTS, step, state, config.train.keep_checkpoints)
@@ -232,7 +247,7 @@ def execute(
     try:
         train(
             trainer,
-            run.loader.batches(first_step),
+            _noting(run, run.loader.batches(first_step)),
             first_step=first_step,
             total_steps=run.loader.total_steps,
             after_step=after_step,
@@ -240,7 +255,9 @@ def execute(
     finally:
         journal.close()
     weights = "model" if trainer.ema is None else "ema"
-    heads = head_scores(len(run.splits.validation), weights, (latest or score())[weights], teacher_score)
+    result = (latest or score())[weights]
+    unreadable = run.errors.unreadable("validation", run.loader.total_steps)
+    heads = head_scores(weights, result, teacher_score, unreadable)
     if processes.is_main:
         _save_student(run, trainer)
         write_json(folder / HEADS_FILE, heads)
@@ -248,6 +265,15 @@ def execute(
         say(f"run: {folder}   student: {folder / STUDENT_FOLDER}   heads: {folder / HEADS_FILE}")
     processes.wait()
     return heads
+
+
+def _noting(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the training batches, and note what each lacks under the step that it belongs to."""
+    first = run.errors.step
+    for index, batch in enumerate(batches):
+        run.errors.step = first + index // run.config.train.accumulation_steps + 1
+        run.errors.note("train", batch)
+        yield batch
 
 
 class Window:
@@ -358,11 +384,12 @@ def _meet_teacher(
     else:
         facts["score"], predictions = score_teacher(
             teacher,
-            run.validation,
+            run.errors.watch("validation", run.validation),
             classes=len(run.classes),
             total=len(run.splits.validation),
             processes=run.processes,
         )
+        run.errors.tell()
     if not facts["random_weights"]:
         score, least = facts["score"], run.config.teacher.min_top1
         check_score(facts["name"], score["top1"], score["nll"], run.splits.validation.labels, least)
@@ -393,6 +420,7 @@ def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
         accumulation_steps=config.train.accumulation_steps,
         clip_grad_norm=config.optim.clip_grad_norm,
         seed=config.seed,
+        skip=parts.skips(config),
     )
 
 
@@ -439,10 +467,11 @@ def _epoch_note(epoch: int, epochs: int, results: dict[str, Any], teacher_score:
     return "   ".join(pieces)
 
 
-def head_scores(n: int, weights: str, result: dict[str, Any], teacher_score: Any) -> dict[str, Any]:
-    """Return what ``heads.json`` holds, from one result of `evaluate`."""
+def head_scores(weights: str, result: dict[str, Any], teacher_score: Any, unreadable: dict[str, str]) -> dict[str, Any]:
+    """Return what ``heads.json`` holds, from one result of `evaluate`; the `unreadable` images are not among the n."""
     return {
-        "n": n,
+        "n": result["n"],
+        "unreadable": unreadable,
         "weights": weights,
         "heads": result["heads"],
         "teacher": teacher_score,

@@ -30,6 +30,10 @@ class Terms(NamedTuple):
     distillation: Tensor
 
 
+def _mean(losses: Tensor) -> Tensor:
+    return losses.mean() if len(losses) else losses.sum()  # a batch of which nothing can be read says nothing
+
+
 class Objective:
     """``(1 - alpha) * classification(cls, targets) + alpha * distillation(dist, teacher)``.
 
@@ -67,7 +71,7 @@ class Objective:
         return self._distillation is not None
 
     def __call__(self, student: StudentOutput, teacher: TeacherOutput | None, targets: Tensor) -> Terms:
-        """Return the mean loss and terms of one batch.
+        """Return the mean loss and terms of one batch; zeros where it is empty.
 
         Args:
             student: logits of any float type, [B, C] each.
@@ -78,14 +82,14 @@ class Objective:
             InputError: the student has no distillation head, or there is no teacher, and the kind needs one.
         """
         with torch.autocast(student.cls_logits.device.type, enabled=False):
-            classification = soft_target_cross_entropy(student.cls_logits.float(), targets.float()).mean()
+            classification = _mean(soft_target_cross_entropy(student.cls_logits.float(), targets.float()))
             if self._distillation is None:
                 return Terms(classification, classification, torch.zeros_like(classification))
             if student.dist_logits is None:
                 raise InputError(f"distill.kind {self.kind!r} needs a student with a distillation token")
             if teacher is None:
                 raise InputError(f"distill.kind {self.kind!r} needs a teacher")
-            distillation = self._distillation(student.dist_logits.float(), teacher.logits.float()).mean()
+            distillation = _mean(self._distillation(student.dist_logits.float(), teacher.logits.float()))
             if self.scale == "numel":
                 distillation = distillation / targets.shape[-1]
             loss = (1 - self.alpha) * classification + self.alpha * distillation
