@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deit_kd.interfaces import InputError
 
@@ -65,6 +65,8 @@ def load_image(path: Path, before: Stamp | None = None) -> Image.Image:
         if isinstance(error, FileNotFoundError) and before is not None and before.size >= 0:
             raise InputError(f"{path}: was removed while it was in use; put it back") from error
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # which names no file but the opened one
+            reason = "no known format" if found.st_size else "no bytes"
         raise UnreadableImage(f"{path}: cannot be read as an image ({reason}); repair or remove the file") from error
 
 
