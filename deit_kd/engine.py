@@ -50,9 +50,18 @@ class Distiller:
     def __call__(self, batch: Batch) -> Terms:
         """Return the mean loss and terms of `batch`; call ``.loss.backward()`` on the result."""
         with autocast(batch.images.device, self.precision):
-            student_output = self.student(batch.images)
+            student_output = _ask(self.student, batch.images)
         teacher_output = self.teacher(batch) if self.teacher is not None else None
         return self.objective(student_output, teacher_output, batch.targets)
+
+
+def _ask(student: Student, images: Tensor) -> StudentOutput:
+    """Return what a student answers, of a batch that may be empty."""
+    if len(images):
+        return student(images)
+    # Attention on CUDA refuses an empty batch, and DDP waits for an answer of every process.
+    cls_logits, dist_logits, _ = student(images.new_zeros(2, *images.shape[1:]))
+    return StudentOutput(cls_logits[:0], None if dist_logits is None else dist_logits[:0])
 
 
 @dataclass
@@ -199,7 +208,7 @@ def evaluate(
         seen, lacking = seen + batch.places, lacking + len(batch.missing)
         for name, model in models.items():
             with autocast(processes.device, precision):
-                output = model(batch.images)
+                output = _ask(model, batch.images)
             predictions = {
                 head: scores[name].setdefault(head, Score(classes)).add(probabilities, batch.labels)
                 for head, probabilities in head_probabilities(output, fusion).items()

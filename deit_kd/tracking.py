@@ -177,9 +177,9 @@ class DataErrors:
         self.step = first_step  # that what is noted belongs to
         self._file = folder / DATA_ERRORS_FILE
         self._names, self._most, self._processes, self._skips = names, most, processes, skips
-        self._lines: dict[str, dict[str, Any]] = {}  # as they stand in the file
+        self._lines: dict[tuple[Any, ...], dict[str, Any]] = {}  # by what they are about
         self._photos: dict[str, str] = {}  # the reason, by split and name
-        self._keep(_lines_until(self._file, first_step))
+        self._keep(map(json.loads, _lines_until(self._file, first_step)))
         self._is_cut_back = False
         self._noted: list[dict[str, Any]] = []
 
@@ -212,10 +212,10 @@ class DataErrors:
         """
         if not self._skips:
             return
-        noted = sorted((line for share in self._processes.gather(self._noted) for line in share), key=_place)
+        noted = [line for share in self._processes.gather(self._noted) for line in share]
         self._noted = []
         known = len(self._photos)
-        new = self._keep(json.dumps(line) + "\n" for line in noted)
+        new = self._keep(sorted(noted, key=_subject))
         if self._processes.is_main:
             self._write(new)
         found, last = len(self._photos), next(reversed(self._photos.values()), None)
@@ -238,27 +238,32 @@ class DataErrors:
             if (line["split"], line["step"]) == (split, step)
         }
 
-    def _keep(self, lines: Iterable[str]) -> list[str]:
-        """Remember those of `lines` that are not known yet, and return them."""
-        new = [line for line in lines if line not in self._lines]
+    def _keep(self, lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Remember those of `lines` that are about something new, and return them."""
+        new = [line for line in lines if _subject(line) not in self._lines]
         for line in new:
-            self._lines[line] = json.loads(line)
-            self._photos[f"{self._lines[line]['split']}/{self._lines[line]['path']}"] = self._lines[line]["reason"]
+            self._lines[_subject(line)] = line
+            self._photos[f"{line['split']}/{line['path']}"] = line["reason"]
         return new
 
-    def _write(self, new: list[str]) -> None:
+    def _write(self, new: list[dict[str, Any]]) -> None:
         if not self._file.parent.is_dir():
             return  # a run has no folder until its teacher was met
         if self._is_cut_back:
             with open(self._file, "a") as file:
-                file.writelines(new)
+                file.write(_as_text(new))
         elif self._lines or self._file.is_file():
-            write_atomically(self._file, "".join(self._lines).encode())
+            write_atomically(self._file, _as_text(self._lines.values()).encode())
         self._is_cut_back = True
 
 
-def _place(line: Mapping[str, Any]) -> tuple[Any, ...]:
+def _subject(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a line is about, in the order of the file."""
     return line["step"], line["split"], -1 if line["epoch"] is None else line["epoch"], line["position"]
+
+
+def _as_text(lines: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 class ViewMeter:
@@ -342,7 +347,8 @@ def say(line: str) -> None:
 
 def print_heads(result: Mapping[str, Any]) -> None:
     """Print the table of a ``heads.json``."""
-    table = Table(title=f"{result['n']} images, weights: {result['weights']}")
+    unreadable = f" ({len(result['unreadable'])} more cannot be read)" if result["unreadable"] else ""
+    table = Table(title=f"{result['n']} images{unreadable}, weights: {result['weights']}")
     for column in ("head", "top-1 %", "top-5 %", "NLL", "agrees with teacher"):
         table.add_column(column, justify="left" if column == "head" else "right")
     agreement = result["agreement"]

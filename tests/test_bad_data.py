@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from deit_kd import Batch
+from deit_kd import Batch, Distiller, FrozenTeacher, Objective
 from deit_kd.cli import main
 from deit_kd.data import build_evaluation_loader, build_splits, build_training_loader
 from deit_kd.data.mixing import Example, Mixing
@@ -187,6 +188,26 @@ def test_a_step_of_which_nothing_can_be_read_teaches_nothing() -> None:
     before = weights(learner.model)
     assert learner.step(iter([lacking(make_batch(), *range(8))]), 0).tolist() == [0, 0, 0]
     assert all(torch.equal(a, b) for a, b in zip(weights(learner.model), before, strict=True))
+
+
+def test_no_network_is_ever_asked_about_nothing() -> None:
+    def refuse_nothing(_: Any, inputs: tuple[Tensor]) -> None:
+        assert len(inputs[0])
+
+    student, network = tiny_student(), timm.create_model("test_vit", num_classes=3)
+    for module in (student, network):
+        module.register_forward_pre_hook(refuse_nothing)
+    half = (0.5, 0.5, 0.5)
+    teacher = FrozenTeacher(network, student_mean=half, student_std=half, mean=half, std=half, image_size=160)
+    empty = lacking(make_batch(2), 0, 1)
+    terms = Distiller(student, teacher, Objective("soft"))(empty)
+    terms.loss.backward()
+    assert [term.item() for term in terms] == [0, 0, 0]
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in student.parameters())
+    options: dict[str, Any] = {"classes": 3, "total": 6, "processes": ONE_PROCESS}
+    batches = [make_batch(4), empty]
+    assert score_teacher(teacher, batches, **options)[1][4:].tolist() == [-1, -1]
+    assert evaluate({"model": student}, batches, precision="off", fusion="softmax", **options)["model"]["n"] == 4
 
 
 def test_skipping_changes_no_bit_where_all_is_well() -> None:

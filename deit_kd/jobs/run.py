@@ -58,7 +58,7 @@ FREE_ON_RESUME = {
     "data.root",  # the photos themselves are compared
     "data.workers",
     "data.in_memory",
-    "data.on_error",  # an unbroken run has met no photo that they are about
+    "data.on_error",  # says whether a run ends, and what it leaves out is listed
     "data.max_errors",
     "data.download",
     "teacher.checkpoint",  # the weights themselves are compared
