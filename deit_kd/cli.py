@@ -245,3 +245,11 @@ def main(arguments: Arguments | None = None) -> int:
         if str(stopped):
             print(stopped, file=sys.stderr)
         return stopped.code
+    except RuntimeError as error:
+        from deit_kd.data import lost_worker
+
+        lost = lost_worker(error)
+        if lost is None:
+            raise
+        print(f"error: {lost}", file=sys.stderr)
+        return 2

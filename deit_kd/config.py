@@ -57,6 +57,10 @@ class Data(Section):
     """decode every training photo once, at the start, and keep it in memory; the views are the same"""
     workers: int = Field(2, ge=0)
     """processes that make views, for each training process"""
+    on_error: Literal["raise", "skip"] = "raise"
+    """a photo that cannot be read ends the run, or is left out and listed in data_errors.jsonl"""
+    max_errors: int = Field(100, ge=0)
+    """photos that may be left out; one more ends the run"""
 
     _check_std = field_validator("std")(_check_positive)
 

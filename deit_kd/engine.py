@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deit_kd.distributed import Processes
-from deit_kd.interfaces import Batch, Student, StudentOutput, Teacher, head_probabilities
+from deit_kd.interfaces import Batch, InputError, Student, StudentOutput, Teacher, head_probabilities
 from deit_kd.losses import Objective, Terms
 from deit_kd.metrics import Agreement, Score
 from deit_kd.optim import WeightAverage
@@ -50,9 +50,18 @@ class Distiller:
     def __call__(self, batch: Batch) -> Terms:
         """Return the mean loss and terms of `batch`; call ``.loss.backward()`` on the result."""
         with autocast(batch.images.device, self.precision):
-            student_output = self.student(batch.images)
+            student_output = _ask(self.student, batch.images)
         teacher_output = self.teacher(batch) if self.teacher is not None else None
         return self.objective(student_output, teacher_output, batch.targets)
+
+
+def _ask(student: Student, images: Tensor) -> StudentOutput:
+    """Return what a student answers, of a batch that may be empty."""
+    if len(images):
+        return student(images)
+    # Attention on CUDA refuses an empty batch, and DDP waits for an answer of every process.
+    cls_logits, dist_logits, _ = student(images.new_zeros(2, *images.shape[1:]))
+    return StudentOutput(cls_logits[:0], None if dist_logits is None else dist_logits[:0])
 
 
 class StepResult(NamedTuple):
@@ -86,6 +95,7 @@ class Trainer:
         accumulation_steps: micro-batches a step.
         clip_grad_norm: largest gradient norm, over all parameters; None does not clip.
         seed: of the run.
+        skip: whether batches may lack views; the mean is then over the views that all processes have.
     """
 
     distiller: Distiller
@@ -98,6 +108,7 @@ class Trainer:
     accumulation_steps: int
     clip_grad_norm: float | None
     seed: int
+    skip: bool = False
 
     def step(self, batches: Iterator[Batch], step: int) -> StepResult:
         """Do optimiser step `step` (from 0)."""
@@ -105,15 +116,21 @@ class Trainer:
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         terms = torch.zeros(len(STEP_TERMS), device=self.processes.device)
         is_finite = []
+        views = places = 0
         for micro_step in range(self.accumulation_steps):
             batch = next(batches).to(self.processes.device)
             seed_step(self.seed, step, micro_step, self.processes.rank)
             with self._sync_only_at(micro_step == self.accumulation_steps - 1):
                 micro_terms = self.distiller(batch)
-                self.scaler.scale(micro_terms.loss / self.accumulation_steps).backward()
-            terms[:3] += torch.stack(micro_terms[:3]).detach() / self.accumulation_steps
+                # The mean over the views there are becomes their share of the mean over all places.
+                divisor = self.accumulation_steps * batch.places / max(1, len(batch.labels))
+                self.scaler.scale(micro_terms.loss / divisor).backward()
+            terms[:3] += torch.stack(micro_terms[:3]).detach() / divisor
             terms[4] += micro_terms.teacher_not_finite
-            is_finite.append(micro_terms.is_finite)
+            is_finite.append(batch.at_places(micro_terms.is_finite, True))
+            views, places = views + len(batch.labels), places + batch.places
+        if self.skip:
+            terms[:3] *= self._make_up(views, places)
         applied = self._apply()
         for buffer, before in buffers:
             buffer.copy_(torch.where(applied, buffer, before))
@@ -141,6 +158,17 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()
         return applied
+
+    def _make_up(self, views: int, places: int) -> Tensor:
+        """Turn gradients of a mean over all places into those over the views there are; return the factor."""
+        if self.processes.count == 1 and views == places:
+            return torch.ones((), device=self.processes.device)
+        # Counts of all processes stay on the device: nobody waits to read them.
+        known = self.processes.sum(torch.tensor([views], device=self.processes.device, dtype=torch.float32))[0]
+        factor = places * self.processes.count / known.clamp_min(1)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+        return factor
 
     def _sync_only_at(self, last: bool) -> AbstractContextManager[Any]:
         student = self.distiller.student
@@ -193,40 +221,46 @@ def evaluate(
         models: students by name, e.g. the model and its average; every one sees each batch once.
         batches: this process's share.
         classes: C.
-        total: images of the whole split.
+        total: images of the whole split, of which those that are missing in `batches` do not count.
         processes: of the run.
         precision: of autocast.
         fusion: ``softmax`` or ``logits``, see `head_probabilities`.
-        teacher_predictions: [share], the teacher's classes in the order of `batches`.
+        teacher_predictions: [share], the teacher's classes in the order of `batches`; -1 where it has none.
 
     Returns:
-        By model: ``{"heads": {"cls": {"top1", "top5", "nll"}, "dist": …, "fused": …}, "agreement": …}``, with
-        None for heads that are not there.
+        By model: ``{"n": …, "heads": {"cls": {"top1", "top5", "nll"}, "dist": …, "fused": …}, "agreement": …}``, with
+        None for heads that are not there; n images were seen.
+
+    Raises:
+        InputError: no image can be read.
     """
     scores: dict[str, dict[str, Score]] = {name: {} for name in models}
     agreements = {name: Agreement() for name in models}
     was_training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
-    seen = 0
+    seen = lacking = 0
     for batch in batches:
         batch = batch.to(processes.device)
-        size = len(batch.labels)
+        places = slice(seen, seen + batch.places)
+        seen, lacking = seen + batch.places, lacking + len(batch.missing)
         for name, model in models.items():
             with autocast(processes.device, precision):
-                output = model(batch.images)
+                output = _ask(model, batch.images)
             predictions = {
                 head: scores[name].setdefault(head, Score(classes)).add(probabilities, batch.labels)
                 for head, probabilities in head_probabilities(output, fusion).items()
             }
             if teacher_predictions is not None:
-                predictions["teacher"] = teacher_predictions[seen : seen + size]
+                taught = teacher_predictions[places]
+                predictions["teacher"] = taught[batch.rows()] if batch.missing else taught
             agreements[name].add(predictions)
-        seen += size
     for name, model in models.items():
         model.train(was_training[name])
+    total = _readable(total, lacking, processes)
     return {
         name: {
+            "n": total,
             "heads": {
                 head: scores[name][head].result(total, processes) if head in scores[name] else None
                 for head in ("cls", "dist", "fused")
@@ -235,6 +269,14 @@ def evaluate(
         }
         for name in models
     }
+
+
+def _readable(total: int, lacking: int, processes: Processes) -> int:
+    """Return how many of `total` images are there, of which this process lacks some."""
+    total -= int(processes.sum(torch.tensor(lacking, device=processes.device)))
+    if not total:
+        raise InputError("data.root: not one image can be read; see deit-kd data check")
+    return total
 
 
 class Answers(NamedTuple):
@@ -251,7 +293,7 @@ class Answers(NamedTuple):
 def collect(
     student: nn.Module,
     teacher: Teacher | None,
-    batches: Iterable[tuple[Tensor, Batch]],
+    batches: Iterable[Batch],
     *,
     classes: int,
     processes: Processes,
@@ -262,7 +304,7 @@ def collect(
     Args:
         student: answers images with a `StudentOutput`.
         teacher: answers a `Batch`, or None.
-        batches: this process's share: indices [B] in the split, and the images.
+        batches: this process's share of the split: of P processes, r has the images r, r + P, r + 2P, …
         classes: C.
         processes: of the run.
         precision: of autocast.
@@ -272,7 +314,12 @@ def collect(
     """
     student.eval()
     rows: list[tuple[Tensor, ...]] = []
-    for indices, batch in batches:
+    seen = 0
+    for batch in batches:
+        indices = processes.rank + processes.count * (seen + batch.rows())
+        seen += batch.places
+        if not len(indices):
+            continue
         batch = batch.to(processes.device)
         with autocast(processes.device, precision):
             output = student(batch.images)
@@ -302,15 +349,18 @@ def score_teacher(
     """Score a teacher over a split, as `evaluate` does.
 
     Returns:
-        ``{"top1", "top5", "nll"}`` over all processes, and the predictions [share] of this process.
+        ``{"top1", "top5", "nll"}`` over all processes, and the predictions [share] of this process; -1 for images
+        that are missing.
     """
     score = Score(classes)
-    predictions = []
+    predictions = [torch.empty(0, dtype=torch.long, device=processes.device)]
+    lacking = 0
     for batch in batches:
         batch = batch.to(processes.device)
-        predictions.append(score.add(teacher(batch).logits.float().softmax(-1), batch.labels))
-    joined = torch.cat(predictions) if predictions else torch.empty(0, dtype=torch.long, device=processes.device)
-    return score.result(total, processes), joined
+        predicted = score.add(teacher(batch).logits.float().softmax(-1), batch.labels)
+        predictions.append(batch.at_places(predicted, -1))
+        lacking += len(batch.missing)
+    return score.result(_readable(total, lacking, processes), processes), torch.cat(predictions)
 
 
 def train(

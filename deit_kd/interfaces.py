@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -33,13 +33,51 @@ def nearest(value: str, known: Iterable[str]) -> str:
     return f" (nearest: {', '.join(close)})" if close else ""
 
 
+class Missing(NamedTuple):
+    """A view that its batch lacks, since its photo cannot be read."""
+
+    row: int  # where it would stand in its batch
+    photo: int  # index in its split
+    epoch: int | None  # of the view; None in evaluation
+    position: int  # of the view in its epoch; in evaluation, of the photo in its split
+    reason: str
+
+
 class Batch(NamedTuple):
-    """One block of views."""
+    """One block of views; B counts those that are there, and nothing stands in for those that are missing."""
 
     images: Tensor  # [B, 3, H, W], normalised for the student
     targets: Tensor  # [B, C], soft, after mixing and smoothing
     labels: Tensor  # [B], the class of each photo before mixing
     view_ids: Tensor | None = None  # [B, 2]: epoch and position, in host memory; None outside our loader
+    missing: Sequence[Missing] = ()
+
+    @property
+    def places(self) -> int:
+        """How many views there would be, were none missing."""
+        return len(self.labels) + len(self.missing)
+
+    def rows(self) -> Tensor:
+        """Return the places [B] of the views that are there."""
+        return _all_but(self.missing, self.places)
+
+    def at_places(self, values: Tensor, filler: bool | int) -> Tensor:
+        """Return `values` [B] at their places, with `filler` where views are missing: [places]."""
+        if not self.missing:
+            return values
+        return values.new_full((self.places,), filler).index_copy(0, self.rows().to(values.device), values)
+
+    def missing_ids(self) -> Tensor:
+        """Return epoch and position [places - B, 2] of the training views that are missing."""
+        return torch.tensor([(view.epoch, view.position) for view in self.missing], dtype=torch.long).reshape(-1, 2)
+
+    def without(self, missing: Sequence[Missing]) -> Batch:
+        """Return this batch of whole rows without those of `missing`."""
+        if not missing:
+            return self
+        rows = _all_but(missing, len(self.labels))
+        view_ids = None if self.view_ids is None else self.view_ids[rows]
+        return Batch(self.images[rows], self.targets[rows], self.labels[rows], view_ids, missing)
 
     def to(self, device: torch.device) -> Batch:
         """Move every tensor but `view_ids` to `device` without waiting for the copy.
@@ -50,7 +88,12 @@ class Batch(NamedTuple):
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
-        return Batch(moved(self.images), moved(self.targets), moved(self.labels), self.view_ids)
+        return self._replace(images=moved(self.images), targets=moved(self.targets), labels=moved(self.labels))
+
+
+def _all_but(missing: Sequence[Missing], places: int) -> Tensor:
+    gaps = {view.row for view in missing}
+    return torch.tensor([row for row in range(places) if row not in gaps], dtype=torch.long)
 
 
 class StudentOutput(NamedTuple):

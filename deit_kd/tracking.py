@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
+from deit_kd.distributed import Processes
 from deit_kd.files import write_atomically
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import Batch, InputError
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+DATA_ERRORS_FILE = "data_errors.jsonl"  # views that are missing, since their photos cannot be read
 HEADS_FILE = "heads.json"
 FACTS_FILE = "run.json"  # what a run was made from: photos, classes, teacher
 CHECKPOINTS = "checkpoints"
@@ -103,7 +105,7 @@ class Journal:
         self._progress: Progress | None = None
         if not is_main:
             return
-        self._cut_back(first_step)
+        write_atomically(self._metrics, "".join(_lines_until(self._metrics, first_step)).encode())
         self._boards: list[Any] = [SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)]
         if wandb_project is not None:
             self._boards.append(WandbBoard(folder, wandb_project, recipe or {}))
@@ -112,11 +114,6 @@ class Journal:
             self._progress = _progress()
             self._task = self._progress.add_task(title, total=total_steps, completed=first_step, note="")
             self._progress.start()
-
-    def _cut_back(self, step: int) -> None:
-        lines = self._metrics.read_text().splitlines(keepends=True) if self._metrics.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_atomically(self._metrics, "".join(kept).encode())
 
     def record(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
         """Append one record, and its numbers to TensorBoard."""
@@ -144,6 +141,129 @@ class Journal:
         if self._is_main:
             for board in self._boards:
                 board.close()
+
+
+def _lines_until(file: Path, step: int) -> list[str]:
+    """Return the whole lines of a file of records that belong to the first `step` steps."""
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+
+
+class DataErrors:
+    """``data_errors.jsonl``: a line for each view that is missing, since its photo cannot be read.
+
+    Every process notes what its own batches lack; `tell`, which all of them call, brings the notes together, so that
+    one process writes and all of them stop alike when there are too many.
+
+    Args:
+        folder: of the run, or of the label store.
+        names: of the photos, by split.
+        most: photos that may be unreadable.
+        processes: of the run.
+        first_step: steps already done; lines after it, of a run that was cut short, are dropped.
+        skips: whether anything can be missing; where not, nothing is told nor written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        names: Mapping[str, Sequence[str]],
+        *,
+        most: int,
+        processes: Processes,
+        first_step: int = 0,
+        skips: bool = True,
+    ) -> None:
+        self.step = first_step  # that what is noted belongs to
+        self._file = folder / DATA_ERRORS_FILE
+        self._names, self._most, self._processes, self._skips = names, most, processes, skips
+        self._lines: dict[tuple[Any, ...], dict[str, Any]] = {}  # by what they are about
+        self._photos: dict[str, str] = {}  # the reason, by split and name
+        self._keep(map(json.loads, _lines_until(self._file, first_step)))
+        self._is_cut_back = False
+        self._noted: list[dict[str, Any]] = []
+
+    def watch(self, split: str, batches: Iterable[Batch], epoch: int | None = None) -> Iterator[Batch]:
+        """Yield `batches` and note what they lack; `epoch` is the one that is evaluated, where they are no views."""
+        for batch in batches:
+            self.note(split, batch, epoch)
+            yield batch
+
+    def note(self, split: str, batch: Batch, epoch: int | None = None) -> None:
+        """Note what one batch of a split lacks."""
+        for view in batch.missing:
+            of_view = epoch if view.epoch is None else view.epoch
+            self._noted.append(
+                {
+                    "step": 0 if of_view is None else self.step,  # a teacher is scored before the first step
+                    "split": split,
+                    "epoch": of_view,
+                    "position": view.position,
+                    "path": self._names[split][view.photo],
+                    "reason": view.reason,
+                }
+            )
+
+    def tell(self) -> None:
+        """Write what all processes have noted since.
+
+        Raises:
+            InputError: more photos than allowed cannot be read; on every process.
+        """
+        if not self._skips:
+            return
+        noted = [line for share in self._processes.gather(self._noted) for line in share]
+        self._noted = []
+        known = len(self._photos)
+        new = self._keep(sorted(noted, key=_subject))
+        if self._processes.is_main:
+            self._write(new)
+        found, last = len(self._photos), next(reversed(self._photos.values()), None)
+        if found > self._most:
+            raise InputError(
+                f"data.max_errors: {found} photos are unreadable, more than {self._most}; the last: {last}"
+            )
+        if found > known and self._processes.is_main:
+            say(f"left out: {found} photos so far, the last: {last}")
+
+    def views(self, split: str) -> int:
+        """Return how many views of a split were missing, as far as it was told."""
+        return sum(line["split"] == split for line in self._lines.values())
+
+    def unreadable(self, split: str, step: int) -> dict[str, str]:
+        """Return why photos of a split could not be read at one step, by name, as far as it was told."""
+        return {
+            line["path"]: line["reason"]
+            for line in self._lines.values()
+            if (line["split"], line["step"]) == (split, step)
+        }
+
+    def _keep(self, lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Remember those of `lines` that are about something new, and return them."""
+        new = [line for line in lines if _subject(line) not in self._lines]
+        for line in new:
+            self._lines[_subject(line)] = line
+            self._photos[f"{line['split']}/{line['path']}"] = line["reason"]
+        return new
+
+    def _write(self, new: list[dict[str, Any]]) -> None:
+        if not self._file.parent.is_dir():
+            return  # a run has no folder until its teacher was met
+        if self._is_cut_back:
+            with open(self._file, "a") as file:
+                file.write(_as_text(new))
+        elif self._lines or self._file.is_file():
+            write_atomically(self._file, _as_text(self._lines.values()).encode())
+        self._is_cut_back = True
+
+
+def _subject(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a line is about, in the order of the file."""
+    return line["step"], line["split"], -1 if line["epoch"] is None else line["epoch"], line["position"]
+
+
+def _as_text(lines: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 class ViewMeter:
@@ -227,7 +347,8 @@ def say(line: str) -> None:
 
 def print_heads(result: Mapping[str, Any]) -> None:
     """Print the table of a ``heads.json``."""
-    table = Table(title=f"{result['n']} images, weights: {result['weights']}")
+    unreadable = f" ({len(result['unreadable'])} more cannot be read)" if result["unreadable"] else ""
+    table = Table(title=f"{result['n']} images{unreadable}, weights: {result['weights']}")
     for column in ("head", "top-1 %", "top-5 %", "NLL", "agrees with teacher"):
         table.add_column(column, justify="left" if column == "head" else "right")
     agreement = result["agreement"]

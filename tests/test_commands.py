@@ -48,7 +48,7 @@ def test_config_yaml_is_the_resolved_recipe(finished: Finished) -> None:
 
 def test_heads_json_has_the_promised_keys(finished: Finished) -> None:
     heads = finished.heads
-    assert set(heads) == {"n", "weights", "heads", "teacher", "agreement"}
+    assert set(heads) == {"n", "unreadable", "weights", "heads", "teacher", "agreement"}
     assert (heads["n"], heads["weights"]) == (21, "ema")
     assert list(heads["heads"]) == ["cls", "dist", "fused"]
     assert all(set(score) == SCORE for score in [*heads["heads"].values(), heads["teacher"]])

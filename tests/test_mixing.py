@@ -23,12 +23,12 @@ def mixing(**options: Any) -> Mixing:
 
 def examples(count: int = 8, first: int = 0, epoch: int = 0) -> list[Example]:
     """Views of one constant colour each: position p is p + 1 everywhere, and of class p mod 4."""
-    return [(torch.full((3, 9, 11), p + 1.0), p % 4, epoch, p) for p in range(first, first + count)]
+    return [Example(torch.full((3, 9, 11), p + 1.0), p % 4, epoch, p) for p in range(first, first + count)]
 
 
 def pair(**options: Any) -> tuple[Tensor, Tensor]:
     """Return images and targets of one mixed pair, of constant images 0 and 1 and classes 0 and 1."""
-    views: list[Example] = [(torch.zeros(3, 32, 32), 0, 0, 0), (torch.ones(3, 32, 32), 1, 0, 1)]
+    views = [Example(torch.zeros(3, 32, 32), 0, 0, 0), Example(torch.ones(3, 32, 32), 1, 0, 1)]
     batch = mixing(label_smoothing=0.0, **options)(views)
     return batch.images, batch.targets
 

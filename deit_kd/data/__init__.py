@@ -1,24 +1,24 @@
 """Photos in, batches out: datasets, views, the order of an epoch, and mixing."""
 
+from deit_kd.data.decode import UnreadableImage, load_image
 from deit_kd.data.folder import one_split
-from deit_kd.data.loader import TrainingLoader, build_evaluation_loader, build_training_loader
-from deit_kd.data.photos import Photos, Splits, load_image
-from deit_kd.data.readable import Portion, build_portion_loader
+from deit_kd.data.loader import TrainingLoader, build_evaluation_loader, build_training_loader, lost_worker
+from deit_kd.data.photos import Photos, Splits
 from deit_kd.data.sets import build_splits
 from deit_kd.data.transforms import Transform, evaluation_transform, training_transform
 
 __all__ = [
     "Photos",
-    "Portion",
     "Splits",
     "TrainingLoader",
     "Transform",
+    "UnreadableImage",
     "build_evaluation_loader",
-    "build_portion_loader",
     "build_splits",
     "build_training_loader",
     "evaluation_transform",
     "load_image",
+    "lost_worker",
     "one_split",
     "training_transform",
 ]

@@ -65,11 +65,11 @@ def _scan(split_folder: Path) -> Photos:
             f"data.root: {split_folder} has no images ({', '.join(IMG_EXTENSIONS)}) in class "
             f"{', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}; add some or remove the folder"
         )
-    return Photos(
+    return Photos.of_files(
+        split_folder,
         names=[Path(path).relative_to(split_folder).as_posix() for path, _ in samples],
         labels=[label for _, label in samples],
         classes=tuple(classes),
-        root=split_folder,
     )
 
 

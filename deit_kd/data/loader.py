@@ -9,9 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from deit_kd.data.mixing import Example, Mixing
+from deit_kd.data.decode import UnreadableImage
+from deit_kd.data.mixing import Example, Mixing, missing_of
 from deit_kd.data.order import Dealer, ViewKey
 from deit_kd.data.photos import Photos
 from deit_kd.data.transforms import Transform
@@ -19,16 +22,50 @@ from deit_kd.interfaces import Batch, InputError
 from deit_kd.randomness import seed_view
 
 
+@dataclass(frozen=True)
+class Sight:
+    """Photos and how they are seen.
+
+    Args:
+        photos: of one split.
+        transform: makes a view of an image.
+        skip: whether a photo that cannot be read is left out; else it ends the run.
+    """
+
+    photos: Photos
+    transform: Transform
+    skip: bool = False
+
+    def view(self, index: int, name: str) -> tuple[Tensor, str | None]:
+        """Return the view [3, H, W] of a photo, or a blank one and why the photo cannot be read.
+
+        Raises:
+            UnreadableImage: the photo cannot be read, and is not to be left out.
+            RuntimeError: the transform fails, which is never left out: it would fail on a good photo, too.
+        """
+        try:
+            image = self.photos.image(index)
+        except UnreadableImage as error:
+            if not self.skip:
+                raise
+            return torch.zeros_like(self.transform(Image.new("RGB", (32, 32)))), str(error)
+        try:
+            return self.transform(image), None
+        except Exception as error:
+            raise RuntimeError(f"{self.photos.where(index)}: its view {name} cannot be made") from error
+
+
 class Views(Dataset[Example]):
     """Augmented views of a split, by their keys; the same view for the same key, for ever."""
 
-    def __init__(self, photos: Photos, transform: Transform, seed: int) -> None:
-        self._photos, self._transform, self._seed = photos, transform, seed
+    def __init__(self, photos: Photos, transform: Transform, seed: int, skip: bool = False) -> None:
+        self._sight, self._seed = Sight(photos, transform, skip), seed
 
     def __getitem__(self, key: ViewKey) -> Example:
-        image = self._photos.image(key.photo)
         seed_view(self._seed, key.epoch, key.position)
-        return self._transform(image), self._photos.labels[key.photo], key.epoch, key.position
+        view, unreadable = self._sight.view(key.photo, f"(epoch {key.epoch}, position {key.position})")
+        label = self._sight.photos.labels[key.photo]
+        return Example(view, label, key.epoch, key.position, key.photo, unreadable)
 
 
 @dataclass(frozen=True)
@@ -41,7 +78,21 @@ class _Plainly:
         try:
             yield from self.batches
         except InputError as error:
-            raise InputError(str(error).strip().rpartition("InputError: ")[2]) from error
+            raise InputError(str(error).strip().rpartition(f"{type(error).__name__}: ")[2]) from error
+
+
+def lost_worker(error: RuntimeError) -> InputError | None:
+    """Return what to say where `error` is that a worker of a loader died; None where it is another one.
+
+    torch raises it wherever the program is when the system reports the death, not only where a batch is waited for.
+    """
+    said = " ".join(str(error).split())
+    if not said.startswith("DataLoader worker"):
+        return None
+    return InputError(
+        f"data.workers: {said.rstrip('. ')}; if memory ran out, use fewer, then go on with --resume auto: what was "
+        "saved stays"
+    )
 
 
 def _serve(worker: int) -> None:
@@ -120,8 +171,9 @@ def build_training_loader(
     processes: int,
     workers: int,
     pin_memory: bool,
+    skip: bool = False,
 ) -> TrainingLoader:
-    """Return the loader of training views for one process.
+    """Return the loader of training views for one process; with `skip` it leaves out what cannot be read.
 
     Raises:
         InputError: the batch cannot be dealt evenly, or the set is smaller than one batch.
@@ -146,33 +198,32 @@ def build_training_loader(
         pairs=mixing.is_on,
         epochs=epochs,
     )
-    return TrainingLoader(Views(photos, transform, seed), dealer, mixing, workers, pin_memory)
+    return TrainingLoader(Views(photos, transform, seed, skip), dealer, mixing, workers, pin_memory)
 
 
-class _Images(Dataset[tuple[torch.Tensor, int]]):
-    def __init__(self, photos: Photos, transform: Transform) -> None:
-        self._photos, self._transform = photos, transform
+class _Photos(Dataset[Example]):
+    def __init__(self, sight: Sight, indices: range) -> None:
+        self._sight, self._indices = sight, indices
 
     def __len__(self) -> int:
-        return len(self._photos)
+        return len(self._indices)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self._transform(self._photos.image(index)), self._photos.labels[index]
-
-
-def unmixed_batch(examples: list[tuple[torch.Tensor, int]], classes: int) -> Batch:
-    """Return the batch of images [3, H, W] with their labels, neither mixed nor smoothed."""
-    labels = torch.tensor([label for _, label in examples])
-    targets = torch.nn.functional.one_hot(labels, classes).float()
-    return Batch(torch.stack([image for image, _ in examples]), targets, labels)
+    def __getitem__(self, position: int) -> Example:
+        photo = self._indices[position]
+        view, unreadable = self._sight.view(photo, "for evaluation")
+        return Example(view, self._sight.photos.labels[photo], None, photo, photo, unreadable)
 
 
 @dataclass(frozen=True)
-class _EvaluationCollate:
+class _Unmixed:
     classes: int
 
-    def __call__(self, examples: list[tuple[torch.Tensor, int]]) -> Batch:
-        return unmixed_batch(examples, self.classes)
+    def __call__(self, examples: list[Example]) -> Batch:
+        """Return the batch of `examples`, neither mixed nor smoothed."""
+        labels = torch.tensor([example.label for example in examples])
+        targets = torch.nn.functional.one_hot(labels, self.classes).float()
+        batch = Batch(torch.stack([example.image for example in examples]), targets, labels)
+        return batch.without(missing_of(examples))
 
 
 def build_evaluation_loader(
@@ -184,14 +235,18 @@ def build_evaluation_loader(
     processes: int,
     workers: int,
     pin_memory: bool,
+    skip: bool = False,
 ) -> Iterable[Batch]:
-    """Return a loader of this process's share of a split: every image exactly once over all processes."""
-    share = photos.subset(range(rank, len(photos), processes))
+    """Return a loader of this process's share of a split: every image exactly once over all processes.
+
+    Process r of P sees the images r, r + P, r + 2P, …; where one cannot be read, its batch says so, or with `skip`
+    off the evaluation ends.
+    """
     return _Plainly(
         DataLoader(
-            _Images(share, transform),
+            _Photos(Sight(photos, transform, skip), range(rank, len(photos), processes)),
             batch_size=batch_size,
-            collate_fn=_EvaluationCollate(len(photos.classes)),
+            collate_fn=_Unmixed(len(photos.classes)),
             num_workers=workers,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,

@@ -4,22 +4,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deit_kd.interfaces import Batch, InputError
+from deit_kd.interfaces import Batch, InputError, Missing
 from deit_kd.randomness import generator
 
-Example = tuple[Tensor, int, int, int]  # image [3, H, W], label, epoch, position
+
+class Example(NamedTuple):
+    """One view on its way into a batch."""
+
+    image: Tensor  # [3, H, W]
+    label: int
+    epoch: int | None  # of the view; None in evaluation
+    position: int
+    photo: int = -1  # index in its split
+    unreadable: str | None = None  # why there is no image, where there is none
+
+
+def missing_of(examples: list[Example]) -> list[Missing]:
+    """Return which of `examples` have no image."""
+    return [
+        Missing(row, example.photo, example.epoch, example.position, example.unreadable)
+        for row, example in enumerate(examples)
+        if example.unreadable is not None
+    ]
 
 
 @dataclass(frozen=True)
 class Mixing:
     """Collates views into a batch and mixes its pairs; a pure function of (seed, epoch, pair).
 
-    Both partners of a pair get the same share `lam`, as timm's ``pair`` mode does.
+    Both partners of a pair get the same share `lam`, as timm's ``pair`` mode does. Where one of them cannot be read,
+    the other stays as it is.
 
     Args:
         classes: C.
@@ -46,22 +66,26 @@ class Mixing:
 
     def __call__(self, examples: list[Example]) -> Batch:
         """Return the batch of `examples`, whose positions are contiguous and start even when mixing is on."""
-        images = torch.stack([example[0] for example in examples])
-        labels = torch.tensor([example[1] for example in examples])
-        view_ids = torch.tensor([example[2:] for example in examples])
+        images = torch.stack([example.image for example in examples])
+        labels = torch.tensor([example.label for example in examples])
+        view_ids = torch.tensor([(example.epoch, example.position) for example in examples])
         smooth = self.label_smoothing / self.classes
         targets = torch.full((len(examples), self.classes), smooth)
         targets.scatter_(1, labels[:, None], 1 - self.label_smoothing + smooth)
         if self.is_on:
             for first in range(0, len(examples), 2):
-                _, _, epoch, position = examples[first]
-                if position % 2 or first + 1 == len(examples):
-                    raise InputError(f"mixing needs whole pairs, but position {position} has lost its partner")
-                self._mix_pair(images[first : first + 2], targets[first : first + 2], epoch, position // 2)
-        return Batch(images, targets, labels, view_ids)
+                pair = slice(first, first + 2)
+                self._mix_pair(examples[pair], images[pair], targets[pair])
+        return Batch(images, targets, labels, view_ids).without(missing_of(examples))
 
-    def _mix_pair(self, images: Tensor, targets: Tensor, epoch: int, pair: int) -> None:
-        choices = generator("mixing", self.seed, epoch, pair)
+    def _mix_pair(self, pair: list[Example], images: Tensor, targets: Tensor) -> None:
+        epoch, position = pair[0].epoch, pair[0].position
+        assert epoch is not None
+        if position % 2 or len(pair) == 1:
+            raise InputError(f"mixing needs whole pairs, but position {position} has lost its partner")
+        if any(example.unreadable is not None for example in pair):
+            return
+        choices = generator("mixing", self.seed, epoch, position // 2)
         if choices.random() >= self.probability:
             return
         cut = self.cutmix > 0 and (self.mixup == 0 or choices.random() < self.switch_probability)

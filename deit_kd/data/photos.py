@@ -10,22 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from deit_kd.data.decode import DECODING, Stamp, UnreadableImage, load_image, stamps
 from deit_kd.interfaces import InputError
-
-
-def load_image(path: Path) -> Image.Image:
-    """Read one image file as RGB, turned the way its EXIF orientation says.
-
-    Raises:
-        InputError: the file is missing or is not a readable image.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as an image ({error}); repair or remove the file") from error
 
 
 @dataclass(frozen=True)
@@ -38,7 +26,8 @@ class Photos:
         classes: class names, in label order.
         root: the folder of the files; None when the images are in memory.
         arrays: uint8 images [H, W, 3] of one size, when they are in memory from the start.
-        decoded: uint8 images [H, W, 3] of the files, when they were read ahead.
+        decoded: uint8 images [H, W, 3] of the files, or why one cannot be read, when they were read ahead.
+        stamps: what each file looked like when it was found, rows of `Stamp` [n, 2].
     """
 
     names: Sequence[str]
@@ -46,31 +35,66 @@ class Photos:
     classes: tuple[str, ...]
     root: Path | None = None
     arrays: np.ndarray | None = None
-    decoded: Sequence[np.ndarray] | None = None
+    decoded: Sequence[np.ndarray | str] | None = None
+    stamps: np.ndarray | None = None
+
+    @classmethod
+    def of_files(cls, root: Path, names: Sequence[str], labels: Sequence[int], classes: tuple[str, ...]) -> Photos:
+        """Return photos on disk, with what their files look like now."""
+        return cls(names, labels, classes, root=root, stamps=stamps(root, names))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def image(self, index: int) -> Image.Image:
-        """Return one image as RGB."""
+        """Return one image as RGB.
+
+        Raises:
+            UnreadableImage: its file is missing or is not a readable image.
+            InputError: its file has changed, or the folder of all of them is gone.
+        """
         if self.arrays is not None:
             return Image.fromarray(self.arrays[index])
         if self.decoded is not None:
-            return Image.fromarray(self.decoded[index])
+            return _decoded(self.decoded[index])
         assert self.root is not None
-        return load_image(self.root / self.names[index])
+        before = None if self.stamps is None else Stamp(*self.stamps[index].tolist())
+        try:
+            return load_image(self.root / self.names[index], before)
+        except InputError as error:
+            if not self.root.is_dir():
+                raise InputError(
+                    f"data.root: {self.root} has disappeared while it was in use; bring it back, then go on with "
+                    "--resume auto"
+                ) from error
+            raise
 
-    def in_memory(self) -> Photos:
+    def where(self, index: int) -> str:
+        """Return what a person finds one image by: the path of its file, if it has one."""
+        return self.names[index] if self.root is None else str(self.root / self.names[index])
+
+    def in_memory(self, skip: bool = False) -> Photos:
         """Return the same photos, every file read and decoded once; H x W x 3 bytes each, which workers share.
 
+        Args:
+            skip: whether a file that cannot be read is left to whoever asks for its image.
+
         Raises:
-            InputError: a file is missing or is not a readable image.
+            UnreadableImage: a file is missing or is not a readable image, unless it is left.
         """
         if self.arrays is not None or self.decoded is not None:
             return self
+
+        def decode(index: int) -> np.ndarray | str:
+            try:
+                return np.asarray(self.image(index))
+            except UnreadableImage as error:
+                if not skip:
+                    raise
+                return str(error)
+
         with ThreadPoolExecutor() as pool:
-            decoded = list(pool.map(lambda index: np.asarray(self.image(index)), range(len(self))))
-        return replace(self, decoded=decoded)
+            return replace(self, decoded=list(pool.map(decode, range(len(self)))))
 
     def subset(self, indices: Sequence[int]) -> Photos:
         """Return the images at `indices`, in that order."""
@@ -81,23 +105,32 @@ class Photos:
             root=self.root,
             arrays=None if self.arrays is None else self.arrays[np.asarray(indices, dtype=np.int64)],
             decoded=None if self.decoded is None else [self.decoded[i] for i in indices],
+            stamps=None if self.stamps is None else self.stamps[np.asarray(indices, dtype=np.int64)],
         )
 
-    def size(self, index: int) -> int:
-        """Return the size of one image in bytes, as stored."""
-        if self.arrays is not None:
-            return self.arrays[index].nbytes
-        assert self.root is not None
-        return (self.root / self.names[index]).stat().st_size
-
     def digest(self) -> str:
-        """Return a hash of names, sizes, labels and classes; where the folder lies does not matter."""
+        """Return a hash of names, sizes, labels, classes and how files are decoded, wherever the folder lies."""
         hasher = hashlib.blake2b("\n".join(self.classes).encode(), digest_size=16)
-        for index, (name, label) in enumerate(zip(self.names, self.labels, strict=True)):
-            hasher.update(f"\n{name}\t{self.size(index)}\t{label}".encode())
+        for name, size, label in zip(self.names, self._sizes(), self.labels, strict=True):
+            hasher.update(f"\n{name}\t{size}\t{label}".encode())
         if self.arrays is not None:
             hasher.update(np.ascontiguousarray(self.arrays).tobytes())
+        else:
+            hasher.update(f"\ndecoding {DECODING}".encode())
         return hasher.hexdigest()
+
+    def _sizes(self) -> list[int]:
+        """Return the size of every image in bytes, as stored."""
+        if self.stamps is not None:
+            return self.stamps[:, 0].tolist()
+        assert self.arrays is not None
+        return [array.nbytes for array in self.arrays]
+
+
+def _decoded(image: np.ndarray | str) -> Image.Image:
+    if isinstance(image, str):
+        raise UnreadableImage(image)
+    return Image.fromarray(image)
 
 
 class Splits(NamedTuple):

@@ -13,9 +13,8 @@ from pathlib import Path
 from rich.progress import track
 from rich.table import Table
 
-from deit_kd.data import Photos, Splits, load_image
+from deit_kd.data import Photos, Splits, UnreadableImage, load_image
 from deit_kd.files import write_json
-from deit_kd.interfaces import InputError
 from deit_kd.tracking import console, say
 
 
@@ -26,7 +25,7 @@ class Finding:
     split: str
     name: str
     size: tuple[int, int] | None  # pixels, width and height; None when it cannot be read
-    digest: str  # of the file's bytes
+    digest: str | None  # of the file's bytes; None when it cannot be read
     error: str | None
 
 
@@ -80,17 +79,18 @@ def _read_all(splits: Splits, processes: int) -> list[Finding]:
 def _read(job: tuple[str, Path, str]) -> Finding:
     split, root, name = job
     path = root / name
-    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
     try:
-        return Finding(split, name, load_image(path).size, digest, None)
-    except InputError as error:
-        return Finding(split, name, None, digest, str(error))
+        size = load_image(path).size
+    except UnreadableImage as error:
+        return Finding(split, name, None, None, str(error))
+    return Finding(split, name, size, hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(), None)
 
 
 def _duplicates(findings: list[Finding]) -> tuple[list[list[str]], list[list[str]]]:
     by_digest: dict[str, list[Finding]] = defaultdict(list)
     for finding in findings:
-        by_digest[finding.digest].append(finding)
+        if finding.digest is not None:
+            by_digest[finding.digest].append(finding)
     within: list[list[str]] = []
     across: list[list[str]] = []
     for group in by_digest.values():

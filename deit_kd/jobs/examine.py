@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deit_kd import data
 from deit_kd.config import Config, build_parser, parse_config
-from deit_kd.data import Photos, Portion
+from deit_kd.data import Photos
 from deit_kd.distributed import Processes
 from deit_kd.engine import Answers, collect
 from deit_kd.files import read_json
@@ -66,20 +66,12 @@ def examine(source: Source, config: Config, split: str, processes: Processes) ->
     teacher = _teacher(source, config, photos, processes)
     stored = teacher if isinstance(teacher, StoredAnswers) else None
     network = None if isinstance(teacher, StoredAnswers) else teacher
-    portions = data.build_portion_loader(
-        photos,
-        parts.build_evaluation_transform(config),
-        batch_size=config.evaluate.batch_size,
-        rank=processes.rank,
-        processes=processes.count,
-        workers=config.data.workers,
-        pin_memory=processes.device.type == "cuda",
-    )
+    batches = parts.build_evaluation_loader(config, photos, processes, skip=True)
     mine: dict[int, str] = {}
     answers = collect(
         student,
         network,
-        _readable(portions, mine),
+        _noting(batches, mine),
         classes=len(photos.classes),
         processes=processes,
         precision=config.train.precision,
@@ -90,17 +82,21 @@ def examine(source: Source, config: Config, split: str, processes: Processes) ->
             f"data.root: not one of {len(photos)} images of {split!r} can be read; {first_reason(unreadable)}"
         )
     if stored is not None:
+        if bool((stored.predictions[answers.indices] < 0).any()):
+            raise InputError(
+                f"teacher.store: {config.teacher.store} has no answer to photos that could not be read then and can be "
+                "now; build it anew"
+            )
         logits = None if stored.logits is None else stored.logits[answers.indices]
         answers = answers._replace(teacher_predictions=stored.predictions[answers.indices], teacher_logits=logits)
     score = None if stored is None or unreadable else stored.score
     return Examination(source, config, processes, photos, student, network, score, answers, unreadable)
 
 
-def _readable(portions: Iterable[Portion], unreadable: dict[int, str]) -> Iterator[tuple[Tensor, Batch]]:
-    for portion in portions:
-        unreadable.update(portion.unreadable)
-        if portion.batch is not None:
-            yield portion.indices, portion.batch
+def _noting(batches: Iterable[Batch], unreadable: dict[int, str]) -> Iterator[Batch]:
+    for batch in batches:
+        unreadable.update({view.photo: view.reason for view in batch.missing})
+        yield batch
 
 
 def first_reason(unreadable: dict[int, str]) -> str:

@@ -19,7 +19,7 @@ from deit_kd.students import TimmStudent
 from deit_kd.students import build_student as build_timm_student
 from deit_kd.teachers import EnsembleTeacher, FrozenTeacher, NetworkTeacher
 from deit_kd.teachers import build_teacher as build_frozen_teacher
-from deit_kd.tracking import CONFIG_FILE, FACTS_FILE
+from deit_kd.tracking import CONFIG_FILE, FACTS_FILE, DataErrors
 
 TEACHER_OF_RUN = ":teacher"  # behind a run's folder: not its student but what that learned from
 
@@ -34,6 +34,25 @@ def build_splits(config: Config) -> Splits:
         validation_split=section.validation_split,
         validation_fraction=section.validation_fraction,
         download=section.download,
+    )
+
+
+def skips(config: Config) -> bool:
+    """Return whether photos that cannot be read are left out."""
+    return config.data.on_error == "skip"
+
+
+def build_data_errors(
+    config: Config, splits: Splits, folder: Path, processes: Processes, first_step: int = 0
+) -> DataErrors:
+    """Return what lists the photos that cannot be read."""
+    return DataErrors(
+        folder,
+        {split: photos.names for split, photos in splits._asdict().items()},
+        most=config.data.max_errors,
+        processes=processes,
+        first_step=first_step,
+        skips=skips(config),
     )
 
 
@@ -53,7 +72,7 @@ def build_training_loader(config: Config, photos: Photos, processes: Processes) 
         erasing=augment.erasing,
     )
     return data.build_training_loader(
-        photos.in_memory() if config.data.in_memory else photos,
+        photos.in_memory(skips(config)) if config.data.in_memory else photos,
         transform,
         seed=config.seed,
         repeats=augment.repeats,
@@ -69,6 +88,7 @@ def build_training_loader(config: Config, photos: Photos, processes: Processes) 
         processes=processes.count,
         workers=config.data.workers,
         pin_memory=processes.device.type == "cuda",
+        skip=skips(config),
     )
 
 
@@ -84,8 +104,12 @@ def build_evaluation_transform(config: Config) -> data.Transform:
     )
 
 
-def build_evaluation_loader(config: Config, photos: Photos, processes: Processes) -> Iterable[Batch]:
-    """Return the loader of this process's share of a split."""
+def build_evaluation_loader(
+    config: Config, photos: Photos, processes: Processes, skip: bool | None = None
+) -> Iterable[Batch]:
+    """Return the loader of this process's share of a split; `skip` leaves out what cannot be read, as the recipe says
+    where it is None.
+    """
     return data.build_evaluation_loader(
         photos,
         build_evaluation_transform(config),
@@ -94,6 +118,7 @@ def build_evaluation_loader(config: Config, photos: Photos, processes: Processes
         processes=processes.count,
         workers=config.data.workers,
         pin_memory=processes.device.type == "cuda",
+        skip=skips(config) if skip is None else skip,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +33,11 @@ from deit_kd.teachers import NetworkTeacher, check_score
 from deit_kd.tracking import (
     CHECKPOINTS,
     CONFIG_FILE,
+    DATA_ERRORS_FILE,
     FACTS_FILE,
     HEADS_FILE,
     METRICS_FILE,
+    DataErrors,
     Journal,
     check_tracking,
     newest_folder,
@@ -47,7 +49,7 @@ from deit_kd.tracking import (
 RUNS = Path("runs")
 
 # What a run leaves that was killed before its first step.
-LEFTOVERS = {FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
+LEFTOVERS = {DATA_ERRORS_FILE, FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
 
 # Keys that a run may be resumed with another value of: they do not change a result.
 FREE_ON_RESUME = {
@@ -57,6 +59,8 @@ FREE_ON_RESUME = {
     "data.root",  # the photos themselves are compared
     "data.workers",
     "data.in_memory",
+    "data.on_error",  # says whether a run ends, and what it leaves out is listed
+    "data.max_errors",
     "data.download",
     "teacher.checkpoint",  # the weights themselves are compared
     "teacher.class_map",  # the columns are compared
@@ -95,6 +99,7 @@ class Run:
     data_facts: dict[str, str]  # a hash of each split
     schedule: Scheduler
     checkpoint: Any  # named parts, or None
+    errors: DataErrors  # photos that cannot be read
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -114,7 +119,7 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
     choose_attention(config.train.attention, processes.device)
     splits = splits or parts.build_splits(config)
     if config.data.in_memory:  # here, so that a teacher's fit shares what was decoded
-        splits = splits._replace(train=splits.train.in_memory())
+        splits = splits._replace(train=splits.train.in_memory(parts.skips(config)))
     loader = parts.build_training_loader(config, splits.train, processes)
     student = parts.build_student(config, splits.train.classes).to(processes.device)
     optimizer = build_optimizer(
@@ -153,6 +158,9 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
         data_facts=data_facts,
         schedule=schedule,
         checkpoint=checkpoint,
+        errors=parts.build_data_errors(
+            config, splits, folder, processes, first_step=0 if checkpoint is None else checkpoint["progress"]["step"]
+        ),
     )
 
 
@@ -198,7 +206,8 @@ def execute(
         )
         scores = course.to_the_end()
     weights = "model" if trainer.ema is None else "ema"
-    heads = head_scores(len(run.splits.validation), weights, scores[weights], teacher_score)
+    unreadable = run.errors.unreadable("validation", run.loader.total_steps)
+    heads = head_scores(weights, scores[weights], teacher_score, unreadable)
     if processes.is_main:
         _save_student(run, trainer)
         write_json(run.folder / HEADS_FILE, heads)
@@ -236,7 +245,7 @@ class Course:
         try:
             train(
                 self.trainer,
-                self.watch.over(self.run.loader.batches(self.progress.step)),
+                self.watch.over(_noting(self.run, self.run.loader.batches(self.progress.step))),
                 first_step=self.progress.step,
                 total_steps=self.run.loader.total_steps,
                 after_step=self._after_step,
@@ -275,6 +284,9 @@ class Course:
         record, is_overdue = progress.read(run.processes, run.config.train.batch_size, overdue)
         record["lr"] = max(group["lr"] for group in self.trainer.optimizer.param_groups)
         record["epoch"] = (progress.step - 1) // run.loader.steps_per_epoch
+        if parts.skips(run.config):
+            run.errors.tell()
+            record["missing"] = run.errors.views("train")  # so far
         self.journal.record("step", progress.step, record)
         self.journal.progress(
             progress.step, _step_note(progress.step, run.loader.total_steps, record, run.config.distill.kind)
@@ -330,12 +342,13 @@ class Course:
     def _score(self) -> dict[str, Any]:
         run, trainer = self.run, self.trainer
         trainer.align_buffers()
+        epoch = run.errors.step // run.loader.steps_per_epoch - 1
         models: dict[str, nn.Module] = {"model": run.student}
         if trainer.ema is not None:
             models["ema"] = trainer.ema.module
-        return evaluate(
+        scores = evaluate(
             models,
-            self.watch.until_signal(run.validation),
+            run.errors.watch("validation", self.watch.until_signal(run.validation), epoch),
             classes=len(run.classes),
             total=len(run.splits.validation),
             processes=run.processes,
@@ -343,8 +356,11 @@ class Course:
             fusion=run.config.evaluate.fusion,
             teacher_predictions=self.teacher_predictions,
         )
+        run.errors.tell()
+        return scores
 
     def _save(self, is_best: bool = False) -> None:
+        self.run.errors.tell()
         state = {"trainer": self.trainer.state(), "progress": self.progress.state(self.run.processes)}
         if self.run.processes.is_main:
             self.checkpoints.save(self.progress.step, state, is_best)
@@ -366,6 +382,15 @@ class Course:
             f"--resume auto",
         )
         raise stopped if self.run.processes.is_main else Stopped("", stopped.code)
+
+
+def _noting(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the training batches, and note what each lacks under the step that it belongs to."""
+    first = run.errors.step
+    for index, batch in enumerate(batches):
+        run.errors.step = first + index // run.config.train.accumulation_steps + 1
+        run.errors.note("train", batch)
+        yield batch
 
 
 def _named_views(run: Run, bad: BadStep) -> list[dict[str, Any]]:
@@ -536,11 +561,12 @@ def _meet_teacher(
     else:
         facts["score"], predictions = score_teacher(
             teacher,
-            run.validation,
+            run.errors.watch("validation", run.validation),
             classes=len(run.classes),
             total=len(run.splits.validation),
             processes=run.processes,
         )
+        run.errors.tell()
     if not facts["random_weights"]:
         score, least = facts["score"], run.config.teacher.min_top1
         check_score(facts["name"], score["top1"], score["nll"], run.splits.validation.labels, least)
@@ -573,6 +599,7 @@ def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
         accumulation_steps=config.train.accumulation_steps,
         clip_grad_norm=config.optim.clip_grad_norm,
         seed=config.seed,
+        skip=parts.skips(config),
     )
 
 
@@ -623,10 +650,11 @@ def _epoch_note(epoch: int, epochs: int, results: dict[str, Any], teacher_score:
     return "   ".join(pieces)
 
 
-def head_scores(n: int, weights: str, result: dict[str, Any], teacher_score: Any) -> dict[str, Any]:
-    """Return what ``heads.json`` holds, from one result of `evaluate`."""
+def head_scores(weights: str, result: dict[str, Any], teacher_score: Any, unreadable: dict[str, str]) -> dict[str, Any]:
+    """Return what ``heads.json`` holds, from one result of `evaluate`; the `unreadable` images are not among the n."""
     return {
-        "n": n,
+        "n": result["n"],
+        "unreadable": unreadable,
         "weights": weights,
         "heads": result["heads"],
         "teacher": teacher_score,

@@ -30,7 +30,7 @@ from deit_kd.models import choose_attention
 from deit_kd.randomness import generator
 from deit_kd.store import VALIDATION, LabelStore, RecordingTeacher, epoch_part
 from deit_kd.teachers import NetworkTeacher
-from deit_kd.tracking import ViewMeter, say
+from deit_kd.tracking import DataErrors, ViewMeter, say
 
 LARGEST_CHANGED_SHARE = 0.01  # of the argmax, that a check lets pass
 LARGEST_GAP_SHARE = 0.05  # of the logits' spread, that a check lets pass: several times bf16's rounding
@@ -69,8 +69,9 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
                     f"store: {folder}, {epochs} epochs of {loader.views_per_epoch} views, "
                     f"{store.record.bytes_per_view} bytes each: {_size(whole)}"
                 )
-            fill_validation(config, store, teacher, splits, processes)
-            _fill_epochs(store, RecordingTeacher(teacher, store), loader, range(epochs), processes, batch_size)
+            errors = parts.build_data_errors(config, splits, store.folder, processes)
+            fill_validation(config, store, teacher, splits, processes, errors)
+            _fill_epochs(store, RecordingTeacher(teacher, store), loader, range(epochs), processes, batch_size, errors)
     finally:
         finish()
 
@@ -168,6 +169,7 @@ def _fill_epochs(
     epochs: range,
     processes: Processes,
     batch_size: int,
+    errors: DataErrors,
 ) -> None:
     last: list[Batch] = []
     total = len(epochs) * loader.views_per_epoch
@@ -177,9 +179,9 @@ def _fill_epochs(
 
             def advance(batch: Batch) -> None:
                 last[:] = [batch]
-                meter.advance(len(batch.labels) * processes.count)
+                meter.advance(batch.places * processes.count)
 
-            fill_epoch(store, recorder, loader, epoch, processes, batch_size, advance)
+            fill_epoch(store, recorder, loader, epoch, processes, batch_size, errors, advance)
             meter.reach(
                 (epoch + 1) * loader.views_per_epoch,
                 f"epoch {epoch + 1}/{len(epochs)}, {_size(store.bytes_on_disk)} on disk",
@@ -190,7 +192,7 @@ def _fill_epochs(
 
 def _saving(recorder: RecordingTeacher, last: list[Batch], views: int, device: torch.device) -> str:
     """Say how long the teacher alone would think about `views`, measured on the last batch."""
-    if not last:
+    if not last or not len(last[0].labels):
         return ""
 
     def settle() -> float:
@@ -211,6 +213,7 @@ def _compare(
     for batch in batches:
         assert batch.view_ids is not None
         records = store.find(batch.view_ids)
+        store.expect_missing(batch.missing_ids())
         logits = teacher(batch.to(device)).logits.cpu()
         changed = store.record.decode(records).argmax(-1) != logits.argmax(-1)
         rows.append(torch.stack([store.record.gap(records, logits), logits.std(-1), changed.float()]))

@@ -33,7 +33,7 @@ from deit_kd.store import (
     epoch_part,
 )
 from deit_kd.teachers import NetworkTeacher
-from deit_kd.tracking import FACTS_FILE, HEADS_FILE, say
+from deit_kd.tracking import FACTS_FILE, HEADS_FILE, DataErrors, say
 
 SOFT_TOP = 10  # logits kept for soft labels unless teacher.store_top says otherwise
 LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")  # that views depend on
@@ -49,6 +49,8 @@ NOT_IN_IDENTITY = {
     "data.download",
     "data.workers",
     "data.in_memory",
+    "data.on_error",  # what is missing is marked
+    "data.max_errors",
     "augment.label_smoothing",  # changes targets, not views
     "teacher.pretrained",  # the weights themselves are compared
     "teacher.checkpoint",
@@ -132,12 +134,12 @@ def recording(
     config, processes = run.config, run.processes
     assert config.teacher.store is not None
     with writing(config, config.teacher.store, run.splits, run.loader, processes, teacher, checkpoint) as store:
-        fill_validation(config, store, teacher, run.splits, processes)
+        fill_validation(config, store, teacher, run.splits, processes, run.errors)
         recorder = RecordingTeacher(teacher, store)
 
         def after_epoch(epoch: int) -> None:
             recorder.flush()
-            fill_epoch(store, recorder, run.loader, epoch, processes, config.evaluate.batch_size)
+            fill_epoch(store, recorder, run.loader, epoch, processes, config.evaluate.batch_size, run.errors)
 
         if processes.is_main:
             say(f"store: {config.teacher.store} is filled, {store.record.bytes_per_view} bytes a view")
@@ -206,7 +208,12 @@ def writing(
 
 
 def fill_validation(
-    config: Config, store: LabelStore, teacher: NetworkTeacher, splits: Splits, processes: Processes
+    config: Config,
+    store: LabelStore,
+    teacher: NetworkTeacher,
+    splits: Splits,
+    processes: Processes,
+    errors: DataErrors,
 ) -> None:
     """Ask for every image of the validation set, and keep the answers and their score."""
     if processes.share(store.holds(VALIDATION)):
@@ -214,13 +221,14 @@ def fill_validation(
     asked = _Listener(teacher, store.record)
     score, _ = score_teacher(
         asked,
-        parts.build_evaluation_loader(config, splits.validation, processes),
+        errors.watch("validation", parts.build_evaluation_loader(config, splits.validation, processes)),
         classes=len(splits.validation.classes),
         total=len(splits.validation),
         processes=processes,
     )
     positions = torch.arange(processes.rank, len(splits.validation), processes.count)
     store.write_piece(VALIDATION, positions, asked.columns())
+    errors.tell()
     processes.wait()
     on_main(processes, lambda: store.finish(VALIDATION, score))
 
@@ -234,7 +242,13 @@ class _Listener:
 
     def __call__(self, batch: Batch) -> TeacherOutput:
         answer: TeacherOutput = self._teacher(batch)
-        self._kept.append(self._record.encode(answer.logits))
+        records = self._record.encode(answer.logits)
+        if batch.missing:
+            whole, rows = self._record.missing(batch.places, answer.logits.device), batch.rows()
+            for name, column in whole.items():
+                column[rows] = records[name]
+            records = whole
+        self._kept.append(records)
         return answer
 
     def columns(self) -> dict[str, Tensor]:
@@ -250,6 +264,7 @@ def fill_epoch(
     epoch: int,
     processes: Processes,
     batch_size: int,
+    errors: DataErrors,
     advance: Callable[[Batch], None] = lambda batch: None,
 ) -> None:
     """Ask for what an epoch still lacks, each process its share of blocks."""
@@ -260,11 +275,12 @@ def fill_epoch(
     if len(starts):
         positions = np.concatenate([missing[first : first + block] for first in starts])
         view_ids = np.stack([np.full_like(positions, epoch), positions], axis=1)
-        for batch in loader.views(view_ids, block):
+        for batch in errors.watch("train", loader.views(view_ids, block)):
             batch = batch.to(processes.device)
             recorder(batch)
             advance(batch)
     recorder.flush()
+    errors.tell()
     processes.wait()
     on_main(processes, lambda: store.finish(epoch_part(epoch)))
 

@@ -32,6 +32,10 @@ class Terms(NamedTuple):
     teacher_not_finite: Tensor  # how many of the teacher's B answers hold a logit that is not
 
 
+def _mean(losses: Tensor) -> Tensor:
+    return losses.mean() if len(losses) else losses.sum()  # a batch of which nothing can be read says nothing
+
+
 class Objective:
     """``(1 - alpha) * classification(cls, targets) + alpha * distillation(dist, teacher)``.
 
@@ -69,7 +73,7 @@ class Objective:
         return self._distillation is not None
 
     def __call__(self, student: StudentOutput, teacher: TeacherOutput | None, targets: Tensor) -> Terms:
-        """Return the mean loss and terms of one batch.
+        """Return the mean loss and terms of one batch; zeros where it is empty.
 
         Args:
             student: logits of any float type, [B, C] each.
@@ -82,7 +86,7 @@ class Objective:
         with torch.autocast(student.cls_logits.device.type, enabled=False):
             classification = soft_target_cross_entropy(student.cls_logits.float(), targets.float())
             if self._distillation is None:
-                loss = classification.mean()
+                loss = _mean(classification)
                 nothing = torch.zeros_like(loss)
                 return Terms(loss, loss, nothing, classification.detach().isfinite(), nothing)
             if student.dist_logits is None:
@@ -95,6 +99,6 @@ class Objective:
                 distillation = distillation / targets.shape[-1]
             is_finite = (classification + distillation).detach().isfinite()
             teacher_not_finite = (~taught.isfinite().all(-1)).float().sum()
-            classification, distillation = classification.mean(), distillation.mean()
+            classification, distillation = _mean(classification), _mean(distillation)
             loss = (1 - self.alpha) * classification + self.alpha * distillation
             return Terms(loss, classification, distillation, is_finite, teacher_not_finite)

@@ -19,7 +19,7 @@ from torch import Tensor
 from deit_kd.files import read_json, write_atomically, write_json
 from deit_kd.interfaces import InputError
 from deit_kd.models import tensors_hash
-from deit_kd.store.record import Record, is_whole
+from deit_kd.store.record import Record, is_missing, is_whole
 
 FORMAT = 1
 MANIFEST = "store.json"
@@ -125,8 +125,37 @@ class LabelStore:
         """Return the records of views [B, 2] (epoch and position, in host memory).
 
         Raises:
-            InputError: one is not there.
+            InputError: one is not there, or is marked as missing.
         """
+        found = self._look_up(view_ids)
+        if bool((gone := is_missing(found)).any()):
+            epoch, position = view_ids[gone][0].tolist()
+            raise InputError(
+                f"teacher.store: {self.folder} has no answer to view {position} of epoch {epoch}, whose photo could "
+                f"not be read then and can be now; {self._cure(epoch)}"
+            )
+        return found
+
+    def expect_missing(self, view_ids: Tensor) -> None:
+        """Refuse answers to views [m, 2] that are missing here: their partners were mixed with them then.
+
+        Raises:
+            InputError: one is there.
+        """
+        if not len(view_ids):
+            return
+        present = ~is_missing(self._look_up(view_ids))
+        if bool(present.any()):
+            epoch, position = view_ids[present][0].tolist()
+            raise InputError(
+                f"teacher.store: {self.folder} answers view {position} of epoch {epoch}, whose photo could be read "
+                f"then and cannot be now; repair the photo, or {self._cure(epoch)}"
+            )
+
+    def _cure(self, epoch: int) -> str:
+        return f"delete {self._file(epoch_part(epoch))} and run deit-kd store build again"
+
+    def _look_up(self, view_ids: Tensor) -> Columns:
         found = self.record.empty(len(view_ids))
         for epoch in view_ids[:, 0].unique().tolist():
             rows = view_ids[:, 0] == epoch
@@ -145,11 +174,16 @@ class LabelStore:
         return self._notes(VALIDATION)
 
     def predictions(self, rank: int, processes: int) -> Tensor:
-        """Return the teacher's classes [share] on the part of the validation set that one process evaluates."""
+        """Return the teacher's classes [share] on the part of the validation set that one process evaluates.
+
+        They are -1 for images that are marked as missing.
+        """
         share = {name: column[rank::processes] for name, column in self.columns(VALIDATION).items()}
         if "label" in share:
-            return share["label"].long()
-        return share["classes"][:, 0].long() if "classes" in share else share["logits"].argmax(-1)
+            classes = share["label"].long()
+        else:
+            classes = share["classes"][:, 0].long() if "classes" in share else share["logits"].argmax(-1)
+        return classes.masked_fill(is_missing(share), -1)
 
     def logits(self) -> Tensor | None:
         """Return the teacher's logits [n, C] on the validation set; None where the store holds hard labels alone."""

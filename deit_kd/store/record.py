@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 LEAST_LOGIT = torch.finfo(torch.float16).min
+MISSING = {"label": -2, "logits": -math.inf, "classes": 0, "rest": 0.0}  # what no answer is encoded as
 LEAST_GAP = 2.0**-24  # the smallest fp16 number: a tie in fp16 must not move the argmax
 
 
@@ -48,6 +49,10 @@ class Record:
     def empty(self, views: int) -> dict[str, Tensor]:
         """Return columns for `views` records, to be filled."""
         return {name: column.new_empty((views, *column.shape[1:])) for name, column in self._example.items()}
+
+    def missing(self, views: int, device: torch.device | None = None) -> dict[str, Tensor]:
+        """Return the columns of views that nobody was asked about, since their photos cannot be read."""
+        return {name: column.fill_(MISSING[name]).to(device) for name, column in self.empty(views).items()}
 
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
         """Return the columns of logits [B, C], on their device: ``label`` [B], or ``logits`` [B, K] and the others."""
@@ -96,8 +101,15 @@ class Record:
         return (relative.clamp_min(LEAST_LOGIT) - columns["logits"].float()).abs().max(-1)[0]
 
 
-def is_whole(columns: dict[str, Tensor]) -> bool:
-    """Return whether every record came from an answer whose largest logit was finite."""
+def is_missing(columns: dict[str, Tensor]) -> Tensor:
+    """Return which records [B] stand for views whose photos cannot be read."""
     if "label" in columns:
-        return bool((columns["label"] >= 0).all())
-    return all(bool(columns[name].isfinite().all()) for name in ("logits", "rest") if name in columns)
+        return columns["label"] == MISSING["label"]
+    return columns["logits"][:, 0] == MISSING["logits"]
+
+
+def is_whole(columns: dict[str, Tensor]) -> bool:
+    """Return whether every record came from an answer whose largest logit was finite, or is marked as missing."""
+    if "label" in columns:
+        return bool((columns["label"] != -1).all())
+    return not any(bool(columns[name].isnan().any()) for name in ("logits", "rest") if name in columns)

@@ -35,11 +35,12 @@ class StoredTeacher:
         """Answer the views of `batch` with logits [B, C] in fp32, on the device of its images.
 
         Raises:
-            InputError: a view is not in the store.
+            InputError: a view is not in the store, or one that `batch` lacks is.
         """
         if batch.view_ids is None:
             raise InputError("teacher.store: only views of the training loader can be answered, which have view_ids")
         records = self.store.find(batch.view_ids.cpu())
+        self.store.expect_missing(batch.missing_ids())
         device = batch.images.device
         logits = self.store.record.decode({name: c.to(device, non_blocking=True) for name, c in records.items()})
         return TeacherOutput(logits)
@@ -47,6 +48,8 @@ class StoredTeacher:
 
 class RecordingTeacher:
     """Asks another teacher, and keeps its answers to views; call `flush` when an epoch is done.
+
+    Views that a batch lacks are marked as missing.
 
     Args:
         teacher: that is asked.
@@ -64,7 +67,10 @@ class RecordingTeacher:
         answer: TeacherOutput = self._teacher(batch)
         if batch.view_ids is not None:
             self._kept.append((batch.view_ids, self.store.record.encode(answer.logits)))
-            self._views += len(batch.view_ids)
+            if batch.missing:
+                marks = self.store.record.missing(len(batch.missing), answer.logits.device)
+                self._kept.append((batch.missing_ids(), marks))
+            self._views += batch.places
             if self._views >= VIEWS_PER_PIECE or time.monotonic() - self._since >= SECONDS_PER_PIECE:
                 self.flush()
         return answer

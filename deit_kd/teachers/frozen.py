@@ -112,7 +112,10 @@ class FrozenTeacher(nn.Module):
     def forward(self, batch: Batch) -> TeacherOutput:
         """Answer the views of `batch` with logits [B, C] in fp32."""
         with torch.autocast(batch.images.device.type, enabled=False):
-            logits = self._answer(self._eyes(batch.images)).float()
+            images = batch.images
+            if not len(images):  # attention on CUDA refuses an empty batch
+                images = images.new_zeros(1, *images.shape[1:])
+            logits = self._answer(self._eyes(images))[: len(batch.images)].float()
             return TeacherOutput(logits if self._map is None else self._map(logits))
 
     def _eyes(self, images: Tensor) -> Tensor:

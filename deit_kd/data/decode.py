@@ -1,0 +1,91 @@
+"""From the bytes of an image file to 8-bit RGB: what is depicted, whatever the file's kind of pixel is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from deit_kd.interfaces import InputError
+
+DECODING = 2  # counted up when the same bytes become other pixels; part of what identifies photos
+SIXTEEN_BITS = ("PNG", "PPM")  # formats whose 32-bit grey in Pillow is 16-bit grey in the file
+
+
+class UnreadableImage(InputError):
+    """One image file cannot be read, which need not be the end of a run; the message is one line with its path."""
+
+
+class Stamp(NamedTuple):
+    """What a file looked like when its folder was listed."""
+
+    size: int  # bytes; -1 where there was no file behind the name
+    changed_ns: int  # time of the last change
+
+
+def stamps(root: Path, names: Iterable[str]) -> np.ndarray:
+    """Return the `Stamp` of each file under `root`, as rows [n, 2] of int64."""
+    return np.array([_stamp_of(root / name) for name in names], dtype=np.int64).reshape(-1, 2)
+
+
+def _stamp_of(path: Path) -> Stamp:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return Stamp(-1, 0)
+    return Stamp(found.st_size, found.st_mtime_ns)
+
+
+def load_image(path: Path, before: Stamp | None = None) -> Image.Image:
+    """Read one image file as RGB, its first picture, turned the way its EXIF orientation says.
+
+    16-bit grey is scaled to 8 bits, CMYK is converted, and what is transparent lies on white.
+
+    Args:
+        path: of the file.
+        before: what it looked like; None does not compare.
+
+    Raises:
+        UnreadableImage: the file is missing or is not a readable image.
+        InputError: it was changed or removed since `before`.
+    """
+    try:
+        with open(path, "rb") as file:
+            found = os.fstat(file.fileno())
+            if before is not None and before != (found.st_size, found.st_mtime_ns):
+                raise InputError(f"{path}: was changed while it was in use; go on with --resume auto if that was meant")
+            return _as_rgb(Image.open(file))
+    except InputError:
+        raise
+    except Exception as error:  # a codec meets a damaged file with anything from SyntaxError to struct.error
+        if isinstance(error, FileNotFoundError) and before is not None and before.size >= 0:
+            raise InputError(f"{path}: was removed while it was in use; put it back") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # which names no file but the opened one
+            reason = "no known format" if found.st_size else "no bytes"
+        raise UnreadableImage(f"{path}: cannot be read as an image ({reason}); repair or remove the file") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    _turn_upright(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS):
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("pixels of 32 bits do not say what is white")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _turn_upright(image: Image.Image) -> None:
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # broken EXIF says nothing, and the pixels, which are loaded, are as good as ever
+        return
