@@ -38,7 +38,7 @@ class Photos:
         classes: class names, in label order.
         root: the folder of the files; None when the images are in memory.
         arrays: uint8 images [H, W, 3] of one size, when they are in memory from the start.
-        decoded: uint8 images [H, W, 3] of the files, when they were read ahead.
+        decoded: the files as RGB images, when they were read ahead.
     """
 
     names: Sequence[str]
@@ -46,7 +46,7 @@ class Photos:
     classes: tuple[str, ...]
     root: Path | None = None
     arrays: np.ndarray | None = None
-    decoded: Sequence[np.ndarray] | None = None
+    decoded: Sequence[Image.Image] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -56,12 +56,12 @@ class Photos:
         if self.arrays is not None:
             return Image.fromarray(self.arrays[index])
         if self.decoded is not None:
-            return Image.fromarray(self.decoded[index])
+            return self.decoded[index]
         assert self.root is not None
         return load_image(self.root / self.names[index])
 
     def in_memory(self) -> Photos:
-        """Return the same photos, every file read and decoded once; H x W x 3 bytes each, which workers share.
+        """Return the same photos, every file read and decoded once; H x W x 4 bytes each, which workers share.
 
         Raises:
             InputError: a file is missing or is not a readable image.
@@ -69,7 +69,7 @@ class Photos:
         if self.arrays is not None or self.decoded is not None:
             return self
         with ThreadPoolExecutor() as pool:
-            decoded = list(pool.map(lambda index: np.asarray(self.image(index)), range(len(self))))
+            decoded = list(pool.map(self.image, range(len(self))))
         return replace(self, decoded=decoded)
 
     def subset(self, indices: Sequence[int]) -> Photos:
