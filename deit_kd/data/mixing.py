@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from deit_kd.data.sharing import SharedStack
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.randomness import generator
 
@@ -38,6 +39,7 @@ class Mixing:
     probability: float = 1.0
     switch_probability: float = 0.5
     label_smoothing: float = 0.0
+    _stack: SharedStack = field(default_factory=SharedStack, init=False, repr=False, compare=False)
 
     @property
     def is_on(self) -> bool:
@@ -46,7 +48,7 @@ class Mixing:
 
     def __call__(self, examples: list[Example]) -> Batch:
         """Return the batch of `examples`, whose positions are contiguous and start even when mixing is on."""
-        images = torch.stack([example[0] for example in examples])
+        images = self._stack([example[0] for example in examples])
         labels = torch.tensor([example[1] for example in examples])
         view_ids = torch.tensor([example[2:] for example in examples])
         smooth = self.label_smoothing / self.classes
