@@ -1,141 +1,314 @@
-"""``deit-kd bench``: the training loop over its floor, which is the same step on data already in memory."""
+"""``deit-kd bench``: the training loop with each kind of teacher, over the floors that its parts lay."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
-from deit_kd.config import Config
-from deit_kd.distributed import finish, start
+from deit_kd.config import Config, TeacherNetwork
+from deit_kd.data import Photos, Splits
+from deit_kd.data.sharing import PREFETCHED
+from deit_kd.distributed import Processes, finish, start
 from deit_kd.engine import Distiller, Trainer, train
-from deit_kd.interfaces import Batch, InputError
-from deit_kd.jobs.run import Window, build_trainer, prepare
-from deit_kd.jobs.train import ready_teacher
-from deit_kd.tracking import console, say
+from deit_kd.interfaces import Batch, InputError, Teacher
+from deit_kd.jobs import parts
+from deit_kd.jobs.fit import online_teacher
+from deit_kd.jobs.run import Run, Window, build_trainer, prepare
+from deit_kd.jobs.stored import fill_epoch, writing
+from deit_kd.losses import Objective
+from deit_kd.models import choose_attention
+from deit_kd.optim import build_optimizer
+from deit_kd.store import RecordingTeacher, StoredTeacher
+from deit_kd.tracking import say
+
+STEP = "student's step"
+TIMMS_STEP = "student's step as timm gives it"
+COMPILED, NOT_COMPILED = "student's step, compiled", "student's step, not compiled"
+ANSWER = "teacher's answer"
+LOADER = "loader"
+ALONE, ONLINE, STORED = "loop, no teacher", "loop, teacher online", "loop, label store"
+
+# What is compared with the parts whose times add up to its floor.
+RATIOS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (ALONE, (STEP,)),
+    (ONLINE, (STEP, ANSWER)),
+    (STORED, (STEP,)),
+    (STORED, (ALONE,)),
+    (STORED, (ONLINE,)),
+    (STEP, (TIMMS_STEP,)),
+    (COMPILED, (STEP,)),
+    (NOT_COMPILED, (STEP,)),
+)
+SETTLING_STEPS = 2  # of a loop, before its clock starts: its workers then are as far ahead as they will stay
 
 
-def bench(config: Config, rounds: int, steps: int, json_file: Path | None) -> dict[str, Any]:
-    """Time the parts of a recipe in one process, in turns, and print images/s with their spread.
+class Clock:
+    """Images per second of parts that are timed in turns and, on CUDA, the peak memory of each."""
 
-    ``floor`` is the student's step and the teacher's answer on a batch that stays in memory; ``loop`` is the
-    whole loop with its loader, mixing and meters. Batches that the workers made while something else was timed
-    are used up before the clock starts, and what needs no loader waits until the workers rest. Evaluation and
-    checkpoints are outside, and no run folder is written.
+    def __init__(self, device: torch.device) -> None:
+        self.rates: dict[str, list[float]] = {}
+        self.peaks: dict[str, int] = {}
+        self._device = device
+
+    def take(self, name: str, images: int, part: Callable[[], object]) -> None:
+        """Time `part`, which handles `images`, once more."""
+        on_cuda = self._device.type == "cuda"
+        if on_cuda:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        since = time.perf_counter()
+        part()
+        if on_cuda:
+            torch.cuda.synchronize(self._device)
+            self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(self._device))
+        self.rates.setdefault(name, []).append(images / (time.perf_counter() - since))
+
+    def ratio(self, part: str, floor: Sequence[str]) -> list[float] | None:
+        """Return by round the rate of `part` over the rate of all of `floor` in turn; None where one is missing."""
+        if any(name not in self.rates for name in (part, *floor)):
+            return None
+        rounds = zip(self.rates[part], *(self.rates[name] for name in floor), strict=True)
+        return [rate * sum(1 / own for own in floors) for rate, *floors in rounds]
+
+
+def bench(
+    config: Config, rounds: int, steps: int, photos: int, other_compile: bool, json_file: Path | None
+) -> dict[str, Any]:
+    """Time the loop of a recipe and its parts in one process, in turns; print images/s, shares and their spread.
+
+    The student's step and the teacher's answer are timed on a batch that stays in memory; a loop has its loader,
+    mixing and meters. The store is filled with the views that the loops see, in a temporary folder, before any
+    clock starts. What needs no loader waits until the workers rest. Evaluation and checkpoints are outside, and no
+    run folder is written.
 
     Args:
-        config: a recipe; its teacher may have random weights.
+        config: a recipe; its teacher may have random weights. A store that it names is left alone.
         rounds: how often each part is timed; the median counts.
         steps: optimiser steps a time.
+        photos: of the training set to take, evenly spread; at least a batch.
+        other_compile: time the student's step with the other choice of ``train.compile``, too.
         json_file: where the numbers go too.
 
     Raises:
-        InputError: the recipe cannot work, or has too few steps for the rounds.
+        InputError: the recipe cannot work.
     """
+    if rounds < 1 or steps < 1:
+        raise InputError(f"bench: --rounds {rounds} and --steps {steps} must be above 0")
     processes = start(config.train.device)
     try:
-        run = prepare(config, processes)
-        prefetched = 2 * config.data.workers + 1
-        needed = 2 * rounds * (prefetched + steps) + 1
-        if needed > run.loader.total_steps:
-            raise InputError(
-                f"train.epochs: {config.train.epochs} give {run.loader.total_steps} steps, too few for {rounds} "
-                f"rounds of {steps}; use {-(-needed // run.loader.steps_per_epoch)} or more"
-            )
-        teacher, _ = ready_teacher(run)
-        trainer = build_trainer(run, teacher)
-        stream = iter(run.loader.batches(0))
-        held = [next(stream).to(processes.device) for _ in range(config.train.accumulation_steps)]
-        window = Window(processes.device)
-
-        def loop(batches: Iterable[Batch], learner: Trainer = trainer) -> None:
-            def meter(step: int, terms: Tensor) -> None:
-                window.add(terms)
-                if step % config.train.log_every_steps == 0:
-                    window.read(processes, config.train.batch_size)
-
-            train(learner, batches, first_step=0, total_steps=steps, after_step=meter)
-
-        def use_up(batches: int) -> None:
-            for _ in itertools.islice(stream, batches * config.train.accumulation_steps):
-                pass
-
-        from_stream: dict[str, Callable[[], None]] = {
-            "loop": lambda: loop(stream),
-            "loader alone": lambda: use_up(steps),
-        }
-        in_memory: dict[str, Callable[[], None]] = {"floor": lambda: loop(itertools.cycle(held))}
-        if teacher is not None:
-            answers = {id(batch.images): teacher(batch) for batch in held}
-            knowing = Distiller(
-                trainer.distiller.student,
-                lambda batch: answers[id(batch.images)],
-                run.objective,
-                config.train.precision,
-            )
-            in_memory["student's step"] = lambda: loop(itertools.cycle(held), replace(trainer, distiller=knowing))
-            in_memory["teacher's answer"] = lambda: [teacher(batch) for batch in held * steps].clear()
-        rates: dict[str, list[float]] = {name: [] for name in (*from_stream, *in_memory)}
-
-        def take(name: str, part: Callable[[], None]) -> None:
-            rates[name].append(steps * config.train.batch_size / _seconds(part, processes.device))
-
-        loop(itertools.cycle(held))
-        for _ in range(rounds):
-            for name, part in from_stream.items():
-                use_up(prefetched)
-                take(name, part)
-            time.sleep(1.5 * prefetched * config.train.batch_size / rates["loader alone"][-1])
-            for name, part in in_memory.items():
-                take(name, part)
-        return _report(rates, config, processes.device, json_file)
+        if processes.count > 1:
+            raise InputError(f"bench: {processes.count} processes cannot be timed; run it without torchrun")
+        splits = parts.build_splits(config)
+        config = _with_epochs_enough(config, rounds, steps)
+        fewer = splits._replace(
+            train=_some(splits.train, max(photos, config.train.batch_size + config.augment.repeats))
+        )
+        run = prepare(config, processes, fewer)
+        run.loader.cycle_views(1)
+        with TemporaryDirectory(prefix="deit-kd-bench-") as folder:
+            teachers = _teachers(run, splits, folder)
+            clock = _Parts(run, teachers, steps, other_compile).measure(rounds)
+        views = len(splits.train) // config.augment.repeats * config.augment.repeats
+        return _report(clock, config, processes, views, json_file)
     finally:
         finish()
 
 
-def _seconds(part: Callable[[], None], device: torch.device) -> float:
-    def settle() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    settle()
-    since = time.perf_counter()
-    part()
-    settle()
-    return time.perf_counter() - since
+def _with_epochs_enough(config: Config, rounds: int, steps: int) -> Config:
+    """Return the recipe with an epoch for each step that a bench can take."""
+    prefetched = PREFETCHED * config.data.workers + 1
+    epochs = rounds * 4 * (prefetched + SETTLING_STEPS + steps) + 1
+    train_section = config.train.model_copy(update={"epochs": max(config.train.epochs, epochs)})
+    return config.model_copy(update={"train": train_section})
 
 
-def _report(
-    rates: dict[str, list[float]], config: Config, device: torch.device, json_file: Path | None
-) -> dict[str, Any]:
-    shares = [whole / floor for whole, floor in zip(rates["loop"], rates["floor"], strict=True)]
-    table = Table(
-        title=f"{config.student.name}, {config.data.image_size} px, batch {config.train.batch_size}, "
-        f"{config.train.precision}, {device.type} with {torch.get_num_threads()} threads"
+def _some(photos: Photos, count: int) -> Photos:
+    count = min(count, len(photos))
+    return photos.subset([index * len(photos) // count for index in range(count)])
+
+
+def _teachers(run: Run, splits: Splits, folder: str) -> dict[str, Teacher]:
+    """Return the teacher of each loop that has one; fill a store in `folder`."""
+    config, processes = run.config, run.processes
+    if config.distill.kind == "none":
+        return {}
+    teacher, checkpoint = online_teacher(config, processes, splits)
+    with writing(config, folder, run.splits, run.loader, processes, teacher, checkpoint) as store:
+        fill_epoch(store, RecordingTeacher(teacher, store), run.loader, 0, processes, config.train.batch_size)
+    return {ONLINE: teacher, STORED: StoredTeacher(store, 1)}
+
+
+class _Parts:
+    """Everything that is timed, of one run.
+
+    Args:
+        run: whose loader deals the same epoch of views over and over.
+        teachers: of the loops that have one.
+        steps: optimiser steps a time.
+        other_compile: whether to time the student's step with the other choice of ``train.compile``, too.
+    """
+
+    def __init__(self, run: Run, teachers: Mapping[str, Teacher], steps: int, other_compile: bool) -> None:
+        self._run, self._steps = run, steps
+        self._window = Window(run.processes.device)
+        self._stream = iter(run.loader.batches(0))
+        micro_steps = run.config.train.accumulation_steps
+        self._held = [next(self._stream).to(run.processes.device) for _ in range(micro_steps)]
+        self._teacher = teachers.get(ONLINE)
+        known = None if self._teacher is None else known_answers(self._teacher, self._held)
+        own = build_trainer(run, known)
+        self._in_memory = {STEP: own, TIMMS_STEP: as_timm_gives_it(run, known)}
+        if other_compile:
+            other = not run.config.train.compile
+            train_section = run.config.train.model_copy(update={"compile": other})
+            changed = replace(run, config=run.config.model_copy(update={"train": train_section}))
+            self._in_memory[COMPILED if other else NOT_COMPILED] = build_trainer(changed, known)
+        self._loops = {ALONE: _taught_by(own, None, Objective("none"))}
+        self._loops |= {name: _taught_by(own, teacher, run.objective) for name, teacher in teachers.items()}
+
+    def measure(self, rounds: int) -> Clock:
+        """Return the rates of all parts; each is run once before."""
+        clock, images = Clock(self._run.processes.device), self._steps * self._run.config.train.batch_size
+        for trainer in (*self._in_memory.values(), *self._loops.values()):
+            self._train(trainer, itertools.cycle(self._held), 1)
+        loops = list(self._loops.items())
+        for turn in range(rounds):
+            for name, trainer in loops if turn % 2 == 0 else reversed(loops):
+                self._use_up(self._prefetched)
+                self._train(trainer, self._stream, SETTLING_STEPS)
+                clock.take(name, images, partial(self._train, trainer, self._stream, self._steps))
+            self._use_up(self._prefetched)
+            clock.take(LOADER, images, lambda: self._use_up(self._steps))
+            batch_seconds = images / self._steps / clock.rates[LOADER][-1]
+            time.sleep(1.5 * self._prefetched * batch_seconds)
+            for name, trainer in self._in_memory.items():
+                clock.take(name, images, partial(self._train, trainer, itertools.cycle(self._held), self._steps))
+            if self._teacher is not None:
+                clock.take(ANSWER, images, self._ask)
+        return clock
+
+    @property
+    def _prefetched(self) -> int:
+        return PREFETCHED * self._run.config.data.workers + 1
+
+    def _use_up(self, batches: int) -> None:
+        for _ in itertools.islice(self._stream, batches * self._run.config.train.accumulation_steps):
+            pass
+
+    def _train(self, trainer: Trainer, batches: Iterable[Batch], steps: int) -> None:
+        def meter(step: int, terms: Tensor) -> None:
+            self._window.add(terms)
+            if step % self._run.config.train.log_every_steps == 0:
+                self._window.read(self._run.processes, self._run.config.train.batch_size)
+
+        train(trainer, batches, first_step=0, total_steps=steps, after_step=meter)
+
+    def _ask(self) -> None:
+        assert self._teacher is not None
+        for batch in self._held * self._steps:
+            self._teacher(batch)
+
+
+def known_answers(teacher: Teacher, batches: Iterable[Batch]) -> Teacher:
+    """Return a teacher that knows its answers to `batches`, by their images, and no others."""
+    answers = {id(batch.images): teacher(batch) for batch in batches}
+    return lambda batch: answers[id(batch.images)]
+
+
+def as_timm_gives_it(run: Run, teacher: Teacher | None) -> Trainer:
+    """Return a trainer of the run's student with PyTorch's fused attention and plain AdamW, not compiled."""
+    config = run.config
+    train_section = config.train.model_copy(update={"compile": False})
+    choose_attention("fused", run.processes.device)
+    student = parts.build_student(config, run.classes).to(run.processes.device)
+    choose_attention(config.train.attention, run.processes.device)
+    optimizer = build_optimizer(
+        student.backbone,
+        name=config.optim.name,
+        lr=config.optim.lr,
+        lr_reference_batch=config.optim.lr_reference_batch,
+        weight_decay=config.optim.weight_decay,
+        args={**config.optim.args, "fused": False},
+        batch_size=config.train.batch_size,
     )
-    for column in ("part", "images/s (median)", "lowest", "highest"):
-        table.add_column(column, justify="left" if column == "part" else "right")
-    for name, values in rates.items():
-        table.add_row(name, *(f"{pick(values):.1f}" for pick in (statistics.median, min, max)))
-    console.print(table)
-    share = {"median": statistics.median(shares), "lowest": min(shares), "highest": max(shares)}
+    plain = config.model_copy(update={"train": train_section})
+    return build_trainer(replace(run, config=plain, student=student, optimizer=optimizer), teacher)
+
+
+def _taught_by(trainer: Trainer, teacher: Teacher | None, objective: Objective) -> Trainer:
+    own = trainer.distiller
+    return replace(trainer, distiller=Distiller(own.student, teacher, objective, own.precision))
+
+
+def print_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table as it stands in ``docs/``, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for cells in (header, ["-" * width for width in widths], *rows):
+        first, *others = zip(cells, widths, strict=True)
+        say(" | ".join(["| " + first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |")
+
+
+def print_rates(what: str, measured: Mapping[str, Sequence[float]], digits: int) -> None:
+    """Print median, lowest and highest of what was measured in every round, by name."""
+    rows = [
+        [name, *(f"{pick(values):.{digits}f}" for pick in (statistics.median, min, max))]
+        for name, values in measured.items()
+    ]
+    print_markdown([what, "median", "lowest", "highest"], rows)
+
+
+def _report(clock: Clock, config: Config, processes: Processes, views: int, json_file: Path | None) -> dict[str, Any]:
+    ratios = {
+        f"{part} / {' + '.join(floor)}": found
+        for part, floor in RATIOS
+        if (found := clock.ratio(part, floor)) is not None
+    }
+    peaks = clock.peaks or _process_peak()
+    networks: Sequence[TeacherNetwork] = config.teacher.members or [config.teacher]
+    teachers = " + ".join(str(network.name) for network in networks)
+    say(
+        f"{config.student.name}, {config.data.image_size} px, "
+        f"{'no teacher' if config.distill.kind == 'none' else f'teacher {teachers}'}, batch "
+        f"{config.train.batch_size}, {config.train.precision}, {processes.device.type} with "
+        f"{torch.get_num_threads()} threads and {config.data.workers} workers\n"
+    )
+    print_rates("images/s", clock.rates, 1)
+    say("")
+    print_rates("share", ratios, 3)
+    say("")
+    seconds = {name: views / statistics.median(clock.rates[name]) for name in clock.rates if name.startswith("loop")}
+    say(f"an epoch of {views} views, from images/s: " + ", ".join(f"{n} {s:.0f} s" for n, s in seconds.items()))
+    say("peak memory: " + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in peaks.items()))
     result = {
-        "rates": rates,
-        "loop_over_floor": share,
+        "rates": clock.rates,
+        "ratios": ratios,
+        "epoch_seconds": seconds,
+        "peak_memory": peaks,
+        "threads": torch.get_num_threads(),
         "recipe": config.model_dump(mode="json"),
         "torch": torch.__version__,
     }
-    spread = f"{share['lowest']:.3f} to {share['highest']:.3f}, {len(shares)} rounds"
-    say(f"loop over floor: {share['median']:.3f} ({spread})")
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _process_peak() -> dict[str, int]:
+    if sys.platform == "win32":
+        return {}
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"the process, all parts": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
