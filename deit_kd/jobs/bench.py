@@ -7,7 +7,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -108,22 +109,38 @@ def bench(
         raise InputError(f"bench: --rounds {rounds} and --steps {steps} must be above 0")
     processes = start(config.train.device)
     try:
-        if processes.count > 1:
-            raise InputError(f"bench: {processes.count} processes cannot be timed; run it without torchrun")
         splits = parts.build_splits(config)
-        config = _with_epochs_enough(config, rounds, steps)
-        fewer = splits._replace(
-            train=_some(splits.train, max(photos, config.train.batch_size + config.augment.repeats))
-        )
-        run = prepare(config, processes, fewer)
-        run.loader.cycle_views(1)
-        with TemporaryDirectory(prefix="deit-kd-bench-") as folder:
-            teachers = _teachers(run, splits, folder)
-            clock = _Parts(run, teachers, steps, other_compile).measure(rounds)
+        with open_parts(config, processes, splits, rounds, steps, photos, other_compile) as timed:
+            clock = _measure(timed, processes.device, rounds)
         views = len(splits.train) // config.augment.repeats * config.augment.repeats
         return _report(clock, config, processes, views, json_file)
     finally:
         finish()
+
+
+@contextmanager
+def open_parts(
+    config: Config,
+    processes: Processes,
+    splits: Splits,
+    rounds: int,
+    steps: int,
+    photos: int,
+    other_compile: bool = False,
+) -> Iterator[Parts]:
+    """Yield everything of a recipe that can be timed, with a store that is gone afterwards; see `bench`.
+
+    Raises:
+        InputError: the recipe cannot work, or there are several processes.
+    """
+    if processes.count > 1:
+        raise InputError(f"bench: {processes.count} processes cannot be timed; run it without torchrun")
+    config = _with_epochs_enough(config, rounds, steps)
+    a_batch = config.train.batch_size + config.augment.repeats
+    run = prepare(config, processes, splits._replace(train=some_photos(splits.train, max(photos, a_batch))))
+    run.loader.cycle_views(1)
+    with TemporaryDirectory(prefix="deit-kd-bench-") as folder:
+        yield Parts(run, _teachers(run, splits, folder), steps, other_compile)
 
 
 def _with_epochs_enough(config: Config, rounds: int, steps: int) -> Config:
@@ -134,7 +151,8 @@ def _with_epochs_enough(config: Config, rounds: int, steps: int) -> Config:
     return config.model_copy(update={"train": train_section})
 
 
-def _some(photos: Photos, count: int) -> Photos:
+def some_photos(photos: Photos, count: int) -> Photos:
+    """Return `count` of `photos`, evenly spread, or all where there are no more."""
     count = min(count, len(photos))
     return photos.subset([index * len(photos) // count for index in range(count)])
 
@@ -150,7 +168,7 @@ def _teachers(run: Run, splits: Splits, folder: str) -> dict[str, Teacher]:
     return {ONLINE: teacher, STORED: StoredTeacher(store, 1)}
 
 
-class _Parts:
+class Parts:
     """Everything that is timed, of one run.
 
     Args:
@@ -178,29 +196,36 @@ class _Parts:
         self._loops = {ALONE: _taught_by(own, None, Objective("none"))}
         self._loops |= {name: _taught_by(own, teacher, run.objective) for name, teacher in teachers.items()}
 
-    def measure(self, rounds: int) -> Clock:
-        """Return the rates of all parts; each is run once before."""
-        clock, images = Clock(self._run.processes.device), self._steps * self._run.config.train.batch_size
+        self.streamed = (*self._loops, LOADER)
+        self.resting = (*self._in_memory, *([] if self._teacher is None else [ANSWER]))
+        self.batch_size = run.config.train.batch_size
+        self.images = steps * self.batch_size
+
+    def warm_up(self) -> None:
+        """Run every step once."""
         for trainer in (*self._in_memory.values(), *self._loops.values()):
             self._train(trainer, itertools.cycle(self._held), 1)
-        loops = list(self._loops.items())
-        for turn in range(rounds):
-            for name, trainer in loops if turn % 2 == 0 else reversed(loops):
-                self._use_up(self._prefetched)
-                self._train(trainer, self._stream, SETTLING_STEPS)
-                clock.take(name, images, partial(self._train, trainer, self._stream, self._steps))
-            self._use_up(self._prefetched)
-            clock.take(LOADER, images, lambda: self._use_up(self._steps))
-            batch_seconds = images / self._steps / clock.rates[LOADER][-1]
-            time.sleep(1.5 * self._prefetched * batch_seconds)
-            for name, trainer in self._in_memory.items():
-                clock.take(name, images, partial(self._train, trainer, itertools.cycle(self._held), self._steps))
-            if self._teacher is not None:
-                clock.take(ANSWER, images, self._ask)
-        return clock
+
+    def settle(self, name: str) -> None:
+        """Bring the workers of a streamed part to the pace that it will keep."""
+        self._use_up(self.prefetched)
+        if name in self._loops:
+            self._train(self._loops[name], self._stream, SETTLING_STEPS)
+
+    def run(self, name: str) -> None:
+        """Run one part, over `images` images."""
+        if name in self._loops:
+            self._train(self._loops[name], self._stream, self._steps)
+        elif name in self._in_memory:
+            self._train(self._in_memory[name], itertools.cycle(self._held), self._steps)
+        elif name == LOADER:
+            self._use_up(self._steps)
+        else:
+            self._ask()
 
     @property
-    def _prefetched(self) -> int:
+    def prefetched(self) -> int:
+        """Batches that workers may be ahead, and one."""
         return PREFETCHED * self._run.config.data.workers + 1
 
     def _use_up(self, batches: int) -> None:
@@ -211,7 +236,7 @@ class _Parts:
         def meter(step: int, terms: Tensor) -> None:
             self._window.add(terms)
             if step % self._run.config.train.log_every_steps == 0:
-                self._window.read(self._run.processes, self._run.config.train.batch_size)
+                self._window.read(self._run.processes, self.batch_size)
 
         train(trainer, batches, first_step=0, total_steps=steps, after_step=meter)
 
@@ -219,6 +244,21 @@ class _Parts:
         assert self._teacher is not None
         for batch in self._held * self._steps:
             self._teacher(batch)
+
+
+def _measure(timed: Parts, device: torch.device, rounds: int) -> Clock:
+    """Return the rates of all parts; every other round goes through them backwards."""
+    clock = Clock(device)
+    timed.warm_up()
+    for turn in range(rounds):
+        forwards = 1 if turn % 2 == 0 else -1
+        for name in timed.streamed[::forwards]:
+            timed.settle(name)
+            clock.take(name, timed.images, partial(timed.run, name))
+        time.sleep(1.5 * timed.prefetched * timed.batch_size / clock.rates[LOADER][-1])
+        for name in timed.resting[::forwards]:
+            clock.take(name, timed.images, partial(timed.run, name))
+    return clock
 
 
 def known_answers(teacher: Teacher, batches: Iterable[Batch]) -> Teacher:
