@@ -11,7 +11,7 @@ import torch
 
 from deit_kd.cli import main
 from deit_kd.config import parse_config
-from deit_kd.jobs.bench import RATIOS, Clock, as_timm_gives_it
+from deit_kd.jobs.bench import Clock, as_timm_gives_it
 from deit_kd.jobs.run import prepare
 from tests.conftest import ONE_PROCESS, tiny
 
@@ -60,9 +60,8 @@ def test_a_store_that_the_recipe_names_is_left_alone(photos_root: Path, tmp_path
 def test_a_share_is_the_rate_over_that_of_its_floors_parts_in_turn() -> None:
     clock = Clock(torch.device("cpu"))
     clock.rates = {"loop": [50.0, 40.0], "step": [100.0, 100.0], "answer": [100.0, 25.0]}
-    assert clock.ratio("loop", ("step", "answer")) == [pytest.approx(1.0), pytest.approx(2.0)]
-    assert clock.ratio("loop", ("step", "loader")) is None
-    assert all(part not in floor for part, floor in RATIOS)
+    found = clock.ratios([("loop", ("step", "answer")), ("loop", ("step", "loader"))])
+    assert found == {"loop / step + answer": [pytest.approx(1.0), pytest.approx(2.0)]}
 
 
 def test_timms_step_has_fused_attention_and_a_plain_optimiser(photos_root: Path, tmp_path: Path) -> None:

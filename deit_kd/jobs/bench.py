@@ -76,10 +76,15 @@ class Clock:
             self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(self._device))
         self.rates.setdefault(name, []).append(images / (time.perf_counter() - since))
 
-    def ratio(self, part: str, floor: Sequence[str]) -> list[float] | None:
-        """Return by round the rate of `part` over the rate of all of `floor` in turn; None where one is missing."""
-        if any(name not in self.rates for name in (part, *floor)):
-            return None
+    def ratios(self, wanted: Iterable[tuple[str, Sequence[str]]]) -> dict[str, list[float]]:
+        """Return by round the rate of a part over that of all parts of its floor in turn, where all were timed."""
+        return {
+            f"{part} / {' + '.join(floor)}": self._ratio(part, floor)
+            for part, floor in wanted
+            if all(name in self.rates for name in (part, *floor))
+        }
+
+    def _ratio(self, part: str, floor: Sequence[str]) -> list[float]:
         rounds = zip(self.rates[part], *(self.rates[name] for name in floor), strict=True)
         return [rate * sum(1 / own for own in floors) for rate, *floors in rounds]
 
@@ -207,10 +212,13 @@ class Parts:
             self._train(trainer, itertools.cycle(self._held), 1)
 
     def settle(self, name: str) -> None:
-        """Bring the workers of a streamed part to the pace that it will keep."""
-        self._use_up(self.prefetched)
+        """Bring a part, and the workers of one that has some, to the pace that it will keep."""
+        if name in self.streamed:
+            self._use_up(self.prefetched)
         if name in self._loops:
             self._train(self._loops[name], self._stream, SETTLING_STEPS)
+        elif name in self._in_memory:
+            self._train(self._in_memory[name], itertools.cycle(self._held), SETTLING_STEPS)
 
     def run(self, name: str) -> None:
         """Run one part, over `images` images."""
@@ -310,11 +318,7 @@ def print_rates(what: str, measured: Mapping[str, Sequence[float]], digits: int)
 
 
 def _report(clock: Clock, config: Config, processes: Processes, views: int, json_file: Path | None) -> dict[str, Any]:
-    ratios = {
-        f"{part} / {' + '.join(floor)}": found
-        for part, floor in RATIOS
-        if (found := clock.ratio(part, floor)) is not None
-    }
+    ratios = clock.ratios(RATIOS)
     peaks = clock.peaks or _process_peak()
     networks: Sequence[TeacherNetwork] = config.teacher.members or [config.teacher]
     teachers = " + ".join(str(network.name) for network in networks)
