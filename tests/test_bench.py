@@ -11,8 +11,8 @@ import torch
 
 from deit_kd.cli import main
 from deit_kd.config import parse_config
-from deit_kd.jobs.bench import Clock, as_timm_gives_it
 from deit_kd.jobs.run import prepare
+from deit_kd.jobs.timed import Clock, as_timm_gives_it
 from tests.conftest import ONE_PROCESS, tiny
 
 QUICK = ["--rounds", "2", "--steps", "1", "--photos", "8"]
