@@ -90,7 +90,7 @@ class TrainingLoader:
                 worker_init_fn=None if self._pin_memory else _stand_back,
             )
         )
-        return map(owned, batches)
+        return owned(batches, self._workers)
 
 
 def build_training_loader(

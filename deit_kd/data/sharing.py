@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -34,6 +37,15 @@ class SharedStack:
         return torch.stack(views, out=buffer[: len(views)])
 
 
-def owned(batch: Batch) -> Batch:
-    """Return `batch` in memory that no worker will write to; what was pinned for a GPU is already a copy."""
-    return batch._replace(images=batch.images.clone()) if batch.images.is_shared() else batch
+def owned(batches: Iterable[Batch], workers: int) -> Iterator[Batch]:
+    """Yield `batches` in memory that no worker will write to; what was pinned for a GPU is already a copy.
+
+    The workers' buffers stay mapped here, which would otherwise be done again for every batch.
+    """
+    mapped: deque[Tensor] = deque(maxlen=workers * (PREFETCHED + 1))
+    for batch in batches:
+        if batch.images.is_shared():
+            mapped.append(batch.images)
+            yield batch._replace(images=batch.images.clone())
+        else:
+            yield batch
