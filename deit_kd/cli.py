@@ -97,11 +97,14 @@ def _bench(arguments: Arguments) -> None:
     parser = build_parser("deit-kd bench")
     parser.add_argument("--rounds", type=int, default=7, help="how often each part is timed")
     parser.add_argument("--steps", type=int, default=10, help="optimiser steps a time")
+    parser.add_argument("--photos", type=int, default=2048, help="training photos to take; a store of them is filled")
+    parser.add_argument("--other_compile", type=bool, default=False, help="the step with train.compile reversed, too")
     parser.add_argument("--json", type=str, default=None, help="file for the numbers")
     config, others = parse_config(arguments, parser)
     from deit_kd.jobs.bench import bench
 
-    bench(config, others["rounds"], others["steps"], None if others["json"] is None else Path(others["json"]))
+    json_file = None if others["json"] is None else Path(others["json"])
+    bench(config, others["rounds"], others["steps"], others["photos"], others["other_compile"], json_file)
 
 
 def _run_list_parser(program: str, runs: str) -> ArgumentParser:
@@ -216,7 +219,7 @@ VERBS: dict[str, tuple[str, Callable[[Arguments], int | None]]] = {
     "store": ("ask a teacher once for every view (build, check, info)", _store),
     "predict": ("class, probability and head for unlabelled images", _predict),
     "export": ("hand a run's student to timm, transformers, onnx or torch.export", _export),
-    "bench": ("time the training loop over its floor", _bench),
+    "bench": ("time the training loop and its parts, with and without a teacher and a store", _bench),
 }
 
 

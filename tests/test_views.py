@@ -9,12 +9,17 @@ import pytest
 import torch
 from PIL import Image
 from timm.data.auto_augment import AugmentOp
+from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import ColorJitter, Normalize
 
-from deit_kd import InputError
+from deit_kd import Batch, InputError
 from deit_kd.data import Transform, build_evaluation_loader, build_training_loader, training_transform
 from deit_kd.data.loader import Views
 from deit_kd.data.order import ViewKey
+from deit_kd.data.sharing import PREFETCHED, SharedStack, owned
+from deit_kd.randomness import seed_view
 from tests.conftest import MEAN, STD, array_photos
 
 PHOTOS = array_photos(24)
@@ -66,7 +71,7 @@ def view(seed: int = 0, epoch: int = 0, position: int = 0, photo: int = 0, **opt
 
 @pytest.mark.parametrize(
     "options",
-    [{"workers": 2}, {"batch_size": 4}, {"accumulation_steps": 2}, {"batch_size": 24, "workers": 1}],
+    [{"workers": 2}, {"workers": 1}, {"batch_size": 4}, {"accumulation_steps": 2}, {"batch_size": 24, "workers": 1}],
 )
 def test_views_do_not_depend_on_workers_or_batches(options: dict[str, int]) -> None:
     for here, there in zip(epoch_views(), epoch_views(**options), strict=True):
@@ -94,6 +99,32 @@ def test_a_view_is_the_same_again_whatever_was_drawn_before(policy: str | None, 
     torch.rand(17)
     view(position=6, auto_augment=policy, erasing=erasing)
     assert torch.equal(first, view(position=5, auto_augment=policy, erasing=erasing))
+
+
+def test_a_workers_memory_is_filled_again_but_never_a_batch_that_was_handed_out() -> None:
+    stack = SharedStack()
+    numbers: Any = torch.arange(12.0).view(12, 1)
+    loader = DataLoader(numbers, batch_size=2, collate_fn=stack, num_workers=1, prefetch_factor=PREFETCHED)
+    copied, kept = zip(*((batch.clone(), batch) for batch in loader), strict=True)
+    assert torch.equal(torch.cat(copied), numbers)
+    assert torch.equal(kept[0], copied[PREFETCHED + 1])
+    assert not stack([torch.zeros(3)]).is_shared()
+    assert not any(batch.images.is_shared() for batch in owned([Batch(kept[0], kept[0], kept[0])], 1))
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "3a", None])
+@pytest.mark.parametrize("jitter", [0.0, 0.4, (0.4, 0.3, 0.2, 0.1)])
+def test_fewer_passes_make_the_views_of_timms_own_stages(policy: str | None, jitter: Any) -> None:
+    options = {"auto_augment": policy, "color_jitter": jitter, "interpolation": "bicubic"}
+    timms = transforms_imagenet_train(16, scale=(0.3, 1.0), mean=MEAN, std=STD, re_prob=0.5, re_mode="pixel", **options)
+    ours = transform(**options)
+    assert not any(isinstance(stage, ColorJitter | Normalize) for stage in ours.transforms)  # type: ignore[attr-defined]
+    for position in range(40):
+        image = PHOTOS.image(position % len(PHOTOS))
+        seed_view(0, 0, position)
+        expected = timms(image)
+        seed_view(0, 0, position)
+        assert torch.equal(ours(image), expected)
 
 
 def test_repeated_views_of_a_photo_differ() -> None:

@@ -17,6 +17,7 @@ from deit_kd.data.decode import UnreadableImage
 from deit_kd.data.mixing import Example, Mixing, missing_of
 from deit_kd.data.order import Dealer, ViewKey
 from deit_kd.data.photos import Photos
+from deit_kd.data.sharing import PREFETCHED, owned
 from deit_kd.data.transforms import Transform
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.randomness import seed_view
@@ -140,17 +141,19 @@ class TrainingLoader:
         return self._load(self._dealer.blocks(self._dealer.whole(view_ids), batch_size))
 
     def _load(self, blocks: Iterable[list[ViewKey]]) -> Iterable[Batch]:
-        return _Plainly(
+        batches = _Plainly(
             DataLoader(
                 self._views,
                 batch_sampler=blocks,
                 collate_fn=self._mixing,
                 num_workers=self._workers,
+                prefetch_factor=PREFETCHED if self._workers else None,
                 pin_memory=self._pin_memory,
                 # Pinned memory means that a GPU trains; else workers and the step share the cores.
                 worker_init_fn=_serve if self._pin_memory else _serve_and_stand_back,
             )
         )
+        return owned(batches, self._workers)
 
 
 def build_training_loader(

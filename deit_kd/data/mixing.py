@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deit_kd.data.sharing import SharedStack
 from deit_kd.interfaces import Batch, InputError, Missing
 from deit_kd.randomness import generator
 
@@ -58,6 +59,7 @@ class Mixing:
     probability: float = 1.0
     switch_probability: float = 0.5
     label_smoothing: float = 0.0
+    _stack: SharedStack = field(default_factory=SharedStack, init=False, repr=False, compare=False)
 
     @property
     def is_on(self) -> bool:
@@ -66,7 +68,7 @@ class Mixing:
 
     def __call__(self, examples: list[Example]) -> Batch:
         """Return the batch of `examples`, whose positions are contiguous and start even when mixing is on."""
-        images = torch.stack([example.image for example in examples])
+        images = self._stack([example.image for example in examples])
         labels = torch.tensor([example.label for example in examples])
         view_ids = torch.tensor([(example.epoch, example.position) for example in examples])
         smooth = self.label_smoothing / self.classes

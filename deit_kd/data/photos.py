@@ -26,7 +26,7 @@ class Photos:
         classes: class names, in label order.
         root: the folder of the files; None when the images are in memory.
         arrays: uint8 images [H, W, 3] of one size, when they are in memory from the start.
-        decoded: uint8 images [H, W, 3] of the files, or why one cannot be read, when they were read ahead.
+        decoded: the files as RGB images, or why one cannot be read, when they were read ahead.
         stamps: what each file looked like when it was found, rows of `Stamp` [n, 2].
     """
 
@@ -35,7 +35,7 @@ class Photos:
     classes: tuple[str, ...]
     root: Path | None = None
     arrays: np.ndarray | None = None
-    decoded: Sequence[np.ndarray | str] | None = None
+    decoded: Sequence[Image.Image | str] | None = None
     stamps: np.ndarray | None = None
 
     @classmethod
@@ -74,7 +74,7 @@ class Photos:
         return self.names[index] if self.root is None else str(self.root / self.names[index])
 
     def in_memory(self, skip: bool = False) -> Photos:
-        """Return the same photos, every file read and decoded once; H x W x 3 bytes each, which workers share.
+        """Return the same photos, every file read and decoded once; H x W x 4 bytes each, which workers share.
 
         Args:
             skip: whether a file that cannot be read is left to whoever asks for its image.
@@ -85,9 +85,9 @@ class Photos:
         if self.arrays is not None or self.decoded is not None:
             return self
 
-        def decode(index: int) -> np.ndarray | str:
+        def decode(index: int) -> Image.Image | str:
             try:
-                return np.asarray(self.image(index))
+                return self.image(index)
             except UnreadableImage as error:
                 if not skip:
                     raise
@@ -127,10 +127,10 @@ class Photos:
         return [array.nbytes for array in self.arrays]
 
 
-def _decoded(image: np.ndarray | str) -> Image.Image:
+def _decoded(image: Image.Image | str) -> Image.Image:
     if isinstance(image, str):
         raise UnreadableImage(image)
-    return Image.fromarray(image)
+    return image
 
 
 class Splits(NamedTuple):

@@ -9,7 +9,9 @@ from PIL import Image
 from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment
 from timm.data.transforms_factory import transforms_imagenet_eval, transforms_imagenet_train
 from torch import Tensor
+from torchvision.transforms import Compose
 
+from deit_kd.data.pixels import in_fewer_passes
 from deit_kd.interfaces import InputError
 
 Transform = Callable[[Image.Image], Tensor]
@@ -55,16 +57,17 @@ def training_transform(
             f"augment.auto_augment: {auto_augment!r} is no policy of timm's; use rand-m9-mstd0.5-inc1, 3a or null"
         ) from error
     _keep_one_bit_of_posterise(transform)
-    return transform
+    return Compose(in_fewer_passes(transform.transforms))
 
 
 def evaluation_transform(
     *, image_size: int, mean: Statistics, std: Statistics, interpolation: str, crop_fraction: float
 ) -> Transform:
     """Return timm's evaluation transform: resize, centre crop, normalise; PIL image to [3, H, W]."""
-    return transforms_imagenet_eval(
+    transform = transforms_imagenet_eval(
         img_size=image_size, crop_pct=crop_fraction, interpolation=interpolation, mean=mean, std=std
     )
+    return Compose(in_fewer_passes(transform.transforms))
 
 
 def _keep_one_bit_of_posterise(transform: Any) -> None:

@@ -1,141 +1,153 @@
-"""``deit-kd bench``: the training loop over its floor, which is the same step on data already in memory."""
+"""``deit-kd bench``: the training loop with each kind of teacher, over the floors that its parts lay."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
-from torch import Tensor
 
-from deit_kd.config import Config
-from deit_kd.distributed import finish, start
-from deit_kd.engine import Distiller, Trainer, train
-from deit_kd.interfaces import Batch, InputError
-from deit_kd.jobs.run import Window, build_trainer, prepare
-from deit_kd.jobs.train import ready_teacher
-from deit_kd.tracking import console, say
+from deit_kd.config import Config, TeacherNetwork
+from deit_kd.distributed import Processes, finish, start
+from deit_kd.interfaces import InputError
+from deit_kd.jobs import parts
+from deit_kd.jobs.timed import (
+    ALONE,
+    ANSWER,
+    COMPILED,
+    LOADER,
+    NOT_COMPILED,
+    ONLINE,
+    STEP,
+    STORED,
+    TIMMS_STEP,
+    Clock,
+    Parts,
+    open_parts,
+)
+from deit_kd.tracking import say
+
+# What is compared with the parts whose times add up to its floor.
+RATIOS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (ALONE, (STEP,)),
+    (ONLINE, (STEP, ANSWER)),
+    (STORED, (STEP,)),
+    (STORED, (ALONE,)),
+    (STORED, (ONLINE,)),
+    (STEP, (TIMMS_STEP,)),
+    (COMPILED, (STEP,)),
+    (NOT_COMPILED, (STEP,)),
+)
 
 
-def bench(config: Config, rounds: int, steps: int, json_file: Path | None) -> dict[str, Any]:
-    """Time the parts of a recipe in one process, in turns, and print images/s with their spread.
+def bench(
+    config: Config, rounds: int, steps: int, photos: int, other_compile: bool, json_file: Path | None
+) -> dict[str, Any]:
+    """Time the loop of a recipe and its parts in one process, in turns; print images/s, shares and their spread.
 
-    ``floor`` is the student's step and the teacher's answer on a batch that stays in memory; ``loop`` is the
-    whole loop with its loader, mixing and meters. Batches that the workers made while something else was timed
-    are used up before the clock starts, and what needs no loader waits until the workers rest. Evaluation and
-    checkpoints are outside, and no run folder is written.
+    The student's step and the teacher's answer are timed on a batch that stays in memory; a loop has its loader,
+    mixing and meters. The store is filled with the views that the loops see, in a temporary folder, before any
+    clock starts. What needs no loader waits until the workers rest. Evaluation and checkpoints are outside, and no
+    run folder is written.
 
     Args:
-        config: a recipe; its teacher may have random weights.
+        config: a recipe; its teacher may have random weights. A store that it names is left alone.
         rounds: how often each part is timed; the median counts.
         steps: optimiser steps a time.
+        photos: of the training set to take, evenly spread; at least a batch.
+        other_compile: time the student's step with the other choice of ``train.compile``, too.
         json_file: where the numbers go too.
 
     Raises:
-        InputError: the recipe cannot work, or has too few steps for the rounds.
+        InputError: the recipe cannot work.
     """
+    if rounds < 1 or steps < 1:
+        raise InputError(f"bench: --rounds {rounds} and --steps {steps} must be above 0")
     processes = start(config.train.device)
     try:
-        run = prepare(config, processes)
-        prefetched = 2 * config.data.workers + 1
-        needed = 2 * rounds * (prefetched + steps) + 1
-        if needed > run.loader.total_steps:
-            raise InputError(
-                f"train.epochs: {config.train.epochs} give {run.loader.total_steps} steps, too few for {rounds} "
-                f"rounds of {steps}; use {-(-needed // run.loader.steps_per_epoch)} or more"
-            )
-        teacher, _ = ready_teacher(run)
-        trainer = build_trainer(run, teacher)
-        stream = iter(run.loader.batches(0))
-        held = [next(stream).to(processes.device) for _ in range(config.train.accumulation_steps)]
-        window = Window(processes.device)
-
-        def loop(batches: Iterable[Batch], learner: Trainer = trainer) -> None:
-            def meter(step: int, terms: Tensor) -> None:
-                window.add(terms)
-                if step % config.train.log_every_steps == 0:
-                    window.read(processes, config.train.batch_size)
-
-            train(learner, batches, first_step=0, total_steps=steps, after_step=meter)
-
-        def use_up(batches: int) -> None:
-            for _ in itertools.islice(stream, batches * config.train.accumulation_steps):
-                pass
-
-        from_stream: dict[str, Callable[[], None]] = {
-            "loop": lambda: loop(stream),
-            "loader alone": lambda: use_up(steps),
-        }
-        in_memory: dict[str, Callable[[], None]] = {"floor": lambda: loop(itertools.cycle(held))}
-        if teacher is not None:
-            answers = {id(batch.images): teacher(batch) for batch in held}
-            knowing = Distiller(
-                trainer.distiller.student,
-                lambda batch: answers[id(batch.images)],
-                run.objective,
-                config.train.precision,
-            )
-            in_memory["student's step"] = lambda: loop(itertools.cycle(held), replace(trainer, distiller=knowing))
-            in_memory["teacher's answer"] = lambda: [teacher(batch) for batch in held * steps].clear()
-        rates: dict[str, list[float]] = {name: [] for name in (*from_stream, *in_memory)}
-
-        def take(name: str, part: Callable[[], None]) -> None:
-            rates[name].append(steps * config.train.batch_size / _seconds(part, processes.device))
-
-        loop(itertools.cycle(held))
-        for _ in range(rounds):
-            for name, part in from_stream.items():
-                use_up(prefetched)
-                take(name, part)
-            time.sleep(1.5 * prefetched * config.train.batch_size / rates["loader alone"][-1])
-            for name, part in in_memory.items():
-                take(name, part)
-        return _report(rates, config, processes.device, json_file)
+        splits = parts.build_splits(config)
+        with open_parts(config, processes, splits, rounds, steps, photos, other_compile) as timed:
+            clock = _measure(timed, processes.device, rounds)
+        views = len(splits.train) // config.augment.repeats * config.augment.repeats
+        return _report(clock, config, processes, views, json_file)
     finally:
         finish()
 
 
-def _seconds(part: Callable[[], None], device: torch.device) -> float:
-    def settle() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+def _measure(timed: Parts, device: torch.device, rounds: int) -> Clock:
+    """Return the rates of all parts; every other round goes through them backwards."""
+    clock = Clock(device)
+    timed.warm_up()
+    for turn in range(rounds):
+        forwards = 1 if turn % 2 == 0 else -1
+        for name in timed.streamed[::forwards]:
+            timed.settle(name)
+            clock.take(name, timed.images, partial(timed.run, name))
+        time.sleep(1.5 * timed.prefetched * timed.batch_size / clock.rates[LOADER][-1])
+        for name in timed.resting[::forwards]:
+            clock.take(name, timed.images, partial(timed.run, name))
+    return clock
 
-    settle()
-    since = time.perf_counter()
-    part()
-    settle()
-    return time.perf_counter() - since
+
+def print_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table as it stands in ``docs/``, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for cells in (header, ["-" * width for width in widths], *rows):
+        first, *others = zip(cells, widths, strict=True)
+        say(" | ".join(["| " + first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |")
 
 
-def _report(
-    rates: dict[str, list[float]], config: Config, device: torch.device, json_file: Path | None
-) -> dict[str, Any]:
-    shares = [whole / floor for whole, floor in zip(rates["loop"], rates["floor"], strict=True)]
-    table = Table(
-        title=f"{config.student.name}, {config.data.image_size} px, batch {config.train.batch_size}, "
-        f"{config.train.precision}, {device.type} with {torch.get_num_threads()} threads"
+def print_rates(what: str, measured: Mapping[str, Sequence[float]], digits: int) -> None:
+    """Print median, lowest and highest of what was measured in every round, by name."""
+    rows = [
+        [name, *(f"{pick(values):.{digits}f}" for pick in (statistics.median, min, max))]
+        for name, values in measured.items()
+    ]
+    print_markdown([what, "median", "lowest", "highest"], rows)
+
+
+def _report(clock: Clock, config: Config, processes: Processes, views: int, json_file: Path | None) -> dict[str, Any]:
+    ratios = clock.ratios(RATIOS)
+    peaks = clock.peaks or _process_peak()
+    networks: Sequence[TeacherNetwork] = config.teacher.members or [config.teacher]
+    teachers = " + ".join(str(network.name) for network in networks)
+    say(
+        f"{config.student.name}, {config.data.image_size} px, "
+        f"{'no teacher' if config.distill.kind == 'none' else f'teacher {teachers}'}, batch "
+        f"{config.train.batch_size}, {config.train.precision}, {processes.device.type} with "
+        f"{torch.get_num_threads()} threads and {config.data.workers} workers\n"
     )
-    for column in ("part", "images/s (median)", "lowest", "highest"):
-        table.add_column(column, justify="left" if column == "part" else "right")
-    for name, values in rates.items():
-        table.add_row(name, *(f"{pick(values):.1f}" for pick in (statistics.median, min, max)))
-    console.print(table)
-    share = {"median": statistics.median(shares), "lowest": min(shares), "highest": max(shares)}
+    print_rates("images/s", clock.rates, 1)
+    say("")
+    print_rates("share", ratios, 3)
+    say("")
+    seconds = {name: views / statistics.median(clock.rates[name]) for name in clock.rates if name.startswith("loop")}
+    say(f"an epoch of {views} views, from images/s: " + ", ".join(f"{n} {s:.0f} s" for n, s in seconds.items()))
+    say("peak memory: " + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in peaks.items()))
     result = {
-        "rates": rates,
-        "loop_over_floor": share,
+        "rates": clock.rates,
+        "ratios": ratios,
+        "epoch_seconds": seconds,
+        "peak_memory": peaks,
+        "threads": torch.get_num_threads(),
         "recipe": config.model_dump(mode="json"),
         "torch": torch.__version__,
     }
-    spread = f"{share['lowest']:.3f} to {share['highest']:.3f}, {len(shares)} rounds"
-    say(f"loop over floor: {share['median']:.3f} ({spread})")
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _process_peak() -> dict[str, int]:
+    if sys.platform == "win32":
+        return {}
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"the process, all parts": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}

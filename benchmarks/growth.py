@@ -1,0 +1,236 @@
+"""How a step and a store grow: with the image, with the student, with the classes and with the epochs stored.
+
+    python benchmarks/growth.py --config configs/photos.yaml --teacher.fit.epochs 0 --teacher.random_weights true \\
+        [--rounds 3] [--steps 1] [--sizes 96 128 160 224] [--models …] [--classes 10 1000 21000] [--views 1281167] \\
+        [--json FILE] [--any.recipe_key VALUE]
+
+Prints Markdown tables. The student's step is the recipe's, on random images in memory and with the teacher's answers
+known; the points of a table are timed in turns. What a store costs is measured with the recipe's teacher at its image
+size, and multiplied by the views of `--views` photos: that much of the last table is arithmetic. No data is read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deit_kd.config import Config, build_parser, parse_config
+from deit_kd.data import Photos, Splits
+from deit_kd.distributed import Processes, start
+from deit_kd.engine import train
+from deit_kd.interfaces import Batch, TeacherOutput
+from deit_kd.jobs import parts
+from deit_kd.jobs.bench import print_markdown
+from deit_kd.jobs.run import build_trainer, prepare
+from deit_kd.jobs.stored import SOFT_TOP
+from deit_kd.jobs.timed import Clock
+from deit_kd.store import LabelStore, Record, RecordingTeacher, StoredTeacher, epoch_part
+from deit_kd.tracking import say
+
+MODELS = [f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base")]
+EPOCHS = (1, 10, 50, 100, 300)
+STORE_BATCHES = 16  # of the store that is timed
+
+
+def main() -> None:
+    parser = build_parser("growth")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[96, 128, 160, 224])
+    parser.add_argument("--models", type=str, nargs="+", default=MODELS)
+    parser.add_argument("--classes", type=int, nargs="+", default=[10, 1_000, 21_000])
+    parser.add_argument("--views", type=int, default=1_281_167)
+    parser.add_argument("--json", type=str, default=None)
+    config, given = parse_config(sys.argv[1:], parser)
+    processes = start(config.train.device)
+    growth = Growth(config, processes, given["rounds"], given["steps"])
+    say(
+        f"{config.student.name}, {config.data.image_size} px, batch {config.train.batch_size}, "
+        f"{config.train.precision}, {processes.device.type} with {torch.get_num_threads()} threads\n"
+    )
+    growth.with_size(given["sizes"])
+    growth.with_model(given["models"])
+    growth.with_classes(given["classes"])
+    growth.with_epochs(given["views"])
+    if given["json"] is not None:
+        Path(given["json"]).write_text(json.dumps({"torch": torch.__version__, **growth.found}, indent=2) + "\n")
+
+
+class Growth:
+    """The tables; one point of them is a variant of one recipe."""
+
+    def __init__(self, config: Config, processes: Processes, rounds: int, steps: int) -> None:
+        self._config, self._processes = config, processes
+        self._rounds, self._steps = rounds, steps
+        self.found: dict[str, Any] = {}
+
+    def with_size(self, sizes: Iterable[int]) -> None:
+        """Print the student's step by image size."""
+        self._table("image", {f"{size} px": self._step(image_size=size) for size in sizes})
+
+    def with_model(self, models: Iterable[str]) -> None:
+        """Print the step by student."""
+        self._table("student", {name: self._step(name=name) for name in models})
+
+    def with_classes(self, counts: Iterable[int]) -> None:
+        """Print the step by classes, and what a store of the recipe's record costs then."""
+        steps = {f"{count:,} classes": self._step(classes=count) for count in counts}
+        stores = {f"{count:,} classes": self._store_costs(count) for count in counts}
+        self._table("classes", steps, ["bytes a view", "written, µs a view", "read, µs a view"], stores)
+
+    def with_epochs(self, views: int) -> None:
+        """Print time and disk of a store of `views` photos by epochs, from the rate of the recipe's teacher."""
+        config = self._config
+        classes = _names(1_000)
+        teacher = parts.build_teacher(config, classes, self._processes, config.teacher.checkpoint)
+        batch, clock = _batch(config, len(classes), self._processes.device), Clock(self._processes.device)
+        teacher(batch)
+        for _ in range(self._rounds):
+            clock.take("teacher", len(batch.labels), partial(teacher, batch))
+        rate = statistics.median(clock.rates["teacher"])
+        self.found["teacher, views/s"] = clock.rates["teacher"]
+        label, top = Record(len(classes), 0).bytes_per_view, Record(len(classes), SOFT_TOP).bytes_per_view
+        say(f"{config.teacher.name} answers {rate:.1f} views/s here; {views:,} views an epoch\n")
+        print_markdown(
+            ["epochs stored", "teacher's time", "hard labels, GB", f"top {SOFT_TOP}, GB"],
+            [
+                [
+                    str(epochs),
+                    f"{timedelta(seconds=round(epochs * views / rate))}",
+                    f"{epochs * views * label / 1e9:.3g}",
+                    f"{epochs * views * top / 1e9:.3g}",
+                ]
+                for epochs in EPOCHS
+            ],
+        )
+
+    def _table(
+        self,
+        what: str,
+        points: Mapping[str, Callable[[int], object]],
+        more: list[str] | None = None,
+        cells: dict[str, list[str]] | None = None,
+    ) -> None:
+        """Time `points` in turns; print the time of an image with its spread, and over that of the first point."""
+        clock = Clock(self._processes.device)
+        for point in points.values():
+            point(1)
+        for _ in range(self._rounds):
+            for name, point in points.items():
+                clock.take(name, self._steps * self._config.train.batch_size, partial(point, self._steps))
+        milliseconds = {name: [1000 / rate for rate in rates] for name, rates in clock.rates.items()}
+        self.found[f"{what}, ms an image"] = milliseconds
+        first = statistics.median(next(iter(milliseconds.values())))
+        rows = [
+            [
+                name,
+                *(f"{pick(values):.2f}" for pick in (statistics.median, min, max)),
+                f"{statistics.median(values) / first:.2f}",
+                *((cells or {}).get(name, [])),
+            ]
+            for name, values in milliseconds.items()
+        ]
+        print_markdown([what, "ms an image", "lowest", "highest", "times the first", *(more or [])], rows)
+        say("")
+
+    def _step(self, name: str | None = None, image_size: int | None = None, classes: int = 10) -> Callable[[int], None]:
+        """Return the student's step of one point, to be done some times."""
+        config = self._config
+        data = config.data.model_copy(update={"image_size": image_size or config.data.image_size, "workers": 0})
+        student = config.student.model_copy(update={"name": name or config.student.name})
+        config = config.model_copy(update={"data": data, "student": student})
+        run = prepare(config, self._processes, _toy_splits(config, classes))
+        batch = _batch(config, classes, self._processes.device)
+        answers = TeacherOutput(torch.randn(len(batch.labels), classes, device=self._processes.device))
+        trainer = build_trainer(run, lambda batch: answers)
+        trainer = replace(trainer, accumulation_steps=1)
+
+        def step(times: int) -> None:
+            train(trainer, itertools.repeat(batch), first_step=0, total_steps=times, after_step=lambda *_: None)
+
+        return step
+
+    def _store_costs(self, classes: int) -> list[str]:
+        """Return bytes a view, and the microseconds that writing and reading one take."""
+        top = 0 if self._config.distill.kind == "hard" else SOFT_TOP
+        size, device = self._config.train.batch_size, self._processes.device
+        views = STORE_BATCHES * size
+        manifest = {
+            "identity": {},
+            "classes": list(_names(classes)),
+            "top": top,
+            "views": views,
+            "validation": 0,
+            "libraries": [],
+            "teacher": {},
+        }
+        with TemporaryDirectory(prefix="deit-kd-growth-") as folder:
+            store = LabelStore.begin(folder, manifest)
+            answer = TeacherOutput(torch.randn(size, classes, device=device))
+            recorder, reader = RecordingTeacher(lambda batch: answer, store), StoredTeacher(store, 1)
+            images = torch.empty(size, device=device)
+            labels = torch.zeros(size, dtype=torch.long)
+            ids = torch.stack([torch.zeros(views, dtype=torch.long), torch.arange(views)], 1)
+            batches = [Batch(images, images, labels, some) for some in ids.split(size)]
+
+            def write() -> None:
+                for batch in batches:
+                    recorder(batch)
+                recorder.flush()
+                store.finish(epoch_part(0))
+
+            def read() -> None:
+                for batch in batches:
+                    reader(batch)
+
+            seconds = [_seconds(act) for act in (write, read)]
+        return [str(store.record.bytes_per_view), *(f"{1e6 * passed / views:.1f}" for passed in seconds)]
+
+
+def _seconds(act: Callable[[], None]) -> float:
+    since = time.perf_counter()
+    act()
+    return time.perf_counter() - since
+
+
+def _names(count: int) -> tuple[str, ...]:
+    return tuple(f"{index:05d}" for index in range(count))
+
+
+def _toy_splits(config: Config, classes: int) -> Splits:
+    """Return splits that are large enough to deal a batch; no view of them is ever made."""
+    count = config.train.batch_size * config.augment.repeats
+    photos = Photos(
+        names=_names(count),
+        labels=[index % classes for index in range(count)],
+        classes=_names(classes),
+        arrays=np.zeros((count, 2, 2, 3), dtype=np.uint8),
+    )
+    return Splits(photos, photos)
+
+
+def _batch(config: Config, classes: int, device: torch.device) -> Batch:
+    """Return one batch of random images."""
+    size, side = config.train.batch_size // config.train.accumulation_steps, config.data.image_size
+    images: Tensor = torch.randn(size, 3, side, side, device=device)
+    labels = torch.randint(classes, (size,), device=device)
+    targets: Any = torch.nn.functional.one_hot(labels, classes).float()
+    return Batch(images, targets, labels)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""What a bench can time of a recipe: loops, their parts, and a clock that takes them in turns."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from tempfile import TemporaryDirectory
+
+import torch
+
+from deit_kd.config import Config
+from deit_kd.data import Photos, Splits
+from deit_kd.data.sharing import PREFETCHED
+from deit_kd.distributed import Processes
+from deit_kd.engine import Distiller, StepResult, Trainer, train
+from deit_kd.interfaces import Batch, InputError, Teacher
+from deit_kd.jobs import parts
+from deit_kd.jobs.fit import online_teacher
+from deit_kd.jobs.run import Progress, Run, build_trainer, prepare
+from deit_kd.jobs.stored import fill_epoch, writing
+from deit_kd.losses import Objective
+from deit_kd.models import choose_attention
+from deit_kd.optim import build_optimizer
+from deit_kd.store import RecordingTeacher, StoredTeacher
+
+STEP = "student's step"
+TIMMS_STEP = "student's step as timm gives it"
+COMPILED, NOT_COMPILED = "student's step, compiled", "student's step, not compiled"
+ANSWER = "teacher's answer"
+LOADER = "loader"
+ALONE, ONLINE, STORED = "loop, no teacher", "loop, teacher online", "loop, label store"
+SETTLING_STEPS = 2  # of a loop, before its clock starts: its workers then are as far ahead as they will stay
+
+
+class Clock:
+    """Images per second of parts that are timed in turns and, on CUDA, the peak memory of each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rates: dict[str, list[float]] = {}
+        self.peaks: dict[str, int] = {}
+        self._device = device
+
+    def take(self, name: str, images: int, part: Callable[[], object]) -> None:
+        """Time `part`, which handles `images`, once more."""
+        on_cuda = self._device.type == "cuda"
+        if on_cuda:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        since = time.perf_counter()
+        part()
+        if on_cuda:
+            torch.cuda.synchronize(self._device)
+            self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(self._device))
+        self.rates.setdefault(name, []).append(images / (time.perf_counter() - since))
+
+    def ratios(self, wanted: Iterable[tuple[str, Sequence[str]]]) -> dict[str, list[float]]:
+        """Return by round the rate of a part over that of all parts of its floor in turn, where all were timed."""
+        return {
+            f"{part} / {' + '.join(floor)}": self._ratio(part, floor)
+            for part, floor in wanted
+            if all(name in self.rates for name in (part, *floor))
+        }
+
+    def _ratio(self, part: str, floor: Sequence[str]) -> list[float]:
+        rounds = zip(self.rates[part], *(self.rates[name] for name in floor), strict=True)
+        return [rate * sum(1 / own for own in floors) for rate, *floors in rounds]
+
+
+@contextmanager
+def open_parts(
+    config: Config,
+    processes: Processes,
+    splits: Splits,
+    rounds: int,
+    steps: int,
+    photos: int,
+    other_compile: bool = False,
+) -> Iterator[Parts]:
+    """Yield everything of a recipe that can be timed, with a store that is gone afterwards; see `bench`.
+
+    Raises:
+        InputError: the recipe cannot work, or there are several processes.
+    """
+    if processes.count > 1:
+        raise InputError(f"bench: {processes.count} processes cannot be timed; run it without torchrun")
+    config = _with_epochs_enough(config, rounds, steps)
+    a_batch = config.train.batch_size + config.augment.repeats
+    run = prepare(config, processes, splits._replace(train=some_photos(splits.train, max(photos, a_batch))))
+    run.loader.cycle_views(1)
+    with TemporaryDirectory(prefix="deit-kd-bench-") as folder:
+        yield Parts(run, _teachers(run, splits, folder), steps, other_compile)
+
+
+def _with_epochs_enough(config: Config, rounds: int, steps: int) -> Config:
+    """Return the recipe with an epoch for each step that a bench can take."""
+    prefetched = PREFETCHED * config.data.workers + 1
+    epochs = rounds * 4 * (prefetched + SETTLING_STEPS + steps) + 1
+    train_section = config.train.model_copy(update={"epochs": max(config.train.epochs, epochs)})
+    return config.model_copy(update={"train": train_section})
+
+
+def some_photos(photos: Photos, count: int) -> Photos:
+    """Return `count` of `photos`, evenly spread, or all where there are no more."""
+    count = min(count, len(photos))
+    return photos.subset([index * len(photos) // count for index in range(count)])
+
+
+def _teachers(run: Run, splits: Splits, folder: str) -> dict[str, Teacher]:
+    """Return the teacher of each loop that has one; fill a store in `folder`."""
+    config, processes = run.config, run.processes
+    if config.distill.kind == "none":
+        return {}
+    teacher, checkpoint = online_teacher(config, processes, splits)
+    with writing(config, folder, run.splits, run.loader, processes, teacher, checkpoint) as store:
+        recorder, batch_size = RecordingTeacher(teacher, store), config.train.batch_size
+        fill_epoch(store, recorder, run.loader, 0, processes, batch_size, run.errors)
+    return {ONLINE: teacher, STORED: StoredTeacher(store, 1)}
+
+
+class Parts:
+    """Everything that is timed, of one run.
+
+    Args:
+        run: whose loader deals the same epoch of views over and over.
+        teachers: of the loops that have one.
+        steps: optimiser steps a time.
+        other_compile: whether to time the student's step with the other choice of ``train.compile``, too.
+    """
+
+    def __init__(self, run: Run, teachers: Mapping[str, Teacher], steps: int, other_compile: bool) -> None:
+        self._run, self._steps = run, steps
+        self._progress = Progress(run.processes.device)
+        self._stream = iter(run.loader.batches(0))
+        micro_steps = run.config.train.accumulation_steps
+        self._held = [next(self._stream).to(run.processes.device) for _ in range(micro_steps)]
+        self._teacher = teachers.get(ONLINE)
+        known = None if self._teacher is None else known_answers(self._teacher, self._held)
+        own = build_trainer(run, known)
+        self._in_memory = {STEP: own, TIMMS_STEP: as_timm_gives_it(run, known)}
+        if other_compile:
+            other = not run.config.train.compile
+            train_section = run.config.train.model_copy(update={"compile": other})
+            changed = replace(run, config=run.config.model_copy(update={"train": train_section}))
+            self._in_memory[COMPILED if other else NOT_COMPILED] = build_trainer(changed, known)
+        self._loops = {ALONE: _taught_by(own, None, Objective("none"))}
+        self._loops |= {name: _taught_by(own, teacher, run.objective) for name, teacher in teachers.items()}
+
+        self.streamed = (*self._loops, LOADER)
+        self.resting = (*self._in_memory, *([] if self._teacher is None else [ANSWER]))
+        self.batch_size = run.config.train.batch_size
+        self.images = steps * self.batch_size
+
+    def warm_up(self) -> None:
+        """Run every step once."""
+        for trainer in (*self._in_memory.values(), *self._loops.values()):
+            self._train(trainer, itertools.cycle(self._held), 1)
+
+    def settle(self, name: str) -> None:
+        """Bring a part, and the workers of one that has some, to the pace that it will keep."""
+        if name in self.streamed:
+            self._use_up(self.prefetched)
+        if name in self._loops:
+            self._train(self._loops[name], self._stream, SETTLING_STEPS)
+        elif name in self._in_memory:
+            self._train(self._in_memory[name], itertools.cycle(self._held), SETTLING_STEPS)
+
+    def run(self, name: str) -> None:
+        """Run one part, over `images` images."""
+        if name in self._loops:
+            self._train(self._loops[name], self._stream, self._steps)
+        elif name in self._in_memory:
+            self._train(self._in_memory[name], itertools.cycle(self._held), self._steps)
+        elif name == LOADER:
+            self._use_up(self._steps)
+        else:
+            self._ask()
+
+    @property
+    def prefetched(self) -> int:
+        """Batches that workers may be ahead, and one."""
+        return PREFETCHED * self._run.config.data.workers + 1
+
+    def _use_up(self, batches: int) -> None:
+        for _ in itertools.islice(self._stream, batches * self._run.config.train.accumulation_steps):
+            pass
+
+    def _train(self, trainer: Trainer, batches: Iterable[Batch], steps: int) -> None:
+        def meter(step: int, result: StepResult) -> None:
+            self._progress.add(result)
+            if step % self._run.config.train.log_every_steps == 0:
+                self._progress.read(self._run.processes, self.batch_size)
+
+        train(trainer, batches, first_step=0, total_steps=steps, after_step=meter)
+
+    def _ask(self) -> None:
+        assert self._teacher is not None
+        for batch in self._held * self._steps:
+            self._teacher(batch)
+
+
+def known_answers(teacher: Teacher, batches: Iterable[Batch]) -> Teacher:
+    """Return a teacher that knows its answers to `batches`, by their images, and no others."""
+    answers = {id(batch.images): teacher(batch) for batch in batches}
+    return lambda batch: answers[id(batch.images)]
+
+
+def as_timm_gives_it(run: Run, teacher: Teacher | None) -> Trainer:
+    """Return a trainer of the run's student with PyTorch's fused attention and plain AdamW, not compiled."""
+    config = run.config
+    train_section = config.train.model_copy(update={"compile": False})
+    choose_attention("fused", run.processes.device)
+    student = parts.build_student(config, run.classes).to(run.processes.device)
+    choose_attention(config.train.attention, run.processes.device)
+    optimizer = build_optimizer(
+        student.backbone,
+        name=config.optim.name,
+        lr=config.optim.lr,
+        lr_reference_batch=config.optim.lr_reference_batch,
+        weight_decay=config.optim.weight_decay,
+        args={**config.optim.args, "fused": False},
+        batch_size=config.train.batch_size,
+    )
+    plain = config.model_copy(update={"train": train_section})
+    return build_trainer(replace(run, config=plain, student=student, optimizer=optimizer), teacher)
+
+
+def _taught_by(trainer: Trainer, teacher: Teacher | None, objective: Objective) -> Trainer:
+    own = trainer.distiller
+    return replace(trainer, distiller=Distiller(own.student, teacher, objective, own.precision))
