@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from deit_kd.config import build_parser, parse_config
-from deit_kd.interfaces import InputError, nearest
+from deit_kd.interfaces import InputError, nearest, printable
 
 Arguments = list[str]
 
@@ -233,5 +233,5 @@ def main(arguments: Arguments | None = None) -> int:
             raise InputError(f"{verb}: unknown verb; use one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
         return VERBS[verb][1](arguments[1:]) or 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2

@@ -401,7 +401,9 @@ def load_recipe(text: str) -> Any:
     try:
         return _load_yaml(text)
     except ValueError as error:
-        raise InputError(f"config: holds a value that cannot be read ({str(error).splitlines()[0]}); correct it") from error
+        raise InputError(
+            f"config: holds a value that cannot be read ({str(error).splitlines()[0]}); correct it"
+        ) from error
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -434,7 +436,7 @@ def _check_size(text: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             if anchor in [opened for opened, _ in within]:
                 raise InputError(f"config: the alias *{anchor} stands within itself; write the value out")
-            size = sizes.get(anchor, 0)
+            size = sizes.get(str(anchor), 0)
         if anchor is not None and size:
             sizes[anchor] = size
         within[-1] = (within[-1][0], within[-1][1] + size)

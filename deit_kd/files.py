@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from deit_kd.interfaces import InputError
 
 
@@ -14,7 +16,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all, and survives a power cut; what fails leaves nothing."""
     aside = path.with_name(f".{path.name}.partial")
     try:
-        with open(aside, "wb") as file:
+        aside.unlink(missing_ok=True)
+        with open(aside, "xb") as file:  # never through a link that lies there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -34,13 +37,27 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Return the JSON of a file.
+def read_json(path: Path, kind: Any = Any) -> Any:
+    """Return the JSON of a file, if it is of the type `kind`: a TypedDict, say.
 
     Raises:
-        InputError: it is missing or is no JSON.
+        InputError: it is missing, is no JSON, or is of another type.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return checked(json.loads(path.read_text()), kind)
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); name the folder of a run") from error
+
+
+def checked(value: Any, kind: Any) -> Any:
+    """Return `value` as the type `kind`.
+
+    Raises:
+        ValueError: it is of another type; one line says where.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from error

@@ -20,6 +20,13 @@ def nearest(value: str, known: Iterable[str]) -> str:
     return f" (nearest: {', '.join(close)})" if close else ""
 
 
+def printable(text: str) -> str:
+    """Return `text` on one line, with escapes for what a terminal would obey and what no encoding holds."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
+
+
 class Batch(NamedTuple):
     """One block of views."""
 

@@ -20,7 +20,7 @@ from deit_kd.config import Config, flat, read_recipe
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes
 from deit_kd.engine import Distiller, Trainer, evaluate, score_teacher, train
-from deit_kd.files import read_json, write_atomically, write_json
+from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import Batch, InputError, Student, Teacher
 from deit_kd.jobs import parts
 from deit_kd.losses import Objective
@@ -39,6 +39,7 @@ from deit_kd.tracking import (
     newest_folder,
     next_free_folder,
     print_heads,
+    read_facts,
     say,
 )
 
@@ -321,8 +322,8 @@ def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) ->
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key not in FREE_ON_RESUME
     ]
-    facts = read_json(folder / FACTS_FILE)
-    changed += [f"data ({split}): other photos" for split in data_facts if facts["data"][split] != data_facts[split]]
+    before_data = read_facts(folder)["data"]
+    changed += [f"data ({split}): other photos" for split in data_facts if before_data.get(split) != data_facts[split]]
     if changed:
         raise InputError(
             f"resume: {folder} was begun with another recipe ({'; '.join(changed)}); undo that, or name another output"
@@ -348,7 +349,7 @@ def _meet_teacher(
     if not run.processes.same_everywhere(facts["weights"]):
         raise InputError("teacher: its weights differ between processes; give all of them the same file")
     if run.checkpoint is not None:
-        before = read_json(run.folder / FACTS_FILE)["teacher"]
+        before: Any = read_facts(run.folder)["teacher"] or {}
         if any(before.get(key) != facts.get(key) for key in ("weights", "store")):
             raise InputError(f"resume: {run.folder} was begun with other weights of the teacher; name the same ones")
     if isinstance(teacher, StoredTeacher | RecordingTeacher):
