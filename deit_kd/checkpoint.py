@@ -64,6 +64,13 @@ def save_checkpoint(folder: Path, step: int, parts: Tree, keep: int) -> Path:
     return path
 
 
+def checkpoint_bytes(parts: Tree) -> int:
+    """Return how many bytes the tensors of a checkpoint of `parts` take."""
+    tensors: dict[str, Tensor] = {}
+    _flatten(parts, "", tensors)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 def load_checkpoint(path: Path) -> Tree:
     """Read the parts of one checkpoint.
 

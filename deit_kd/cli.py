@@ -16,7 +16,16 @@ Arguments = list[str]
 
 
 def _train(arguments: Arguments) -> None:
-    config, _ = parse_config(arguments, build_parser("deit-kd train"))
+    parser = build_parser("deit-kd train")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="two steps and one evaluation batch: memory, time, disk; writes nothing"
+    )
+    config, others = parse_config(arguments, parser)
+    if others["dry_run"]:
+        from deit_kd.jobs.dry_run import dry_run
+
+        dry_run(config)
+        return
     from deit_kd.jobs.train import train
 
     train(config)

@@ -302,6 +302,20 @@ def say(line: str) -> None:
     console.print(line)
 
 
+def size_text(count: float) -> str:
+    """Return bytes for a person."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"
+
+
+def duration_text(seconds: float) -> str:
+    """Return seconds for a person."""
+    return str(timedelta(seconds=round(seconds)))
+
+
 def print_heads(result: Mapping[str, Any]) -> None:
     """Print the table of a ``heads.json``."""
     table = Table(title=f"{result['n']} images, weights: {result['weights']}")

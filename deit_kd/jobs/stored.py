@@ -174,7 +174,7 @@ def writing(
     manifest = {
         "identity": fields | _source(config, splits),
         "classes": list(splits.train.classes),
-        "top": (0 if config.distill.kind == "hard" else SOFT_TOP) if top is None else top,
+        "top": logits_kept(config),
         "views": loader.views_per_epoch,
         "validation": len(splits.validation),
         "libraries": [libraries_in_use()],
@@ -205,6 +205,13 @@ def writing(
 
         on_main(processes, enter)
         yield LabelStore(folder)
+
+
+def logits_kept(config: Config) -> int:
+    """Return how many logits of an answer a new store of this recipe keeps."""
+    if config.teacher.store_top is not None:
+        return config.teacher.store_top
+    return 0 if config.distill.kind == "hard" else SOFT_TOP
 
 
 def fill_validation(
