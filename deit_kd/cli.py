@@ -10,6 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from deit_kd.config import build_parser, parse_config
+from deit_kd.files import refusal
 from deit_kd.interfaces import InputError, nearest, printable
 
 Arguments = list[str]
@@ -241,6 +242,9 @@ def main(arguments: Arguments | None = None) -> int:
         if verb not in VERBS:
             raise InputError(f"{verb}: unknown verb; use one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
         return VERBS[verb][1](arguments[1:]) or 0
-    except InputError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        told = refusal(error) if isinstance(error, OSError) else error
+        if told is None:
+            raise
+        print(f"error: {printable(str(told))}", file=sys.stderr)
         return 2

@@ -470,7 +470,7 @@ def parse_config(arguments: list[str], parser: ArgumentParser | None = None) -> 
     parser = parser or build_parser("deit-kd train")
     try:
         parsed = parser.parse_args(arguments)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
         raise InputError(_one_line(str(error))) from error
     values = parsed.as_dict()
     files = values.pop("config") or []
@@ -491,6 +491,8 @@ def _one_line(message: str) -> str:
     if message.startswith("Problems parsing config: "):
         where = re.sub(r'in "<unicode string>", ', "in ", " ".join(message.split(": ", 1)[1].split()))
         return f"config: is no YAML ({where}); correct the recipe file"
+    if "codec can't decode" in message:
+        return f"config: is no text ({message}); name a recipe file"
     if message.startswith("Unexpected config: "):
         return "config: is no recipe, which is YAML of keys and values such as 'seed: 0'"
     unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
@@ -512,7 +514,7 @@ def _one_line(message: str) -> str:
     reason = re.sub(r"\.? ?Got value: .*", "", reason).replace("typing.", "")
     reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason).replace("NoneType", "null")
     key = key_match[1] if key_match else ""
-    value = f" {value_match[1].splitlines()[0]!r}" if value_match else ""
+    value = f" {value_match[1].partition(chr(10))[0]!r}" if value_match else ""
     return f"{key}:{value} {reason}" if key else reason
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,29 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from deit_kd.interfaces import InputError
+
+CURES = {
+    errno.ENOSPC: "free space, or name another folder",
+    errno.EDQUOT: "free some of your quota, or name another folder",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or name another folder",
+    errno.EROFS: "name a folder that can be written",
+    errno.EACCES: "change its permissions, or name another folder",
+    errno.EPERM: "change its permissions, or name another folder",
+}
+
+
+def refusal(error: OSError) -> InputError | None:
+    """Return what to tell a person whose disk or system refused us; None where the fault may be our own."""
+    if error.errno not in CURES:
+        return None
+    return InputError(f"{error.filename or 'a file'}: {error.strerror}; {CURES[error.errno]}; what was finished stays")
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Raise an InputError unless `folder`, which need not be there yet, can be written to."""
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{key}: {folder} cannot be written ({place} is read-only here); name another folder")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -22,9 +46,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError:
+    except OSError as error:
         aside.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import timm
 import torch
 from pydantic import ConfigDict, Field, with_config
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import set_fused_attn
 from timm.models import save_for_hf
@@ -326,20 +327,24 @@ def save_local_dir(
     """
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    save_for_hf(
-        copy.deepcopy(model).to(memory_format=torch.contiguous_format),
-        str(aside),
-        model_config={"num_classes": len(classes), "label_names": list(classes)},
-        data_config={
-            "input_size": (3, image_size, image_size),
-            "mean": mean,
-            "std": std,
-            "interpolation": interpolation,
-            "crop_pct": crop_fraction,
-        },
-        model_args=model_args,
-        safe_serialization=True,
-    )
+    try:
+        save_for_hf(
+            copy.deepcopy(model).to(memory_format=torch.contiguous_format),
+            str(aside),
+            model_config={"num_classes": len(classes), "label_names": list(classes)},
+            data_config={
+                "input_size": (3, image_size, image_size),
+                "mean": mean,
+                "std": std,
+                "interpolation": interpolation,
+                "crop_pct": crop_fraction,
+            },
+            model_args=model_args,
+            safe_serialization=True,
+        )
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise InputError(f"{folder}: cannot be written ({error}); free space, or name another folder") from error
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
 

@@ -176,7 +176,7 @@ class Journal:
             self._progress.start()
 
     def _cut_back(self, step: int) -> None:
-        lines = self._metrics.read_text().splitlines(keepends=True) if self._metrics.is_file() else []
+        lines = self._metrics.read_text(errors="replace").splitlines(keepends=True) if self._metrics.is_file() else []
         kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
         write_atomically(self._metrics, "".join(kept).encode())
 

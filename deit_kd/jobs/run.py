@@ -20,7 +20,7 @@ from deit_kd.config import Config, flat, read_recipe
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes
 from deit_kd.engine import Distiller, Trainer, evaluate, score_teacher, train
-from deit_kd.files import write_atomically, write_json
+from deit_kd.files import check_writable, write_atomically, write_json
 from deit_kd.interfaces import Batch, InputError, Student, Teacher
 from deit_kd.jobs import parts
 from deit_kd.losses import Objective
@@ -299,6 +299,7 @@ def _open_folder(config: Config, processes: Processes, data_facts: dict[str, str
         newest = newest_folder(RUNS, config.recipe) if config.resume == "auto" else None
         folder = newest or next_free_folder(RUNS, config.recipe)
     folder = processes.share(folder)
+    check_writable("output", folder)
     if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= LEFTOVERS):
         return folder, None
     if not (folder / CONFIG_FILE).is_file():
