@@ -132,6 +132,13 @@ class CheckpointWriter:
         self._thread.shutdown()
 
 
+def checkpoint_bytes(parts: Tree) -> int:
+    """Return how many bytes the tensors of a checkpoint of `parts` take."""
+    tensors: dict[str, Tensor] = {}
+    _flatten(parts, "", tensors)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 def load_checkpoint(path: Path) -> Tree:
     """Read the parts of one checkpoint.
 

@@ -10,14 +10,24 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from deit_kd.config import build_parser, parse_config
-from deit_kd.interfaces import InputError, Stopped, nearest
+from deit_kd.files import refusal
+from deit_kd.interfaces import InputError, Stopped, nearest, printable
 from deit_kd.stopping import handlers, stop_at_once
 
 Arguments = list[str]
 
 
 def _train(arguments: Arguments) -> None:
-    config, _ = parse_config(arguments, build_parser("deit-kd train"))
+    parser = build_parser("deit-kd train")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="two steps and one evaluation batch: memory, time, disk; writes nothing"
+    )
+    config, others = parse_config(arguments, parser)
+    if others["dry_run"]:
+        from deit_kd.jobs.dry_run import dry_run
+
+        dry_run(config)
+        return
     from deit_kd.jobs.train import train
 
     train(config)
@@ -241,8 +251,11 @@ def main(arguments: Arguments | None = None) -> int:
             raise InputError(f"{verb}: unknown verb; use one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
         with handlers(stop_at_once):
             return VERBS[verb][1](arguments[1:]) or 0
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        told = refusal(error) if isinstance(error, OSError) else error
+        if told is None:
+            raise
+        print(f"error: {printable(str(told))}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         if str(stopped):

@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from deit_kd.interfaces import InputError, nearest
 
 Statistics = tuple[float, float, float]
+LARGEST_INTEGER = 2**63 - 1
+DEEPEST = 64  # sections and lists of a recipe within each other
+MOST_VALUES = 100_000  # of a recipe, each as often as aliases repeat it
 
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys and infinite numbers are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, frozen=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _check_integer(cls, value: Any) -> Any:
+        if isinstance(value, int) and value > LARGEST_INTEGER:
+            raise ValueError("must be below 2**63")
+        return value
 
 
 def _check_positive(value: Statistics | None) -> Statistics | None:
@@ -122,7 +143,7 @@ class Optim(Section):
     """largest gradient norm; null does not clip"""
     layer_decay: float | None = Field(None, gt=0, le=1)
     """the learning rate of each layer below the heads is this times that of the one above; null is the same for all"""
-    args: dict[str, Any] = {}
+    args: dict[str, JsonValue] = {}
     """handed to the optimiser: betas, eps, …"""
 
 
@@ -143,7 +164,7 @@ class StudentSection(Section):
     """what does not learn; backbone leaves tokens and heads"""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """rate of stochastic depth"""
-    args: dict[str, Any] = {}
+    args: dict[str, JsonValue] = {}
     """handed to timm.create_model: patch_size, embed_dim, depth, …"""
 
 
@@ -187,7 +208,7 @@ class TeacherNetwork(Section):
     """its normalisation; null takes its pretrained config's, or the student's"""
     std: Statistics | None = None
     """its normalisation; null takes its pretrained config's, or the student's"""
-    args: dict[str, Any] = {}
+    args: dict[str, JsonValue] = {}
     """handed to timm.create_model"""
 
     _check_std = field_validator("std")(_check_positive)
@@ -312,6 +333,13 @@ class Config(Section):
     resume: Literal["auto"] | None = None
     """auto continues the run in output from its newest checkpoint"""
 
+    @field_validator("recipe")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        if value != Path(value).name:
+            raise ValueError("must be the name of one folder")
+        return value
+
     @model_validator(mode="after")
     def _check_across(self) -> Config:
         teacher = self.teacher
@@ -345,12 +373,92 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def build_parser(program: str) -> ArgumentParser:
-    """Return a parser of ``--config FILE`` and every key of `Config` as a dotted option."""
-    parser = ArgumentParser(prog=program, exit_on_error=False, allow_abbrev=False, description=Config.__doc__)
+    """Return a parser of ``--config FILE`` and every key of `Config` as a dotted option.
+
+    The parser knows single values, lists and dicts, and never a class: where it does, it imports the module of
+    any ``class_path`` that a recipe names.
+    """
+    parser = ArgumentParser(
+        prog=program, exit_on_error=False, allow_abbrev=False, description=Config.__doc__, parser_mode="recipe"
+    )
     parser.add_argument("--config", action="config", help="recipe file; later options override it")
-    for name, field in Config.model_fields.items():
-        parser.add_argument(f"--{name}", type=field.annotation, default=field.default, help=field.description)
+    for path, field, default in _keys_of(Config()):
+        origin = get_origin(field.annotation)
+        plain: Any = origin if origin in (dict, list) else field.annotation
+        kind = Annotated[(plain, *field.metadata)] if field.metadata else plain
+        parser.add_argument(f"--{path}", type=kind, default=default, help=field.description)
     return parser
+
+
+def _keys_of(section: Section, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
+    """Yield the path, the field and the default of every key that is no section itself."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _keys_of(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field, value
+
+
+def load_recipe(text: str) -> Any:
+    """Return the YAML of `text`, once it is known to be plain, shallow and no larger than it looks.
+
+    Raises:
+        InputError: it is nested too deeply, its aliases stand for too much, or an integer has too many digits.
+        YAMLError: it is no YAML, or names an object.
+    """
+    _check_size(text)
+    try:
+        return _load_yaml(text)
+    except ValueError as error:
+        raise InputError(
+            f"config: holds a value that cannot be read ({str(error).splitlines()[0]}); correct it"
+        ) from error
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return the keys of a recipe file as they stand there, unchecked.
+
+    Raises:
+        InputError: it is missing, or is no recipe.
+    """
+    try:
+        tree = load_recipe(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); name a run of deit_kd") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: is no recipe, which is YAML of keys and values; name a run of deit_kd")
+    return tree
+
+
+def _check_size(text: str) -> None:
+    """Refuse a text that would fill the stack or the memory; the parser's events show it before anything is built."""
+    sizes: dict[str, int] = {}
+    within: list[tuple[str | None, int]] = [(None, 0)]  # anchor and values so far, of each collection that is open
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        anchor, size = getattr(event, "anchor", None), 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            within.append((anchor, 1))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = within.pop()
+        elif isinstance(event, yaml.ScalarEvent):
+            size = 1
+        elif isinstance(event, yaml.AliasEvent):
+            if anchor in [opened for opened, _ in within]:
+                raise InputError(f"config: the alias *{anchor} stands within itself; write the value out")
+            size = sizes.get(str(anchor), 0)
+        if anchor is not None and size:
+            sizes[anchor] = size
+        within[-1] = (within[-1][0], within[-1][1] + size)
+        if len(within) > DEEPEST or within[-1][1] > MOST_VALUES:
+            raise InputError(
+                f"config: is nested more than {DEEPEST} deep or holds more than {MOST_VALUES} values, aliases "
+                "included; write a plain recipe"
+            )
+
+
+_load_yaml = get_loader("yaml")
+set_loader("recipe", load_recipe, (yaml.YAMLError,))
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -372,7 +480,7 @@ def parse_config(arguments: list[str], parser: ArgumentParser | None = None) -> 
     parser = parser or build_parser("deit-kd train")
     try:
         parsed = parser.parse_args(arguments)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
         raise InputError(_one_line(str(error))) from error
     values = parsed.as_dict()
     files = values.pop("config") or []
@@ -393,6 +501,8 @@ def _one_line(message: str) -> str:
     if message.startswith("Problems parsing config: "):
         where = re.sub(r'in "<unicode string>", ', "in ", " ".join(message.split(": ", 1)[1].split()))
         return f"config: is no YAML ({where}); correct the recipe file"
+    if "codec can't decode" in message:
+        return f"config: is no text ({message}); name a recipe file"
     if message.startswith("Unexpected config: "):
         return "config: is no recipe, which is YAML of keys and values such as 'seed: 0'"
     unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
@@ -414,11 +524,11 @@ def _one_line(message: str) -> str:
     reason = re.sub(r"\.? ?Got value: .*", "", reason).replace("typing.", "")
     reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason).replace("NoneType", "null")
     key = key_match[1] if key_match else ""
-    value = f" {value_match[1].splitlines()[0]!r}" if value_match else ""
+    value = f" {value_match[1].partition(chr(10))[0]!r}" if value_match else ""
     return f"{key}:{value} {reason}" if key else reason
 
 
 def _nearest_key(key: str) -> str:
-    keys = known_keys()
+    keys = [known for known in known_keys() if known != key]
     by_path = nearest(key, keys)
     return by_path or nearest(key.rsplit(".", 1)[-1], [known.rsplit(".", 1)[-1] for known in keys])

@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from deit_kd.interfaces import InputError
+
+CURES = {
+    errno.ENOSPC: "free space, or name another folder",
+    errno.EDQUOT: "free some of your quota, or name another folder",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or name another folder",
+    errno.EROFS: "name a folder that can be written",
+    errno.EACCES: "change its permissions, or name another folder",
+    errno.EPERM: "change its permissions, or name another folder",
+}
+
+
+def refusal(error: OSError) -> InputError | None:
+    """Return what to tell a person whose disk or system refused us; None where the fault may be our own."""
+    if error.errno not in CURES:
+        return None
+    return InputError(f"{error.filename or 'a file'}: {error.strerror}; {CURES[error.errno]}; what was finished stays")
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Raise an InputError unless `folder`, which need not be there yet, can be written to."""
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{key}: {folder} cannot be written ({place} is read-only here); name another folder")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all, and survives a power cut; what fails leaves nothing."""
     aside = path.with_name(f".{path.name}.partial")
     try:
-        with open(aside, "wb") as file:
+        aside.unlink(missing_ok=True)
+        with open(aside, "xb") as file:  # never through a link that lies there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError:
+    except OSError as error:
         aside.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -34,13 +61,27 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Return the JSON of a file.
+def read_json(path: Path, kind: Any = Any) -> Any:
+    """Return the JSON of a file, if it is of the type `kind`: a TypedDict, say.
 
     Raises:
-        InputError: it is missing or is no JSON.
+        InputError: it is missing, is no JSON, or is of another type.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return checked(json.loads(path.read_text()), kind)
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); name the folder of a run") from error
+
+
+def checked(value: Any, kind: Any) -> Any:
+    """Return `value` as the type `kind`.
+
+    Raises:
+        ValueError: it is of another type; one line says where.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from error

@@ -43,6 +43,13 @@ class Missing(NamedTuple):
     reason: str
 
 
+def printable(text: str) -> str:
+    """Return `text` on one line, with escapes for what a terminal would obey and what no encoding holds."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
+
+
 class Batch(NamedTuple):
     """One block of views; B counts those that are there, and nothing stands in for those that are missing."""
 

@@ -9,15 +9,19 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Annotated, Any
 
 import timm
 import torch
+from pydantic import ConfigDict, Field, with_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import set_fused_attn
 from timm.models import save_for_hf
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
+from typing_extensions import TypedDict
 
 from deit_kd.files import read_json
 from deit_kd.interfaces import InputError, nearest
@@ -25,6 +29,32 @@ from deit_kd.tokens import graft, has_second_head
 from deit_kd.weights import classifier_names, fit_weights, to_timm_names
 
 STUDENT_FOLDER = "student"  # of a run: its weights in timm's local-dir layout
+LEAST_TORCH = "2.10"  # older ones can be made to run code, weights_only or not: CVE-2026-24747
+Pixels = Annotated[int, Field(gt=0, le=2**14)]
+Statistics = tuple[float, float, float]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Eyes(TypedDict, total=False):
+    """How images reach a model, as timm's ``pretrained_cfg`` and ``config.json`` say it."""
+
+    input_size: tuple[int, Pixels, Pixels]
+    mean: Statistics
+    std: Statistics
+    interpolation: str
+    crop_pct: Annotated[float, Field(gt=0)]
+    num_classes: Annotated[int, Field(ge=0)]
+    label_names: list[str] | dict[str, str] | None
+
+
+class LocalDir(Eyes, total=False):
+    """What we read of the ``config.json`` beside weights: timm's, or transformers'."""
+
+    architecture: str
+    model_args: dict[str, Any]
+    model_type: str | None
+    id2label: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], str]
+    pretrained_cfg: Eyes
 
 
 def choose_attention(choice: str, device: torch.device) -> None:
@@ -53,8 +83,12 @@ def size_argument(name: str, image_size: int) -> dict[str, int]:
 
 # What a recipe may not slip past the checks of weights and classes through ``args``.
 RESERVED_ARGUMENTS = {
+    "cache_dir": "set HF_HOME",
     "checkpoint_path": "name the file as the section's checkpoint",
+    "distillation_token": "set distill.kind",
+    "drop_path_rate": "set the section's drop_path",
     "features_only": "a student and a teacher need their heads",
+    "image_size": "set the section's image_size",
     "in_chans": "images have three channels",
     "num_classes": "it follows from the data or the weights",
     "pretrained": "set it in the section itself",
@@ -73,6 +107,7 @@ def check_arguments(key: str, args: Mapping[str, Any]) -> None:
 def create_model(
     key: str,
     name: str,
+    /,
     *,
     image_size: int | None = None,
     distillation_token: bool = False,
@@ -104,7 +139,7 @@ def create_model(
 def _created(key: str, name: str, cure: str, **kwargs: Any) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+    except Exception as error:  # arguments of a recipe go through timm unchecked, and it stumbles over anything
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise InputError(f"{key}: {name!r} cannot be created with {kwargs} ({reason}); {cure}") from error
     return model
@@ -123,8 +158,9 @@ class Weights:
 
     @property
     def build_arguments(self) -> dict[str, Any]:
-        """What ``timm.create_model`` needs to build the model again, beside its size and class count."""
-        return {key: value for key, value in self.model_args.items() if key not in ("num_classes", "img_size")}
+        """What ``timm.create_model`` needs to build the model again, beside its size, classes and weights."""
+        own = ("img_size", *RESERVED_ARGUMENTS)  # a folder that says where weights are does not choose them
+        return {key: value for key, value in self.model_args.items() if key not in own}
 
 
 def pretrained_weights(key: str, name: str) -> Weights:
@@ -184,9 +220,8 @@ def load_weights(key: str, path: str | Path) -> Weights:
         InputError: the file cannot be read, or is something else.
     """
     file = weights_file(key, path)
-    state = to_timm_names(_load_state(key, file))
-    config_file = file.parent / "config.json"
-    config = read_json(config_file) if config_file.is_file() else {}
+    state = _timm_state(key, file)
+    config = saved_config(file.parent)
     pretrained_cfg = config.get("pretrained_cfg", {})
     names = config.get("label_names", pretrained_cfg.get("label_names"))
     if "id2label" in config:  # transformers'
@@ -199,27 +234,46 @@ def load_weights(key: str, path: str | Path) -> Weights:
         config.get("architecture"),
         config.get("model_args", {}),
         tuple(names) if isinstance(names, list) else None,
-        pretrained_cfg,
+        dict(pretrained_cfg),
     )
 
 
+def saved_config(folder: Path) -> LocalDir:
+    """Return the ``config.json`` of a local-dir or a transformers folder; empty where there is none.
+
+    Raises:
+        InputError: it is no JSON, or says something else than such a file does.
+    """
+    file = folder / "config.json"
+    config: LocalDir = read_json(file, LocalDir) if file.is_file() else {}
+    return config
+
+
+def _timm_state(key: str, file: Path) -> dict[str, Tensor]:
+    try:
+        return to_timm_names(_load_state(key, file))
+    except (KeyError, RuntimeError) as error:  # a third of a query, key and value is missing, or of another shape
+        raise InputError(f"{key}: {file} lacks tensors of an attention ({error}); name another file") from error
+
+
 def _load_state(key: str, file: Path) -> dict[str, Tensor]:
+    if file.suffix != ".safetensors" and TorchVersion(torch.__version__) < LEAST_TORCH:
+        raise InputError(
+            f"{key}: {file} is not opened by torch {torch.__version__}, in which such a file can run code "
+            f"(CVE-2026-24747); save it as .safetensors, or upgrade to torch {LEAST_TORCH}"
+        )
     try:
         if file.suffix == ".safetensors":
             return _without_the_rest(load_file(file))
         loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except UnpicklingError as error:
+        raise InputError(f"{key}: {file} holds more than tensors and is not unpickled; save its state dict") from error
+    except Exception as error:  # a damaged file makes its reader stumble over anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{key}: {file} cannot be read as weights ({reason}); name another file") from error
-    except Exception as error:
-        if type(error).__name__ == "UnpicklingError":
-            raise InputError(
-                f"{key}: {file} holds more than tensors and is not unpickled; save its state dict"
-            ) from error
-        raise
     state = loaded.get("model", loaded.get("state_dict", loaded)) if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{key}: {file} holds no state dict (tensors by name, or under 'model')")
+    if not isinstance(state, dict) or not all(isinstance(name, str) and _is_plain(state[name]) for name in state):
+        raise InputError(f"{key}: {file} holds no state dict (tensors by name, or under 'model'); save one")
     return state
 
 
@@ -230,6 +284,17 @@ def _without_the_rest(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if weights:
             return weights
     return state
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether `value` is a tensor whose every number is in its file: one number can pose as a million."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
 
 
 def open_model(key: str, path: str | Path) -> nn.Module:
@@ -244,9 +309,9 @@ def open_model(key: str, path: str | Path) -> nn.Module:
     model = create_model(
         key,
         weights.architecture,
-        image_size=weights.pretrained_cfg["input_size"][-1],
+        image_size=(weights.pretrained_cfg.get("input_size") or (None,))[-1],
         distillation_token="head_dist.weight" in weights.state,
-        num_classes=weights.pretrained_cfg["num_classes"],
+        num_classes=weights.pretrained_cfg.get("num_classes", len(weights.label_names or ())),
         **weights.build_arguments,
     )
     fit_weights(key, model, weights.state, source=weights.source, whole=True)
@@ -271,20 +336,24 @@ def save_local_dir(
     """
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    save_for_hf(
-        copy.deepcopy(model).to(memory_format=torch.contiguous_format),
-        str(aside),
-        model_config={"num_classes": len(classes), "label_names": list(classes)},
-        data_config={
-            "input_size": (3, image_size, image_size),
-            "mean": mean,
-            "std": std,
-            "interpolation": interpolation,
-            "crop_pct": crop_fraction,
-        },
-        model_args=model_args,
-        safe_serialization=True,
-    )
+    try:
+        save_for_hf(
+            copy.deepcopy(model).to(memory_format=torch.contiguous_format),
+            str(aside),
+            model_config={"num_classes": len(classes), "label_names": list(classes)},
+            data_config={
+                "input_size": (3, image_size, image_size),
+                "mean": mean,
+                "std": std,
+                "interpolation": interpolation,
+                "crop_pct": crop_fraction,
+            },
+            model_args=model_args,
+            safe_serialization=True,
+        )
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise InputError(f"{folder}: cannot be written ({error}); free space, or name another folder") from error
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
 

@@ -16,14 +16,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, with_config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
+from typing_extensions import NotRequired, TypedDict
 
 from deit_kd.distributed import Processes
-from deit_kd.files import write_atomically
-from deit_kd.interfaces import Batch, InputError
+from deit_kd.files import read_json, write_atomically
+from deit_kd.interfaces import Batch, InputError, printable
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -32,6 +35,65 @@ HEADS_FILE = "heads.json"
 FACTS_FILE = "run.json"  # what a run was made from: photos, classes, teacher
 CHECKPOINTS = "checkpoints"
 SECONDS_BETWEEN_LINES = 30
+
+
+@with_config(ConfigDict(extra="allow"))
+class ScoreRecord(TypedDict):
+    """What a head or a teacher scored."""
+
+    top1: float
+    top5: float | None
+    nll: float
+
+
+@with_config(ConfigDict(extra="allow"))
+class TeacherFacts(TypedDict):
+    """What a run learned from."""
+
+    name: str
+    source: str | None
+    score: ScoreRecord
+    view_epochs: NotRequired[int]
+    members: NotRequired[list[dict[str, Any]]]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Facts(TypedDict):
+    """What ``run.json`` holds."""
+
+    classes: list[str]
+    data: dict[str, str]
+    teacher: TeacherFacts | None
+
+
+@with_config(ConfigDict(extra="allow"))
+class HeadScores(TypedDict):
+    """What the ``heads.json`` of a run holds."""
+
+    n: int
+    weights: str
+    heads: dict[str, ScoreRecord | None]
+    teacher: ScoreRecord | None
+
+
+def read_facts(folder: Path) -> Facts:
+    """Return what the run in `folder` was made from.
+
+    Raises:
+        InputError: there is no such run.
+    """
+    facts: Facts = read_json(folder / FACTS_FILE, Facts)
+    return facts
+
+
+def read_head_scores(folder: Path) -> HeadScores:
+    """Return what the finished run in `folder` scored.
+
+    Raises:
+        InputError: there is no such run.
+    """
+    scores: HeadScores = read_json(folder / HEADS_FILE, HeadScores)
+    return scores
 
 
 def next_free_folder(parent: Path, recipe: str) -> Path:
@@ -112,7 +174,7 @@ class Journal:
         self._first_step, self._total_steps, self._since = first_step, total_steps, time.perf_counter()
         if console.is_terminal:
             self._progress = _progress()
-            self._task = self._progress.add_task(title, total=total_steps, completed=first_step, note="")
+            self._task = self._progress.add_task(printable(title), total=total_steps, completed=first_step, note="")
             self._progress.start()
 
     def record(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
@@ -145,8 +207,8 @@ class Journal:
 
 def _lines_until(file: Path, step: int) -> list[str]:
     """Return the whole lines of a file of records that belong to the first `step` steps."""
-    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    lines = file.read_text(errors="replace").splitlines(keepends=True) if file.is_file() else []
+    return [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
 
 
 class DataErrors:
@@ -266,6 +328,14 @@ def _as_text(lines: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
+def _step_of(line: str) -> float:
+    """Return the step of a record; one that a power cut has damaged comes after all others."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
 class ViewMeter:
     """Tells how many of many views are done, how fast, and the time left; silent where it is not the main process.
 
@@ -318,10 +388,10 @@ class ViewMeter:
 
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(),
         console=console,
     )
@@ -337,12 +407,33 @@ def _numbers_of(fields: Mapping[str, Any], prefix: str = "") -> list[tuple[str, 
     return numbers
 
 
-console = Console(highlight=False, soft_wrap=True)
+class _PlainConsole(Console):
+    """Names of folders and classes are text here: neither markup nor anything that a terminal obeys."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+console = _PlainConsole(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def say(line: str) -> None:
     """Print one line, as it stands."""
-    console.print(line, markup=False)
+    console.print(line)
+
+
+def size_text(count: float) -> str:
+    """Return bytes for a person."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"
+
+
+def duration_text(seconds: float) -> str:
+    """Return seconds for a person."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def print_heads(result: Mapping[str, Any]) -> None:

@@ -116,6 +116,9 @@ def fit_weights(
     used: set[str] = set()
     for name, drawn in own.items():
         taken = given.get(name)
+        if taken is not None and taken.is_floating_point() != drawn.is_floating_point():
+            problems.append(f"{name} is of {taken.dtype}")
+            continue
         is_head = name.startswith(heads)
         if is_head and not whole and (new_heads or (taken is not None and taken.shape != drawn.shape)):
             account.initialised.append(name)
@@ -164,7 +167,8 @@ def _apart(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     has_grid = hasattr(getattr(model, "patch_embed", None), "grid_size")
     if cls_token is None or positions is None or positions.ndim != 3 or not has_grid:
         return apart
-    tokens = 1 + ("dist_token" in apart) + (apart["reg_token"].shape[1] if "reg_token" in apart else 0)
+    registers = apart.get("reg_token")
+    tokens = 1 + ("dist_token" in apart) + (registers.shape[1] if registers is not None and registers.ndim == 3 else 0)
     rows = _prefix_rows(positions.shape[1], tokens, _grid(model), getattr(model, "no_embed_class", False))
     if rows:
         first_register = 1 + ("dist_token" in apart)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,19 @@ YAML_CASES = [
     ("distill: {alpha: 1.5}", "distill.alpha: '1.5'"),
     ("distill: {kind: medium}", "distill.kind: 'medium'"),
     ("student: {args: 7}", "student.args: '7'"),
-    ("seed: -1", "seed: -1"),
+    ("seed: -1", "seed: '-1'"),
+    ("recipe: ../elsewhere", "recipe: '../elsewhere': must be the name of one folder"),
+    ("student: other.Class", "student: 'other.Class': Input should be a valid dictionary"),
+    ("student: !!python/object/apply:os.getcwd []", "config: is no YAML (could not determine a constructor"),
+    ("student: !!python/name:os.getcwd", "config: is no YAML (could not determine a constructor"),
+    ("student: {args: {1: 2}}", "student.args.1"),
+    ("student: {args: {a: !!binary aGVsbG8=}}", "student.args.a"),
+    ("student: {args: &all {all: *all}}", "config: the alias *all stands within itself"),
+    ("seed: " + "[" * 100_000, "config: is nested more than 64 deep"),
+    ("seed: '" + "[" * 100_000 + "'", "config: is nested more than 64 deep"),
+    ("x0: &x0 1\n" + "".join(f"x{n}: &x{n} [{f'*x{n - 1}, ' * 9}]\n" for n in range(1, 12)), "100000 values"),
+    ("seed: " + "9" * 5000, "config: holds a value that cannot be read"),
+    ("train: {epochs: 1" + "0" * 400 + "}", "train.epochs: "),
     ("train: [1, 2", "config: is no YAML (while parsing a flow sequence in line 1, column 8"),
     ("- 1", "config: is no recipe"),
 ]
@@ -124,3 +137,33 @@ def test_a_recipe_that_cannot_be_is_one_line(tmp_path: Path, text: str, expected
         config("--config", str(tmp_path / "mine.yaml"))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+CODE_CASES = [
+    "student: planted.Planted",
+    "student: {class_path: planted.Planted, init_args: {name: x}}",
+    "student.class_path: planted.Planted",
+    "student: {args: {class_path: planted.Planted}}",
+    "student: {args: {a: [{class_path: planted.Planted, init_args: {b: 1}}]}}",
+    "student: {args: {a: '{class_path: planted.Planted}'}}",
+    "teacher: {fit: planted.Planted}",
+    "teacher: {members: [planted.Planted]}",
+    "teacher: {members: [{class_path: planted.Planted}]}",
+    "teacher: {members: [{args: {a: {class_path: planted.Planted}}}]}",
+    "optim: {args: {betas: {class_path: planted.Planted}}}",
+]
+
+
+@pytest.mark.parametrize("text", CODE_CASES)
+def test_a_recipe_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Planted: ...\n")
+    (tmp_path / "mine.yaml").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with suppress(InputError):
+        config("--config", str(tmp_path / "mine.yaml"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_alias_saves_typing(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("student: {args: &small {depth: 2}}\nteacher: {args: *small}\n")
+    assert config("--config", str(tmp_path / "mine.yaml")).teacher.args == {"depth": 2}

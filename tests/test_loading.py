@@ -269,8 +269,8 @@ def test_local_dir_says_what_the_student_saw(tmp_path: Path):
     assert weights.label_names == CLASSES
     assert weights.architecture == DISTILLED
     assert weights.model_args["patch_size"] == 8
-    assert weights.pretrained_cfg["input_size"] == [3, 32, 32]
-    assert weights.pretrained_cfg["mean"] == [0.1, 0.2, 0.3]
+    assert weights.pretrained_cfg["input_size"] == (3, 32, 32)
+    assert weights.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
     assert weights.pretrained_cfg["interpolation"] == "bilinear"
 
 

@@ -35,8 +35,22 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
-def kill(arguments: list[str], before_step: int, said: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(before_step), *arguments]
+# train.py itself, which kills itself when the n-th checkpoint is written whole and about to get its name.
+KILLED_IN_A_WRITE = """
+import os, runpy, signal, sys
+left, sys.argv[1:] = int(sys.argv[1]), sys.argv[2:]
+def watch(event, given):
+    global left
+    left -= event == "os.rename" and ".step-" in str(given[0])
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def kill(arguments: list[str], before_step: int, said: Path, program: str = KILLED) -> None:
+    command = [sys.executable, "-c", program, str(before_step), *arguments]
     paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     with open(said, "w") as output:  # no pipe: the workers would hold it open for seconds after the kill
         done = subprocess.run(
@@ -86,6 +100,19 @@ def test_a_killed_run_ends_as_the_unbroken_one(kills: list[int], finished: Finis
     for before_step in kills:
         kill(arguments, before_step, tmp_path / "said.txt")
     assert not (tmp_path / "run" / "heads.json").exists()
+    assert main(["train", *arguments]) == 0
+    assert_same_end(finished, tmp_path)
+
+
+def test_a_run_killed_inside_a_checkpoints_write_ends_as_the_unbroken_one(finished: Finished, tmp_path: Path) -> None:
+    arguments = copied(finished, tmp_path)
+    run = tmp_path / "run"
+    (run / "heads.json").unlink()
+    for checkpoint in (run / "checkpoints").iterdir():
+        checkpoint.unlink()
+    kill(arguments, 2, tmp_path / "said.txt", KILLED_IN_A_WRITE)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == [".step-000000004.safetensors.partial", "step-000000002.safetensors"]
     assert main(["train", *arguments]) == 0
     assert_same_end(finished, tmp_path)
 

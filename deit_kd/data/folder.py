@@ -65,12 +65,22 @@ def _scan(split_folder: Path) -> Photos:
             f"data.root: {split_folder} has no images ({', '.join(IMG_EXTENSIONS)}) in class "
             f"{', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}; add some or remove the folder"
         )
+    for path, _ in samples:
+        if not path.isascii():
+            _check_encoding(path)
     return Photos.of_files(
         split_folder,
         names=[Path(path).relative_to(split_folder).as_posix() for path, _ in samples],
         labels=[label for _, label in samples],
         classes=tuple(classes),
     )
+
+
+def _check_encoding(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"data.root: {path} is no UTF-8; rename it") from error
 
 
 def _check_same_classes(splits: Splits) -> None:

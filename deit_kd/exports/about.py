@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from deit_kd.interfaces import printable
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,14 @@ class About:
             for head, score in {**self.heads["heads"], "teacher": self.heads["teacher"]}.items()
             if score is not None
         ]
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", self.recipe)), default=0))
         return "\n".join(
             [
                 f"# {self.architecture}, distilled with deit_kd",
                 "",
                 f"Exported as `{format_name}`. {how_to_load}",
                 "",
-                f"- Data: {self.data}, {len(self.classes)} classes, seen at {self.image_size} px "
+                f"- Data: {_text(self.data)}, {len(self.classes)} classes, seen at {self.image_size} px "
                 f"(mean {list(self.mean)}, std {list(self.std)}, {self.interpolation}, crop {self.crop_fraction})",
                 *(f"- Teacher: {line}" for line in self._teacher_lines()),
                 "",
@@ -64,13 +68,13 @@ class About:
                 "",
                 "## Classes",
                 "",
-                *(f"{label}. {name}" for label, name in enumerate(self.classes)),
+                *(f"{label}. {_text(name)}" for label, name in enumerate(self.classes)),
                 "",
                 "## Recipe",
                 "",
-                "```yaml",
+                f"{fence}yaml",
                 self.recipe.rstrip(),
-                "```",
+                fence,
                 "",
             ]
         )
@@ -80,7 +84,12 @@ class About:
             return ["none"]
         members = self.teacher.get("members", [self.teacher])
         return [
-            f"{member['name']} from {member.get('origin')}, "
-            f"licence of the weights: {member.get('licence') or 'not known'}"
+            f"{_text(member['name'])} from {_text(str(member.get('origin')))}, "
+            f"licence of the weights: {_text(member.get('licence') or 'not known')}"
             for member in members
         ]
+
+
+def _text(name: str) -> str:
+    """Return `name` for Markdown, in which nothing of it is markup."""
+    return re.sub(r"([\\`*\[\]<>&|~]|^[#+-]|(?<!\w)_|_(?!\w))", r"\\\1", printable(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from deit_kd.exports.about import About
@@ -92,7 +93,7 @@ def _write_transformers(backbone: nn.Module, folder: Path, about: About) -> None
     if arguments.get("init_values") is not None:
         state = _without_layer_scale(state)
     folder.mkdir(parents=True)
-    save_file(to_transformers(state), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(save(to_transformers(state), metadata={"format": "pt"}))
     model: Any = backbone
     config = {
         "architectures": ["DeiTForImageClassificationWithTeacher"],
@@ -163,7 +164,9 @@ def _write_torch_export(backbone: nn.Module, folder: Path, about: About) -> None
     images = torch.zeros(2, 3, about.image_size, about.image_size)
     batch = torch.export.Dim("batch", min=1, max=4096)
     program = torch.export.export(AllHeads(backbone).eval(), (images,), dynamic_shapes={"images": {0: batch}})
-    torch.export.save(program, folder / "student.pt2")
+    content = io.BytesIO()  # written at once, so that a full disk is an OSError
+    torch.export.save(program, content)
+    (folder / "student.pt2").write_bytes(content.getvalue())
 
 
 _READ_TIMM = """

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from deit_kd.figures.series import Chart, colour_of
 from deit_kd.figures.style import FAINT, INK, WIDTH, styled
+from deit_kd.interfaces import printable
 
 SHADE = "#1f6fb5"  # of a matrix
 
@@ -33,7 +34,7 @@ def line_charts(charts: Sequence[Chart], columns: int = 1) -> Figure:
 def _draw_lines(axis: Axes, chart: Chart) -> None:
     for line in chart.series:
         lonely = "o" if len(line.x) == 1 else None
-        axis.plot(line.x, line.y, color=line.colour, linestyle=line.dash, label=line.name, marker=lonely)
+        axis.plot(line.x, line.y, color=line.colour, linestyle=line.dash, label=printable(line.name), marker=lonely)
     for name, level in chart.levels:
         axis.axhline(level, color=FAINT, linestyle=(0, (4, 2)), label=name)
     axis.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
@@ -90,8 +91,8 @@ def matrix(
                 text = f"{value:.{digits}f}"
                 axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize="small", color=ink)
         slanted = len(columns) > 4 or max(map(len, columns)) > 9
-        axis.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=30 if slanted else 0)
-        axis.set_yticks(np.arange(len(rows)) + 0.5, rows)
+        axis.set_xticks(np.arange(len(columns)) + 0.5, list(map(printable, columns)), rotation=30 if slanted else 0)
+        axis.set_yticks(np.arange(len(rows)) + 0.5, list(map(printable, rows)))
         axis.tick_params(length=0)
         axis.invert_yaxis()
         axis.grid(False)
@@ -109,7 +110,7 @@ def token_chart(by_student: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure
             mean = np.array([layer["mean"] for layer in layers])
             spread = np.array([layer["spread"] for layer in layers])
             depth, colour = np.arange(len(layers)), colour_of("", position)
-            axis.plot(depth, mean, color=colour, marker="o", markersize=3.5, label=name)
+            axis.plot(depth, mean, color=colour, marker="o", markersize=3.5, label=printable(name))
             axis.fill_between(depth, mean - spread, mean + spread, color=colour, alpha=0.25, linewidth=0)
         axis.set(title="How alike are the two tokens?", xlabel="block (0 is the input)", ylabel="cosine")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
@@ -129,7 +130,7 @@ def class_bars(title: str, classes: Sequence[str], heads: Mapping[str, Sequence[
             lengths = [0.0 if value is None else value for value in values]
             offset = (position - (len(heads) - 1) / 2) * thickness
             axis.barh(places + offset, lengths, height=thickness, color=colour_of(name, position), label=name)
-        axis.set_yticks(places, [name if len(name) <= 22 else name[:21] + "…" for name in classes])
+        axis.set_yticks(places, [name if len(name) <= 22 else name[:21] + "…" for name in map(printable, classes)])
         axis.invert_yaxis()
         axis.grid(axis="y", visible=False)
         axis.set(title=title, xlabel="top-1 %", xlim=(0, 100))

@@ -6,13 +6,58 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import NotRequired, TypedDict
 
 from deit_kd.figures import Chart, Series, colour_of
+from deit_kd.files import checked
 from deit_kd.interfaces import InputError
-from deit_kd.tracking import METRICS_FILE
+from deit_kd.tracking import METRICS_FILE, ScoreRecord
+
+Step = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+@with_config(ConfigDict(extra="allow"))
+class StepRecord(TypedDict):
+    """A line of ``metrics.jsonl`` about some steps."""
+
+    step: Step
+    classification: float
+    distillation: float
+    lr: float
+    images_per_second: float
+
+
+class HeadTable(TypedDict):
+    """What the heads scored."""
+
+    cls: ScoreRecord | None
+    dist: ScoreRecord | None
+    fused: ScoreRecord | None
+
+
+@with_config(ConfigDict(extra="allow"))
+class Result(TypedDict):
+    """What the heads of a model scored."""
+
+    heads: HeadTable
+
+
+@with_config(ConfigDict(extra="allow"))
+class EpochRecord(TypedDict):
+    """A line of ``metrics.jsonl`` about an epoch."""
+
+    step: Step
+    epoch: Step
+    model: Result
+    ema: NotRequired[Result]
+    teacher: ScoreRecord | None
+
 
 Records = list[dict[str, Any]]
+KINDS = {"step": StepRecord, "epoch": EpochRecord}
 COLUMNS = {
     "step": ("step", "classification", "distillation", "lr", "images_per_second"),
     "epoch": ("step", "epoch", "model", "teacher"),
@@ -28,7 +73,7 @@ def read_records(folder: Path) -> Records:
         InputError: there are none, or one lacks a column.
     """
     file = folder / METRICS_FILE
-    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    lines = file.read_text(errors="replace").splitlines(keepends=True) if file.is_file() else []
     records = [_record(line, f"{file}, line {n}") for n, line in enumerate(lines, start=1) if line.endswith("\n")]
     if not records:
         raise InputError(f"{folder}: has no records (no line in {METRICS_FILE}); name the folder of a run")
@@ -39,11 +84,11 @@ def _record(line: str, place: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
         missing = [column for column in COLUMNS[record["kind"]] if column not in record]
-    except (ValueError, KeyError, TypeError) as error:
+        if not missing:
+            return dict(checked(record, KINDS[record["kind"]]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{place}: is no record of a run ({error}); name a run of deit_kd") from error
-    if missing:
-        raise InputError(f"{place}: has no column {missing[0]!r}; name a run of this version of deit_kd")
-    return dict(record)
+    raise InputError(f"{place}: has no column {missing[0]!r}; name a run of this version of deit_kd")
 
 
 def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:

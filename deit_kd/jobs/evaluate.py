@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deit_kd.config import Config
 from deit_kd.distributed import finish, start
-from deit_kd.files import write_json
+from deit_kd.files import write_atomically, write_json
 from deit_kd.jobs.diagnose import (
     ATTENTION_FOLDER,
     DIAGNOSIS_FILE,
@@ -108,7 +108,9 @@ def write_evaluation(folder: Path, examination: Examination, heads: dict[str, An
         columns[f"{head}_top5_probability"] = arrow.array(best.values.tolist(), arrow.list_(arrow.float32()))
     if answers.teacher_predictions is not None:
         columns["teacher_top1"] = names(answers.teacher_predictions)
-    parquet.write_table(arrow.table(columns), folder / PREDICTIONS_FILE)
+    content = arrow.BufferOutputStream()
+    parquet.write_table(arrow.table(columns), content)
+    write_atomically(folder / PREDICTIONS_FILE, content.getvalue().to_pybytes())
 
 
 def tell(heads: dict[str, Any], examination: Examination, folder: Path) -> None:

@@ -13,7 +13,6 @@ from deit_kd.config import Config, build_parser, parse_config
 from deit_kd.data import Photos
 from deit_kd.distributed import Processes
 from deit_kd.engine import Answers, collect
-from deit_kd.files import read_json
 from deit_kd.interfaces import Batch, InputError, head_probabilities
 from deit_kd.jobs import parts
 from deit_kd.jobs.sources import Source, check_classes, load_student
@@ -22,7 +21,7 @@ from deit_kd.metrics import judge
 from deit_kd.models import choose_attention
 from deit_kd.students import TimmStudent
 from deit_kd.teachers import NetworkTeacher
-from deit_kd.tracking import HEADS_FILE, say
+from deit_kd.tracking import read_head_scores, say
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def examine_other(source: Source, first: Examination, split: str, processes: Pro
 def judge_heads(examination: Examination, others: dict[str, Tensor]) -> dict[str, Any]:
     """Return what the evaluation's ``heads.json`` holds: that of a training run, and all that `judge` finds."""
     config, source, answers = examination.config, examination.source, examination.answers
-    weights = "given" if source.run is None else read_json(source.run / HEADS_FILE)["weights"]
+    weights = "given" if source.run is None else read_head_scores(source.run)["weights"]
     judged = judge(
         answers.output,
         answers.labels,

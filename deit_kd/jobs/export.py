@@ -9,11 +9,10 @@ import torch
 from deit_kd.config import Config
 from deit_kd.distributed import Processes
 from deit_kd.exports import FORMATS, About, CannotHold, export, missing_libraries
-from deit_kd.files import read_json
 from deit_kd.interfaces import InputError, nearest
 from deit_kd.jobs.sources import load_student, open_source
-from deit_kd.models import STUDENT_FOLDER, choose_attention
-from deit_kd.tracking import CONFIG_FILE, HEADS_FILE, say
+from deit_kd.models import STUDENT_FOLDER, choose_attention, saved_config
+from deit_kd.tracking import CONFIG_FILE, read_head_scores, say
 
 
 def export_run(folder: Path, config: Config, format_name: str, to: Path | None) -> Path:
@@ -43,7 +42,7 @@ def export_run(folder: Path, config: Config, format_name: str, to: Path | None) 
     source = open_source(str(folder))
     facts, classes = source.facts, source.classes or ()
     student = load_student(source, config, classes, Processes(0, 1, torch.device("cpu")))
-    saved = read_json(folder / STUDENT_FOLDER / "config.json")
+    saved = saved_config(folder / STUDENT_FOLDER)
     about = About(
         architecture=saved["architecture"],
         model_args=saved.get("model_args", {}),
@@ -53,7 +52,7 @@ def export_run(folder: Path, config: Config, format_name: str, to: Path | None) 
         std=config.data.std,
         interpolation="bicubic" if config.data.interpolation == "random" else config.data.interpolation,
         crop_fraction=config.data.crop_fraction,
-        heads=read_json(folder / HEADS_FILE),
+        heads=read_head_scores(folder),
         teacher=facts["teacher"],
         data=f"{config.data.name} (digest of the training split {facts['data']['train']})",
         recipe=(folder / CONFIG_FILE).read_text(),

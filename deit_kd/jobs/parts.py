@@ -6,20 +6,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import yaml
 
 from deit_kd import data
-from deit_kd.config import Config, TeacherNetwork, TeacherSection
+from deit_kd.config import Config, TeacherNetwork, TeacherSection, read_recipe
 from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes
 from deit_kd.engine import AUTOCAST_DTYPES
-from deit_kd.files import read_json
+from deit_kd.files import checked
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.students import TimmStudent
 from deit_kd.students import build_student as build_timm_student
 from deit_kd.teachers import EnsembleTeacher, FrozenTeacher, NetworkTeacher
 from deit_kd.teachers import build_teacher as build_frozen_teacher
-from deit_kd.tracking import CONFIG_FILE, FACTS_FILE, DataErrors
+from deit_kd.tracking import CONFIG_FILE, DataErrors, read_facts
 
 TEACHER_OF_RUN = ":teacher"  # behind a run's folder: not its student but what that learned from
 
@@ -173,8 +172,11 @@ def teacher_of_run(network: TeacherNetwork, folder: Path) -> TeacherNetwork:
     Raises:
         InputError: there is no such run, or it learned from none, from several or from random weights.
     """
-    facts = read_json(folder / FACTS_FILE)["teacher"]
-    theirs = TeacherSection.model_validate(yaml.safe_load((folder / CONFIG_FILE).read_text())["teacher"])
+    facts = read_facts(folder)["teacher"]
+    try:
+        theirs: TeacherSection = checked(read_recipe(folder / CONFIG_FILE).get("teacher"), TeacherSection)
+    except ValueError as error:
+        raise InputError(f"{folder / CONFIG_FILE}: teacher.{error}; name a run of deit_kd") from error
     if facts is None or theirs.members or theirs.random_weights:
         found = "no teacher" if facts is None else "several teachers" if theirs.members else "random weights"
         raise InputError(f"teacher.checkpoint: {folder} learned from {found}; name the weights of one")
@@ -195,8 +197,11 @@ def teacher_of_run(network: TeacherNetwork, folder: Path) -> TeacherNetwork:
 def _build_network(
     config: Config, network: TeacherNetwork, classes: tuple[str, ...], processes: Processes, checkpoint: str | None
 ) -> FrozenTeacher:
-    section = config.teacher
+    section, asked = config.teacher, set()
     while checkpoint is not None and checkpoint.endswith(TEACHER_OF_RUN):
+        if checkpoint in asked:
+            raise InputError(f"teacher.checkpoint: {checkpoint} learned from itself, it says; name another run")
+        asked.add(checkpoint)
         network = teacher_of_run(network, Path(checkpoint.removesuffix(TEACHER_OF_RUN)))
         checkpoint = network.checkpoint
     return build_frozen_teacher(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -13,7 +14,8 @@ from deit_kd.config import Config
 from deit_kd.data import load_image
 from deit_kd.distributed import finish, start
 from deit_kd.engine import autocast
-from deit_kd.interfaces import InputError, head_probabilities
+from deit_kd.files import write_atomically
+from deit_kd.interfaces import InputError, head_probabilities, printable
 from deit_kd.jobs import parts
 from deit_kd.jobs.sources import load_student, open_source
 from deit_kd.models import choose_attention
@@ -70,10 +72,11 @@ def predict(folder: Path, config: Config, files: list[Path], head: str, csv_file
     finally:
         finish()
     if csv_file is None:
-        _write(sys.stdout, rows)
+        _write(sys.stdout, [(printable(path), name, printable(label), share) for path, name, label, share in rows])
         return
-    with open(csv_file, "w", newline="") as opened:
-        _write(opened, rows)
+    content = io.StringIO()
+    _write(content, rows)
+    write_atomically(csv_file, content.getvalue().encode())
     say(f"{len(files)} images: {csv_file}")
 
 

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deit_kd.checkpoint import CheckpointWriter, newest_checkpoint
-from deit_kd.config import Config, flat
+from deit_kd.config import Config, flat, read_recipe
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes, names_lost_process
 from deit_kd.engine import STEP_TERMS, Distiller, StepResult, Trainer, evaluate, score_teacher, train
-from deit_kd.files import read_json, write_atomically, write_json
+from deit_kd.files import check_writable, write_atomically, write_json
 from deit_kd.interfaces import Batch, InputError, Stopped, Student, Teacher
 from deit_kd.jobs import parts
 from deit_kd.losses import Objective
@@ -43,6 +42,7 @@ from deit_kd.tracking import (
     newest_folder,
     next_free_folder,
     print_heads,
+    read_facts,
     say,
 )
 
@@ -502,6 +502,7 @@ def _open_folder(config: Config, processes: Processes, data_facts: dict[str, str
         newest = newest_folder(RUNS, config.recipe) if config.resume == "auto" else None
         folder = newest or next_free_folder(RUNS, config.recipe)
     folder = processes.share(folder)
+    check_writable("output", folder)
     if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= LEFTOVERS):
         return folder, None
     if not (folder / CONFIG_FILE).is_file():
@@ -518,15 +519,15 @@ def _open_folder(config: Config, processes: Processes, data_facts: dict[str, str
 
 
 def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) -> None:
-    before = flat(yaml.safe_load((folder / CONFIG_FILE).read_text()))
+    before = flat(read_recipe(folder / CONFIG_FILE))
     now = flat(config.model_dump(mode="json"))
     changed = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key not in FREE_ON_RESUME
     ]
-    facts = read_json(folder / FACTS_FILE)
-    changed += [f"data ({split}): other photos" for split in data_facts if facts["data"][split] != data_facts[split]]
+    before_data = read_facts(folder)["data"]
+    changed += [f"data ({split}): other photos" for split in data_facts if before_data.get(split) != data_facts[split]]
     if changed:
         raise InputError(
             f"resume: {folder} was begun with another recipe ({'; '.join(changed)}); undo that, or name another output"
@@ -552,7 +553,7 @@ def _meet_teacher(
     if not run.processes.same_everywhere(facts["weights"]):
         raise InputError("teacher: its weights differ between processes; give all of them the same file")
     if run.checkpoint is not None:
-        before = read_json(run.folder / FACTS_FILE)["teacher"]
+        before: Any = read_facts(run.folder)["teacher"] or {}
         if any(before.get(key) != facts.get(key) for key in ("weights", "store")):
             raise InputError(f"resume: {run.folder} was begun with other weights of the teacher; name the same ones")
     if isinstance(teacher, StoredTeacher | RecordingTeacher):

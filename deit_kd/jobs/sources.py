@@ -5,22 +5,64 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import timm
+from pydantic import ConfigDict, PositiveInt, with_config
 from timm.data import ImageNetInfo, resolve_data_config
+from typing_extensions import NotRequired, TypedDict
 
 from deit_kd.config import Config
 from deit_kd.distributed import Processes
 from deit_kd.files import read_json
 from deit_kd.interfaces import InputError
 from deit_kd.jobs import parts
-from deit_kd.models import RESERVED_ARGUMENTS, STUDENT_FOLDER, Weights, check_known, load_weights
+from deit_kd.models import (
+    STUDENT_FOLDER,
+    Pixels,
+    Statistics,
+    Weights,
+    check_known,
+    load_weights,
+    saved_config,
+)
 from deit_kd.students import TimmStudent
-from deit_kd.tracking import CHECKPOINTS, CONFIG_FILE, FACTS_FILE, HEADS_FILE
+from deit_kd.tracking import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, read_facts
 
 LOCAL_DIR = "local-dir:"
 WORDNET_ID = re.compile(r"n\d{8}")  # how timm calls the classes of its ImageNet models
+
+
+@with_config(ConfigDict(extra="allow"))
+class TransformersConfig(TypedDict):
+    """What we read of the ``config.json`` of transformers' DeiT or ViT."""
+
+    patch_size: Pixels
+    image_size: Pixels
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    intermediate_size: PositiveInt
+    qkv_bias: bool
+
+
+class Edges(TypedDict, total=False):
+    """A size as transformers writes it: one of these."""
+
+    shortest_edge: Pixels
+    height: Pixels
+
+
+@with_config(ConfigDict(extra="allow"))
+class Preprocessor(TypedDict):
+    """What we read of a ``preprocessor_config.json``."""
+
+    image_mean: Statistics
+    image_std: Statistics
+    do_center_crop: bool
+    resample: NotRequired[int]
+    crop_size: NotRequired[Pixels | Edges]
+    size: NotRequired[Pixels | Edges]
 
 
 class Source(NamedTuple):
@@ -36,7 +78,7 @@ class Source(NamedTuple):
     @property
     def facts(self) -> dict[str, Any]:
         """What a run was made from; nothing for another source."""
-        return {} if self.run is None else read_json(self.run / FACTS_FILE)
+        return {} if self.run is None else dict(read_facts(self.run))
 
 
 def open_source(text: str) -> Source:
@@ -65,23 +107,25 @@ def open_source(text: str) -> Source:
 def _from_run(folder: Path) -> Source:
     if not (folder / HEADS_FILE).is_file():
         raise InputError(f"{folder}: is no finished run (it has no {HEADS_FILE}); finish it with --resume auto")
-    classes = tuple(read_json(folder / FACTS_FILE)["classes"])
+    classes = tuple(read_facts(folder)["classes"])
     recipe = ["--config", str(folder / CONFIG_FILE)]
     return Source(folder.resolve().name, recipe, classes, len(classes), folder)
 
 
 def _from_local_dir(folder: Path) -> Source:
-    saved, weights = read_json(folder / "config.json"), load_weights("eval", folder)
+    saved, weights = saved_config(folder), load_weights("eval", folder)
     if saved.get("model_type") in ("deit", "vit"):
-        return _from_transformers(folder, saved, weights)
+        return _from_transformers(folder, weights)
     if weights.architecture is None:
         raise InputError(f"{folder}: config.json names no timm architecture; export it as a timm local-dir")
-    cfg = {**saved.get("pretrained_cfg", {}), **saved}  # a run writes what it trained with beside timm's defaults
-    arguments = {key: value for key, value in weights.build_arguments.items() if key not in RESERVED_ARGUMENTS}
+    cfg: dict[str, Any] = {
+        **saved.get("pretrained_cfg", {}),
+        **saved,
+    }  # a run writes what it trained with beside timm's defaults
     recipe = [
         *("--student.name", weights.architecture),
         *("--student.checkpoint", str(folder)),
-        *("--student.args", json.dumps(arguments)),
+        *("--student.args", json.dumps(weights.build_arguments)),
         *_kind("head_dist.weight" in weights.state),
         *_input_of(cfg),
     ]
@@ -89,11 +133,15 @@ def _from_local_dir(folder: Path) -> Source:
     return Source(name, recipe, weights.label_names, cfg.get("num_classes"), None)
 
 
-def _from_transformers(folder: Path, saved: dict[str, Any], weights: Weights) -> Source:
+def _from_transformers(folder: Path, weights: Weights) -> Source:
     seen_file = folder / "preprocessor_config.json"
     if not seen_file.is_file():
         raise InputError(f"{folder}: has no {seen_file.name}, which says how images are seen; save its processor there")
-    seen, distilled = read_json(seen_file), "head_dist.weight" in weights.state
+    saved: TransformersConfig = read_json(folder / "config.json", TransformersConfig)
+    seen: Preprocessor = read_json(seen_file, Preprocessor)
+    distilled = "head_dist.weight" in weights.state
+    if "head.weight" not in weights.state:
+        raise InputError(f"{folder}: its weights have no classifier; name a student that was trained to classify")
     arguments = {
         "patch_size": saved["patch_size"],
         "embed_dim": saved["hidden_size"],
@@ -106,8 +154,10 @@ def _from_transformers(folder: Path, saved: dict[str, Any], weights: Weights) ->
         "input_size": (3, saved["image_size"], saved["image_size"]),
         "mean": seen["image_mean"],
         "std": seen["image_std"],
-        "crop_pct": _edge(seen["crop_size"]) / _edge(seen["size"]) if seen["do_center_crop"] else 1.0,
-        "interpolation": "bilinear" if seen["resample"] == 2 else "bicubic",  # as Pillow counts them
+        "crop_pct": _edge(seen_file, seen, "crop_size") / _edge(seen_file, seen, "size")
+        if seen["do_center_crop"]
+        else 1.0,
+        "interpolation": "bilinear" if seen.get("resample") == 2 else "bicubic",  # as Pillow counts them
     }
     recipe = [
         # Any of timm's names would do, since the arguments say everything.
@@ -120,13 +170,17 @@ def _from_transformers(folder: Path, saved: dict[str, Any], weights: Weights) ->
     return Source(folder.resolve().name, recipe, weights.label_names, len(weights.state["head.weight"]), None)
 
 
-def _edge(size: int | dict[str, int]) -> int:
-    return size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
+def _edge(file: Path, seen: Preprocessor, key: Literal["crop_size", "size"]) -> int:
+    size: int | Edges = seen.get(key, Edges())
+    edge = size if isinstance(size, int) else size.get("shortest_edge", size.get("height"))
+    if edge is None:
+        raise InputError(f"{file}: {key} has neither shortest_edge nor height; save its processor anew")
+    return edge
 
 
 def _from_file(file: Path) -> Source:
     state = load_weights("eval", file).state
-    heads = [tensor for name, tensor in state.items() if name in ("head.weight", "fc.weight")]
+    heads = [tensor for name, tensor in state.items() if name in ("head.weight", "fc.weight") and tensor.ndim]
     recipe = [*("--student.checkpoint", str(file)), *_kind("head_dist.weight" in state)]
     return Source(file.stem, recipe, None, len(heads[0]) if heads else None, None)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import timedelta
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from deit_kd.models import choose_attention
 from deit_kd.randomness import generator
 from deit_kd.store import VALIDATION, LabelStore, RecordingTeacher, epoch_part
 from deit_kd.teachers import NetworkTeacher
-from deit_kd.tracking import DataErrors, ViewMeter, say
+from deit_kd.tracking import DataErrors, ViewMeter, duration_text, say, size_text
 
 LARGEST_CHANGED_SHARE = 0.01  # of the argmax, that a check lets pass
 LARGEST_GAP_SHARE = 0.05  # of the logits' spread, that a check lets pass: several times bf16's rounding
@@ -67,7 +66,7 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
                 whole = store.record.bytes_per_view * loader.views_per_epoch * epochs
                 say(
                     f"store: {folder}, {epochs} epochs of {loader.views_per_epoch} views, "
-                    f"{store.record.bytes_per_view} bytes each: {_size(whole)}"
+                    f"{store.record.bytes_per_view} bytes each: {size_text(whole)}"
                 )
             errors = parts.build_data_errors(config, splits, store.folder, processes)
             fill_validation(config, store, teacher, splits, processes, errors)
@@ -134,7 +133,7 @@ def info(folder: str) -> None:
     kept = "the hard label alone" if not record.holds_logits else f"{min(record.top, record.classes)} logits"
     say(
         f"{folder}: {store.epochs} epochs of {views} views, {store.manifest['validation']} validation images, "
-        f"{_size(store.bytes_on_disk)}"
+        f"{size_text(store.bytes_on_disk)}"
     )
     say(f"a record: {kept} of {record.classes} classes, {record.bytes_per_view} bytes")
     begun = [path.name.removesuffix(".pieces") for path in sorted(store.folder.glob("*.pieces"))]
@@ -184,7 +183,7 @@ def _fill_epochs(
             fill_epoch(store, recorder, loader, epoch, processes, batch_size, errors, advance)
             meter.reach(
                 (epoch + 1) * loader.views_per_epoch,
-                f"epoch {epoch + 1}/{len(epochs)}, {_size(store.bytes_on_disk)} on disk",
+                f"epoch {epoch + 1}/{len(epochs)}, {size_text(store.bytes_on_disk)} on disk",
             )
     if processes.is_main:
         say(f"store: {store.folder} holds {store.epochs} epochs{_saving(recorder, last, total, processes.device)}")
@@ -203,7 +202,9 @@ def _saving(recorder: RecordingTeacher, last: list[Batch], views: int, device: t
     since = settle()
     recorder(last[0]._replace(view_ids=None))
     seconds = (settle() - since) / len(last[0].labels) * views
-    return f"; each run that reads them all saves about {_duration(seconds)} of the teacher's time on one such device"
+    return (
+        f"; each run that reads them all saves about {duration_text(seconds)} of the teacher's time on one such device"
+    )
 
 
 def _compare(
@@ -227,15 +228,3 @@ def _compare(
 
 def _named(libraries: dict[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in libraries.items())
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} GB"
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

@@ -17,7 +17,6 @@ from deit_kd.config import Config, flat
 from deit_kd.data import Photos, Splits, TrainingLoader
 from deit_kd.distributed import Processes
 from deit_kd.engine import score_teacher
-from deit_kd.files import read_json
 from deit_kd.interfaces import Batch, InputError, TeacherOutput
 from deit_kd.jobs import parts
 from deit_kd.jobs.fit import teacher_folder
@@ -33,9 +32,10 @@ from deit_kd.store import (
     epoch_part,
 )
 from deit_kd.teachers import NetworkTeacher
-from deit_kd.tracking import FACTS_FILE, HEADS_FILE, DataErrors, say
+from deit_kd.tracking import HEADS_FILE, DataErrors, read_facts, say
 
 SOFT_TOP = 10  # logits kept for soft labels unless teacher.store_top says otherwise
+SHAPE = ("classes", "views", "validation")  # of a store's parts
 LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")  # that views depend on
 
 # Keys of the sections data, augment and teacher that change neither a view nor an answer. Any other key, of today
@@ -88,7 +88,8 @@ def stored_teacher(run: Run) -> StoredTeacher:
     # A builder may add an epoch while the processes look.
     epochs: int = processes.share(store.epochs)
     if run.checkpoint is not None:
-        begun = read_json(run.folder / FACTS_FILE)["teacher"].get("view_epochs", epochs)
+        facts = read_facts(run.folder)["teacher"]
+        begun = epochs if facts is None else facts.get("view_epochs", epochs)
         if begun > epochs:
             raise InputError(f"resume: {run.folder} was begun with {begun} epochs of the store, which has {epochs} now")
         epochs = begun
@@ -175,7 +176,7 @@ def writing(
     manifest = {
         "identity": fields | _source(config, splits),
         "classes": list(splits.train.classes),
-        "top": (0 if config.distill.kind == "hard" else SOFT_TOP) if top is None else top,
+        "top": logits_kept(config),
         "views": loader.views_per_epoch,
         "validation": len(splits.validation),
         "libraries": [libraries_in_use()],
@@ -191,6 +192,7 @@ def writing(
             stack.enter_context(LabelStore.lock(folder))
             store = LabelStore.begin(folder, manifest)
             refuse_other(store, fields)
+            _refuse(store, differences(store.manifest, {key: manifest[key] for key in SHAPE}, {}))
             _refuse_libraries(store)
             if top is not None and top != store.record.top:
                 raise InputError(
@@ -205,6 +207,13 @@ def writing(
 
         on_main(processes, enter)
         yield LabelStore(folder)
+
+
+def logits_kept(config: Config) -> int:
+    """Return how many logits of an answer a new store of this recipe keeps."""
+    if config.teacher.store_top is not None:
+        return config.teacher.store_top
+    return 0 if config.distill.kind == "hard" else SOFT_TOP
 
 
 def fill_validation(
@@ -388,7 +397,10 @@ def libraries_in_use() -> dict[str, str]:
 
 def refuse_other(store: LabelStore, here: dict[str, Any]) -> None:
     """Raise an InputError with both values of every field of `here` that the store was not made for."""
-    found = differences(store.manifest["identity"], here, flat(Config().model_dump(mode="json")))
+    _refuse(store, differences(store.manifest["identity"], here, flat(Config().model_dump(mode="json"))))
+
+
+def _refuse(store: LabelStore, found: list[str]) -> None:
     if found:
         more = f"; {len(found) - 3} more" if len(found) > 3 else ""
         raise InputError(

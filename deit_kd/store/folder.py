@@ -9,14 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import torch
+from pydantic import ConfigDict, Field, with_config
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from deit_kd.files import read_json, write_atomically, write_json
+from deit_kd.files import checked, read_json, write_atomically, write_json
 from deit_kd.interfaces import InputError
 from deit_kd.models import tensors_hash
 from deit_kd.store.record import Record, is_missing, is_whole
@@ -32,6 +35,36 @@ Columns = dict[str, Tensor]
 def epoch_part(epoch: int) -> str:
     """Return the name of the part that holds the answers to one epoch's views."""
     return f"epoch-{epoch:05d}"
+
+
+@with_config(ConfigDict(extra="allow"))
+class TeacherOfStore(TypedDict):
+    """What answered."""
+
+    name: str
+    random_weights: bool
+    weights: str
+
+
+@with_config(ConfigDict(extra="allow"))
+class Manifest(TypedDict):
+    """What ``store.json`` holds."""
+
+    identity: dict[str, Any]
+    classes: Annotated[list[str], Field(min_length=1)]
+    top: Annotated[int, Field(ge=0)]
+    views: Annotated[int, Field(ge=0, lt=2**40)]
+    validation: Annotated[int, Field(ge=0, lt=2**40)]
+    libraries: Annotated[list[dict[str, str]], Field(min_length=1)]
+    teacher: TeacherOfStore
+
+
+class Measured(TypedDict):
+    """What the teacher scored on the validation set."""
+
+    top1: float
+    top5: float | None
+    nll: float
 
 
 class LabelStore:
@@ -52,12 +85,12 @@ class LabelStore:
         self.folder = Path(folder).expanduser()
         if not (self.folder / MANIFEST).is_file():
             raise InputError(f"teacher.store: {folder} is no label store; make one with deit-kd store build")
-        self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST)
-        if self.manifest.get("format") != FORMAT:
+        written = read_json(self.folder / MANIFEST, dict[str, Any]).get("format")
+        if written != FORMAT:
             raise InputError(
-                f"teacher.store: {folder} has format {self.manifest.get('format')}, this version reads {FORMAT}; "
-                "build it anew"
+                f"teacher.store: {folder} has format {written}, this version reads {FORMAT}; build it anew"
             )
+        self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST, Manifest)
         self.record = Record(len(self.manifest["classes"]), self.manifest["top"])
         self._open: tuple[str, Columns] | None = None
 
@@ -171,7 +204,13 @@ class LabelStore:
 
     def score(self) -> dict[str, float | None]:
         """Return the teacher's ``top1``, ``top5`` and ``nll`` on the validation set, as they were measured."""
-        return self._notes(VALIDATION)
+        file = self._file(VALIDATION)
+        _, metadata = self._read(file, self._rows(VALIDATION))
+        try:
+            score: dict[str, float | None] = checked(json.loads(metadata["notes"]), Measured)
+        except ValueError as error:
+            raise self._broken(file, str(error)) from error
+        return score
 
     def predictions(self, rank: int, processes: int) -> Tensor:
         """Return the teacher's classes [share] on the part of the validation set that one process evaluates.
@@ -199,6 +238,8 @@ class LabelStore:
             columns, metadata = self._read(self._file(part), self._rows(part))
             if metadata["digest"] != _hash(columns, metadata):
                 raise self._broken(self._file(part), "its checksum differs")
+            if not is_whole(columns) or not self.record.names_its_classes(columns):
+                raise self._broken(self._file(part), "a record is no answer")
 
     def _read(self, file: Path, rows: int | None) -> tuple[Columns, dict[str, str]]:
         """Map the columns of a file: `rows` of them, or any number where that is None."""
@@ -210,13 +251,19 @@ class LabelStore:
             raise self._broken(file, str(error).splitlines()[0]) from error
         if metadata.get("store") != self.digest:
             raise self._broken(file, "it belongs to another store")
-        if rows is not None and any(len(column) != rows for column in columns.values()):
-            raise self._broken(file, f"it has not {rows} records")
+        if not {"notes", "digest"} <= metadata.keys() or not self._are_records(columns, rows):
+            raise self._broken(file, "it holds no records" if rows is None else f"it has not {rows} records")
         return columns, metadata
 
-    def _notes(self, part: str) -> Any:
-        _, metadata = self._read(self._file(part), self._rows(part))
-        return json.loads(metadata["notes"])
+    def _are_records(self, columns: Columns, rows: int | None) -> bool:
+        """Return whether `columns` are those of `rows` records, or of a piece with its positions where that is None."""
+        count = len(columns["positions"]) if rows is None and "positions" in columns else rows
+        if count is None or any(column.ndim == 0 or len(column) != count for column in columns.values()):
+            return False
+        expected = self.record.empty(0) | ({"positions": torch.empty(0, dtype=torch.int64)} if rows is None else {})
+        return {name: (column.dtype, column.shape[1:]) for name, column in columns.items()} == {
+            name: (column.dtype, column.shape[1:]) for name, column in expected.items()
+        }
 
     def _broken(self, file: Path, reason: str) -> InputError:
         return InputError(
@@ -305,7 +352,10 @@ class LabelStore:
         for file in sorted(self._pieces_folder(part).glob("*.safetensors")):
             try:
                 columns, metadata = self._read(file, None)
-                whole = metadata.get("digest") == _hash(columns, metadata)
+                positions = columns["positions"]
+                whole = metadata["digest"] == _hash(columns, metadata) and bool(
+                    ((positions >= 0) & (positions < self._rows(part))).all()
+                )
             except InputError:
                 whole = False
             if whole:
@@ -320,7 +370,10 @@ class LabelStore:
         return self.folder / f"{part}.safetensors"
 
     def _pieces_folder(self, part: str) -> Path:
-        return self.folder / f"{part}.pieces"
+        folder = self.folder / f"{part}.pieces"
+        if folder.is_symlink():
+            raise InputError(f"teacher.store: {folder} is a link, and pieces are deleted in time; remove the link")
+        return folder
 
 
 def _hash(tensors: Columns, metadata: Mapping[str, str]) -> str:

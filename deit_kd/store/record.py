@@ -91,6 +91,11 @@ class Record:
         share = torch.minimum(share, kept[:, -1]).clamp_max(-LEAST_GAP)
         return share[:, None].repeat(1, self.classes).scatter_(1, columns["classes"].long(), kept)
 
+    def names_its_classes(self, columns: dict[str, Tensor]) -> bool:
+        """Return whether every class that a record names is one of the C."""
+        named = [columns[name] for name in ("label", "classes") if name in columns]
+        return all(bool(((column >= 0) & (column < self.classes)).all()) for column in named)
+
     def gap(self, columns: dict[str, Tensor], logits: Tensor) -> Tensor:
         """Return the largest difference [B] between the logits that were kept and `logits` [B, C], asked anew."""
         if "label" in columns:

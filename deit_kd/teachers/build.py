@@ -179,7 +179,7 @@ def _columns(architecture: str, weights: Weights, classes: int) -> int:
     check_known("teacher.name", architecture)
     classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None)
     heads = [f"{name}.weight" for name in ((classifier,) if isinstance(classifier, str) else classifier or ())]
-    found = [weights.state[head].shape[0] for head in heads if head in weights.state]
+    found = [weights.state[head].shape[0] for head in heads if head in weights.state and weights.state[head].ndim]
     if not found:
         raise InputError(
             f"teacher: {weights.source} has no head ({', '.join(heads) or 'timm names none'}), and a teacher's head is "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deit_kd.interfaces import InputError, nearest
 
+COLUMN = re.compile(r"\d{1,9}")
 LABEL_SETS = (
     "imagenet-1k",
     "imagenet-12k",
@@ -152,7 +153,7 @@ def read_mapping(file: str) -> dict[str, list[int | str]]:
                 pairs = [(row["class"], row["teacher"]) for row in csv.DictReader(opened, skipinitialspace=True)]
     except OSError as error:
         raise InputError(f"teacher.class_map: {file} cannot be read ({error.strerror}); name a CSV or JSON") from error
-    except (ValueError, KeyError, AttributeError, UnicodeDecodeError, csv.Error) as error:
+    except (ValueError, KeyError, AttributeError, RecursionError, csv.Error) as error:
         raise InputError(
             f'teacher.class_map: {file} is no mapping; write JSON {{"class": column, …}} or CSV class,teacher'
         ) from error
@@ -160,7 +161,7 @@ def read_mapping(file: str) -> dict[str, list[int | str]]:
     for name, entry in pairs:
         if isinstance(entry, bool) or not isinstance(entry, int | str):
             raise InputError(f"teacher.class_map: {entry!r} of {name!r} in {file} is no column, WordNet id or label")
-        mapping.setdefault(name, []).append(int(entry) if str(entry).isdecimal() else str(entry))
+        mapping.setdefault(name, []).append(int(entry) if COLUMN.fullmatch(str(entry)) else str(entry))
     return mapping
 
 
