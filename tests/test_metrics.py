@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deit_kd.metrics import Agreement, Score
+from deit_kd.metrics import Agreement, Score, per_image
+from deit_kd.metrics.counts import ranks
 from tests.conftest import ONE_PROCESS
 
 
@@ -25,6 +26,21 @@ def test_top1_top5_and_nll_worked_by_hand() -> None:
     assert result["top1"] == 25
     assert result["top5"] == 75
     assert result["nll"] == pytest.approx(-math.log(0.3 * 0.2 * 0.1 * 0.06) / 4)
+
+
+def test_of_classes_that_tie_the_first_is_the_answer_everywhere() -> None:
+    tied = torch.tensor([[0.1, 0.3, 0.1, 0.3, 0.1, 0.1]]).expand(6, 6)
+    labels = torch.arange(6)
+    counted = Score(6)
+    assert counted.add(tied, labels).tolist() == tied.argmax(-1).tolist() == [1] * 6
+    assert ranks(tied, labels).tolist() == [2, 0, 3, 1, 4, 5]
+    for name, values in per_image(tied, labels).items():
+        if name in ("top1", "top5"):
+            assert values.mean().item() == pytest.approx(counted.result(6, ONE_PROCESS)[name])
+
+
+def test_what_is_not_a_number_is_no_right_answer() -> None:
+    assert ranks(torch.full((2, 3), torch.nan), torch.tensor([0, 2])).tolist() == [3, 3]
 
 
 @pytest.mark.parametrize(("classes", "is_null"), [(2, True), (5, True), (6, False)])

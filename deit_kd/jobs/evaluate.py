@@ -103,9 +103,10 @@ def write_evaluation(folder: Path, examination: Examination, heads: dict[str, An
         "label": names(answers.labels),
     }
     for head, probabilities in every_head(answers.output).items():
-        best = probabilities.topk(min(5, len(classes)))
-        columns[f"{head}_top5"] = arrow.array([[classes[label] for label in row] for row in best.indices.tolist()])
-        columns[f"{head}_top5_probability"] = arrow.array(best.values.tolist(), arrow.list_(arrow.float32()))
+        best = probabilities.sort(descending=True, stable=True)  # of equals, the first: as argmax has it
+        labels, values = best.indices[:, :5].tolist(), best.values[:, :5].tolist()
+        columns[f"{head}_top5"] = arrow.array([[classes[label] for label in row] for row in labels])
+        columns[f"{head}_top5_probability"] = arrow.array(values, arrow.list_(arrow.float32()))
     if answers.teacher_predictions is not None:
         columns["teacher_top1"] = names(answers.teacher_predictions)
     content = arrow.BufferOutputStream()

@@ -10,6 +10,18 @@ from torch import Tensor
 from deit_kd.distributed import Processes
 
 
+def ranks(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return how many classes [B] stand before the label's in `probabilities` [B, C]; 0 is a right answer.
+
+    Of classes with the same probability the first stands first, as in ``argmax``; ``topk`` leaves that open, and
+    logits in bf16 do tie.
+    """
+    chosen = probabilities.gather(1, labels[:, None])
+    larger = ~(probabilities <= chosen)  # what is not a number stands before everything
+    before = torch.arange(probabilities.shape[1], device=labels.device) < labels[:, None]
+    return (larger | ((probabilities == chosen) & before)).sum(1)
+
+
 @dataclass
 class Score:
     """Counts of right answers and the summed negative log-likelihood of one head."""
@@ -19,12 +31,11 @@ class Score:
 
     def add(self, probabilities: Tensor, labels: Tensor) -> Tensor:
         """Count one batch of probabilities [B, C]; return the predictions [B]."""
-        best = probabilities.topk(min(5, self.classes), dim=-1).indices
-        hits = best == labels[:, None]
+        rank = ranks(probabilities, labels)
         chosen = probabilities.double().gather(1, labels[:, None]).clamp_min(1e-38)
-        batch = torch.stack([hits[:, 0].sum().double(), hits.sum().double(), -chosen.log().sum()])
+        batch = torch.stack([(rank < 1).sum().double(), (rank < 5).sum().double(), -chosen.log().sum()])
         self.sums = batch if self.sums is None else self.sums + batch
-        return best[:, 0]
+        return probabilities.argmax(-1)
 
     def result(self, total: int, processes: Processes) -> dict[str, float | None]:
         """Return ``top1`` and ``top5`` in percent and ``nll`` in nats, over all processes."""

@@ -20,6 +20,7 @@ from deit_kd.metrics.calibration import (
     scale_temperature,
 )
 from deit_kd.metrics.comparison import class_accuracies, disagreement_matrix, mcnemar
+from deit_kd.metrics.counts import ranks
 from deit_kd.metrics.intervals import bootstrap_means, interval
 from deit_kd.randomness import generator
 
@@ -56,9 +57,10 @@ def per_image(probabilities: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """
     classes = probabilities.shape[-1]
     chosen = probabilities.double().gather(1, labels[:, None])[:, 0]
-    values = {"top1": 100.0 * (probabilities.argmax(-1) == labels).double()}
+    rank = ranks(probabilities, labels)
+    values = {"top1": 100.0 * (rank < 1).double()}
     if classes > 5:
-        values["top5"] = 100.0 * (probabilities.topk(5).indices == labels[:, None]).any(-1).double()
+        values["top5"] = 100.0 * (rank < 5).double()
     values["nll"] = -chosen.clamp_min(SMALLEST).log()
     values["brier"] = probabilities.double().square().sum(-1) - 2 * chosen + 1
     return values
