@@ -41,9 +41,10 @@ import os, runpy, signal, sys
 left, sys.argv[1:] = int(sys.argv[1]), sys.argv[2:]
 def watch(event, given):
     global left
-    left -= event == "os.rename" and ".step-" in str(given[0])
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if event == "os.rename" and ".step-" in str(given[0]):
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(watch)
 runpy.run_path("train.py", run_name="__main__")
 """
