@@ -15,7 +15,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from deit_kd.files import write_atomically
-from deit_kd.interfaces import InputError
 from deit_kd.models import tensors_hash
 
 BEST = "best.safetensors"  # beside the newest ones, the checkpoint of the best epoch
@@ -103,7 +102,7 @@ class CheckpointWriter:
         """Begin to write the parts of one step, see `save_checkpoint`, once the one before is written.
 
         Raises:
-            InputError: the one before could not be written.
+            OSError: the one before could not be written.
         """
         tensors: dict[str, Tensor] = {}
         skeleton = json.dumps(_flatten(parts, "", tensors))
@@ -115,17 +114,11 @@ class CheckpointWriter:
         """Wait until what was begun is on the disk.
 
         Raises:
-            InputError: it could not be written.
+            OSError: it could not be written; those before are as they were.
         """
         writing, self._writing = self._writing, None
-        try:
-            if writing is not None:
-                writing.result()
-        except OSError as error:
-            raise InputError(
-                f"{self._folder}: a checkpoint cannot be written ({error.strerror or error}); the one before is kept: "
-                f"make room, then continue with --resume auto"
-            ) from error
+        if writing is not None:
+            writing.result()
 
     def close(self) -> None:
         """End the thread; what was begun is finished first."""

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import Batch, InputError, Student, StudentOutput, Teacher, head_probabilities
-from deit_kd.losses import Objective, Terms
+from deit_kd.losses import CheckedTerms, Objective, Terms
 from deit_kd.metrics import Agreement, Score
 from deit_kd.optim import WeightAverage
 from deit_kd.randomness import seed_step
@@ -49,10 +49,14 @@ class Distiller:
 
     def __call__(self, batch: Batch) -> Terms:
         """Return the mean loss and terms of `batch`; call ``.loss.backward()`` on the result."""
+        return self.checked(batch).terms
+
+    def checked(self, batch: Batch) -> CheckedTerms:
+        """Return the mean loss and terms of `batch`, and what in it was not finite."""
         with autocast(batch.images.device, self.precision):
             student_output = _ask(self.student, batch.images)
         teacher_output = self.teacher(batch) if self.teacher is not None else None
-        return self.objective(student_output, teacher_output, batch.targets)
+        return self.objective.checked(student_output, teacher_output, batch.targets)
 
 
 def _ask(student: Student, images: Tensor) -> StudentOutput:
@@ -121,13 +125,13 @@ class Trainer:
             batch = next(batches).to(self.processes.device)
             seed_step(self.seed, step, micro_step, self.processes.rank)
             with self._sync_only_at(micro_step == self.accumulation_steps - 1):
-                micro_terms = self.distiller(batch)
+                checked = self.distiller.checked(batch)
                 # The mean over the views there are becomes their share of the mean over all places.
                 divisor = self.accumulation_steps * batch.places / max(1, len(batch.labels))
-                self.scaler.scale(micro_terms.loss / divisor).backward()
-            terms[:3] += torch.stack(micro_terms[:3]).detach() / divisor
-            terms[4] += micro_terms.teacher_not_finite
-            is_finite.append(batch.at_places(micro_terms.is_finite, True))
+                self.scaler.scale(checked.terms.loss / divisor).backward()
+            terms[:3] += torch.stack(checked.terms).detach() / divisor
+            terms[4] += checked.teacher_not_finite
+            is_finite.append(batch.at_places(checked.is_finite, True))
             views, places = views + len(batch.labels), places + batch.places
         if self.skip:
             terms[:3] *= self._make_up(views, places)

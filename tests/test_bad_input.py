@@ -155,8 +155,9 @@ def test_a_photo_that_cannot_be_read_is_named(workers: int, tmp_path: Path, caps
 def test_a_loss_that_is_no_number_ends_the_run(
     photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = tiny(photos_root, tmp_path / "run", optim__lr=1e30, distill__kind="none", optim__name="sgd")
-    assert "the loss is nan at step" in refused(["train", *arguments], capsys)
+    options = {"optim__lr": 1e30, "optim__name": "sgd", "distill__kind": "none", "train__max_bad_steps": 3}
+    arguments = tiny(photos_root, tmp_path / "run", **options)
+    assert "the last 3 steps had no finite gradient" in refused(["train", *arguments], capsys)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from deit_kd.interfaces import InputError
 from deit_kd.models import load_weights, save_local_dir
 from tests.conftest import CLASSES, MEAN, STD, STUDENT_ARGS, Finished, snapshot, tiny, tiny_student
 from tests.test_bad_input import refused
-from tests.test_resume import assert_same_end, copied
+from tests.test_resume import assert_same_end, copied, newest_two
 
 
 @contextmanager
@@ -38,14 +38,14 @@ def test_a_checkpoint_that_does_not_fit_ends_the_run_and_costs_nothing(
     arguments = [*copied(finished, tmp_path), "--data.workers", "0"]  # workers' shared memory has the limit, too
     run = tmp_path / "run"
     (run / "heads.json").unlink()
-    older, newest = sorted((run / "checkpoints").iterdir())
+    older, newest = newest_two(run)
     newest.unlink()
     good = older.read_bytes()
     with largest_file(40_000):
         line = refused(["train", *arguments], capsys)
     assert "File too large; raise the limit of a file's size (ulimit -f)" in line
     assert str(run) in line
-    assert list((run / "checkpoints").iterdir()) == [older]
+    assert newest_two(run) == [older]
     assert older.read_bytes() == good
     assert main(["train", *arguments]) == 0
     assert_same_end(finished, tmp_path)

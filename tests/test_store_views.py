@@ -66,7 +66,7 @@ def test_a_longer_run_deals_the_view_epochs_again_mixing_included() -> None:
     batches: list[Batch] = list(cycled.batches(0))
     for step, batch in enumerate(batches):
         first = batches[step % (2 * cycled.steps_per_epoch)]
-        assert all(torch.equal(one, other) for one, other in zip(batch, first, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(batch[:4], first[:4], strict=True))
     assert {int(batch.view_ids[0, 0]) for batch in batches if batch.view_ids is not None} == {0, 1}
 
 

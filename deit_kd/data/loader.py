@@ -56,6 +56,9 @@ class Sight:
             raise RuntimeError(f"{self.photos.where(index)}: its view {name} cannot be made") from error
 
 
+SECONDS_FOR_A_BATCH = 600.0  # then its worker hangs, as one does that finds no shared memory
+
+
 class Views(Dataset[Example]):
     """Augmented views of a split, by their keys; the same view for the same key, for ever."""
 
@@ -88,7 +91,7 @@ def lost_worker(error: RuntimeError) -> InputError | None:
     torch raises it wherever the program is when the system reports the death, not only where a batch is waited for.
     """
     said = " ".join(str(error).split())
-    if not said.startswith("DataLoader worker"):
+    if not said.startswith(("DataLoader worker", "DataLoader timed out")):
         return None
     return InputError(
         f"data.workers: {said.rstrip('. ')}; if memory ran out, use fewer, then go on with --resume auto: what was "
@@ -147,6 +150,7 @@ class TrainingLoader:
                 batch_sampler=blocks,
                 collate_fn=self._mixing,
                 num_workers=self._workers,
+                timeout=SECONDS_FOR_A_BATCH if self._workers else 0,
                 prefetch_factor=PREFETCHED if self._workers else None,
                 pin_memory=self._pin_memory,
                 # Pinned memory means that a GPU trains; else workers and the step share the cores.
@@ -251,6 +255,7 @@ def build_evaluation_loader(
             batch_size=batch_size,
             collate_fn=_Unmixed(len(photos.classes)),
             num_workers=workers,
+            timeout=SECONDS_FOR_A_BATCH if workers else 0,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             worker_init_fn=_serve,

@@ -175,7 +175,8 @@ def execute(
     `after_epoch(epoch)` is called in every process when the steps of an epoch are done.
 
     Raises:
-        InputError: the teacher cannot be right, a checkpoint cannot be written, or no step has a finite gradient.
+        InputError: the teacher cannot be right, or no step has a finite gradient.
+        OSError: a checkpoint cannot be written.
         Stopped: a signal ends the run; its checkpoint is written.
     """
     config, processes = run.config, run.processes

@@ -28,6 +28,12 @@ class Terms(NamedTuple):
     loss: Tensor
     classification: Tensor
     distillation: Tensor
+
+
+class CheckedTerms(NamedTuple):
+    """The terms of a batch, and what in it was not finite; on its device, and nobody has waited for it yet."""
+
+    terms: Terms
     is_finite: Tensor  # [B], whether both terms of a view are
     teacher_not_finite: Tensor  # how many of the teacher's B answers hold a logit that is not
 
@@ -73,7 +79,11 @@ class Objective:
         return self._distillation is not None
 
     def __call__(self, student: StudentOutput, teacher: TeacherOutput | None, targets: Tensor) -> Terms:
-        """Return the mean loss and terms of one batch; zeros where it is empty.
+        """Return the mean loss and terms of one batch; zeros where it is empty. See `checked`."""
+        return self.checked(student, teacher, targets).terms
+
+    def checked(self, student: StudentOutput, teacher: TeacherOutput | None, targets: Tensor) -> CheckedTerms:
+        """Return the mean loss and terms of one batch, zeros where it is empty, and what was not finite.
 
         Args:
             student: logits of any float type, [B, C] each.
@@ -88,7 +98,7 @@ class Objective:
             if self._distillation is None:
                 loss = _mean(classification)
                 nothing = torch.zeros_like(loss)
-                return Terms(loss, loss, nothing, classification.detach().isfinite(), nothing)
+                return CheckedTerms(Terms(loss, loss, nothing), classification.detach().isfinite(), nothing)
             if student.dist_logits is None:
                 raise InputError(f"distill.kind {self.kind!r} needs a student with a distillation token")
             if teacher is None:
@@ -101,4 +111,4 @@ class Objective:
             teacher_not_finite = (~taught.isfinite().all(-1)).float().sum()
             classification, distillation = _mean(classification), _mean(distillation)
             loss = (1 - self.alpha) * classification + self.alpha * distillation
-            return Terms(loss, classification, distillation, is_finite, teacher_not_finite)
+            return CheckedTerms(Terms(loss, classification, distillation), is_finite, teacher_not_finite)
