@@ -59,10 +59,6 @@ class Processes:
         """Return whether every process holds the same `value`."""
         return all(other == value for other in self.gather(value))
 
-    def all(self, value: bool) -> bool:
-        """Return whether `value` holds in every process."""
-        return all(self.gather(value))
-
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite `tensors` with the main process's."""
         if self.count > 1:

@@ -131,11 +131,14 @@ class Watch:
             yield item
 
     def until_signal(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield `items`, each a sign of progress, and no more once a signal was heard."""
+        """Yield `items`, each a sign of progress, and no more once a signal was heard; one at least, if there is one.
+
+        Who asks for sums over processes afterwards then has something to sum in each of them.
+        """
         for item in self.over(items):
+            yield item
             if self._signal is not None:
                 return
-            yield item
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

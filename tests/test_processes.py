@@ -41,12 +41,13 @@ def launched(
 ) -> subprocess.Popen[bytes]:
     """Start ``torchrun train.py``, with a fault in one process where `fault` says so (see faulty.py)."""
     command = [sys.executable, "-m", "torch.distributed.run", *launcher]
+    several_machines = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if "--nnodes" in launcher else {}
     paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     with open(said, "a") as output:
         return subprocess.Popen(
             [*command, "train.py" if fault is None else "tests/faulty.py", *arguments],
             cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": paths, "FAULT": fault or ""},
+            env={**os.environ, "PYTHONPATH": paths, "FAULT": fault or "", **several_machines},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -126,11 +127,12 @@ def test_two_processes_fit_a_teacher_and_go_on_where_they_were_cut(photos_root: 
     assert (heads(tmp_path / "run"), records(tmp_path / "run")) == (before, written)
 
 
+@pytest.mark.parametrize("step", [2, 6], ids=["within the epoch", "at its end, before it is scored"])
 def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(
-    one_and_two: tuple[Path, Path], finished: Finished, photos_root: Path, tmp_path: Path
+    one_and_two: tuple[Path, Path], finished: Finished, photos_root: Path, tmp_path: Path, step: int
 ) -> None:
     arguments = [*shared(finished, photos_root, tmp_path / "run"), "--resume", "auto"]
-    assert torchrun(arguments, tmp_path / "said.txt", fault="term:1:2") != 0
+    assert torchrun(arguments, tmp_path / "said.txt", fault=f"term:1:{step}") != 0
     said = (tmp_path / "said.txt").read_text()
     assert said.count("stopped by SIGTERM; the checkpoint of step ") == 1, said
     assert not (tmp_path / "run" / "heads.json").exists()

@@ -24,8 +24,8 @@ class StepRecord(TypedDict):
     """A line of ``metrics.jsonl`` about some steps."""
 
     step: Step
-    classification: float
-    distillation: float
+    classification: float | None  # where no step had a finite loss
+    distillation: float | None
     lr: float
     images_per_second: float
 
@@ -56,8 +56,15 @@ class EpochRecord(TypedDict):
     teacher: ScoreRecord | None
 
 
+@with_config(ConfigDict(extra="allow"))
+class BadStepRecord(TypedDict):
+    """A line of ``metrics.jsonl`` about a step that was left out."""
+
+    step: Step
+
+
 Records = list[dict[str, Any]]
-KINDS = {"step": StepRecord, "epoch": EpochRecord}
+KINDS = {"step": StepRecord, "epoch": EpochRecord, "bad_step": BadStepRecord}
 COLUMNS = {
     "step": ("step", "classification", "distillation", "lr", "images_per_second"),
     "epoch": ("step", "epoch", "model", "teacher"),

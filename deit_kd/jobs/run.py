@@ -277,7 +277,8 @@ class Course:
         elif is_due:
             self._save()
         if step < self.run.loader.total_steps and not self.watch.may_go_on(step):
-            self._stop()
+            assert self.watch.signal is not None
+            self._stop(self.watch.signal)
 
     def _record(self, overdue: bool) -> bool:
         """Write the record of the steps since the last one; return whether a checkpoint is overdue anywhere."""
@@ -326,9 +327,10 @@ class Course:
         run, step = self.run, self.progress.step
         epoch = step // run.loader.steps_per_epoch - 1
         scores = self._score()
-        self.progress.epoch_is_scored = run.processes.all(self.watch.signal is None)
-        if not self.progress.epoch_is_scored:
-            self._stop()
+        heard = [number for number in run.processes.gather(self.watch.signal) if number is not None]
+        self.progress.epoch_is_scored = not heard
+        if heard:
+            self._stop(heard[0])
         self.scores = scores
         self.journal.record("epoch", step, {"epoch": epoch, **scores, "teacher": self.teacher_score})
         if run.processes.is_main:
@@ -367,8 +369,8 @@ class Course:
             self.checkpoints.save(self.progress.step, state, is_best)
         self._saved = time.monotonic()
 
-    def _stop(self) -> None:
-        """Write a checkpoint and end the run.
+    def _stop(self, number: int) -> None:
+        """Write a checkpoint and end the run, as the signal `number` asks.
 
         Raises:
             Stopped: always.
@@ -376,9 +378,8 @@ class Course:
         self._save()
         self.checkpoints.wait()
         self.run.processes.wait()
-        assert self.watch.signal is not None
         stopped = stopped_by(
-            self.watch.signal,
+            number,
             f"the checkpoint of step {self.progress.step} is in {self.run.folder / CHECKPOINTS}: continue with "
             f"--resume auto",
         )

@@ -105,10 +105,10 @@ class Objective:
                 raise InputError(f"distill.kind {self.kind!r} needs a teacher")
             taught = teacher.logits.float()
             distillation = self._distillation(student.dist_logits.float(), taught)
-            if self.scale == "numel":
-                distillation = distillation / targets.shape[-1]
             is_finite = (classification + distillation).detach().isfinite()
             teacher_not_finite = (~taught.isfinite().all(-1)).float().sum()
             classification, distillation = _mean(classification), _mean(distillation)
+            if self.scale == "numel":
+                distillation = distillation / targets.shape[-1]
             loss = (1 - self.alpha) * classification + self.alpha * distillation
             return CheckedTerms(Terms(loss, classification, distillation), is_finite, teacher_not_finite)
