@@ -266,7 +266,7 @@ def main() -> None:
     ratios = clock.ratios(RATIOS)
     say(
         f"{config.student.name}, {config.data.image_size} px, teacher {config.teacher.name}, batch "
-        f"{config.train.batch_size}, {config.train.precision}, {config.data.workers} workers, timm {timm.__version__}\n"
+        f"{config.train.batch_size}, {config.train.precision}, {config.data.workers} workers, timm {timm.__version__}"
     )
     print_rates("images/s", clock.rates, 1)
     say("")

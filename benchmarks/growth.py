@@ -60,7 +60,7 @@ def main() -> None:
     growth = Growth(config, processes, given["rounds"], given["steps"])
     say(
         f"{config.student.name}, {config.data.image_size} px, batch {config.train.batch_size}, "
-        f"{config.train.precision}, {processes.device.type} with {torch.get_num_threads()} threads\n"
+        f"{config.train.precision}, {processes.device.type} with {torch.get_num_threads()} threads"
     )
     growth.with_size(given["sizes"])
     growth.with_model(given["models"])
@@ -104,7 +104,7 @@ class Growth:
         rate = statistics.median(clock.rates["teacher"])
         self.found["teacher, views/s"] = clock.rates["teacher"]
         label, top = Record(len(classes), 0).bytes_per_view, Record(len(classes), SOFT_TOP).bytes_per_view
-        say(f"{config.teacher.name} answers {rate:.1f} views/s here; {views:,} views an epoch\n")
+        say(f"{config.teacher.name} answers {rate:.1f} views/s here; {views:,} views an epoch")
         print_markdown(
             ["epochs stored", "teacher's time", "hard labels, GB", f"top {SOFT_TOP}, GB"],
             [

@@ -121,7 +121,7 @@ def _report(clock: Clock, config: Config, processes: Processes, views: int, json
         f"{config.student.name}, {config.data.image_size} px, "
         f"{'no teacher' if config.distill.kind == 'none' else f'teacher {teachers}'}, batch "
         f"{config.train.batch_size}, {config.train.precision}, {processes.device.type} with "
-        f"{torch.get_num_threads()} threads and {config.data.workers} workers\n"
+        f"{torch.get_num_threads()} threads and {config.data.workers} workers"
     )
     print_rates("images/s", clock.rates, 1)
     say("")
