@@ -146,11 +146,10 @@ class Trainer:
     def _apply(self) -> Tensor:
         """Let the optimiser use the gradients, unless they are not finite; return whether it did, on the device."""
         self.scaler.unscale_(self.optimizer)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = nn.utils.get_total_norm(self._gradients())
         applied = norm.isfinite()
         if self.clip_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_grad_norm, norm)
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
         elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
@@ -170,9 +169,11 @@ class Trainer:
         # Counts of all processes stay on the device: nobody waits to read them.
         known = self.processes.sum(torch.tensor([views], device=self.processes.device, dtype=torch.float32))[0]
         factor = places * self.processes.count / known.clamp_min(1)
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_(self._gradients(), factor)
         return factor
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
     def _sync_only_at(self, last: bool) -> AbstractContextManager[Any]:
         student = self.distiller.student

@@ -21,7 +21,7 @@ from PIL import Image
 
 import deit_kd.jobs.train  # noqa: F401 - a verb imports its job when it is called; here its warnings are not tests'
 from deit_kd.cli import main
-from deit_kd.data import Photos
+from deit_kd.data import Photos, Splits, TrainingLoader, build_splits, build_training_loader
 from deit_kd.distributed import Processes
 from deit_kd.students import TimmStudent, build_student
 
@@ -168,6 +168,40 @@ def records(folder: Path) -> list[dict[str, Any]]:
     """Return ``metrics.jsonl`` without its rates, which no run repeats."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "images_per_second"} for line in lines]
+
+
+def folder_splits(root: Path | None, **options: Any) -> Splits:
+    """Return the photos under `root`, whose fifth is for validation unless they say or `options` say otherwise."""
+    base: dict[str, Any] = {
+        "name": "folder",
+        "root": None if root is None else str(root),
+        "train_split": "train",
+        "validation_split": "validation",
+        "validation_fraction": 0.2,
+        "download": False,
+    }
+    return build_splits(**{**base, **options})
+
+
+def training_loader(photos: Photos, transform: Any, **options: Any) -> TrainingLoader:
+    """Return the loader of one process that mixes, one epoch in batches of 8 unless `options` say otherwise."""
+    base: dict[str, Any] = {
+        "seed": 0,
+        "repeats": 1,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "mix_probability": 1.0,
+        "mix_switch_probability": 0.5,
+        "label_smoothing": 0.1,
+        "batch_size": 8,
+        "accumulation_steps": 1,
+        "epochs": 1,
+        "rank": 0,
+        "processes": 1,
+        "workers": 0,
+        "pin_memory": False,
+    }
+    return build_training_loader(photos, transform, **{**base, **options})
 
 
 def tiny_student(**options: Any) -> TimmStudent:

@@ -14,22 +14,15 @@ from PIL import Image
 from torchvision.datasets import Imagenette
 
 from deit_kd import InputError
-from deit_kd.data import Photos, Splits, build_splits, load_image
+from deit_kd.data import Photos, Splits, load_image
 from deit_kd.data.photos import split_by_hash
-from tests.conftest import CLASSES, REPOSITORY, array_photos, write_photos
+from tests.conftest import CLASSES, REPOSITORY, array_photos, folder_splits, write_photos
 
 CLOTHING = REPOSITORY.parent / "shared" / "data" / "clothing160"
 
 
 def splits(root: Path | None, **options: Any) -> Splits:
-    base = {
-        "name": "folder",
-        "train_split": "train",
-        "validation_split": "validation",
-        "validation_fraction": 0.25,
-        "download": False,
-    }
-    return build_splits(root=None if root is None else str(root), **{**base, **options})
+    return folder_splits(root, **{"validation_fraction": 0.25, **options})
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)

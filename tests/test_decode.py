@@ -12,9 +12,9 @@ import pytest
 from PIL import Image, ImageSequence, PngImagePlugin
 
 from deit_kd import InputError
-from deit_kd.data import UnreadableImage, build_splits, evaluation_transform, load_image
+from deit_kd.data import UnreadableImage, evaluation_transform, load_image
 from deit_kd.data.decode import Stamp
-from tests.conftest import MEAN, STD, write_photos
+from tests.conftest import MEAN, STD, folder_splits, write_photos
 from tests.test_views import transform
 
 
@@ -162,17 +162,6 @@ def root(tmp_path: Path) -> Path:
     return write_photos(tmp_path / "photos", {"train": 2, "validation": 2})
 
 
-def photos(root: Path) -> Any:
-    return build_splits(
-        name="folder",
-        root=str(root),
-        train_split="train",
-        validation_split="validation",
-        validation_fraction=0.2,
-        download=False,
-    ).train
-
-
 def same_size(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"x")
@@ -189,7 +178,7 @@ def same_size(path: Path) -> None:
     ids=["another photo", "another byte", "emptied", "removed"],
 )
 def test_a_file_that_changes_in_use_is_never_merely_unreadable(root: Path, change: Any, said: str) -> None:
-    found = photos(root)
+    found = folder_splits(root).train
     found.image(0)
     change(root / "train" / "bars" / "000.png")
     with pytest.raises(InputError, match=rf"bars/000\.png: {said}") as caught:
@@ -199,7 +188,7 @@ def test_a_file_that_changes_in_use_is_never_merely_unreadable(root: Path, chang
 
 
 def test_a_folder_that_disappears_is_named_and_not_its_photos(root: Path) -> None:
-    found = photos(root)
+    found = folder_splits(root).train
     (root / "train").rename(root / "elsewhere")
     with pytest.raises(InputError, match=r"^data\.root: .*/train has disappeared") as caught:
         found.image(0)
@@ -209,7 +198,7 @@ def test_a_folder_that_disappears_is_named_and_not_its_photos(root: Path) -> Non
 def test_a_link_to_nowhere_is_unreadable_from_the_start(root: Path) -> None:
     (root / "train" / "bars" / "000.png").unlink()
     (root / "train" / "bars" / "000.png").symlink_to("nowhere")
-    found = photos(root)
+    found = folder_splits(root).train
     with pytest.raises(UnreadableImage, match=r"bars/000\.png: cannot be read"):
         found.image(0)
     assert len(found.digest()) == 32
@@ -218,21 +207,21 @@ def test_a_link_to_nowhere_is_unreadable_from_the_start(root: Path) -> None:
 def test_photos_in_memory_keep_why_one_cannot_be_read(root: Path) -> None:
     (root / "train" / "dots" / "001.png").write_bytes(b"no image")
     with pytest.raises(UnreadableImage):
-        photos(root).in_memory()
-    kept = photos(root).in_memory(skip=True)
+        folder_splits(root).train.in_memory()
+    kept = folder_splits(root).train.in_memory(skip=True)
     with pytest.raises(UnreadableImage, match=r"dots/001\.png: cannot be read"):
         kept.image(3)
     assert kept.image(2).mode == "RGB"
 
 
 def test_the_digest_knows_how_files_are_decoded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = photos(root).digest()
+    before = folder_splits(root).train.digest()
     monkeypatch.setattr("deit_kd.data.photos.DECODING", 3)
-    assert photos(root).digest() != before
+    assert folder_splits(root).train.digest() != before
 
 
 def test_a_stamp_is_what_was_there(root: Path) -> None:
     path = root / "train" / "bars" / "000.png"
-    found = photos(root)
+    found = folder_splits(root).train
     assert Stamp(*found.stamps[0]) == (path.stat().st_size, path.stat().st_mtime_ns)
     assert load_image(path, Stamp(*found.stamps[0].tolist())).mode == "RGB"

@@ -7,12 +7,9 @@ import timm
 import torch
 
 from deit_kd import InputError, TimmStudent
-from deit_kd.students import build_student
 from deit_kd.tokens import graft, is_grafted
 from deit_kd.weights import fit_weights
-
-TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-CLASSES = tuple("abcde")
+from tests.test_loading import TINY, student
 
 # name, arguments beside TINY, image size
 HOSTS = [
@@ -144,21 +141,6 @@ def test_both_heads_learn():
     assert model.cls_token.grad[0, 1].abs().sum() > 0
 
 
-def student(name, size=32, **overrides):
-    fields = {
-        "name": name,
-        "pretrained": False,
-        "checkpoint": None,
-        "args": TINY,
-        "drop_path": 0.0,
-        "classes": CLASSES,
-        "image_size": size,
-        "distilled": True,
-        "seed": 0,
-    }
-    return build_student(**{**fields, **overrides})
-
-
 def test_plain_name_in_a_recipe_gets_a_token():
     built = student("vit_tiny_patch16_224")
     assert is_grafted(built.backbone)
@@ -187,4 +169,4 @@ def test_plain_name_stays_plain_without_distillation():
 )
 def test_model_without_a_place_for_the_token_is_refused(name, args, reason):
     with pytest.raises(InputError, match=reason):
-        student(name, args=args, size=224 if name.startswith("swin") else 32)
+        student(name, args=args, image_size=224 if name.startswith("swin") else 32)

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deit_kd.data import Photos, TrainingLoader, build_training_loader, training_transform
+from deit_kd.data import Photos, TrainingLoader, training_transform
 from deit_kd.data.order import Dealer
 from deit_kd.interfaces import Batch
+from tests.conftest import training_loader
 
 
 def photos(count: int) -> Photos:
@@ -33,23 +34,7 @@ def loader(count: int = 23, **options: Any) -> TrainingLoader:
         ratio=(0.75, 1.33),
         erasing=0.5,
     )
-    base: dict[str, Any] = {
-        "seed": 5,
-        "repeats": 1,
-        "mixup": 0.8,
-        "cutmix": 1.0,
-        "mix_probability": 1.0,
-        "mix_switch_probability": 0.5,
-        "label_smoothing": 0.1,
-        "batch_size": 6,
-        "accumulation_steps": 1,
-        "epochs": 5,
-        "rank": 0,
-        "processes": 1,
-        "workers": 0,
-        "pin_memory": False,
-    }
-    return build_training_loader(photos(count), transform, **{**base, **options})
+    return training_loader(photos(count), transform, **{"seed": 5, "batch_size": 6, "epochs": 5, **options})
 
 
 def by_view(batches: Any) -> dict[tuple[int, ...], torch.Tensor]:

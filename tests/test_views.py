@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import ColorJitter, Normalize
 
 from deit_kd import Batch, InputError
-from deit_kd.data import Transform, build_evaluation_loader, build_training_loader, training_transform
+from deit_kd.data import Transform, build_evaluation_loader, training_transform
 from deit_kd.data.loader import Views
 from deit_kd.data.order import ViewKey
 from deit_kd.data.sharing import PREFETCHED, SharedStack, owned
 from deit_kd.randomness import seed_view
-from tests.conftest import MEAN, STD, array_photos
+from tests.conftest import MEAN, STD, array_photos, training_loader
 
 PHOTOS = array_photos(24)
 
@@ -43,23 +43,7 @@ def transform(**options: Any) -> Transform:
 
 def epoch_views(**options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return images, targets and view ids of a whole run, in the order of one process."""
-    base: dict[str, Any] = {
-        "seed": 0,
-        "repeats": 2,
-        "mixup": 0.8,
-        "cutmix": 1.0,
-        "mix_probability": 1.0,
-        "mix_switch_probability": 0.5,
-        "label_smoothing": 0.1,
-        "batch_size": 8,
-        "accumulation_steps": 1,
-        "epochs": 2,
-        "rank": 0,
-        "processes": 1,
-        "workers": 0,
-        "pin_memory": False,
-    }
-    loader = build_training_loader(PHOTOS, transform(), **{**base, **options})
+    loader = training_loader(PHOTOS, transform(), **{"repeats": 2, "epochs": 2, **options})
     batches = list(loader.batches(0))
     ids = torch.cat([batch.view_ids for batch in batches if batch.view_ids is not None])
     return torch.cat([batch.images for batch in batches]), torch.cat([batch.targets for batch in batches]), ids

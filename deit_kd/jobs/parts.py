@@ -14,6 +14,7 @@ from deit_kd.distributed import Processes
 from deit_kd.engine import AUTOCAST_DTYPES
 from deit_kd.files import checked
 from deit_kd.interfaces import Batch, InputError
+from deit_kd.optim import build_optimizer
 from deit_kd.students import TimmStudent
 from deit_kd.students import build_student as build_timm_student
 from deit_kd.teachers import EnsembleTeacher, FrozenTeacher, NetworkTeacher
@@ -33,6 +34,21 @@ def build_splits(config: Config) -> Splits:
         validation_split=section.validation_split,
         validation_fraction=section.validation_fraction,
         download=section.download,
+    )
+
+
+def build_student_optimizer(config: Config, student: TimmStudent) -> torch.optim.Optimizer:
+    """Return the recipe's optimiser of a student."""
+    optim = config.optim
+    return build_optimizer(
+        student.backbone,
+        name=optim.name,
+        lr=optim.lr,
+        lr_reference_batch=optim.lr_reference_batch,
+        weight_decay=optim.weight_decay,
+        layer_decay=optim.layer_decay,
+        args=optim.args,
+        batch_size=config.train.batch_size,
     )
 
 

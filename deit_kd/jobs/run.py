@@ -24,7 +24,7 @@ from deit_kd.interfaces import Batch, InputError, Stopped, Student, Teacher
 from deit_kd.jobs import parts
 from deit_kd.losses import Objective
 from deit_kd.models import STUDENT_FOLDER, choose_attention, save_local_dir, tensors_hash
-from deit_kd.optim import WeightAverage, build_optimizer, build_schedule
+from deit_kd.optim import WeightAverage, build_schedule
 from deit_kd.stopping import Watch, stopped_by
 from deit_kd.store import RecordingTeacher, StoredTeacher
 from deit_kd.students import TimmStudent
@@ -122,16 +122,7 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
         splits = splits._replace(train=splits.train.in_memory(parts.skips(config)))
     loader = parts.build_training_loader(config, splits.train, processes)
     student = parts.build_student(config, splits.train.classes).to(processes.device)
-    optimizer = build_optimizer(
-        student.backbone,
-        name=config.optim.name,
-        lr=config.optim.lr,
-        lr_reference_batch=config.optim.lr_reference_batch,
-        weight_decay=config.optim.weight_decay,
-        layer_decay=config.optim.layer_decay,
-        args=config.optim.args,
-        batch_size=config.train.batch_size,
-    )
+    optimizer = parts.build_student_optimizer(config, student)
     schedule = build_schedule(
         optimizer,
         warmup_epochs=config.optim.warmup_epochs,

@@ -23,7 +23,6 @@ from deit_kd.jobs.run import Progress, Run, build_trainer, prepare
 from deit_kd.jobs.stored import fill_epoch, writing
 from deit_kd.losses import Objective
 from deit_kd.models import choose_attention
-from deit_kd.optim import build_optimizer
 from deit_kd.store import RecordingTeacher, StoredTeacher
 
 STEP = "student's step"
@@ -210,20 +209,13 @@ def known_answers(teacher: Teacher, batches: Iterable[Batch]) -> Teacher:
 def as_timm_gives_it(run: Run, teacher: Teacher | None) -> Trainer:
     """Return a trainer of the run's student with PyTorch's fused attention and plain AdamW, not compiled."""
     config = run.config
+    optim_section = config.optim.model_copy(update={"args": {**config.optim.args, "fused": False}, "layer_decay": None})
     train_section = config.train.model_copy(update={"compile": False})
+    plain = config.model_copy(update={"optim": optim_section, "train": train_section})
     choose_attention("fused", run.processes.device)
-    student = parts.build_student(config, run.classes).to(run.processes.device)
+    student = parts.build_student(plain, run.classes).to(run.processes.device)
     choose_attention(config.train.attention, run.processes.device)
-    optimizer = build_optimizer(
-        student.backbone,
-        name=config.optim.name,
-        lr=config.optim.lr,
-        lr_reference_batch=config.optim.lr_reference_batch,
-        weight_decay=config.optim.weight_decay,
-        args={**config.optim.args, "fused": False},
-        batch_size=config.train.batch_size,
-    )
-    plain = config.model_copy(update={"train": train_section})
+    optimizer = parts.build_student_optimizer(plain, student)
     return build_trainer(replace(run, config=plain, student=student, optimizer=optimizer), teacher)
 
 
