@@ -18,8 +18,9 @@ from deit_kd.distributed import Processes, finish, start
 from deit_kd.engine import StepResult, Trainer, evaluate, train
 from deit_kd.interfaces import Batch, Teacher
 from deit_kd.jobs import parts
+from deit_kd.jobs.course import Run
 from deit_kd.jobs.fit import teacher_folder
-from deit_kd.jobs.run import Run, build_trainer, prepare
+from deit_kd.jobs.run import build_trainer, prepare
 from deit_kd.jobs.stored import logits_kept
 from deit_kd.jobs.train import ready_teacher
 from deit_kd.store import Record

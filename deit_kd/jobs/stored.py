@@ -19,8 +19,8 @@ from deit_kd.distributed import Processes
 from deit_kd.engine import score_teacher
 from deit_kd.interfaces import Batch, InputError, TeacherOutput
 from deit_kd.jobs import parts
+from deit_kd.jobs.course import Run
 from deit_kd.jobs.fit import teacher_folder
-from deit_kd.jobs.run import Run
 from deit_kd.models import load_weights, tensors_hash
 from deit_kd.store import (
     VALIDATION,

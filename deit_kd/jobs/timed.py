@@ -18,8 +18,10 @@ from deit_kd.distributed import Processes
 from deit_kd.engine import Distiller, StepResult, Trainer, train
 from deit_kd.interfaces import Batch, InputError, Teacher
 from deit_kd.jobs import parts
+from deit_kd.jobs.course import Run
 from deit_kd.jobs.fit import online_teacher
-from deit_kd.jobs.run import Progress, Run, build_trainer, prepare
+from deit_kd.jobs.progress import Progress
+from deit_kd.jobs.run import build_trainer, prepare
 from deit_kd.jobs.stored import fill_epoch, writing
 from deit_kd.losses import Objective
 from deit_kd.models import choose_attention

@@ -6,8 +6,9 @@ from typing import Any
 
 from deit_kd.config import Config
 from deit_kd.distributed import finish, start
+from deit_kd.jobs.course import Run
 from deit_kd.jobs.fit import online_teacher
-from deit_kd.jobs.run import Run, execute, prepare
+from deit_kd.jobs.run import execute, prepare
 from deit_kd.jobs.stored import recording, stored_teacher
 from deit_kd.store import StoredTeacher
 from deit_kd.teachers import NetworkTeacher
