@@ -1,0 +1,256 @@
+"""The training of one run: its parts, and what happens between its steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+
+from deit_kd.checkpoint import CheckpointWriter
+from deit_kd.config import Config
+from deit_kd.data import Splits, TrainingLoader
+from deit_kd.distributed import Processes, names_lost_process
+from deit_kd.engine import StepResult, Trainer, evaluate, train
+from deit_kd.interfaces import Batch, InputError, Stopped
+from deit_kd.jobs import parts
+from deit_kd.jobs.progress import BadStep, Progress
+from deit_kd.losses import Objective
+from deit_kd.stopping import Watch, stopped_by
+from deit_kd.students import TimmStudent
+from deit_kd.tracking import CHECKPOINTS, METRICS_FILE, DataErrors, Journal, say
+
+
+@dataclass
+class Run:
+    """Everything of one run but its teacher; nothing is written yet."""
+
+    config: Config
+    processes: Processes
+    splits: Splits
+    folder: Path
+    loader: TrainingLoader
+    validation: Iterable[Batch]
+    student: TimmStudent
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    data_facts: dict[str, str]  # a hash of each split
+    schedule: Scheduler
+    checkpoint: Any  # named parts, or None
+    errors: DataErrors  # photos that cannot be read
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names of the dataset."""
+        return self.splits.train.classes
+
+
+@dataclass
+class Course:
+    """The training of one run: what happens between its steps."""
+
+    run: Run
+    trainer: Trainer
+    progress: Progress
+    journal: Journal
+    checkpoints: CheckpointWriter
+    watch: Watch
+    teacher_score: dict[str, Any] | None
+    teacher_predictions: Tensor | None
+    after_epoch: Callable[[int], None] | None
+    scores: dict[str, Any] = field(default_factory=dict)  # of the last epoch that ended here
+
+    def to_the_end(self) -> dict[str, Any]:
+        """Do the steps that are left; return the last epoch's scores, by model and by average.
+
+        Raises:
+            InputError: see `execute`.
+            Stopped: see `execute`.
+        """
+        self._saved = time.monotonic()
+        if not self.progress.epoch_is_scored:
+            self._end_epoch()
+        try:
+            train(
+                self.trainer,
+                self.watch.over(_noting(self.run, self.run.loader.batches(self.progress.step))),
+                first_step=self.progress.step,
+                total_steps=self.run.loader.total_steps,
+                after_step=self._after_step,
+            )
+        except RuntimeError as error:
+            if self.run.processes.count > 1 and names_lost_process(error):
+                raise Stopped("another process of the run is gone; the last checkpoint is kept", 1) from error
+            raise
+        finally:
+            self.checkpoints.wait()
+        return self.scores or self._score()
+
+    def _after_step(self, step: int, result: StepResult) -> None:
+        train, progress = self.run.config.train, self.progress
+        progress.add(result)
+        self.watch.beat()
+        at_epoch_end = step % self.run.loader.steps_per_epoch == 0
+        is_due = train.checkpoint_every_steps is not None and step % train.checkpoint_every_steps == 0
+        if step % train.log_every_steps == 0 or at_epoch_end:
+            overdue = (
+                self.run.processes.is_main and time.monotonic() - self._saved > 60 * train.checkpoint_every_minutes
+            )
+            is_due |= self._record(overdue)
+        if at_epoch_end:
+            if self.after_epoch is not None:
+                self.after_epoch(step // self.run.loader.steps_per_epoch - 1)
+            self._end_epoch()
+        elif is_due:
+            self._save()
+        if step < self.run.loader.total_steps and not self.watch.may_go_on(step):
+            assert self.watch.signal is not None
+            self._stop(self.watch.signal)
+
+    def _record(self, overdue: bool) -> bool:
+        """Write the record of the steps since the last one; return whether a checkpoint is overdue anywhere."""
+        run, progress = self.run, self.progress
+        record, is_overdue = progress.read(run.processes, run.config.train.batch_size, overdue)
+        record["lr"] = max(group["lr"] for group in self.trainer.optimizer.param_groups)
+        record["epoch"] = (progress.step - 1) // run.loader.steps_per_epoch
+        if parts.skips(run.config):
+            run.errors.tell()
+            record["missing"] = run.errors.views("train")  # so far
+        self.journal.record("step", progress.step, record)
+        self.journal.progress(
+            progress.step, _step_note(progress.step, run.loader.total_steps, record, run.config.distill.kind)
+        )
+        if record["bad_steps"]:
+            self._record_bad_steps()
+        return is_overdue
+
+    def _record_bad_steps(self) -> None:
+        """Write which views had no finite loss in the steps that were left out; give up where there are too many.
+
+        Raises:
+            InputError: `train.max_bad_steps` in a row.
+        """
+        run, most = self.run, self.run.config.train.max_bad_steps
+        mine = [
+            {
+                "step": bad.step,
+                "process": run.processes.rank,
+                **{name: repr(value) for name, value in bad.terms.items()},  # JSON knows no nan
+                "views": _named_views(run, bad),
+            }
+            for bad in self.progress.bad_steps[:most]
+        ]
+        for row in (row for rows in run.processes.gather(mine) for row in rows):
+            self.journal.record("bad_step", self.progress.step, row)
+        if self.progress.bad_in_a_row >= most:
+            raise InputError(
+                f"train: the last {self.progress.bad_in_a_row} steps had no finite gradient and were left out "
+                f"(train.max_bad_steps is {most}); the records bad_step of {run.folder / METRICS_FILE} name the views: "
+                f"lower optim.lr or set train.precision off, then continue with --resume auto"
+            )
+
+    def _end_epoch(self) -> None:
+        """Score the epoch that has ended; where a signal comes first, the checkpoint says that it is not scored."""
+        run, step = self.run, self.progress.step
+        epoch = step // run.loader.steps_per_epoch - 1
+        scores = self._score()
+        heard = [number for number in run.processes.gather(self.watch.signal) if number is not None]
+        self.progress.epoch_is_scored = not heard
+        if heard:
+            self._stop(heard[0])
+        self.scores = scores
+        self.journal.record("epoch", step, {"epoch": epoch, **scores, "teacher": self.teacher_score})
+        if run.processes.is_main:
+            say(_epoch_note(epoch, run.config.train.epochs, scores, self.teacher_score))
+        heads = scores["model" if self.trainer.ema is None else "ema"]["heads"]
+        top1 = (heads["fused"] or heads["cls"])["top1"]
+        is_best = top1 > self.progress.best_top1
+        self.progress.best_top1 = max(top1, self.progress.best_top1)
+        self._save(is_best)
+        self.progress.restart_clock()
+
+    def _score(self) -> dict[str, Any]:
+        run, trainer = self.run, self.trainer
+        trainer.align_buffers()
+        epoch = run.errors.step // run.loader.steps_per_epoch - 1
+        models: dict[str, nn.Module] = {"model": run.student}
+        if trainer.ema is not None:
+            models["ema"] = trainer.ema.module
+        scores = evaluate(
+            models,
+            run.errors.watch("validation", self.watch.until_signal(run.validation), epoch),
+            classes=len(run.classes),
+            total=len(run.splits.validation),
+            processes=run.processes,
+            precision=run.config.train.precision,
+            fusion=run.config.evaluate.fusion,
+            teacher_predictions=self.teacher_predictions,
+        )
+        run.errors.tell()
+        return scores
+
+    def _save(self, is_best: bool = False) -> None:
+        self.run.errors.tell()
+        state = {"trainer": self.trainer.state(), "progress": self.progress.state(self.run.processes)}
+        if self.run.processes.is_main:
+            self.checkpoints.save(self.progress.step, state, is_best)
+        self._saved = time.monotonic()
+
+    def _stop(self, number: int) -> None:
+        """Write a checkpoint and end the run, as the signal `number` asks.
+
+        Raises:
+            Stopped: always.
+        """
+        self._save()
+        self.checkpoints.wait()
+        self.run.processes.wait()
+        stopped = stopped_by(
+            number,
+            f"the checkpoint of step {self.progress.step} is in {self.run.folder / CHECKPOINTS}: continue with "
+            f"--resume auto",
+        )
+        raise stopped if self.run.processes.is_main else Stopped("", stopped.code)
+
+
+def _noting(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the training batches, and note what each lacks under the step that it belongs to."""
+    first = run.errors.step
+    for index, batch in enumerate(batches):
+        run.errors.step = first + index // run.config.train.accumulation_steps + 1
+        run.errors.note("train", batch)
+        yield batch
+
+
+def _named_views(run: Run, bad: BadStep) -> list[dict[str, Any]]:
+    """Return the views of a step whose loss is not finite; where every loss is, all of them."""
+    keys = run.loader.views_of_step(bad.step - 1)
+    chosen = [key for key, finite in zip(keys, bad.is_finite, strict=False) if not finite] or keys
+    names = run.splits.train.names
+    return [{"epoch": key.epoch, "position": key.position, "photo": names[key.photo]} for key in chosen]
+
+
+def _step_note(step: int, total: int, record: dict[str, Any], kind: str) -> str:
+    if record["loss"] is None:
+        return f"step {step}/{total}  no finite loss in {record['bad_steps']} steps, which were left out"
+    terms = f"loss {record['loss']:.3f}"
+    if kind != "none":
+        terms += f" (cls {record['classification']:.3f}, dist {record['distillation']:.3f})"
+    if record["bad_steps"]:
+        terms += f", {record['bad_steps']} steps left out"
+    return f"step {step}/{total}  {terms}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s"
+
+
+def _epoch_note(epoch: int, epochs: int, results: dict[str, Any], teacher_score: dict[str, Any] | None) -> str:
+    pieces = [f"epoch {epoch + 1}/{epochs}"]
+    for name, result in results.items():
+        tops = [f"{head} {score['top1']:.1f}" for head, score in result["heads"].items() if score is not None]
+        pieces.append(f"{name}: {' / '.join(tops)}")
+    if teacher_score is not None:
+        pieces.append(f"teacher {teacher_score['top1']:.1f}")
+    return "   ".join(pieces)

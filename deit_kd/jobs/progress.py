@@ -1,0 +1,106 @@
+"""How far a run is, and what its steps gave since the last record."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deit_kd.distributed import Processes
+from deit_kd.engine import STEP_TERMS, StepResult
+
+
+class BadStep(NamedTuple):
+    """A step that was left out, as one process saw it."""
+
+    step: int  # from 1
+    terms: dict[str, float]
+    is_finite: list[bool]  # the loss of each view
+
+
+class Progress:
+    """How far a run is: steps done, what they gave since the last record, and the best epoch.
+
+    Until the next record, what steps gave stays on the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.step = 0
+        self.best_top1 = -1.0
+        self.epoch_is_scored = True
+        self.bad_in_a_row = 0
+        self.bad_steps: list[BadStep] = []  # of the last record, in this process
+        self._results: list[StepResult] = []
+        self._earlier = torch.zeros(0, len(STEP_TERMS), device=device)  # what a checkpoint kept of its last steps
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what has passed out of the rate."""
+        self._since, self._steps_since = time.perf_counter(), 0
+
+    def add(self, result: StepResult) -> None:
+        """Count one step."""
+        self.step += 1
+        self._steps_since += 1
+        self._results.append(result)
+
+    def read(self, processes: Processes, batch_size: int, overdue: bool = False) -> tuple[dict[str, Any], bool]:
+        """Return the means over finite steps and processes, and start anew; the one place that waits for the device.
+
+        Also returns whether any process says that something is `overdue`.
+        """
+        rows = self._rows()
+        finite = rows[:, :3].isfinite().all(1)
+        sums = rows.where(finite[:, None], 0.0).sum(0)
+        sums = torch.cat(
+            [sums[:3], finite.sum()[None], rows[:, 4].sum()[None], torch.tensor([float(overdue)]).to(rows)]
+        )
+        *terms, count, teacher_not_finite, overdue_anywhere = processes.sum(sums).tolist()
+        left_out = rows[:, 3].tolist()  # the same in every process
+        self.bad_steps = [self._bad_step(index - len(rows)) for index, bad in enumerate(left_out) if bad]
+        for bad in left_out:
+            self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        elapsed = time.perf_counter() - self._since
+        record: dict[str, Any] = {
+            **{name: value / count if count else None for name, value in zip(STEP_TERMS[:3], terms, strict=True)},
+            "bad_steps": len(self.bad_steps),
+            "teacher_not_finite": int(teacher_not_finite),
+            "images_per_second": self._steps_since * batch_size / elapsed,
+        }
+        self._results, self._earlier = [], self._earlier[:0]
+        self.restart_clock()
+        return record, bool(overdue_anywhere)
+
+    def _rows(self) -> Tensor:
+        """Return the terms [steps, 5] since the last record, of this process."""
+        return torch.cat([self._earlier, *(result.terms[None] for result in self._results)])
+
+    def _bad_step(self, index: int) -> BadStep:
+        """Return the step at `index` from the end; which views were finite is not known from before a checkpoint."""
+        terms = dict(zip(STEP_TERMS[:3], self._rows()[index, :3].tolist(), strict=True))
+        known = -index <= len(self._results)
+        is_finite = self._results[index].is_finite.tolist() if known else []
+        return BadStep(self.step + 1 + index, terms, is_finite)
+
+    def state(self, processes: Processes) -> dict[str, Any]:
+        """Return what a checkpoint keeps; all processes must ask."""
+        mine = self._rows()
+        rows = torch.zeros(processes.count, *mine.shape, device=self._device)
+        rows[processes.rank] = mine
+        return {
+            "step": self.step,
+            "best_top1": self.best_top1,
+            "epoch_is_scored": self.epoch_is_scored,
+            "bad_in_a_row": self.bad_in_a_row,
+            "rows": processes.sum(rows),
+        }
+
+    def load_state(self, state: dict[str, Any], processes: Processes) -> None:
+        """Go back to a state that `state()` gave, also on another number of processes."""
+        self.step, self.best_top1 = state["step"], state["best_top1"]
+        self.epoch_is_scored, self.bad_in_a_row = state["epoch_is_scored"], state["bad_in_a_row"]
+        rows = state["rows"].to(self._device)
+        self._earlier = rows[processes.rank] if len(rows) == processes.count else rows.mean(0)
