@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from deit_kd import Batch, InputError
 from deit_kd.data import Transform, build_evaluation_loader, training_transform
 from deit_kd.data.loader import Views
 from deit_kd.data.order import ViewKey
-from deit_kd.data.sharing import PREFETCHED, SharedStack, owned
+from deit_kd.data.sharing import PREFETCHED, SharedStack, received
 from deit_kd.randomness import seed_view
 from tests.conftest import MEAN, STD, array_photos, training_loader
 
@@ -62,6 +63,17 @@ def test_views_do_not_depend_on_workers_or_batches(options: dict[str, int]) -> N
         assert torch.equal(here, there)
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_lent_batches_are_whole_until_the_next_is_asked_for(workers: int) -> None:
+    loader = training_loader(PHOTOS, transform(), batch_size=4, epochs=3, workers=workers)
+    images = []
+    for batch in loader.batches(0, lent=True):
+        time.sleep(0.05)  # the workers go on as far as they may
+        images.append(batch.images.clone())
+    expected = training_loader(PHOTOS, transform(), batch_size=4, epochs=3).batches(0)
+    assert torch.equal(torch.cat(images), torch.cat([batch.images for batch in expected]))
+
+
 def test_views_do_not_depend_on_the_number_of_processes() -> None:
     whole = epoch_views(epochs=1)
     shares = [epoch_views(epochs=1, rank=rank, processes=2) for rank in range(2)]
@@ -93,7 +105,7 @@ def test_a_workers_memory_is_filled_again_but_never_a_batch_that_was_handed_out(
     assert torch.equal(torch.cat(copied), numbers)
     assert torch.equal(kept[0], copied[PREFETCHED + 1])
     assert not stack([torch.zeros(3)]).is_shared()
-    assert not any(batch.images.is_shared() for batch in owned([Batch(kept[0], kept[0], kept[0])], 1))
+    assert not any(batch.images.is_shared() for batch in received([Batch(kept[0], kept[0], kept[0])], 1))
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "3a", None])

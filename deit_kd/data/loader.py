@@ -17,7 +17,7 @@ from deit_kd.data.decode import UnreadableImage
 from deit_kd.data.mixing import Example, Mixing, missing_of
 from deit_kd.data.order import Dealer, ViewKey
 from deit_kd.data.photos import Photos
-from deit_kd.data.sharing import PREFETCHED, owned
+from deit_kd.data.sharing import PREFETCHED, received
 from deit_kd.data.transforms import Transform
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.randomness import seed_view
@@ -125,10 +125,13 @@ class TrainingLoader:
         """Deal the views of `view_epochs` epochs over and over, however many epochs the run has."""
         self._dealer.view_epochs = view_epochs
 
-    def batches(self, first_step: int) -> Iterable[Batch]:
-        """Return this process's micro-batches from `first_step` to the end of the run."""
+    def batches(self, first_step: int, lent: bool = False) -> Iterable[Batch]:
+        """Return this process's micro-batches from `first_step` to the end of the run.
+
+        With `lent`, which spares a copy, a batch's images may be overwritten once the next batch is asked for.
+        """
         self._dealer.first_step = first_step
-        return self._load(self._dealer)
+        return self._load(self._dealer, lent)
 
     def views_of_step(self, step: int) -> list[ViewKey]:
         """Return which views this process sees in optimiser step `step` (from 0)."""
@@ -143,7 +146,7 @@ class TrainingLoader:
         """
         return self._load(self._dealer.blocks(self._dealer.whole(view_ids), batch_size))
 
-    def _load(self, blocks: Iterable[list[ViewKey]]) -> Iterable[Batch]:
+    def _load(self, blocks: Iterable[list[ViewKey]], lent: bool = False) -> Iterable[Batch]:
         batches = _Plainly(
             DataLoader(
                 self._views,
@@ -157,7 +160,7 @@ class TrainingLoader:
                 worker_init_fn=_serve if self._pin_memory else _serve_and_stand_back,
             )
         )
-        return owned(batches, self._workers)
+        return received(batches, self._workers, lent)
 
 
 def build_training_loader(

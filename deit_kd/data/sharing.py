@@ -17,8 +17,8 @@ PREFETCHED = 2  # batches that each worker makes ahead
 class SharedStack:
     """Stacks views as ``torch.stack`` does; in a worker into its own few shared buffers, in turn.
 
-    A buffer is filled again when its worker has made `PREFETCHED` more batches: `owned` must have copied it before
-    the loader is asked for another.
+    A buffer is filled again when its worker has made `PREFETCHED` more batches, not before the loader is asked for
+    the next one: by then it is used up, or copied.
     """
 
     def __init__(self) -> None:
@@ -37,15 +37,16 @@ class SharedStack:
         return torch.stack(views, out=buffer[: len(views)])
 
 
-def owned(batches: Iterable[Batch], workers: int) -> Iterator[Batch]:
-    """Yield `batches` in memory that no worker will write to; what was pinned for a GPU is already a copy.
+def received(batches: Iterable[Batch], workers: int, lent: bool = False) -> Iterator[Batch]:
+    """Yield `batches` in memory that no worker will write to or, if `lent`, not before the next one is asked for.
 
-    The workers' buffers stay mapped here, which would otherwise be done again for every batch.
+    What was pinned for a GPU is already a copy. The workers' buffers stay mapped here, which would otherwise be done
+    again for every batch.
     """
     mapped: deque[Tensor] = deque(maxlen=workers * (PREFETCHED + 1))
     for batch in batches:
         if batch.images.is_shared():
             mapped.append(batch.images)
-            yield batch._replace(images=batch.images.clone())
+            yield batch if lent else batch._replace(images=batch.images.clone())
         else:
             yield batch

@@ -78,7 +78,7 @@ class Course:
         try:
             train(
                 self.trainer,
-                self.watch.over(_noting(self.run, self.run.loader.batches(self.progress.step))),
+                self.watch.over(_noting(self.run, self.run.loader.batches(self.progress.step, lent=True))),
                 first_step=self.progress.step,
                 total_steps=self.run.loader.total_steps,
                 after_step=self._after_step,

@@ -133,10 +133,10 @@ class Parts:
 
     def __init__(self, run: Run, teachers: Mapping[str, Teacher], steps: int, other_compile: bool) -> None:
         self._run, self._steps = run, steps
-        self._progress = Progress(run.processes.device)
-        self._stream = iter(run.loader.batches(0))
-        micro_steps = run.config.train.accumulation_steps
-        self._held = [next(self._stream).to(run.processes.device) for _ in range(micro_steps)]
+        device, micro_steps = run.processes.device, run.config.train.accumulation_steps
+        self._progress = Progress(device)
+        self._held = [batch.to(device) for batch in itertools.islice(run.loader.batches(0), micro_steps)]
+        self._stream = iter(run.loader.batches(0, lent=True))
         self._teacher = teachers.get(ONLINE)
         known = None if self._teacher is None else known_answers(self._teacher, self._held)
         own = build_trainer(run, known)
