@@ -175,8 +175,8 @@ class Growth:
             "top": top,
             "views": views,
             "validation": 0,
-            "libraries": [],
-            "teacher": {},
+            "libraries": [{"torch": torch.__version__}],
+            "teacher": {"name": self._config.teacher.name, "random_weights": True, "weights": "0"},
         }
         with TemporaryDirectory(prefix="deit-kd-growth-") as folder:
             store = LabelStore.begin(folder, manifest)

@@ -1,5 +1,6 @@
 """Distil vision transformers in DeiT style, with two token heads measured apart."""
 
+import deit_kd.openmp  # noqa: F401 - before torch
 from deit_kd.engine import Distiller
 from deit_kd.interfaces import Batch, InputError, StudentOutput, TeacherOutput, head_probabilities
 from deit_kd.losses import Objective, Terms, hard_distillation, soft_distillation, soft_target_cross_entropy
