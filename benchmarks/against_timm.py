@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,7 @@ from deit_kd.jobs.bench import print_rates
 from deit_kd.jobs.fit import fitted_teacher
 from deit_kd.jobs.timed import ONLINE, SETTLING_STEPS, STEP, STORED, Clock, open_parts, some_photos
 from deit_kd.models import load_weights, size_argument
+from deit_kd.openmp import SPIN_COUNT
 from deit_kd.tracking import say
 
 TIMMS_LOOP, TIMMS_STEP = "timm: loop, teacher online", "timm: student's step"
@@ -251,6 +253,8 @@ def main() -> None:
         lines = {}
         for name, side in (("ours", our_side), ("timm", timms_side)):  # ours fits the teacher where there is none
             lines[name], theirs = fresh.Pipe()
+            if side is timms_side and os.environ.get("GOMP_SPINCOUNT") == SPIN_COUNT:
+                del os.environ["GOMP_SPINCOUNT"]  # which a program without this package does not have
             process = fresh.Process(target=serve, args=(side, sys.argv[1:], theirs))
             process.start()
             theirs.close()

@@ -15,7 +15,7 @@ import deit_kd.openmp
 
 @pytest.mark.parametrize(
     ("given", "then"),
-    [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    [({}, deit_kd.openmp.SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
     ids=["nothing", "the count", "the policy"],
 )
 def test_threads_spin_for_a_moment_unless_a_person_says_otherwise(
