@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from deit_kd import Batch, Distiller, FrozenTeacher, Objective
 from deit_kd.cli import main
-from deit_kd.data import build_evaluation_loader
+from deit_kd.data import build_evaluation_loader, lost_worker
 from deit_kd.data.mixing import Example, Mixing
 from deit_kd.engine import collect, evaluate, score_teacher
 from deit_kd.interfaces import InputError, Missing
 from deit_kd.store import VALIDATION, LabelStore, epoch_part
 from deit_kd.store.record import is_missing
 from deit_kd.tracking import DataErrors
-from tests.conftest import ONE_PROCESS, folder_splits, records, tiny, tiny_student, training_loader
+from tests.conftest import ONE_PROCESS, array_photos, folder_splits, records, tiny, tiny_student, training_loader
 from tests.test_bad_input import refused
 from tests.test_engine import make_batch, pixel_teacher, trainer
 from tests.test_processes import torchrun
@@ -483,6 +486,19 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line_and_keeps_the_checkp
     line = refused(["train", *arguments], capsys)
     assert "data.workers: DataLoader worker" in line
     assert "step-000000006.safetensors" in checkpoints(tmp_path / "run")
+
+
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_told_as_one_that_died() -> None:
+    def dying(image: Image.Image) -> torch.Tensor:
+        sharer: Any = resource_sharer._resource_sharer  # type: ignore[attr-defined]  # hands the memory over
+        if sharer._listener is not None:
+            sharer._listener.close()
+            threading.Timer(0.3, os._exit, [1]).start()
+        return torch.zeros(3, 8, 8)
+
+    with pytest.raises(RuntimeError) as raised:
+        list(training_loader(array_photos(24), dying, batch_size=4, workers=1).batches(0))
+    assert "data.workers: DataLoader worker" in str(lost_worker(raised.value))
 
 
 def test_evaluation_leaves_out_the_same_photos_as_training_did(bad_root: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -57,6 +58,7 @@ class Sight:
 
 
 SECONDS_FOR_A_BATCH = 600.0  # then its worker hangs, as one does that finds no shared memory
+SECONDS_TO_LEARN_OF_A_DEATH = 2.0
 
 
 class Views(Dataset[Example]):
@@ -74,7 +76,11 @@ class Views(Dataset[Example]):
 
 @dataclass(frozen=True)
 class _Plainly:
-    """Batches of a loader whose workers' InputErrors come without the traceback that torch puts before them."""
+    """Batches of a loader whose errors are a person's to read.
+
+    A worker's InputError comes without the traceback that torch puts before it, and a worker's death as torch tells
+    it (`lost_worker`), not as the broken connection that it leaves.
+    """
 
     batches: Iterable[Batch]
 
@@ -83,6 +89,11 @@ class _Plainly:
             yield from self.batches
         except InputError as error:
             raise InputError(str(error).strip().rpartition(f"{type(error).__name__}: ")[2]) from error
+        except (OSError, EOFError):
+            # A process that dies closes its connections first; the system reports its death a moment later, which torch
+            # turns into an error wherever we are then.
+            time.sleep(SECONDS_TO_LEARN_OF_A_DEATH)
+            raise
 
 
 def lost_worker(error: RuntimeError) -> InputError | None:
