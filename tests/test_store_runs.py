@@ -500,6 +500,14 @@ def test_evaluating_a_stored_run_reads_the_teacher_from_the_store(
     assert "without the teacher: teacher.store" in capture.get()
 
 
+def test_a_teacher_that_is_named_is_asked_instead_of_the_runs_store(home: Home, hard: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    home.train(run, **{"teacher.store": hard, "train.epochs": 1})
+    other = shutil.copytree(home.teacher, tmp_path / "teacher")
+    assert main(["eval", str(run), "--teacher.checkpoint", str(other)]) == 0
+    assert "teacher" in evaluated(run)["reliability"]  # which a store of hard labels cannot tell
+
+
 def test_a_stored_run_is_reported_with_its_teacher(home: Home, hard: Path, tmp_path: Path, no_teacher: None) -> None:
     home.train(tmp_path / "run", **{"teacher.store": hard, "train.epochs": 1, "evaluate.report": True})
     assert 'data-head="teacher"' in (tmp_path / "run/report/report.html").read_text()

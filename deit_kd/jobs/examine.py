@@ -119,18 +119,25 @@ def _teacher(
     is_named = section.name or section.members or section.checkpoint or section.store
     if not is_named or (source.run is not None and not of_the_run):
         return None
+    own = _own_config(source).teacher
+    is_another = (section.name, section.checkpoint, section.members) != (own.name, own.checkpoint, own.members)
     try:
-        if section.store is not None and (source.run is None or "store" in of_the_run):
+        if section.store is not None and (source.run is None or ("store" in of_the_run and not is_another)):
             return stored_validation(config, photos)
         # A compiled network does not call the hooks that its layers are recorded by.
         config = config.model_copy(update={"teacher": section.model_copy(update={"compile": False})})
         return parts.build_teacher(config, photos.classes, processes, section.checkpoint or of_the_run.get("source"))
     except InputError as error:
-        if source.run is None:
+        if source.run is None or is_another:
             raise
         if processes.is_main:
             say(f"without the teacher: {error}")
         return None
+
+
+def _own_config(source: Source) -> Config:
+    """Return what a source stands for, without what a person overrides."""
+    return parse_config(source.recipe, build_parser("deit-kd eval"))[0]
 
 
 def examine_other(source: Source, first: Examination, split: str, processes: Processes) -> Tensor:
@@ -141,7 +148,7 @@ def examine_other(source: Source, first: Examination, split: str, processes: Pro
     Raises:
         InputError: as `examine` does.
     """
-    own, _ = parse_config(source.recipe, build_parser("deit-kd eval"))
+    own = _own_config(source)
     place = ("name", "root", "train_split", "validation_split", "validation_fraction", "workers")
     photos = own.data.model_copy(update={key: getattr(first.config.data, key) for key in place})
     train = own.train.model_copy(update={"device": first.config.train.device})
