@@ -6,11 +6,11 @@ import copy
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import timm
 import torch
@@ -19,19 +19,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import set_fused_attn
 from timm.models import save_for_hf
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 from typing_extensions import TypedDict
 
 from deit_kd.files import read_json
 from deit_kd.interfaces import InputError, nearest
-from deit_kd.tokens import graft, has_second_head
+from deit_kd.tokens import complete_distilled_vit, graft, has_second_head
 from deit_kd.weights import classifier_names, fit_weights, to_timm_names
 
 STUDENT_FOLDER = "student"  # of a run: its weights in timm's local-dir layout
 LEAST_TORCH = "2.10"  # older ones can be made to run code, weights_only or not: CVE-2026-24747
 Pixels = Annotated[int, Field(gt=0, le=2**14)]
 Statistics = tuple[float, float, float]
+
+
+Answer = TypeVar("Answer")
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -68,10 +72,25 @@ def choose_attention(choice: str, device: torch.device) -> None:
 
 
 def check_known(key: str, name: str) -> None:
-    """Raise an InputError with near names unless timm has a model called `name`."""
+    """Raise an InputError with near names unless timm has a model called `name`, and the tag that it may end with."""
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         raise InputError(f"{key}: {name!r} is not a timm model{nearest(architecture, timm.list_models())}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = timm.list_pretrained(f"{architecture}.*")
+        raise InputError(f"{key}: {name!r} has a tag that timm does not know{nearest(name, tags)}") from error
+
+
+def is_distilled_name(name: str) -> bool:
+    """Return whether `name` is of a model with a second head; a tag may speak of another distillation."""
+    return "_distilled" in name.split(".")[0]
+
+
+def plain_twin(name: str) -> str:
+    """Return the name of the model without token and second head; a plain model's own."""
+    return name.split(".")[0].replace("_distilled", "") if is_distilled_name(name) else name
 
 
 def size_argument(name: str, image_size: int) -> dict[str, int]:
@@ -89,6 +108,7 @@ RESERVED_ARGUMENTS = {
     "drop_path_rate": "set the section's drop_path",
     "features_only": "a student and a teacher need their heads",
     "image_size": "set the section's image_size",
+    "img_size": "set the section's image_size",
     "in_chans": "images have three channels",
     "num_classes": "it follows from the data or the weights",
     "pretrained": "set it in the section itself",
@@ -123,17 +143,35 @@ def create_model(
         kwargs: handed to ``timm.create_model``.
 
     Raises:
-        InputError: timm does not know the model or an argument, the patch size does not divide the image
-            size, or a distillation token cannot be grafted.
+        InputError: timm does not know the model or an argument, or takes one that it does not use, the patch size
+            does not divide the image size, or a distillation token cannot be grafted.
     """
     check_known(key, name)
     if image_size is not None:
         kwargs = {**size_argument(name, image_size), **kwargs}
     model = _created(key, name, "see the arguments of timm's model", **kwargs)
     _check_patches(key, model, image_size)
+    if isinstance(model, VisionTransformerDistilled):
+        complete_distilled_vit(key, model)
     if distillation_token and not has_second_head(model):
         graft(key, model)
     return model
+
+
+@torch.no_grad()
+def answer_to_one(key: str, name: str, network: Callable[[Tensor], Answer], size: int) -> Answer:
+    """Return what a network in eval says about one image of `size` pixels.
+
+    Raises:
+        InputError: it cannot see one.
+    """
+    try:
+        return network(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{key}: {name!r} cannot see {size} pixels ({reason}); set another size or other args"
+        ) from error
 
 
 def _created(key: str, name: str, cure: str, **kwargs: Any) -> nn.Module:
@@ -159,8 +197,8 @@ class Weights:
     @property
     def build_arguments(self) -> dict[str, Any]:
         """What ``timm.create_model`` needs to build the model again, beside its size, classes and weights."""
-        own = ("img_size", *RESERVED_ARGUMENTS)  # a folder that says where weights are does not choose them
-        return {key: value for key, value in self.model_args.items() if key not in own}
+        # A folder that says where weights are does not choose them.
+        return {key: value for key, value in self.model_args.items() if key not in RESERVED_ARGUMENTS}
 
 
 def pretrained_weights(key: str, name: str) -> Weights:

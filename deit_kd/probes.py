@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import isqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -25,12 +25,13 @@ class TokenAttention(NamedTuple):
 
 @contextmanager
 def recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Keep the last output of each module, in fp32 on the CPU, while the context lasts."""
+    """Keep the last output of each module that is one tensor, in fp32 on the CPU, while the context lasts."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> object:
-        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
-            outputs[name] = output.detach().float().cpu()
+        def hook(module: nn.Module, inputs: object, output: Any) -> None:
+            if isinstance(output, Tensor):  # branches at several sizes (hrnet) or of two kinds (tnt) are not one layer
+                outputs[name] = output.detach().float().cpu()
 
         return modules[name].register_forward_hook(hook)
 
@@ -61,9 +62,23 @@ def leading_tokens(network: nn.Module, otherwise: int) -> int:
     return int(next(said, otherwise))  # type: ignore[arg-type]
 
 
-def pooled(output: Tensor, leading_tokens: int) -> Tensor:
-    """Return one vector an image [B, D]: the mean of the patches of [B, N, D], or of the places of [B, D, h, w]."""
-    return output[:, leading_tokens:].mean(1) if output.ndim == 3 else output.flatten(2).mean(-1)
+def channels_of_stages(network: nn.Module) -> dict[str, int]:
+    """Return how many channels timm says that each stage of a network has."""
+    return {stage["module"]: stage["num_chs"] for stage in getattr(network, "feature_info", None) or []}
+
+
+def pooled(output: Tensor, leading_tokens: int, channels: int | None = None) -> Tensor:
+    """Return one vector an image [B, D]: the mean of the patches of [B, N, D], or of the places of a map.
+
+    Args:
+        output: of a block [B, N, D] or a stage [B, D, h, w]; [B, h, w, D] (swin) where D is `channels`.
+        leading_tokens: that stand before the patches.
+        channels: D, where it is known.
+    """
+    if output.ndim == 3:
+        return output[:, leading_tokens:].mean(1)
+    is_channels_last = output.shape[1] != channels == output.shape[-1]
+    return output.flatten(1, 2).mean(1) if is_channels_last else output.flatten(2).mean(-1)
 
 
 def input_token_cosine(backbone: nn.Module) -> float:

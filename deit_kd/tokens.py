@@ -72,6 +72,32 @@ def graft(key: str, backbone: nn.Module) -> None:
     nn.init.zeros_(model.head_dist.bias)
 
 
+def complete_distilled_vit(key: str, model: Any) -> None:
+    """Tell the parts of timm's distilled ViT about its second token, which it gets after they were built.
+
+    Args:
+        key: the recipe's key, which errors begin with.
+        model: a `VisionTransformerDistilled`, as timm creates it.
+
+    Raises:
+        InputError: it was given an argument that its class takes and never uses, or cannot stand.
+    """
+    unused = {
+        "reg_tokens": model.reg_token is not None,
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "no_embed_class": model.no_embed_class,
+    }
+    for argument, is_given in unused.items():
+        if is_given:
+            raise InputError(
+                f"{key}: timm's {type(model).__name__} makes no use of {argument}; leave it out, or name a vit_* "
+                "model, which a distillation token is grafted onto"
+            )
+    for module in model.modules():
+        if hasattr(module, "num_prefix_tokens"):  # patch dropout, which would drop and move the second token
+            module.num_prefix_tokens = model.num_prefix_tokens
+
+
 def _check_can_graft(key: str, backbone: Any) -> None:
     kind = type(backbone).__name__
     reason = None
@@ -83,6 +109,8 @@ def _check_can_graft(key: str, backbone: Any) -> None:
         reason = f"has no class token for a distillation token to stand beside (it pools by {backbone.global_pool!r})"
     elif getattr(backbone, "pool_include_prefix", False):
         reason = "pools over its prefix tokens, so that a new one would change its class head"
+    elif getattr(backbone, "attn_pool", None) is not None:
+        reason = "pools all its tokens by attention, so that a new one would change its class head"
     elif not isinstance(backbone.head, nn.Linear):
         reason = "has no linear head to copy"
     if reason is not None:

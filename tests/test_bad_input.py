@@ -75,6 +75,15 @@ MODELS = [
     ({"student__args": {**TINY, "num_heads": 5}}, "student.name: "),
     ({"student__args": {**TINY, "embed_dim": "wide"}}, "student.name: "),
     ({"student__args": {**TINY, "depht": 2}}, "depht"),
+    ({"student__args": {**TINY, "img_size": 64}}, "student.args: img_size cannot be given here; set the section's"),
+    (
+        {"student__name": "deit_tiny_distilled_patch16_224.fb_in22k"},
+        "'deit_tiny_distilled_patch16_224.fb_in22k' has a tag that timm does not know (nearest: deit_tiny_d",
+    ),
+    (
+        {"student__name": "crossvit_tiny_240", "student__args": "{}", "distill__kind": "none", "data__image_size": 48},
+        "data.image_size: 'crossvit_tiny_240' cannot see 48 pixels",
+    ),
     ({"student__args": "[1]"}, "student.args: '[1]' Expected a dict"),
     ({"student__checkpoint": "nowhere"}, "student.checkpoint: nowhere holds no weights"),
     ({"student__pretrained": True, "student__args": "{}", "data__image_size": 224}, "check the network"),
@@ -107,6 +116,12 @@ def test_options_that_cannot_be(
     assert list(tmp_path.iterdir()) == []
 
 
+def one_class(root: Path) -> None:
+    for split in ("train", "validation"):
+        for name in ("bars", "rings"):
+            shutil.rmtree(root / split / name)
+
+
 def no_classes(root: Path) -> None:
     shutil.rmtree(root / "train")
     (root / "train").mkdir()
@@ -119,6 +134,7 @@ def empty_root(root: Path) -> None:
 
 TREES = [
     (empty_root, "holds no class folders"),
+    (one_class, "has one class, 'dots'; add the folder of another"),
     (no_classes, "train holds no class folders"),
     (lambda root: shutil.rmtree(root / "validation" / "dots"), "differ between the splits (only in train: dots)"),
     (

@@ -159,6 +159,42 @@ def test_file_that_is_no_mapping_is_refused(tmp_path: Path, name, text):
         mapped(("a", "b"), file=tmp_path / name)
 
 
+def test_a_row_with_two_columns_is_refused_rather_than_cut(tmp_path: Path):
+    file = tmp_path / "map.csv"
+    file.write_text("class,teacher\ncat,281,282\ndog,1\n")
+    with pytest.raises(InputError, match="'cat' has several columns in one row"):
+        mapped(("cat", "dog"), file=file)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("map.csv", "class,teacher\ncat,281\ndog,1\n"), ("map.json", '{"cat": 281, "dog": 1}')]
+)
+def test_a_mapping_from_excel_is_read(tmp_path: Path, name, text):
+    file = tmp_path / name
+    file.write_text(text, encoding="utf-8-sig")
+    assert mapped(("cat", "dog"), file=file).columns == [[281], [1]]
+
+
+def test_own_labels_that_are_the_same_twice_are_refused(tmp_path: Path):
+    fields = {"columns": 4, "label_names": ("crane", "dog", "cat", "crane"), "timm_tag": False, "label_set": None}
+    with pytest.raises(InputError, match="columns 0 and 3; write the number"):
+        build_class_map(classes=("crane", "dog"), file=None, **fields)
+    file = tmp_path / "map.json"
+    file.write_text('{"bird": "crane", "dog": "dog"}')
+    with pytest.raises(InputError, match="columns 0 and 3; write the number"):
+        build_class_map(classes=("bird", "dog"), file=str(file), **fields)
+
+
+def test_own_labels_are_found_by_one_of_their_names(tmp_path: Path):
+    file = tmp_path / "map.json"
+    file.write_text('{"fish": "tench", "dog": "Hound"}')
+    labels = ("hound, dog", "tench, Tinca tinca")
+    found = build_class_map(
+        classes=("fish", "dog"), columns=2, label_names=labels, timm_tag=False, label_set=None, file=str(file)
+    )
+    assert found.columns == [[1], [0]]
+
+
 def test_unmapped_classes_stop_with_the_nearest_names():
     with pytest.raises(InputError, match=r"1 of 2 classes .* n01440765 \(nearest: n01440764"):
         mapped(("n01443537", "n01440765"))

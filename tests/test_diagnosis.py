@@ -19,6 +19,7 @@ from deit_kd.models import choose_attention
 from deit_kd.probes import (
     block_attention,
     blocks,
+    channels_of_stages,
     input_token_cosine,
     pooled,
     recorded,
@@ -26,6 +27,7 @@ from deit_kd.probes import (
     stages,
     token_attention,
 )
+from tests.conftest import short
 
 CPU = torch.device("cpu")
 
@@ -130,6 +132,16 @@ def test_pooling_leaves_out_the_tokens_and_averages_places() -> None:
     tokens = torch.tensor([[[9.0], [9.0], [1.0], [3.0]]])
     assert pooled(tokens, 2).tolist() == [[2.0]]
     assert pooled(torch.arange(8.0).reshape(1, 2, 2, 2), 2).tolist() == [[1.5, 5.5]]
+    assert pooled(torch.arange(12.0).reshape(1, 2, 2, 3), 0, channels=3).tolist() == [[4.5, 5.5, 6.5]]
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "resnet10t", "convnext_atto"])
+def test_a_stage_pools_to_its_channels(name: str) -> None:
+    model = timm.create_model(name).eval()
+    with torch.no_grad(), recorded(stages(model)) as said:
+        model(torch.zeros(1, 3, 224, 224))
+    channels = channels_of_stages(model)
+    assert {stage: pooled(output, 0, channels[stage]).shape[1] for stage, output in said.items()} == channels
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "pit_ti_distilled_224"])
@@ -191,6 +203,21 @@ def test_a_student_without_the_token_shows_its_class_token_alone(runs: Path, tmp
     assert found["tokens"] == []
     assert found["cka"] is found["followed"] is None
     assert list(found["gallery"][0]["attention"]) == ["cls"]
+
+
+@pytest.mark.parametrize("name", ["hrnet_w18_small", "mobilevit_xxs", "coat_lite_tiny"])
+def test_a_teacher_whose_layers_say_nothing_about_whole_images_is_not_compared(
+    runs: Path, tmp_path: Path, name: str
+) -> None:
+    other = ["--teacher.name", name, "--teacher.image_size", "64"]
+    assert diagnosis(tmp_path, str(runs / "distilled"), *other)["cka"] is None
+
+
+def test_registers_without_a_class_token_are_not_shown_as_one(runs: Path, tmp_path: Path) -> None:
+    name = ["--student.name", "vit_medium_patch16_reg4_gap_256"]
+    assert main(["train", *short(runs / "photos", tmp_path / "run", distill__kind="none"), *name]) == 0
+    found = diagnosis(tmp_path / "to", str(tmp_path / "run"))
+    assert found["gallery"][0]["attention"] == {}
 
 
 def test_tokens_that_are_one_at_the_input_are_a_warning(

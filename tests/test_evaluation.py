@@ -14,9 +14,10 @@ import pyarrow.parquet as parquet
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
 from deit_kd.cli import main
-from tests.conftest import SEVEN_CLASSES, assert_same_scores, write_photos
+from tests.conftest import SEVEN_CLASSES, Finished, assert_same_scores, tiny, write_photos
 
 INPUT = ("--data.image_size", "16", "--data.workers", "0", "--train.precision", "off", "--train.device", "cpu")
 
@@ -72,6 +73,40 @@ def test_a_teacher_can_be_named_for_a_student_without_a_run(runs: Path, tmp_path
     heads = evaluate(tmp_path, str(runs / "distilled/student"), *options, *teacher, *shape)
     plain = json.loads((runs / "plain/heads.json").read_text())
     assert heads["teacher"]["nll"] == pytest.approx(plain["heads"]["cls"]["nll"])
+
+
+def test_another_teacher_that_is_named_after_a_run_is_asked_itself(
+    finished: Finished, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (fitted,) = (path for path in finished.teachers.iterdir() if path.is_dir())
+    other = shutil.copytree(fitted, tmp_path / "other")
+    state = load_file(other / "student/model.safetensors")
+    state["fc.weight"] *= 0.5
+    save_file(state, other / "student/model.safetensors")
+    own = evaluate(tmp_path / "own", str(finished.folder))["teacher"]["nll"]
+    assert own == pytest.approx(finished.heads["teacher"]["nll"])
+    assert evaluate(tmp_path / "to", str(finished.folder), "--teacher.checkpoint", str(other))["teacher"]["nll"] != own
+    timms = ["--teacher.name", "resnet18.a1_in1k", "--teacher.pretrained", "true"]
+    assert main(["eval", str(finished.folder), *timms]) == 2
+    assert "check the network" in capsys.readouterr().err
+
+
+def test_a_teacher_that_is_named_after_a_run_without_one_is_asked(
+    finished: Finished, photos_root: Path, tmp_path: Path
+) -> None:
+    plain = tiny(photos_root, tmp_path / "plain", distill__kind="none", teacher__random_weights=None)
+    assert main(["train", *plain]) == 0
+    (fitted,) = (path for path in finished.teachers.iterdir() if path.is_dir())
+    heads = evaluate(tmp_path / "to", str(tmp_path / "plain"), "--teacher.checkpoint", str(fitted))
+    assert heads["teacher"]["nll"] == pytest.approx(finished.heads["teacher"]["nll"])
+    assert heads["disagreement"]["names"] == ["truth", "cls", "teacher"]
+
+
+def test_images_that_timm_fits_rather_than_crops_are_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "eva02_base_patch14_448.mim_in22k_ft_in22k_in1k", "--data.root", str(tmp_path)]) == 2
+    assert "does not crop but fits (squash)" in capsys.readouterr().out
 
 
 def test_predictions_have_a_row_for_every_image(runs: Path, tmp_path: Path) -> None:

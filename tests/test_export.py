@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ TABLE = Path(__file__).parent.parent / "docs" / "export.md"
 CLASSES = tuple("abcde")
 TINY = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 
-# row of the table: timm name, arguments beside TINY, image size; all but the last have a distillation token
+# row of the table: timm name, arguments beside TINY, image size; all but the last two have a distillation token
 STUDENTS = {
     "deit_*_distilled": ("deit_tiny_distilled_patch16_224", {}, 32),
     "pit_*_distilled": ("pit_ti_distilled_224", None, 64),
@@ -32,7 +33,9 @@ STUDENTS = {
     "average pooling": ("vit_tiny_patch16_224", {"global_pool": "avg"}, 32),
     "SwiGLU": ("vit_giant_patch14_dinov2", {}, 28),
     "eva, rotary positions (EVA-02, DINOv3)": ("vit_small_patch16_dinov3", {}, 32),
+    "CLIP (pre_norm, epsilon 1e-5)": ("vit_base_patch16_clip_224", {}, 32),
     "without a distillation token (distill.kind: none)": ("test_resnet", None, 32),
+    "pit_* without a distillation token": ("pit_ti_224", None, 64),
 }
 
 
@@ -51,7 +54,7 @@ def student(row):
         "student.name",
         name,
         image_size=size,
-        distillation_token=not row.startswith("without"),
+        distillation_token="without a distillation" not in row,
         num_classes=5,
         **arguments(row),
     ).eval()
@@ -62,7 +65,7 @@ def student(row):
     return model
 
 
-def about(row):
+def about(row, fusion="softmax"):
     name, _, size = STUDENTS[row]
     head = {"top1": 90.0, "top5": None, "nll": 0.5}
     return About(
@@ -74,6 +77,7 @@ def about(row):
         std=(0.25, 0.25, 0.25),
         interpolation="bicubic",
         crop_fraction=0.9,
+        fusion=fusion,
         heads={"n": 10, "weights": "ema", "heads": {"cls": head, "dist": head, "fused": head}, "teacher": head},
         teacher={"name": "resnet50.a1_in1k", "origin": "timm's resnet50.a1_in1k", "licence": "apache-2.0"},
         data="folder",
@@ -109,9 +113,10 @@ def test_every_student_that_a_format_holds_answers_the_same_when_read_again(tmp_
     if missing := missing_libraries(name):
         pytest.skip(f"needs {', '.join(missing)}")
     rows = [row for (row, column), reason in table().items() if column == name and reason is None]
-    written = [(tmp_path / str(number), student(row), STUDENTS[row][2]) for number, row in enumerate(rows)]
-    for row, (folder, model, _) in zip(rows, written, strict=True):
-        write(name, model, folder, about(row))
+    fusions = itertools.cycle(("softmax", "logits"))
+    written = [(tmp_path / str(number), student(row), about(row, next(fusions))) for number, row in enumerate(rows)]
+    for folder, model, said in written:
+        write(name, model, folder, said)
     distances = dict(zip(rows, read_again(name, written), strict=True))
     assert all(distance <= TOLERANCE for distance in distances.values()), distances
 
@@ -122,7 +127,7 @@ def test_other_weights_are_found_out(tmp_path):
     other = student(row)
     with torch.no_grad():
         other.head_dist.bias[2] += 0.01
-    assert read_again("timm", [(tmp_path / "out", other, 32)])[0] > TOLERANCE
+    assert read_again("timm", [(tmp_path / "out", other, about(row))])[0] > TOLERANCE
 
 
 def test_nothing_is_left_of_an_export_that_differs(tmp_path, monkeypatch):
@@ -156,7 +161,7 @@ def test_plain_timm_fails_loudly_on_a_grafted_local_dir(tmp_path):
 
 def test_outputs_are_cls_dist_and_fused():
     images = torch.randn(2, 3, 32, 32)
-    cls_logits, dist_logits, fused = AllHeads(student("deit_*_distilled"))(images)
+    cls_logits, dist_logits, fused = AllHeads(student("deit_*_distilled"), "softmax")(images)
     torch.testing.assert_close(fused, (cls_logits.softmax(-1) + dist_logits.softmax(-1)) / 2)
 
 
@@ -175,5 +180,11 @@ def test_model_card_says_what_it_is(tmp_path):
     row = "deit_*_distilled"
     write("timm", student(row), tmp_path / "out", about(row))
     card = (tmp_path / "out" / "README.md").read_text()
-    for fact in ("resnet50.a1_in1k", "licence of the weights: apache-2.0", "| fused | 90.00 |", "4. e", "seed: 0"):
+    for fact in (
+        "resnet50.a1_in1k",
+        "licence of the weights: apache-2.0",
+        "| fused (softmax) | 90.00 |",
+        "4. e",
+        "seed: 0",
+    ):
         assert fact in card

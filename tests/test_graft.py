@@ -132,6 +132,19 @@ def test_patch_dropout_spares_both_tokens():
     assert model.forward_features(torch.randn(1, 3, 64, 64)).shape[1] == 2 + 8
 
 
+def test_patch_dropout_spares_both_tokens_of_timms_own_distilled_model():
+    model = student("deit_tiny_distilled_patch16_224", args={**TINY, "patch_drop_rate": 0.5}).backbone.train()
+    model.dist_token.data.fill_(100.0)
+    kept = model.patch_drop(model._pos_embed(model.patch_embed(torch.randn(8, 3, 32, 32))))
+    assert (kept[:, 1] > 50).all()
+
+
+@pytest.mark.parametrize("args", [{"reg_tokens": 4}, {"fc_norm": True}, {"no_embed_class": True}], ids=str)
+def test_what_timms_distilled_model_would_not_use_is_refused(args):
+    with pytest.raises(InputError, match=f"makes no use of {next(iter(args))}"):
+        student("deit_tiny_distilled_patch16_224", args={**TINY, **args})
+
+
 def test_both_heads_learn():
     model = host("vit_tiny_patch16_224", {}, 32)
     graft("student.name", model)

@@ -186,3 +186,23 @@ def test_a_student_with_one_head_is_judged_by_it_alone() -> None:
     assert judged["fusion_weight"] is None
     assert judged["comparisons"] == []
     assert judged["agreement"] == {"cls_teacher": None, "dist_teacher": None, "cls_dist": None}
+
+
+def test_a_certain_image_and_a_nearly_certain_one_share_a_bin() -> None:
+    probabilities = torch.tensor([[1.0, 0.0], [0.95, 0.05]])
+    labels = torch.tensor([1, 0])  # gap -1 and .05: .475 together, .525 apart
+    assert expected_calibration_error(probabilities, labels) == pytest.approx(0.475)
+    assert float(calibration_gaps(probabilities, labels).mean(0).abs().sum()) == pytest.approx(0.475)
+
+
+def test_another_student_stands_in_for_no_head_and_for_no_teacher_whatever_it_is_called() -> None:
+    logits, labels = guesses()
+    wrong = (labels + 1) % 6
+    others = {"teacher": wrong, "cls": wrong, "small": wrong}
+    judged = judge(
+        StudentOutput(logits, logits.flip(0)), labels, teacher_logits=logits, others=others, fusion="softmax", seed=0
+    )
+    names, matrix = judged["disagreement"]["names"], judged["disagreement"]["matrix"]
+    assert names == ["truth", "cls", "dist", "fused", "teacher", "teacher (student)", "cls (student)", "small"]
+    assert matrix[names.index("cls")][names.index("teacher")] == 0
+    assert matrix[names.index("truth")][names.index("cls (student)")] == 1

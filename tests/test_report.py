@@ -207,6 +207,14 @@ def test_what_cannot_be_reported_is_one_line(
     assert [word for word in words if word not in lines[0]] == []
 
 
+def test_curves_of_two_runs_of_one_name_are_refused(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(runs / "plain", tmp_path / "plain")
+    assert main(["plot", str(runs / "plain"), str(other)]) == 2
+    assert "has the same name; rename one" in capsys.readouterr().err
+
+
 def test_one_run_has_a_line_for_each_head_and_several_a_colour_for_each_run(runs: Path) -> None:
     distilled, plain = read_records(runs / "distilled"), read_records(runs / "plain")
     alone = charts_of({"distilled": distilled})

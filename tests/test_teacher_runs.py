@@ -116,6 +116,15 @@ def test_runs_teacher_teaches_the_next(photos, assistant, tmp_path):
     assert facts(second)["teacher"]["image_size"] == 48
 
 
+def test_fitted_teacher_of_a_distilled_name_is_its_plain_twin(photos, tmp_path):
+    name = ["--teacher.name", "deit_tiny_distilled_patch16_224", "--teacher.min_top1", "0"]
+    shape = ["--teacher.args", "{patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}"]
+    fit = ["--teacher.fit.epochs", "1", "--teacher.fit.batch_size", "16", "--teacher.fit.optim.warmup_epochs", "0",
+           "--teacher.fit.folder", str(tmp_path / "teachers")]  # fmt: skip
+    run(photos, tmp_path / "run", *name, *shape, *fit)
+    assert facts(tmp_path / "run")["teacher"]["name"] == "deit_tiny_patch16_224"
+
+
 def test_run_without_a_teacher_has_none_to_lend(photos, assistant, tmp_path):
     with pytest.raises(InputError, match="learned from no teacher"):
         run(photos, tmp_path / "run", "--teacher.checkpoint", f"{assistant}:teacher")

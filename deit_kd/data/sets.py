@@ -31,14 +31,17 @@ def build_splits(
     """Return the training and the validation split of the dataset called `name`.
 
     Raises:
-        InputError: the name is unknown, or the data are missing, empty or inconsistent.
+        InputError: the name is unknown, or the data are missing, empty, inconsistent or of one class.
     """
     if name not in SETS:
         raise InputError(f"data.name: {name!r} is unknown; use one of {', '.join(SETS)}{nearest(name, SETS)}")
-    return SETS[name](
+    splits = SETS[name](
         root=root,
         train_split=train_split,
         validation_split=validation_split,
         validation_fraction=validation_fraction,
         download=download,
     )
+    if len(splits.train.classes) < 2:
+        raise InputError(f"data.root: {root} has one class, {splits.train.classes[0]!r}; add the folder of another")
+    return splits

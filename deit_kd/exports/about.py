@@ -23,6 +23,7 @@ class About:
         std: the same.
         interpolation: of the evaluation's resize.
         crop_fraction: of the evaluation's centre crop.
+        fusion: of the two heads, ``softmax`` or ``logits``.
         heads: what ``heads.json`` holds.
         teacher: what ``run.json`` holds of the teacher; None where there was none.
         data: a line about the photos.
@@ -37,6 +38,7 @@ class About:
     std: tuple[float, float, float]
     interpolation: str
     crop_fraction: float
+    fusion: str
     heads: Mapping[str, Any]
     teacher: Mapping[str, Any] | None
     data: str
@@ -45,7 +47,7 @@ class About:
     def card(self, format_name: str, how_to_load: str) -> str:
         """Return the model card, in Markdown."""
         scores = [
-            f"| {head} | {score['top1']:.2f} | {score['nll']:.4f} |"
+            f"| {f'fused ({self.fusion})' if head == 'fused' else head} | {score['top1']:.2f} | {score['nll']:.4f} |"
             for head, score in {**self.heads["heads"], "teacher": self.heads["teacher"]}.items()
             if score is not None
         ]

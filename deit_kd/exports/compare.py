@@ -51,19 +51,20 @@ def write(format_name: str, backbone: nn.Module, folder: Path, about: About) -> 
     (folder / "README.md").write_text(about.card(format_name, entry.how_to_load))
 
 
-def read_again(format_name: str, written: Sequence[tuple[Path, nn.Module, int]]) -> list[float]:
+def read_again(format_name: str, written: Sequence[tuple[Path, nn.Module, About]]) -> list[float]:
     """Read exports again in one clean process; return how far each is off, see `TOLERANCE`.
 
     Args:
         format_name: of all of them.
-        written: for each its folder, the student that it was written from, and the student's image size.
+        written: for each its folder, the student that it was written from, and what was said about it.
 
     Raises:
         InputError: the foreign library cannot read one of them.
     """
     script = _MAIN.format(reader=FORMATS[format_name].reader)
     noise = torch.Generator().manual_seed(0)
-    probes = [torch.randn(PROBE_IMAGES, 3, size, size, generator=noise) for _, _, size in written]
+    sizes = [about.image_size for _, _, about in written]
+    probes = [torch.randn(PROBE_IMAGES, 3, size, size, generator=noise) for size in sizes]
     with tempfile.TemporaryDirectory() as place:
         for number, images in enumerate(probes):
             save_file({"images": images}, Path(place) / f"{number}.images")
@@ -78,14 +79,14 @@ def read_again(format_name: str, written: Sequence[tuple[Path, nn.Module, int]])
             raise InputError(f"--format: {format_name} cannot be read again ({last}); nothing was written")
         found = [load_file(Path(place) / f"{number}.found") for number in range(len(written))]
     return [
-        _distance(_expected(backbone, images), outputs)
-        for (_, backbone, _), images, outputs in zip(written, probes, found, strict=True)
+        _distance(_expected(backbone, images, about.fusion), outputs)
+        for (_, backbone, about), images, outputs in zip(written, probes, found, strict=True)
     ]
 
 
 @torch.no_grad()
-def _expected(backbone: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-    answer: tuple[Tensor, ...] = AllHeads(backbone).eval()(images)
+def _expected(backbone: nn.Module, images: Tensor, fusion: str) -> tuple[Tensor, ...]:
+    answer: tuple[Tensor, ...] = AllHeads(backbone, fusion).eval()(images)
     return answer
 
 
@@ -112,7 +113,7 @@ def export(format_name: str, backbone: nn.Module, folder: Path, about: About) ->
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(format_name, backbone, aside, about)
-        (distance,) = read_again(format_name, [(aside, backbone, about.image_size)])
+        (distance,) = read_again(format_name, [(aside, backbone, about)])
         if not distance <= TOLERANCE:
             raise InputError(f"--format: {format_name} answers differently when read again (by {distance:.1e})")
         os.replace(aside, folder)

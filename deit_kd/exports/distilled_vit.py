@@ -87,6 +87,8 @@ def _block_reason(block: Any) -> str | None:
     plain = type(block) is Block and type(block.attn) is Attention and type(block.mlp) is Mlp
     if not plain or type(block.mlp.act) is not nn.GELU:
         return "its blocks are no plain ViT blocks (SwiGLU, parallel, post-norm or another attention)"
+    if block.attn.proj.bias is None or block.mlp.fc1.bias is None or block.mlp.fc2.bias is None:
+        return "its blocks have projections without a bias"
     extras = (block.attn.q_norm, block.attn.k_norm, block.attn.norm, block.mlp.norm)
     if not all(isinstance(extra, nn.Identity) for extra in extras):
         return "its blocks have further norms"

@@ -28,16 +28,16 @@ Answers = dict[str, Tensor]  # logits cls [B, C], dist [B, C], probabilities fus
 class AllHeads(nn.Module):
     """Answers images with a tuple: cls logits and, with a distillation token, dist logits and fused probabilities."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, fusion: str) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.fusion = backbone, fusion
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return [B, C] for each output there is, for `images` [B, 3, H, W]."""
         output: StudentOutput = read_heads(self.backbone, images)
         if output.dist_logits is None:
             return (output.cls_logits,)
-        return output.cls_logits, output.dist_logits, head_probabilities(output)["fused"]
+        return output.cls_logits, output.dist_logits, head_probabilities(output, self.fusion)["fused"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ def _write_timm(backbone: nn.Module, folder: Path, about: About) -> None:
     expressed = as_distilled_vit(backbone)
     twin = timm.create_model(expressed.architecture, num_classes=len(about.classes), **expressed.arguments)
     twin.load_state_dict(expressed.state)
+    epsilons = [
+        {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)} for model in (backbone, twin)
+    ]
+    if epsilons[0] != epsilons[1]:
+        raise CannotHold(f"its norms have the epsilon {max(epsilons[0]):g}, timm's distilled ViT {max(epsilons[1]):g}")
     _write_local_dir(twin, folder, about, expressed.arguments)
 
 
@@ -142,7 +147,7 @@ def _without_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_onnx(backbone: nn.Module, folder: Path, about: About) -> None:
     folder.mkdir(parents=True)
-    module, images = AllHeads(backbone).eval(), torch.zeros(2, 3, about.image_size, about.image_size)
+    module, images = AllHeads(backbone, about.fusion).eval(), torch.zeros(2, 3, about.image_size, about.image_size)
     names = ["cls", "dist", "fused"][: len(module(images))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
@@ -163,7 +168,8 @@ def _write_torch_export(backbone: nn.Module, folder: Path, about: About) -> None
     folder.mkdir(parents=True)
     images = torch.zeros(2, 3, about.image_size, about.image_size)
     batch = torch.export.Dim("batch", min=1, max=4096)
-    program = torch.export.export(AllHeads(backbone).eval(), (images,), dynamic_shapes={"images": {0: batch}})
+    module = AllHeads(backbone, about.fusion).eval()
+    program = torch.export.export(module, (images,), dynamic_shapes={"images": {0: batch}})
     content = io.BytesIO()  # written at once, so that a full disk is an OSError
     torch.export.save(program, content)
     (folder / "student.pt2").write_bytes(content.getvalue())
@@ -173,7 +179,7 @@ _READ_TIMM = """
 import timm
 def read(folder, images):
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    if not hasattr(model, "head_dist"):
+    if getattr(model, "head_dist", None) is None:
         return [model(images)]
     features = model.forward_features(images)
     return [model.head(features[:, 0]), model.head_dist(features[:, 1])]

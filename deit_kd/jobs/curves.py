@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +71,21 @@ COLUMNS = {
     "bad_step": ("step",),
 }
 HEADS = {"cls": ":", "dist": "--", "fused": "-"}
+
+
+def names_of(folders: Sequence[Path]) -> dict[str, Path]:
+    """Return runs by the names of their folders.
+
+    Raises:
+        InputError: two are called the same.
+    """
+    names: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.resolve().name
+        if name in names:
+            raise InputError(f"{folder}: {names[name]} has the same name; rename one of the two folders")
+        names[name] = folder
+    return names
 
 
 def read_records(folder: Path) -> Records:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from deit_kd.models import choose_attention
 from deit_kd.probes import (
     TokenAttention,
     blocks,
+    channels_of_stages,
     input_token_cosine,
     leading_tokens,
     pooled,
@@ -166,36 +169,44 @@ def _probe_layers(examination: Examination, rows: list[int]) -> tuple[list[dict[
     # Several teachers have no layers in common to compare with.
     network = teacher.network if isinstance(teacher, FrozenTeacher) else None
     theirs = {} if network is None else stages(network)
-    own_features: dict[str, list[Tensor]] = {name: [] for name in own}
-    their_features: dict[str, list[Tensor]] = {name: [] for name in theirs}
-    cosines: dict[str, list[Tensor]] = {name: [] for name in own}
+    channels = {} if network is None else channels_of_stages(network)
+    own_features: defaultdict[str, list[Tensor]] = defaultdict(list)
+    their_features: defaultdict[str, list[Tensor]] = defaultdict(list)
+    cosines: defaultdict[str, list[Tensor]] = defaultdict(list)
     two = student.has_distillation_token
     for first in range(0, len(rows), config.evaluate.batch_size):
         batch = _batch(examination, rows[first : first + config.evaluate.batch_size])
         with recorded(own) as said, autocast(batch.images.device, config.train.precision):
             student(batch.images)
-        for name, output in said.items():
+        for name, output in _by_image(said, batch):
             own_features[name].append(pooled(output, _leading_tokens(examination)))
             if two:
                 cosines[name].append(token_cosines(output))
         if teacher is not None and theirs:
             with recorded(theirs) as taught:
                 teacher(batch)
-            for name, output in taught.items():
-                their_features[name].append(pooled(output, leading_tokens(teacher, otherwise=1)))
+            for name, output in _by_image(taught, batch):
+                leading = leading_tokens(teacher, otherwise=1)
+                their_features[name].append(pooled(output, leading, channels.get(name)))
     tokens: list[dict[str, Any]] = []
     if two:
         tokens.append({"layer": "input", "mean": input_token_cosine(student.backbone), "spread": 0.0})
         for name, values in cosines.items():
             joined = torch.cat(values)
             tokens.append({"layer": name, "mean": float(joined.mean()), "spread": float(joined.std(correction=0))})
-    if not own or not theirs:
+    if not own_features or not their_features:
         return tokens, None
     matrix = [
         [linear_cka(torch.cat(mine), torch.cat(other)) for other in their_features.values()]
         for mine in own_features.values()
     ]
-    return tokens, {"student": list(own), "teacher": list(theirs), "matrix": matrix, "images": len(rows)}
+    names = {"student": list(own_features), "teacher": list(their_features)}
+    return tokens, {**names, "matrix": matrix, "images": len(rows)}
+
+
+def _by_image(said: dict[str, Tensor], batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """Yield what layers said about whole images; blocks between convolutions (mobilevit) see pieces of them."""
+    return ((name, output) for name, output in said.items() if len(output) == len(batch.images) and output.ndim > 2)
 
 
 def _leading_tokens(examination: Examination) -> int:
@@ -236,8 +247,8 @@ def _portraits(examination: Examination, rows: list[int]) -> list[Portrait]:
 
 
 def _attention(examination: Examination, batch: Batch) -> TokenAttention | None:
-    tokens = _leading_tokens(examination)
-    if not tokens or not blocks(examination.student.backbone):
+    tokens, backbone = _leading_tokens(examination), examination.student.backbone
+    if not tokens or not blocks(backbone) or getattr(backbone, "cls_token", None) is None:  # registers are no head's
         return None
     # A fused attention never holds its weights: look into a twin that is built with the plain one.
     choose_attention("plain", batch.images.device)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from deit_kd import data
-from deit_kd.config import Config, build_parser, parse_config
+from deit_kd.config import Config, TeacherSection, build_parser, parse_config
 from deit_kd.data import Photos
 from deit_kd.distributed import Processes
 from deit_kd.engine import Answers, collect
@@ -116,23 +116,30 @@ def _teacher(
 ) -> NetworkTeacher | StoredAnswers | None:
     section = config.teacher
     of_the_run = source.facts.get("teacher") or {}
+    is_another = _whose(section) != _whose(_own_config(source).teacher)
     is_named = section.name or section.members or section.checkpoint or section.store
-    if not is_named or (source.run is not None and not of_the_run):
+    if not is_named or (source.run is not None and not of_the_run and not is_another):
         return None
-    own = _own_config(source).teacher
-    is_another = (section.name, section.checkpoint, section.members) != (own.name, own.checkpoint, own.members)
     try:
         if section.store is not None and (source.run is None or ("store" in of_the_run and not is_another)):
             return stored_validation(config, photos)
-        # A compiled network does not call the hooks that its layers are recorded by.
-        config = config.model_copy(update={"teacher": section.model_copy(update={"compile": False})})
-        return parts.build_teacher(config, photos.classes, processes, section.checkpoint or of_the_run.get("source"))
+        checkpoint = section.checkpoint if is_another else section.checkpoint or of_the_run.get("source")
+        # What was fitted from timm's weights is no longer theirs. A compiled network does not call the hooks that its
+        # layers are recorded by.
+        changes = {"pretrained": section.pretrained and checkpoint is None, "compile": False}
+        config = config.model_copy(update={"teacher": section.model_copy(update=changes)})
+        return parts.build_teacher(config, photos.classes, processes, checkpoint)
     except InputError as error:
         if source.run is None or is_another:
             raise
         if processes.is_main:
             say(f"without the teacher: {error}")
         return None
+
+
+def _whose(teacher: TeacherSection) -> tuple[Any, ...]:
+    """Return what tells one teacher from another."""
+    return teacher.name, teacher.pretrained, teacher.checkpoint, teacher.random_weights, teacher.members
 
 
 def _own_config(source: Source) -> Config:

@@ -52,6 +52,7 @@ def export_run(folder: Path, config: Config, format_name: str, to: Path | None) 
         std=config.data.std,
         interpolation="bicubic" if config.data.interpolation == "random" else config.data.interpolation,
         crop_fraction=config.data.crop_fraction,
+        fusion=config.evaluate.fusion,
         heads=read_head_scores(folder),
         teacher=facts["teacher"],
         data=f"{config.data.name} (digest of the training split {facts['data']['train']})",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from deit_kd.figures import as_png, line_charts
 from deit_kd.files import write_atomically
-from deit_kd.jobs.curves import charts_of, read_records
+from deit_kd.jobs.curves import charts_of, names_of, read_records
 from deit_kd.tracking import say
 
 CURVES_FILE = "curves.png"
@@ -20,9 +20,9 @@ def plot(folders: list[Path], file: Path | None) -> Path:
         file: the PNG to write; None is ``curves.png`` in the first run.
 
     Raises:
-        InputError: a folder has no records yet.
+        InputError: a folder has no records yet, or two are called the same.
     """
-    runs = {folder.resolve().name: read_records(folder) for folder in folders}
+    runs = {name: read_records(folder) for name, folder in names_of(folders).items()}
     file = file or folders[0] / CURVES_FILE
     write_atomically(file, as_png(line_charts(list(charts_of(runs).values()), columns=2)))
     last = {name: records[-1] for name, records in runs.items()}

@@ -27,7 +27,7 @@ from deit_kd.figures import (
 )
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import InputError
-from deit_kd.jobs.curves import charts_of, read_records, rows_of, troubles_of
+from deit_kd.jobs.curves import charts_of, names_of, read_records, rows_of, troubles_of
 from deit_kd.jobs.diagnose import Diagnosis, Portrait, diagnose, write_diagnosis
 from deit_kd.jobs.evaluate import write_evaluation
 from deit_kd.jobs.examine import Examination, examine, judge_heads
@@ -96,7 +96,7 @@ def report(folders: list[Path], folder: Path | None, device: str = "auto") -> Pa
 def write_report(folders: list[Path], folder: Path | None, processes: Processes) -> Path:
     """Write the report from within a job, see `report`."""
     folder = folder or (folders[0] / REPORT_FOLDER if len(folders) == 1 else SEVERAL)
-    names = _names(folders)
+    names = names_of(folders)
     sources = {name: _open_run(run) for name, run in names.items()}
     records = {name: read_records(run) for name, run in names.items()}
     examinations = {name: _examine(source, processes) for name, source in sources.items()}
@@ -123,16 +123,6 @@ def write_report(folders: list[Path], folder: Path | None, processes: Processes)
         say(f"report: {page}")
     processes.wait()
     return page
-
-
-def _names(folders: Sequence[Path]) -> dict[str, Path]:
-    names: dict[str, Path] = {}
-    for folder in folders:
-        name = folder.resolve().name
-        if name in names:
-            raise InputError(f"{folder}: {names[name]} has the same name; rename one of the two folders")
-        names[name] = folder
-    return names
 
 
 def _open_run(folder: Path) -> Source:

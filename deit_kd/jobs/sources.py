@@ -23,11 +23,12 @@ from deit_kd.models import (
     Statistics,
     Weights,
     check_known,
+    is_distilled_name,
     load_weights,
     saved_config,
 )
 from deit_kd.students import TimmStudent
-from deit_kd.tracking import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, read_facts
+from deit_kd.tracking import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, read_facts, say
 
 LOCAL_DIR = "local-dir:"
 WORDNET_ID = re.compile(r"n\d{8}")  # how timm calls the classes of its ImageNet models
@@ -108,7 +109,7 @@ def _from_run(folder: Path) -> Source:
     if not (folder / HEADS_FILE).is_file():
         raise InputError(f"{folder}: is no finished run (it has no {HEADS_FILE}); finish it with --resume auto")
     classes = tuple(read_facts(folder)["classes"])
-    recipe = ["--config", str(folder / CONFIG_FILE)]
+    recipe = ["--config", str(folder / CONFIG_FILE), "--teacher.fit.epochs", "0"]  # it is fitted by now
     return Source(folder.resolve().name, recipe, classes, len(classes), folder)
 
 
@@ -191,8 +192,10 @@ def _from_timm(name: str) -> Source:
     if cfg is None or not cfg.has_weights:
         raise InputError(f"{name}: timm has no weights of it; name a tag that has some, or a run")
     classes = ImageNetInfo("imagenet-1k").label_names() if cfg.num_classes == 1000 else None
-    recipe = [*("--student.name", name), *("--student.pretrained", "true"), *_kind("_distilled" in name)]
+    recipe = [*("--student.name", name), *("--student.pretrained", "true"), *_kind(is_distilled_name(name))]
     known = None if classes is None else tuple(classes)
+    if cfg.crop_mode not in (None, "center"):
+        say(f"warning: timm scores {name} on images that it does not crop but fits ({cfg.crop_mode}); ours are cropped")
     return Source(name, [*recipe, *_input_of(cfg.to_dict())], known, cfg.num_classes, None)
 
 

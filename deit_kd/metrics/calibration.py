@@ -27,7 +27,8 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor) -> float:
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     classes = probabilities.shape[-1]
-    return float(multiclass_calibration_error(probabilities, labels, classes, n_bins=BINS, norm="l1"))
+    below_one = probabilities.clamp_max(1 - 2**-24)  # torchmetrics gives a confidence of one a bin of its own
+    return float(multiclass_calibration_error(below_one, labels, classes, n_bins=BINS, norm="l1"))
 
 
 def _bin_of(confidence: Tensor) -> Tensor:

@@ -66,6 +66,9 @@ def per_image(probabilities: Tensor, labels: Tensor) -> dict[str, Tensor]:
     return values
 
 
+PREDICTORS = ("truth", "teacher", "cls", "dist", "fused")
+
+
 def judge(
     output: StudentOutput,
     labels: Tensor,
@@ -82,7 +85,8 @@ def judge(
         output: logits of the split, [n, C] each.
         labels: [n].
         teacher_logits: [n, C], or None without a teacher.
-        others: predictions [n] of other students, by name.
+        others: predictions [n] of other students, by name; one that is called as a head or the teacher gets
+            ``(student)`` behind its name.
         fusion: which one is called ``fused``: ``softmax`` or ``logits``.
         seed: of the bootstrap and of the two halves.
         teacher_predictions: [n], of a teacher whose logits are not known; its ``top1`` is all that can be scored.
@@ -93,6 +97,7 @@ def judge(
         ``fusion_weight`` and ``temperature`` (fitted on one half, scored on the other), ``reliability``. What a
         student without a distillation head has not is None.
     """
+    others = {f"{name} (student)" if name in PREDICTORS else name: answers for name, answers in others.items()}
     probabilities = every_head(output)
     both_heads = output.dist_logits is not None
     named = {**probabilities, **({"fused": probabilities[f"fused_{fusion}"]} if both_heads else {})}

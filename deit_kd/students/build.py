@@ -9,10 +9,12 @@ from torch import nn
 from deit_kd.interfaces import InputError
 from deit_kd.models import (
     Weights,
+    answer_to_one,
     check_arguments,
     check_known,
     create_model,
     load_weights,
+    plain_twin,
     pretrained_weights,
     size_argument,
 )
@@ -71,7 +73,7 @@ def build_student(
     check_arguments("student.args", args)
     if pretrained and checkpoint is not None:
         raise InputError(f"student.checkpoint: {checkpoint} and student.pretrained exclude each other; unset one")
-    architecture = name if distilled else name.replace("_distilled", "")
+    architecture = name if distilled else plain_twin(name)
     weights = _weights(name, pretrained, checkpoint)
     seed_initialisation("student", seed)
     backbone = create_model(
@@ -97,7 +99,8 @@ def build_student(
         )
     student = TimmStudent(backbone, model_args={**size_argument(architecture, image_size), **args}, account=account)
     _freeze(student.backbone, freeze)
-    return student
+    answer_to_one("data.image_size", name, student.eval(), image_size)
+    return student.train()
 
 
 def _weights(name: str, pretrained: bool, checkpoint: str | None) -> Weights | None:

@@ -6,15 +6,17 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deit_kd.interfaces import InputError
 from deit_kd.models import (
     Weights,
+    answer_to_one,
     check_arguments,
     check_known,
     create_model,
     load_weights,
+    plain_twin,
     pretrained_weights,
 )
 from deit_kd.randomness import seed_initialisation
@@ -84,6 +86,8 @@ def build_teacher(
     architecture = name or weights.architecture
     if architecture is None:
         raise InputError(f"teacher.name: is not set, and {weights.source} does not say; name a timm model")
+    if weights.state and "head_dist.weight" not in weights.state:
+        architecture = plain_twin(architecture)  # what a plain run of that name has trained
     known = weights.pretrained_cfg
     size = image_size or int((known.get("input_size") or (3, student_image_size))[-1])
     arguments = {**_saved_arguments(architecture, weights), **args}
@@ -188,14 +192,9 @@ def _columns(architecture: str, weights: Weights, classes: int) -> int:
     return int(found[0])
 
 
-@torch.no_grad()
 def _probe(network: nn.Module, name: str, columns: int, size: int) -> None:
     """Refuse a network that does not answer one image of its size with one row of finite logits."""
-    try:
-        answer = network.eval()(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"teacher.image_size: {name!r} cannot see {size} pixels ({reason}); set another") from error
+    answer: Tensor = answer_to_one("teacher.image_size", name, network.eval(), size)
     if answer.shape != (1, columns) or not answer.isfinite().all():
         raise InputError(
             f"teacher.name: {name!r} answers an image with {list(answer.shape)}, not {columns} finite logits; "

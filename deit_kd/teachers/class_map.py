@@ -146,11 +146,20 @@ def read_mapping(file: str) -> dict[str, list[int | str]]:
     path = Path(file).expanduser()
     try:
         if path.suffix == ".json":
-            loaded = json.loads(path.read_text())
+            loaded = json.loads(path.read_text(encoding="utf-8-sig"))
             pairs = [(name, entry) for name, value in loaded.items() for entry in _as_list(value)]
         else:
-            with open(path, newline="") as opened:
-                pairs = [(row["class"], row["teacher"]) for row in csv.DictReader(opened, skipinitialspace=True)]
+            with open(
+                path, newline="", encoding="utf-8-sig"
+            ) as opened:  # Excel's begin with a mark of their bytes' order
+                rows = list(csv.DictReader(opened, skipinitialspace=True))
+            pairs = [(row["class"], row["teacher"]) for row in rows]
+            surplus = [row for row in rows if row.get(None)]
+            if surplus:
+                several = surplus[0]["class"]
+                raise InputError(
+                    f"teacher.class_map: {several!r} has several columns in one row of {file}; write a row for each"
+                )
     except OSError as error:
         raise InputError(f"teacher.class_map: {file} cannot be read ({error.strerror}); name a CSV or JSON") from error
     except (ValueError, KeyError, AttributeError, RecursionError, csv.Error) as error:
@@ -202,14 +211,15 @@ class _Places:
 
     def __init__(self, columns: int, labels: tuple[str, ...] | None, file: str | None) -> None:
         self._columns, self._file = columns, file
-        self._by_name = {name: column for column, name in enumerate(labels or ())}
+        self._by_name: dict[str, list[int]] = {}
         self._by_word: dict[str, list[int]] = {}
-        if labels is not None and all(re.fullmatch(r"n\d{8}", name) for name in labels):
-            info = ImageNetInfo()
-            for column, name in enumerate(labels):
-                description = info.label_name_to_description(name)
-                for word in {description, *description.split(",")}:
-                    self._by_word.setdefault(_plain(word), []).append(column)
+        are_wordnet = labels is not None and all(re.fullmatch(r"n\d{8}", name) for name in labels)
+        info = ImageNetInfo()
+        for column, name in enumerate(labels or ()):
+            self._by_name.setdefault(name, []).append(column)
+            description = info.label_name_to_description(name) if are_wordnet else name
+            for word in {_plain(word) for word in (description, *description.split(","))}:
+                self._by_word.setdefault(word, []).append(column)
 
     def find(self, name: str, entry: int | str) -> int:
         """Return the column that `entry` names.
@@ -223,14 +233,13 @@ class _Places:
                     f"teacher.class_map: column {entry} of {name!r} in {self._file} is not below {self._columns}"
                 )
             return entry
-        if entry in self._by_name:
-            return self._by_name[entry]
-        found = self._by_word.get(_plain(entry), [])
+        found = self._by_name.get(entry) or self._by_word.get(_plain(entry), [])
         if len(found) == 1:
             return found[0]
         if found:
+            where = f" in {self._file}" if self._file else ", its own,"
             raise InputError(
-                f"teacher.class_map: {entry!r} of {name!r} in {self._file} is the name of columns "
+                f"teacher.class_map: {entry!r} of {name!r}{where} is the name of columns "
                 f"{' and '.join(map(str, found))}; write the number"
             )
         raise InputError(
