@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -18,6 +19,8 @@ from deit_kd.files import write_atomically
 from deit_kd.models import tensors_hash
 
 BEST = "best.safetensors"  # beside the newest ones, the checkpoint of the best epoch
+
+DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 Tree = Any  # nested dicts and lists of tensors and JSON values
 
@@ -30,8 +33,9 @@ def _flatten(tree: Tree, name: str, tensors: dict[str, Tensor]) -> Tree:
     if isinstance(tree, dict):
         return {"dict": [[key, _flatten(value, f"{name}.{key}", tensors)] for key, value in tree.items()]}
     if isinstance(tree, list | tuple):
-        return [_flatten(value, f"{name}.{index}", tensors) for index, value in enumerate(tree)]
-    return tree
+        values = [_flatten(value, f"{name}.{index}", tensors) for index, value in enumerate(tree)]
+        return {"tuple": values} if isinstance(tree, tuple) else values
+    return {"dtype": str(tree)} if isinstance(tree, torch.dtype) else tree
 
 
 def _unflatten(tree: Tree, tensors: dict[str, Tensor]) -> Tree:
@@ -40,6 +44,10 @@ def _unflatten(tree: Tree, tensors: dict[str, Tensor]) -> Tree:
     if isinstance(tree, dict):
         if "tensor" in tree:
             return tensors[tree["tensor"]]
+        if "tuple" in tree:
+            return tuple(_unflatten(value, tensors) for value in tree["tuple"])
+        if "dtype" in tree:
+            return DTYPES[tree["dtype"]]
         return {key: _unflatten(value, tensors) for key, value in tree["dict"]}
     return tree
 
@@ -71,17 +79,20 @@ def _write(folder: Path, step: int, skeleton: str, tensors: dict[str, Tensor], k
     metadata = {"parts": skeleton, "digest": _digest(skeleton, tensors)}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:09d}.safetensors"
-    write_atomically(path, save(tensors, metadata))
-    if is_best:
-        aside = folder / f".{BEST}.partial"
+    if is_best:  # which is there first: a run that goes on from the step does not find it the best anew
+        write_atomically(folder / BEST, save(tensors, metadata))
+        aside = folder / f".{path.name}.partial"
         aside.unlink(missing_ok=True)
         try:
-            os.link(path, aside)
+            os.link(folder / BEST, aside)
         except OSError:  # a file system without links
-            shutil.copyfile(path, aside)
-        os.replace(aside, folder / BEST)
-    for old in sorted(folder.glob("step-*.safetensors"))[:-keep]:
-        old.unlink()
+            shutil.copyfile(folder / BEST, aside)
+        os.replace(aside, path)
+    else:
+        write_atomically(path, save(tensors, metadata))
+    # Those of later steps were damaged when the run went on from before them.
+    for old in sorted(other for other in folder.glob("step-*.safetensors") if other.name <= path.name)[:-keep]:
+        old.unlink(missing_ok=True)
     return path
 
 

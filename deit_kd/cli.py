@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from deit_kd.config import build_parser, parse_config
-from deit_kd.files import refusal
+from deit_kd.files import check_file_to_be, refusal
 from deit_kd.interfaces import InputError, Stopped, nearest, printable
 from deit_kd.stopping import handlers, stop_at_once
 
@@ -89,7 +89,7 @@ def _plot(arguments: Arguments) -> None:
     given = _parse(parser, arguments)
     from deit_kd.jobs.plot import plot
 
-    plot([Path(run) for run in given["runs"]], None if given["to"] is None else Path(given["to"]))
+    plot([Path(run) for run in given["runs"]], _named_file("--to", given["to"]))
 
 
 def _export(arguments: Arguments) -> None:
@@ -113,8 +113,22 @@ def _bench(arguments: Arguments) -> None:
     config, others = parse_config(arguments, parser)
     from deit_kd.jobs.bench import bench
 
-    json_file = None if others["json"] is None else Path(others["json"])
-    bench(config, others["rounds"], others["steps"], others["photos"], others["other_compile"], json_file)
+    bench(
+        config,
+        others["rounds"],
+        others["steps"],
+        others["photos"],
+        others["other_compile"],
+        _named_file("--json", others["json"]),
+    )
+
+
+def _named_file(option: str, path: str | None) -> Path | None:
+    """Return the file that an option names, once it is known that it can be written."""
+    if path is None:
+        return None
+    check_file_to_be(option, Path(path))
+    return Path(path)
 
 
 def _run_list_parser(program: str, runs: str) -> ArgumentParser:
@@ -143,7 +157,7 @@ def _data(arguments: Arguments) -> int:
     from deit_kd.jobs.data import available_cores, check_data
     from deit_kd.jobs.parts import build_splits
 
-    json_file = None if others["json"] is None else Path(others["json"])
+    json_file = _named_file("--json", others["json"])
     return 0 if check_data(build_splits(config), available_cores(), json_file) else 1
 
 

@@ -7,9 +7,9 @@ import datetime
 import os
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from torch import Tensor
 from deit_kd.interfaces import InputError, Stopped
 
 SECONDS_TO_MEET = 600.0
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,20 @@ class Processes:
         """Wait for all the others."""
         if self.count > 1:
             dist.barrier()
+
+
+def on_main(processes: Processes, act: Callable[[], Answer]) -> Answer | None:
+    """Let the main process `act` while the others wait; what it refuses, all of them refuse."""
+    answer, refusal = None, None
+    if processes.is_main:
+        try:
+            answer = act()
+        except InputError as error:
+            refusal = str(error)
+    refusal = processes.share(refusal)
+    if refusal is not None:
+        raise InputError(refusal)
+    return answer
 
 
 def pick_device(name: str) -> torch.device:

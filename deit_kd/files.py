@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,62 @@ def refusal(error: OSError) -> InputError | None:
     return InputError(f"{error.filename or 'a file'}: {error.strerror}; {CURES[error.errno]}; what was finished stays")
 
 
+def check_file_to_be(key: str, file: Path) -> None:
+    """Raise an InputError unless `file` can be written where it is named."""
+    if not file.absolute().parent.is_dir():
+        raise InputError(f"{key}: {file.parent} is no folder; make it, or name another file")
+    check_writable(key, file.parent)
+
+
 def check_writable(key: str, folder: Path) -> None:
     """Raise an InputError unless `folder`, which need not be there yet, can be written to."""
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"{key}: {folder} cannot be written ({place} is read-only here); name another folder")
+
+
+LOCK = ".lock"
+_held: set[Path] = set()
+
+
+@contextmanager
+def held(folder: Path, said: str) -> Iterator[None]:
+    """Be the only one who writes to `folder`, which is made if need be, and unmade where nothing was written to it.
+
+    A process that dies lets go, whatever children outlive it. Where the system knows no locks, everybody is let in.
+
+    Args:
+        folder: of a run or a store.
+        said: the message of the error.
+
+    Raises:
+        InputError: another process, or this one, holds it.
+    """
+    made = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder.resolve()
+    if place in _held:  # to open the file again, and close it, would let go of it
+        raise InputError(said)
+    with open(place / LOCK, "a") as file:
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(said) from error
+        except (ImportError, OSError):  # a file system without locks
+            pass
+        _held.add(place)
+        try:
+            yield
+        finally:
+            _held.remove(place)
+            if made and os.listdir(place) == [LOCK]:
+                (place / LOCK).unlink()
+                for empty in made:
+                    if os.listdir(empty):
+                        break
+                    empty.rmdir()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

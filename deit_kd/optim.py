@@ -46,10 +46,13 @@ def build_optimizer(
     if name in ("adam", "adamw", "sgd", "nesterov", "momentum"):
         arguments.setdefault("fused", True)
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model, opt=name, lr=lr * scale, weight_decay=weight_decay, layer_decay=layer_decay, **arguments
         )
-    except (AssertionError, TypeError, ValueError) as error:
+        if getattr(optimizer, "is_second_order", False):
+            raise ValueError("it needs second derivatives, which a step here does not make")
+        return optimizer
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or ["timm refuses it"])[0]
         raise InputError(
             f"optim.name: {name!r} with {args} cannot be built ({reason}); use adamw, sgd or lamb"

@@ -310,7 +310,7 @@ class DataErrors:
 
     def _write(self, new: list[dict[str, Any]]) -> None:
         if not self._file.parent.is_dir():
-            return  # a run has no folder until its teacher was met
+            return  # a dry run has no folder
         if self._is_cut_back:
             with open(self._file, "a") as file:
                 file.write(_as_text(new))

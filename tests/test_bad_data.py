@@ -6,6 +6,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_sharer
@@ -28,7 +31,16 @@ from deit_kd.interfaces import InputError, Missing
 from deit_kd.store import VALIDATION, LabelStore, epoch_part
 from deit_kd.store.record import is_missing
 from deit_kd.tracking import DataErrors
-from tests.conftest import ONE_PROCESS, array_photos, folder_splits, records, tiny, tiny_student, training_loader
+from tests.conftest import (
+    ONE_PROCESS,
+    REPOSITORY,
+    array_photos,
+    folder_splits,
+    records,
+    tiny,
+    tiny_student,
+    training_loader,
+)
 from tests.test_bad_input import refused
 from tests.test_engine import make_batch, pixel_teacher, trainer
 from tests.test_processes import torchrun
@@ -262,12 +274,13 @@ def test_more_than_max_errors_end_the_run_and_are_listed(
     assert len(listed) > 4
 
 
-def test_too_many_in_validation_are_refused_before_anything_is_written(
+def test_too_many_in_validation_are_refused_before_anything_but_their_list_is_written(
     bad_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {**SKIP, "data__max_errors": 1}
     assert "data.max_errors: 2 photos" in refused(["train", *tiny(bad_root, tmp_path / "run", **options)], capsys)
-    assert not (tmp_path / "run").exists()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "data_errors.jsonl"}
+    assert len(errors(tmp_path / "run")) == 2
 
 
 def test_a_resumed_run_lists_each_view_once_and_ends_as_the_unbroken_one(bad_root: Path, tmp_path: Path) -> None:
@@ -353,6 +366,15 @@ def stored(bad_root: Path, tmp_path: Path) -> LabelStore:
     options = tiny(bad_root, tmp_path / "unused", **STORED)
     assert main(["store", "build", *options, "--store", str(tmp_path / "store")]) == 0
     return LabelStore(tmp_path / "store")
+
+
+def test_a_store_of_hard_labels_with_marks_is_read_and_recorded_on(bad_root: Path, tmp_path: Path) -> None:
+    options = {**STORED, "distill__kind": "hard", "teacher__store": str(tmp_path / "store")}
+    recipe = tiny(bad_root, tmp_path / "online", **options, teacher__store_mode="record")
+    assert main(["train", *recipe]) == 0
+    assert main(["train", *tiny(bad_root, tmp_path / "stored", **options)]) == 0
+    assert heads(tmp_path / "online") == heads(tmp_path / "stored")
+    assert main(["store", "build", *recipe, "--store", str(tmp_path / "store")]) == 0
 
 
 def test_a_store_marks_what_it_could_not_ask_and_its_run_is_the_online_one(
@@ -499,6 +521,28 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch_is_told_as_one_that_died
     with pytest.raises(RuntimeError) as raised:
         list(training_loader(array_photos(24), dying, batch_size=4, workers=1).batches(0))
     assert "data.workers: DataLoader worker" in str(lost_worker(raised.value))
+
+
+def program(*arguments: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-u", str(REPOSITORY / "train.py"), *arguments]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_program_that_refuses_a_photo_ends_though_it_has_workers(bad_root: Path, tmp_path: Path) -> None:
+    with program(*tiny(bad_root, tmp_path / "run", data__workers=2, distill__kind="none")) as running:
+        _, said = running.communicate(timeout=120)
+    assert running.returncode == 2
+    assert said.count("\n") == 1
+
+
+def test_a_program_that_is_told_to_stop_ends_though_it_has_workers(photos_root: Path, tmp_path: Path) -> None:
+    with program(*tiny(photos_root, tmp_path / "run", data__workers=2, train__epochs=2000)) as running:
+        assert running.stdout is not None
+        next(line for line in running.stdout if "step 2/" in line)
+        running.send_signal(signal.SIGTERM)
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 143
+    assert said.startswith("stopped by SIGTERM; the checkpoint of step ")
 
 
 def test_evaluation_leaves_out_the_same_photos_as_training_did(bad_root: Path, tmp_path: Path) -> None:

@@ -199,6 +199,8 @@ RUN_CASES = [
     (["predict", "RUN", "PHOTO", "--head", "second"], "second"),
     (["predict", "RUN"], "files"),
     (["predict", "RUN", "PHOTO", "--csv", "nowhere/out.csv"], "nowhere/out.csv"),
+    (["plot", "RUN", "--to", "nowhere/out.png"], "--to: nowhere is no folder; make it, or name another file"),
+    (["data", "check", "PHOTO/../..", "--json", "nowhere/f.json"], "--json: nowhere is no folder"),
 ]
 
 

@@ -125,6 +125,25 @@ def test_the_best_stays_when_newer_ones_push_it_out(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / BEST)["step"] == 4
 
 
+def test_a_damaged_checkpoint_of_a_later_step_pushes_nothing_out(tmp_path: Path) -> None:
+    (tmp_path / "step-000000240.safetensors").write_bytes(b"half")
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=1)
+    assert newest_checkpoint(tmp_path)[0]["step"] == 3
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_best_is_there_before_the_step_that_knows_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    save_checkpoint(tmp_path, 1, {"step": 1}, keep=2)
+    monkeypatch.setattr("deit_kd.checkpoint.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 2, {"step": 2}, keep=2, is_best=True)
+    assert newest_checkpoint(tmp_path)[0]["step"] == 1
+
+
 def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path: Path) -> None:
     writer, weights = CheckpointWriter(tmp_path, keep=3), torch.zeros(1000, 1000)
     for step in range(3):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from deit_kd import InputError
+from deit_kd.checkpoint import load_checkpoint, save_checkpoint
 from deit_kd.optim import build_optimizer, build_schedule
 from tests.conftest import tiny_student
 
@@ -66,7 +69,42 @@ def test_timms_optimisers_go_by_name(name: str) -> None:
     assert name in type(optimizer(name=name)).__name__.lower()
 
 
-@pytest.mark.parametrize("options", [{"name": "adamq"}, {"args": {"no_such": 1}}, {"args": {"betas": (2, 3)}}])
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
+@pytest.mark.parametrize("name", ["adamw", "adafactorbv", "kron", "sgd"])
+def test_an_optimiser_goes_on_from_its_checkpoint(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    twin = copy.deepcopy(layer)
+    built, other = (
+        build_optimizer(model, name=name, lr=1e-3, lr_reference_batch=0, weight_decay=0.1, args={}, batch_size=8)
+        for model in (layer, twin)
+    )
+    for step in range(4):
+        if step == 2:
+            path = save_checkpoint(tmp_path, 2, {"optimizer": built.state_dict(), "model": layer.state_dict()}, keep=1)
+            state = load_checkpoint(path)
+            other.load_state_dict(state["optimizer"])
+            twin.load_state_dict(state["model"])
+        for model, its in ((layer, built), (twin, other))[: 1 + (step >= 2)]:
+            its.zero_grad()
+            model(torch.ones(4, 3)).square().sum().backward()
+            torch.manual_seed(step)  # kron draws
+            its.step()
+    if name != "kron":  # which draws from a generator of its own
+        assert torch.equal(layer.weight, twin.weight)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "adamq"},
+        {"name": "adahessian"},
+        {"args": {"no_such": 1}},
+        {"args": {"betas": (2, 3)}},
+        {"args": {"betas": [0.9]}},
+        {"args": {"foreach": True}},
+    ],
+)
 def test_an_optimiser_that_cannot_be_is_refused_in_one_line(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"^optim\.name: ") as caught:
         optimizer(**options)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from deit_kd.checkpoint import BEST, load_checkpoint
 from deit_kd.cli import main
@@ -181,6 +182,28 @@ def test_resume_auto_without_an_output_goes_on_with_the_newest_run(
     assert main(["train", *arguments, "--resume", "auto"]) == 0
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["mine-1", "mine-2"]
     assert "continued from step 6; writes runs/mine-2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output", ["run", "other"])
+def test_what_a_run_writes_is_its_own_from_the_teachers_fit_on(output: str, finished: Finished, tmp_path: Path) -> None:
+    arguments = elsewhere(finished, tmp_path)
+    refused: list[subprocess.CompletedProcess[str]] = []
+
+    def another(*_: object) -> None:
+        if not refused:  # while the teacher, which both would fit, is being fitted
+            words = [sys.executable, "train.py", *arguments, "--output", str(tmp_path / output), "--resume", "auto"]
+            refused.append(subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False))
+
+    hook = register_optimizer_step_pre_hook(another)
+    try:
+        assert main(["train", *arguments]) == 0
+    finally:
+        hook.remove()
+    assert refused[0].returncode == 2
+    assert f"{'run' if output == 'run' else 'teachers/'}" in refused[0].stderr
+    assert refused[0].stderr.count("is being written by another run") == refused[0].stderr.count("\n") == 1
+    assert not (tmp_path / "other").exists()
+    assert_same_end(finished, tmp_path)
 
 
 def test_starting_from_weights_is_not_resuming(finished: Finished, photos_root: Path, tmp_path: Path) -> None:

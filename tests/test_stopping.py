@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,12 +47,12 @@ def signal_in_step(number: int, step: int) -> Iterator[None]:
 
 @contextmanager
 def signal_in_evaluation(number: int) -> Iterator[None]:
-    """Send a signal to this process when a student is asked for the first time in eval."""
+    """Send a signal to this process when a student is asked about a batch for the first time in eval."""
     sent = False
 
-    def look(module: nn.Module, _: object) -> None:
+    def look(module: nn.Module, inputs: Any) -> None:
         nonlocal sent
-        if isinstance(module, TimmStudent) and not module.training and not sent:
+        if isinstance(module, TimmStudent) and not module.training and len(inputs[0]) > 1 and not sent:
             sent = True
             os.kill(os.getpid(), number)
 
@@ -102,6 +103,16 @@ def test_a_signal_in_an_evaluation_ends_it_and_the_epoch_is_scored_on_resume(
     assert main(["train", *arguments]) == 0
     kinds = [(record["kind"], record["step"]) for record in records(fit)]
     assert kinds == [(record["kind"], record["step"]) for record in records(next(finished.teachers.iterdir()))]
+
+
+def test_a_signal_while_a_finished_run_is_scored_again_changes_no_score(finished: Finished, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    before = (folder / "heads.json").read_text()
+    arguments = [*finished.arguments, "--output", str(folder), "--resume", "auto"]
+    with signal_in_evaluation(signal.SIGTERM):
+        assert main(["train", *arguments]) == 143
+    assert (folder / "heads.json").read_text() == before
 
 
 TWICE = """

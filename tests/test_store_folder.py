@@ -110,6 +110,17 @@ def test_a_recording_teacher_answers_as_the_other_one(tmp_path: Path) -> None:
     assert torch.equal(RecordingTeacher(Echo(), begin(tmp_path))(batch).logits, Echo()(batch).logits)
 
 
+def test_a_recording_teacher_keeps_nothing_of_a_batch_that_may_be_overwritten(tmp_path: Path) -> None:
+    store = begin(tmp_path)
+    recorder, ids = RecordingTeacher(Echo(), store), views(0, *range(VIEWS))
+    batch = view_batch(ids)
+    recorder(batch)
+    assert batch.view_ids is not None
+    batch.view_ids.zero_()
+    recorder.flush()
+    assert len(store.missing(epoch_part(0))) == 0
+
+
 def test_an_interrupted_epoch_goes_on_from_its_pieces(tmp_path: Path) -> None:
     store = begin(tmp_path)
     positions = torch.tensor([1, 5, 2])
@@ -202,8 +213,9 @@ def test_two_builders_cannot_write_to_one_folder(tmp_path: Path) -> None:
 
 def test_a_builder_that_was_killed_lets_go(tmp_path: Path) -> None:
     holder = (
-        "import os, signal, sys; from deit_kd.store import LabelStore\n"
-        "with LabelStore.lock(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, sys, time; from deit_kd.store import LabelStore\n"
+        "with LabelStore.lock(sys.argv[1]): os.fork() == 0 and (time.sleep(20), os._exit(0)); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", holder, str(tmp_path)], check=False).returncode == -9
     with LabelStore.lock(tmp_path):

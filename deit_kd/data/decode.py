@@ -57,7 +57,10 @@ def load_image(path: Path, before: Stamp | None = None) -> Image.Image:
         with open(path, "rb") as file:
             found = os.fstat(file.fileno())
             if before is not None and before != (found.st_size, found.st_mtime_ns):
-                raise InputError(f"{path}: was changed while it was in use; go on with --resume auto if that was meant")
+                raise InputError(
+                    f"{path}: was changed while it was in use; put it back and go on with --resume auto, or "
+                    "begin another output"
+                )
             return _as_rgb(Image.open(file))
     except InputError:
         raise

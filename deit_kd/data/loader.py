@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing.util
 import os
 import signal
 import time
@@ -59,6 +61,7 @@ class Sight:
 
 SECONDS_FOR_A_BATCH = 600.0  # then its worker hangs, as one does that finds no shared memory
 SECONDS_TO_LEARN_OF_A_DEATH = 2.0
+SECONDS_TO_END = 0.4
 
 
 class Views(Dataset[Example]):
@@ -108,6 +111,23 @@ def lost_worker(error: RuntimeError) -> InputError | None:
         f"data.workers: {said.rstrip('. ')}; if memory ran out, use fewer, then go on with --resume auto: what was "
         "saved stays"
     )
+
+
+def _end_workers() -> None:
+    """End the workers of loaders that an error holds on to, before multiprocessing waits for them for ever.
+
+    It asks them by SIGTERM, which they leave to the process that trains.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for an accident
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(SECONDS_TO_END / len(children))
+        child.kill()
+
+
+atexit.register(_end_workers)  # after multiprocessing's own, and so before it
 
 
 def _serve(worker: int) -> None:

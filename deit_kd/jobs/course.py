@@ -89,7 +89,10 @@ class Course:
             raise
         finally:
             self.checkpoints.wait()
-        return self.scores or self._score()
+        if not self.scores:  # all steps were done before
+            self.scores = self._score()
+            self._stop_if_asked()
+        return self.scores
 
     def _after_step(self, step: int, result: StepResult) -> None:
         train, progress = self.run.config.train, self.progress
@@ -151,7 +154,7 @@ class Course:
             raise InputError(
                 f"train: the last {self.progress.bad_in_a_row} steps had no finite gradient and were left out "
                 f"(train.max_bad_steps is {most}); the records bad_step of {run.folder / METRICS_FILE} name the views: "
-                f"lower optim.lr or set train.precision off, then continue with --resume auto"
+                f"lower optim.lr or set train.precision off, and begin another output"
             )
 
     def _end_epoch(self) -> None:
@@ -159,10 +162,9 @@ class Course:
         run, step = self.run, self.progress.step
         epoch = step // run.loader.steps_per_epoch - 1
         scores = self._score()
-        heard = [number for number in run.processes.gather(self.watch.signal) if number is not None]
-        self.progress.epoch_is_scored = not heard
-        if heard:
-            self._stop(heard[0])
+        self.progress.epoch_is_scored = False
+        self._stop_if_asked()
+        self.progress.epoch_is_scored = True
         self.scores = scores
         self.journal.record("epoch", step, {"epoch": epoch, **scores, "teacher": self.teacher_score})
         if run.processes.is_main:
@@ -200,6 +202,12 @@ class Course:
         if self.run.processes.is_main:
             self.checkpoints.save(self.progress.step, state, is_best)
         self._saved = time.monotonic()
+
+    def _stop_if_asked(self) -> None:
+        """Stop where any process has heard a signal, since an evaluation ends before its end then."""
+        heard = [number for number in self.run.processes.gather(self.watch.signal) if number is not None]
+        if heard:
+            self._stop(heard[0])
 
     def _stop(self, number: int) -> None:
         """Write a checkpoint and end the run, as the signal `number` asks.

@@ -13,7 +13,7 @@ from deit_kd.distributed import Processes
 from deit_kd.files import read_json, write_json
 from deit_kd.interfaces import InputError
 from deit_kd.jobs import parts
-from deit_kd.jobs.run import execute, prepare
+from deit_kd.jobs.run import claimed, execute, prepare
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.tracking import HEADS_FILE, say
 
@@ -34,11 +34,12 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
             say(f"teacher: found {folder}")
         return folder
     run = prepare(_fit_config(config, folder), processes, splits)
-    if processes.is_main:
-        say(f"teacher: fitting {config.teacher.name}{_why(key, folder)}")
-    execute(run)
-    if processes.is_main:
-        write_json(folder / KEY_FILE, key)
+    with claimed(run):
+        if processes.is_main:
+            say(f"teacher: fitting {config.teacher.name}{_why(key, folder)}")
+        execute(run)
+        if processes.is_main:
+            write_json(folder / KEY_FILE, key)
     return folder
 
 

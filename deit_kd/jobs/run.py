@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from deit_kd.checkpoint import CheckpointWriter, newest_checkpoint
 from deit_kd.config import Config, flat, read_recipe
 from deit_kd.data import Splits
-from deit_kd.distributed import Processes
+from deit_kd.distributed import Processes, on_main
 from deit_kd.engine import Distiller, Trainer, score_teacher
-from deit_kd.files import check_writable, write_atomically, write_json
+from deit_kd.files import LOCK, check_writable, held, write_atomically, write_json
 from deit_kd.interfaces import InputError, Student, Teacher
 from deit_kd.jobs import parts
 from deit_kd.jobs.course import Course, Run
@@ -45,7 +45,7 @@ from deit_kd.tracking import (
 RUNS = Path("runs")
 
 # What a run leaves that was killed before its first step.
-LEFTOVERS = {DATA_ERRORS_FILE, FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
+LEFTOVERS = {LOCK, DATA_ERRORS_FILE, FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
 
 # Keys that a run may be resumed with another value of: they do not change a result.
 FREE_ON_RESUME = {
@@ -92,6 +92,10 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
     splits = splits or parts.build_splits(config)
     if config.data.in_memory:  # here, so that a teacher's fit shares what was decoded
         splits = splits._replace(train=splits.train.in_memory(parts.skips(config)))
+    if len(splits.validation) < processes.count:
+        raise InputError(
+            f"data: {len(splits.validation)} validation images are fewer than {processes.count} processes; use fewer"
+        )
     loader = parts.build_training_loader(config, splits.train, processes)
     student = parts.build_student(config, splits.train.classes).to(processes.device)
     optimizer = parts.build_student_optimizer(config, student)
@@ -125,6 +129,19 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
             config, splits, folder, processes, first_step=0 if checkpoint is None else checkpoint["progress"]["step"]
         ),
     )
+
+
+@contextmanager
+def claimed(run: Run) -> Iterator[None]:
+    """Keep the folder of a prepared run from all others until it ends, while its teacher is fitted, too.
+
+    Raises:
+        InputError: another run has it.
+    """
+    busy = f"output: {run.folder} is being written by another run; wait for it, or name another folder"
+    with ExitStack() as stack:
+        on_main(run.processes, lambda: stack.enter_context(held(run.folder, busy)))
+        yield
 
 
 def execute(

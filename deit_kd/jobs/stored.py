@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deit_kd.config import Config, flat
 from deit_kd.data import Photos, Splits, TrainingLoader
-from deit_kd.distributed import Processes
+from deit_kd.distributed import Processes, on_main
 from deit_kd.engine import score_teacher
 from deit_kd.interfaces import Batch, InputError, TeacherOutput
 from deit_kd.jobs import parts
@@ -292,20 +292,6 @@ def fill_epoch(
     errors.tell()
     processes.wait()
     on_main(processes, lambda: store.finish(epoch_part(epoch)))
-
-
-def on_main(processes: Processes, act: Callable[[], Answer]) -> Answer | None:
-    """Let the main process `act` while the others wait; what it refuses, all of them refuse."""
-    answer, refusal = None, None
-    if processes.is_main:
-        try:
-            answer = act()
-        except InputError as error:
-            refusal = str(error)
-    refusal = processes.share(refusal)
-    if refusal is not None:
-        raise InputError(refusal)
-    return answer
 
 
 def open_store(folder: str) -> LabelStore:

@@ -8,7 +8,7 @@ from deit_kd.config import Config
 from deit_kd.distributed import finish, start
 from deit_kd.jobs.course import Run
 from deit_kd.jobs.fit import online_teacher
-from deit_kd.jobs.run import execute, prepare
+from deit_kd.jobs.run import claimed, execute, prepare
 from deit_kd.jobs.stored import recording, stored_teacher
 from deit_kd.store import StoredTeacher
 from deit_kd.teachers import NetworkTeacher
@@ -23,12 +23,13 @@ def train(config: Config) -> dict[str, Any]:
     processes = start(config.train.device, config.train.timeout_seconds)
     try:
         run = prepare(config, processes)
-        heads = _learn(run)
-        if config.evaluate.report:
-            # Imported here so that training need not wait for the plotting library.
-            from deit_kd.jobs.report import write_report
+        with claimed(run):
+            heads = _learn(run)
+            if config.evaluate.report:
+                # Imported here so that training need not wait for the plotting library.
+                from deit_kd.jobs.report import write_report
 
-            write_report([run.folder], None, processes)
+                write_report([run.folder], None, processes)
         return heads
     finally:
         finish()

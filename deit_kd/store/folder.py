@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,14 +19,13 @@ from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from deit_kd.files import checked, read_json, write_atomically, write_json
+from deit_kd.files import checked, held, read_json, write_atomically, write_json
 from deit_kd.interfaces import InputError
 from deit_kd.models import tensors_hash
 from deit_kd.store.record import Record, is_missing, is_whole
 
 FORMAT = 1
 MANIFEST = "store.json"
-LOCK = ".lock"
 VALIDATION = "validation"
 
 Columns = dict[str, Tensor]
@@ -273,24 +272,16 @@ class LabelStore:
     @staticmethod
     @contextmanager
     def lock(folder: str | Path) -> Iterator[None]:
-        """Be the only one who writes to `folder`, which is made if need be; a process that dies lets go.
+        """Be the only one who writes to `folder`, see `held`.
 
         Raises:
             InputError: somebody else writes to it.
         """
-        import fcntl  # not on Windows, where stores can only be read
-
         place = Path(folder).expanduser()
-        with _said_clearly(place):
-            place.mkdir(parents=True, exist_ok=True)
-            file = open(place / LOCK, "a")  # noqa: SIM115 - the block below closes it
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InputError(
-                    f"teacher.store: {folder} is being written by another process; wait for it, or name another folder"
-                ) from error
+        busy = f"teacher.store: {folder} is being written by another process; wait for it, or name another folder"
+        with ExitStack() as stack:
+            with _said_clearly(place):
+                stack.enter_context(held(place, busy))
             yield
 
     def missing(self, part: str) -> np.ndarray:

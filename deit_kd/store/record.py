@@ -92,8 +92,8 @@ class Record:
         return share[:, None].repeat(1, self.classes).scatter_(1, columns["classes"].long(), kept)
 
     def names_its_classes(self, columns: dict[str, Tensor]) -> bool:
-        """Return whether every class that a record names is one of the C."""
-        named = [columns[name] for name in ("label", "classes") if name in columns]
+        """Return whether every class that a record names is one of the C; one that is missing names none."""
+        named = [columns[name][~is_missing(columns)] for name in ("label", "classes") if name in columns]
         return all(bool(((column >= 0) & (column < self.classes)).all()) for column in named)
 
     def gap(self, columns: dict[str, Tensor], logits: Tensor) -> Tensor:

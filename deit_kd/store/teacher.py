@@ -66,7 +66,8 @@ class RecordingTeacher:
         """Answer `batch` as the other teacher does."""
         answer: TeacherOutput = self._teacher(batch)
         if batch.view_ids is not None:
-            self._kept.append((batch.view_ids, self.store.record.encode(answer.logits)))
+            view_ids = batch.view_ids.clone()  # not to keep a file open for each of a worker's tensors
+            self._kept.append((view_ids, self.store.record.encode(answer.logits)))
             if batch.missing:
                 marks = self.store.record.missing(len(batch.missing), answer.logits.device)
                 self._kept.append((batch.missing_ids(), marks))
