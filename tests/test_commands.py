@@ -37,8 +37,8 @@ def test_a_run_folder_holds_what_its_map_says(finished: Finished) -> None:
 
 
 def test_nothing_in_a_run_is_a_pickle(finished: Finished) -> None:
-    suffixes = {path.suffix for path in finished.folder.rglob("*") if path.is_file() and "tfevents" not in path.name}
-    assert suffixes == {".yaml", ".jsonl", ".json", ".safetensors"}
+    files = [path for path in finished.folder.rglob("*") if path.is_file() and "tfevents" not in path.name]
+    assert {path.suffix or path.name for path in files} == {".lock", ".yaml", ".jsonl", ".json", ".safetensors"}
 
 
 def test_config_yaml_is_the_resolved_recipe(finished: Finished) -> None:
