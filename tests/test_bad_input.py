@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from deit_kd.cli import main
+from deit_kd.config import parse_config
+from deit_kd.distributed import Processes
+from deit_kd.interfaces import InputError
+from deit_kd.jobs.run import prepare
 from tests.conftest import Finished, as_arguments, snapshot, tiny, write_photos
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -158,6 +163,13 @@ def test_folders_that_cannot_be(spoil: Any, expected: str, tmp_path: Path, capsy
 def test_a_class_of_one_image_cannot_be_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_photos(tmp_path / "photos", {"": 1})
     assert "has 1 image(s), too few to split" in refused(["train", *tiny(root, tmp_path / "run")], capsys)
+
+
+def test_a_process_without_a_validation_image_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
+    root = write_photos(tmp_path / "photos", {"train": 8, "validation": 1})
+    config, _ = parse_config(tiny(root, tmp_path / "run", augment__mixup=0, augment__cutmix=0))
+    with pytest.raises(InputError, match="data: 3 validation images are fewer than 4 processes; use fewer"):
+        prepare(config, Processes(0, 4, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
