@@ -535,6 +535,27 @@ def test_a_program_that_refuses_a_photo_ends_though_it_has_workers(bad_root: Pat
     assert said.count("\n") == 1
 
 
+INTERRUPTED_AT_ITS_END = """
+import os, runpy, signal
+from multiprocessing.popen_fork import Popen
+terminate, sent = Popen.terminate, []
+def interrupted(worker):
+    if not sent:
+        sent.append(worker)
+        os.kill(os.getpid(), signal.SIGINT)
+    terminate(worker)
+Popen.terminate = interrupted
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_an_interrupt_while_workers_are_ended_leaves_none(bad_root: Path, tmp_path: Path) -> None:
+    arguments = tiny(bad_root, tmp_path / "run", data__workers=2, distill__kind="none")
+    words = [sys.executable, "-c", INTERRUPTED_AT_ITS_END, *arguments]
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 2
+
+
 def test_a_program_that_is_told_to_stop_ends_though_it_has_workers(photos_root: Path, tmp_path: Path) -> None:
     with program(*tiny(photos_root, tmp_path / "run", data__workers=2, train__epochs=2000)) as running:
         assert running.stdout is not None

@@ -119,6 +119,7 @@ def _end_workers() -> None:
     It asks them by SIGTERM, which they leave to the process that trains.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for an accident
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second interrupt would end this, and leave the waiting
     children = [child for child in multiprocessing.active_children() if child.daemon]
     for child in children:
         child.terminate()
