@@ -33,8 +33,10 @@ def refusal(error: OSError) -> InputError | None:
 
 def check_file_to_be(key: str, file: Path) -> None:
     """Raise an InputError unless `file` can be written where it is named."""
+    if file.is_dir():
+        raise InputError(f"{key}: {file} is a folder; name a file")
     if not file.absolute().parent.is_dir():
-        raise InputError(f"{key}: {file.parent} is no folder; make it, or name another file")
+        raise InputError(f"{key}: {file.parent} is no folder; make it, or name another file than {file}")
     check_writable(key, file.parent)
 
 

@@ -14,7 +14,7 @@ from deit_kd.config import Config
 from deit_kd.data import load_image
 from deit_kd.distributed import finish, start
 from deit_kd.engine import autocast
-from deit_kd.files import write_atomically
+from deit_kd.files import check_file_to_be, write_atomically
 from deit_kd.interfaces import InputError, head_probabilities, printable
 from deit_kd.jobs import parts
 from deit_kd.jobs.sources import load_student, open_source
@@ -42,8 +42,8 @@ def predict(folder: Path, config: Config, files: list[Path], head: str, csv_file
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise InputError(f"{missing[0]}: is no file; name image files")
-    if csv_file is not None and (csv_file.is_dir() or not csv_file.parent.is_dir()):
-        raise InputError(f"--csv: {csv_file} cannot be written; name a file in a folder that is there")
+    if csv_file is not None:
+        check_file_to_be("--csv", csv_file)
     processes = start(config.train.device)
     try:
         choose_attention(config.train.attention, processes.device)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,8 +63,6 @@ NOT_IN_IDENTITY = {
     "teacher.store_mode",
     "teacher.store_top",
 }
-
-Answer = TypeVar("Answer")
 
 
 def stored_teacher(run: Run) -> StoredTeacher:

@@ -149,9 +149,8 @@ def read_mapping(file: str) -> dict[str, list[int | str]]:
             loaded = json.loads(path.read_text(encoding="utf-8-sig"))
             pairs = [(name, entry) for name, value in loaded.items() for entry in _as_list(value)]
         else:
-            with open(
-                path, newline="", encoding="utf-8-sig"
-            ) as opened:  # Excel's begin with a mark of their bytes' order
+            # Excel's begin with a mark of their bytes' order.
+            with open(path, newline="", encoding="utf-8-sig") as opened:
                 rows = list(csv.DictReader(opened, skipinitialspace=True))
             pairs = [(row["class"], row["teacher"]) for row in rows]
             surplus = [row for row in rows if row.get(None)]
@@ -214,10 +213,10 @@ class _Places:
         self._by_name: dict[str, list[int]] = {}
         self._by_word: dict[str, list[int]] = {}
         are_wordnet = labels is not None and all(re.fullmatch(r"n\d{8}", name) for name in labels)
-        info = ImageNetInfo()
+        info = ImageNetInfo() if are_wordnet else None
         for column, name in enumerate(labels or ()):
             self._by_name.setdefault(name, []).append(column)
-            description = info.label_name_to_description(name) if are_wordnet else name
+            description = name if info is None else info.label_name_to_description(name)
             for word in {_plain(word) for word in (description, *description.split(","))}:
                 self._by_word.setdefault(word, []).append(column)
 
