@@ -62,6 +62,10 @@ class Data(Section):
     """folder of the validation split under root; where it is missing, the tree is split"""
     validation_fraction: float = Field(0.2, gt=0, lt=1)
     """share of each class to hold out where there is no validation split"""
+    folds: int | None = Field(None, ge=2)
+    """cross-validation: joins all photos and parts each class into so many folds, by the hash of the photos' names"""
+    fold: int | None = Field(None, ge=0)
+    """the fold to hold out, from 0; the others are trained on"""
     download: bool = False
     """let torchvision download the data to root"""
     image_size: int = Field(224, gt=0)
@@ -342,7 +346,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across(self) -> Config:
-        teacher = self.teacher
+        teacher, folds, fold = self.teacher, self.data.folds, self.data.fold
+        if folds is None and fold is not None:
+            raise ValueError(f"data.fold: {fold} is set, but data.folds is not; set both")
+        if folds is not None and (fold is None or fold >= folds):
+            raise ValueError(f"data.fold: {fold} is none of {folds} folds; set 0 to {folds - 1}")
         if self.distill.kind != "none" and teacher.random_weights and teacher.fit.epochs:
             raise ValueError("teacher.random_weights and teacher.fit.epochs exclude each other")
         if teacher.checkpoint is not None and teacher.fit.epochs:

@@ -178,6 +178,8 @@ def folder_splits(root: Path | None, **options: Any) -> Splits:
         "train_split": "train",
         "validation_split": "validation",
         "validation_fraction": 0.2,
+        "folds": None,
+        "fold": None,
         "download": False,
     }
     return build_splits(**{**base, **options})

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from deit_kd.data.digits import digits
 from deit_kd.data.downloads import cifar10, cifar100, imagenette
 from deit_kd.data.folder import folder
+from deit_kd.data.folds import one_fold
 from deit_kd.data.photos import Splits
 from deit_kd.interfaces import InputError, nearest
 
@@ -26,9 +27,13 @@ def build_splits(
     train_split: str,
     validation_split: str,
     validation_fraction: float,
+    folds: int | None,
+    fold: int | None,
     download: bool,
 ) -> Splits:
     """Return the training and the validation split of the dataset called `name`.
+
+    With `folds`, all its photos are joined, and `fold` of them is held out, see `one_fold`.
 
     Raises:
         InputError: the name is unknown, or the data are missing, empty, inconsistent or of one class.
@@ -44,4 +49,4 @@ def build_splits(
     )
     if len(splits.train.classes) < 2:
         raise InputError(f"data.root: {root} has one class, {splits.train.classes[0]!r}; add the folder of another")
-    return splits
+    return splits if folds is None or fold is None else one_fold(splits, folds, fold)

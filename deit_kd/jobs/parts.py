@@ -33,6 +33,8 @@ def build_splits(config: Config) -> Splits:
         train_split=section.train_split,
         validation_split=section.validation_split,
         validation_fraction=section.validation_fraction,
+        folds=section.folds,
+        fold=section.fold,
         download=section.download,
     )
 

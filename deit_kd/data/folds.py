@@ -1,0 +1,100 @@
+"""Cross-validation: which fold a photo lies in, stratified, by the hash of its name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from deit_kd.data.photos import Photos, Splits
+from deit_kd.interfaces import InputError
+
+
+def one_fold(splits: Splits, folds: int, fold: int) -> Splits:
+    """Join both splits and hold out one fold of all the photos; over all folds each photo is held out once.
+
+    Args:
+        splits: of a dataset.
+        folds: how many there are, at least 2.
+        fold: the one to hold out, from 0.
+
+    Raises:
+        InputError: a class has fewer photos than there are folds, or both splits hold the same photos.
+    """
+    photos, names = _joined(splits)
+    by_class: list[list[int]] = [[] for _ in photos.classes]
+    for index, label in enumerate(photos.labels):
+        by_class[label].append(index)
+    held_out = np.zeros(len(photos), dtype=bool)
+    for label, members in enumerate(by_class):
+        if len(members) < folds:
+            raise InputError(
+                f"data.folds: {folds} is more than the {len(members)} photo(s) of class {photos.classes[label]!r}; "
+                "use fewer folds, or add photos"
+            )
+        held_out[members] = np.array(deal([names[index] for index in members], folds)) == fold
+    return Splits(photos.subset(np.flatnonzero(~held_out).tolist()), photos.subset(np.flatnonzero(held_out).tolist()))
+
+
+def deal(names: Sequence[str], folds: int) -> list[int]:
+    """Return the fold of each photo of one class; the folds' sizes differ by one at most.
+
+    In the order of their hashes the photos go to the fold that their hash names or, where that is full, to the next
+    one with room. So a fold depends on the names of the class alone, and a photo that is added or removed moves fewer
+    than `folds` others, however many there are. None at all is out of reach: where nothing ever moves, a fold follows
+    from a photo's own name, and some classes would leave a fold empty. (To deal by rank would move most of them.)
+
+    Args:
+        names: of the photos, in any order.
+        folds: at least 1.
+    """
+    share, larger = divmod(len(names), folds)  # `larger` folds may still take one more than their share
+    hashes = [int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") for name in names]
+    sizes, dealt = [0] * folds, [0] * len(names)
+    for index in sorted(range(len(names)), key=hashes.__getitem__):
+        fold = hashes[index] % folds
+        while sizes[fold] >= share + (larger > 0):
+            fold = (fold + 1) % folds
+        larger -= sizes[fold] == share
+        sizes[fold] += 1
+        dealt[index] = fold
+    return dealt
+
+
+def _joined(splits: Splits) -> tuple[Photos, list[str]]:
+    """Return all photos, ordered by name, and what each is called within its split: that may move to the other."""
+    train, validation = splits
+    if train.root is not None and validation.root is not None and train.root != validation.root:
+        top = Path(os.path.commonpath([train.root.absolute(), validation.root.absolute()]))
+        train, validation = (_seen_from(top, photos) for photos in splits)
+    names, in_split = ([*part.train.names, *part.validation.names] for part in (Splits(train, validation), splits))
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(
+            f"data.validation_split: holds {twice[0]!r}, which is in the training split, too; name another folder"
+        )
+    photos = replace(
+        train,
+        names=names,
+        labels=[*train.labels, *validation.labels],
+        arrays=_concatenated(train.arrays, validation.arrays),
+        stamps=_concatenated(train.stamps, validation.stamps),
+    )
+    order = sorted(range(len(names)), key=names.__getitem__)
+    return photos.subset(order), [in_split[index] for index in order]
+
+
+def _concatenated(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    return None if first is None or second is None else np.concatenate([first, second])
+
+
+def _seen_from(top: Path, photos: Photos) -> Photos:
+    """Return photos on disk with names relative to `top`."""
+    assert photos.root is not None
+    folder = photos.root.absolute().relative_to(top)
+    return replace(photos, root=top, names=[(folder / name).as_posix() for name in photos.names])
