@@ -9,9 +9,10 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from deit_kd.config import build_parser, parse_config
+from deit_kd.config import build_parser, parse_config, read_options
 from deit_kd.files import check_file_to_be, refusal
 from deit_kd.interfaces import InputError, Stopped, nearest, printable
+from deit_kd.places import check_source, check_there, check_training, photos_root
 from deit_kd.stopping import handlers, stop_at_once
 
 Arguments = list[str]
@@ -23,6 +24,7 @@ def _train(arguments: Arguments) -> None:
         "--dry-run", action="store_true", help="two steps and one evaluation batch: memory, time, disk; writes nothing"
     )
     config, others = parse_config(arguments, parser)
+    check_training(config)
     if others["dry_run"]:
         from deit_kd.jobs.dry_run import dry_run
 
@@ -44,6 +46,7 @@ def _evaluate(arguments: Arguments) -> None:
     if _asks_for_help(arguments):
         parse_config(arguments, parser)
     source = _first_argument(arguments, parser)
+    _check_evaluation(read_options(arguments, parser))
     from deit_kd.jobs.evaluate import evaluate_source
     from deit_kd.jobs.sources import open_source
 
@@ -58,6 +61,15 @@ def _evaluate(arguments: Arguments) -> None:
         look_inside=others["diagnose"],
         images=others["images"],
     )
+
+
+def _check_evaluation(options: dict[str, Any]) -> None:
+    """Refuse what is misspelt or missing, before timm is asked what the student is."""
+    for student in (options["source"], options["against"]):
+        if student is not None:
+            check_source(student)
+    if options["data"]["root"] is not None and options["data"]["name"] == "folder":
+        photos_root(options["data"]["root"])
 
 
 def _predict(arguments: Arguments) -> None:
@@ -77,7 +89,7 @@ def _report(arguments: Arguments) -> None:
     parser = _run_list_parser("deit-kd report", "folders of finished runs")
     parser.add_argument("--to", type=str, default=None, help="folder for the page; RUN/report unless set")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:1")
-    given = _parse(parser, arguments)
+    given = _runs_given(parser, arguments)
     from deit_kd.jobs.report import report
 
     report([Path(run) for run in given["runs"]], None if given["to"] is None else Path(given["to"]), given["device"])
@@ -86,7 +98,7 @@ def _report(arguments: Arguments) -> None:
 def _plot(arguments: Arguments) -> None:
     parser = _run_list_parser("deit-kd plot", "folders of runs, finished or not")
     parser.add_argument("--to", type=str, default=None, help="PNG to write; RUN/curves.png unless set")
-    given = _parse(parser, arguments)
+    given = _runs_given(parser, arguments)
     from deit_kd.jobs.plot import plot
 
     plot([Path(run) for run in given["runs"]], _named_file("--to", given["to"]))
@@ -111,6 +123,7 @@ def _bench(arguments: Arguments) -> None:
     parser.add_argument("--other_compile", type=bool, default=False, help="the step with train.compile reversed, too")
     parser.add_argument("--json", type=str, default=None, help="file for the numbers")
     config, others = parse_config(arguments, parser)
+    check_training(config)
     from deit_kd.jobs.bench import bench
 
     bench(
@@ -137,11 +150,13 @@ def _run_list_parser(program: str, runs: str) -> ArgumentParser:
     return parser
 
 
-def _parse(parser: ArgumentParser, arguments: Arguments) -> dict[str, Any]:
+def _runs_given(parser: ArgumentParser, arguments: Arguments) -> dict[str, Any]:
     try:
         given: dict[str, Any] = parser.parse_args(arguments).as_dict()
     except ArgumentError as error:
         raise InputError(f"{str(error).splitlines()[0]}; see {parser.prog} --help") from error
+    for run in given["runs"]:
+        check_there("runs", run, "name the folder of a run")
     return given
 
 
@@ -151,13 +166,14 @@ def _data(arguments: Arguments) -> int:
     parser.add_argument("root", type=str, help="folder with one folder of images for each class")
     parser.add_argument("--json", type=str, default=None, help="file for the findings")
     config, others = parse_config(arguments, parser)
+    json_file = _named_file("--json", others["json"])
+    photos_root(others["root"])
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"name": "folder", "root": others["root"]})}
     )
     from deit_kd.jobs.data import available_cores, check_data
     from deit_kd.jobs.parts import build_splits
 
-    json_file = _named_file("--json", others["json"])
     return 0 if check_data(build_splits(config), available_cores(), json_file) else 1
 
 
@@ -177,6 +193,7 @@ def _store_build(arguments: Arguments) -> None:
     parser.add_argument("--epochs", type=int, default=None, help="view epochs to store; train.epochs unless set")
     parser.add_argument("--batch_size", type=int, default=256, help="images that each process asks for at a time")
     config, others = parse_config(arguments, parser)
+    check_training(config)
     from deit_kd.jobs.store import build
 
     build(config, others["store"], others["epochs"], others["batch_size"])
@@ -187,6 +204,8 @@ def _store_check(arguments: Arguments) -> None:
     parser.add_argument("folder", type=str, help="of the store")
     parser.add_argument("--samples", type=int, default=500, help="views to ask for again")
     config, others = parse_config(arguments, parser)
+    check_there("teacher.store", others["folder"], "make one with deit-kd store build")
+    check_training(config)
     from deit_kd.jobs.store import check
 
     check(config, others["folder"], others["samples"])
@@ -195,6 +214,7 @@ def _store_check(arguments: Arguments) -> None:
 def _store_info(arguments: Arguments) -> None:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise InputError(f"deit-kd store info: {' '.join(arguments) or 'nothing'} is given; name one store's folder")
+    check_there("teacher.store", arguments[0], "make one with deit-kd store build")
     from deit_kd.jobs.store import info
 
     info(arguments[0])

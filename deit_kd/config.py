@@ -20,11 +20,11 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from deit_kd.interfaces import InputError, nearest
 
 Statistics = tuple[float, float, float]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's, which takes seconds to import
 LARGEST_INTEGER = 2**63 - 1
 DEEPEST = 64  # sections and lists of a recipe within each other
 MOST_VALUES = 100_000  # of a recipe, each as often as aliases repeat it
@@ -74,9 +74,9 @@ class Data(Section):
     """evaluation resizes the shorter side to image_size / crop_fraction, then crops the centre"""
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     """of resizing"""
-    mean: Statistics = IMAGENET_DEFAULT_MEAN
+    mean: Statistics = IMAGENET_MEAN
     """normalisation of the student's images, by channel"""
-    std: Statistics = IMAGENET_DEFAULT_STD
+    std: Statistics = IMAGENET_STD
     """normalisation of the student's images, by channel"""
     in_memory: bool = False
     """decode every training photo once, at the start, and keep it in memory; the views are the same"""
@@ -479,18 +479,26 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]
     return keys
 
 
+def read_options(arguments: list[str], parser: ArgumentParser) -> dict[str, Any]:
+    """Return the options of a command line, each checked by itself.
+
+    Raises:
+        InputError: an unknown key, a wrong type or range, a recipe that is not there.
+    """
+    try:
+        options: dict[str, Any] = parser.parse_args(arguments).as_dict()
+    except (ArgumentError, ValueError) as error:
+        raise InputError(_one_line(str(error))) from error
+    return options
+
+
 def parse_config(arguments: list[str], parser: ArgumentParser | None = None) -> tuple[Config, dict[str, Any]]:
     """Return the checked config of a command line, and whatever else the parser was told to read.
 
     Raises:
-        InputError: an unknown key, a wrong type or range, a file that is not there.
+        InputError: what `read_options` refuses, or options that exclude each other.
     """
-    parser = parser or build_parser("deit-kd train")
-    try:
-        parsed = parser.parse_args(arguments)
-    except (ArgumentError, ValueError) as error:
-        raise InputError(_one_line(str(error))) from error
-    values = parsed.as_dict()
+    values = read_options(arguments, parser or build_parser("deit-kd train"))
     files = values.pop("config") or []
     others = {key: values.pop(key) for key in list(values) if key not in Config.model_fields}
     if files and values["recipe"] == Config.model_fields["recipe"].default:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the command line needs the errors, and does not wait for torch
+    import torch
+    from torch import Tensor
 
 
 class InputError(Exception):
@@ -76,6 +77,8 @@ class Batch(NamedTuple):
 
     def missing_ids(self) -> Tensor:
         """Return epoch and position [places - B, 2] of the training views that are missing."""
+        import torch
+
         return torch.tensor([(view.epoch, view.position) for view in self.missing], dtype=torch.long).reshape(-1, 2)
 
     def without(self, missing: Sequence[Missing]) -> Batch:
@@ -99,6 +102,8 @@ class Batch(NamedTuple):
 
 
 def _all_but(missing: Sequence[Missing], places: int) -> Tensor:
+    import torch
+
     gaps = {view.row for view in missing}
     return torch.tensor([row for row in range(places) if row not in gaps], dtype=torch.long)
 

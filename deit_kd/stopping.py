@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch.distributed as dist
-
-from deit_kd.distributed import Processes
 from deit_kd.interfaces import Stopped
+
+if TYPE_CHECKING:  # the command line needs the signals, and does not wait for torch
+    from deit_kd.distributed import Processes
 
 # What a shell calls a process that the signal ended; for SIGUSR1, which SLURM sends before the time is up, sysexits'
 # EX_TEMPFAIL: the job is fine, start it again.
@@ -91,6 +91,8 @@ class Watch:
         self._handlers = handlers(self._hear)
         self._handlers.__enter__()
         if self._processes.count > 1:
+            import torch.distributed as dist
+
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = dist.PrefixStore(self._prefix, store.clone() if hasattr(store, "clone") else store)
             self._thread.start()

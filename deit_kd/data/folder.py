@@ -9,6 +9,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 
 from deit_kd.data.photos import Photos, Splits, split_by_hash
 from deit_kd.interfaces import InputError
+from deit_kd.places import photos_root
 
 
 def folder(
@@ -27,11 +28,7 @@ def folder(
     Raises:
         InputError: the tree is missing or empty, a class has no images, or the splits' classes differ.
     """
-    if root is None:
-        raise InputError("data.root: is not set; name a folder with one folder of images for each class")
-    top = Path(root).expanduser()
-    if not top.is_dir():
-        raise InputError(f"data.root: {root} is not a folder; name a folder with one folder of images for each class")
+    top = photos_root(root)
     train_folder, validation_folder = top / train_split, top / validation_split
     if validation_folder.is_dir() and not train_folder.is_dir():
         raise InputError(f"data.train_split: {train_folder} is not a folder, though {validation_folder} is; name it")
@@ -48,9 +45,7 @@ def one_split(root: str | None, split: str) -> Photos:
     Raises:
         InputError: the folder is missing or empty, or a class has no images.
     """
-    if root is None:
-        raise InputError("data.root: is not set; name a folder with one folder of images for each class")
-    return _scan(Path(root).expanduser() / split)
+    return _scan(photos_root(root) / split)
 
 
 def _scan(split_folder: Path) -> Photos:

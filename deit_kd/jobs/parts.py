@@ -15,13 +15,12 @@ from deit_kd.engine import AUTOCAST_DTYPES
 from deit_kd.files import checked
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.optim import build_optimizer
+from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.students import TimmStudent
 from deit_kd.students import build_student as build_timm_student
 from deit_kd.teachers import EnsembleTeacher, FrozenTeacher, NetworkTeacher
 from deit_kd.teachers import build_teacher as build_frozen_teacher
 from deit_kd.tracking import CONFIG_FILE, DataErrors, read_facts
-
-TEACHER_OF_RUN = ":teacher"  # behind a run's folder: not its student but what that learned from
 
 
 def build_splits(config: Config) -> Splits:

@@ -27,10 +27,10 @@ from deit_kd.models import (
     load_weights,
     saved_config,
 )
+from deit_kd.places import LOCAL_DIR, check_source
 from deit_kd.students import TimmStudent
 from deit_kd.tracking import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, read_facts, say
 
-LOCAL_DIR = "local-dir:"
 WORDNET_ID = re.compile(r"n\d{8}")  # how timm calls the classes of its ImageNet models
 
 
@@ -100,8 +100,7 @@ def open_source(text: str) -> Source:
         return run._replace(name=f"{run.name}-{path.stem}", checkpoint=path)
     if path.is_file():
         return _from_file(path)
-    if text.startswith(LOCAL_DIR) or "/" in text or path.suffix in (".pth", ".safetensors"):
-        raise InputError(f"{text}: is not there; name a run, an exported folder, a file of weights or a timm model")
+    check_source(text)
     return _from_timm(text)
 
 

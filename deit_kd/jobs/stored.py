@@ -22,6 +22,7 @@ from deit_kd.jobs import parts
 from deit_kd.jobs.course import Run
 from deit_kd.jobs.fit import teacher_folder
 from deit_kd.models import load_weights, tensors_hash
+from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.store import (
     VALIDATION,
     LabelStore,
@@ -350,7 +351,7 @@ def _identity_without_teacher(config: Config, splits: Splits) -> dict[str, Any]:
     checkpoint = section.checkpoint
     if section.fit.epochs and (teacher_folder(config, splits) / HEADS_FILE).is_file():
         checkpoint = str(teacher_folder(config, splits))
-    if checkpoint is None or checkpoint.endswith(parts.TEACHER_OF_RUN):
+    if checkpoint is None or checkpoint.endswith(TEACHER_OF_RUN):
         return fields | _source(config, splits)
     return fields | {"teacher.weights": weights_hash(None, checkpoint)}
 
@@ -367,7 +368,7 @@ def _source(config: Config, splits: Splits) -> dict[str, str]:
 
 def weights_hash(teacher: NetworkTeacher | None, checkpoint: str | None) -> str:
     """Return a hash of the weights' file or, where they come from none, of the network."""
-    if checkpoint is None or checkpoint.endswith(parts.TEACHER_OF_RUN):
+    if checkpoint is None or checkpoint.endswith(TEACHER_OF_RUN):
         assert teacher is not None
         return tensors_hash(teacher.state_dict())
     state = load_weights("teacher.checkpoint", checkpoint).state

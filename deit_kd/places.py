@@ -1,0 +1,60 @@
+"""Whether what a command names is there, asked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deit_kd.config import Config
+from deit_kd.interfaces import InputError
+
+LOCAL_DIR = "local-dir:"
+TEACHER_OF_RUN = ":teacher"  # behind a run's folder: not its student but what that learned from
+
+
+def check_there(key: str, path: str, cure: str) -> None:
+    """Raise an InputError unless there is something at `path`."""
+    if not Path(path).expanduser().exists():
+        raise InputError(f"{key}: {path} is not there; {cure}")
+
+
+def photos_root(root: str | None) -> Path:
+    """Return the folder that ``data.root`` names.
+
+    Raises:
+        InputError: there is none.
+    """
+    if root is None:
+        raise InputError("data.root: is not set; name a folder with one folder of images for each class")
+    top = Path(root).expanduser()
+    if not top.is_dir():
+        raise InputError(f"data.root: {root} is not a folder; name a folder with one folder of images for each class")
+    return top
+
+
+def check_source(text: str) -> None:
+    """Raise an InputError where a student is named by a path and nothing is there; a timm model has no path."""
+    path = Path(text.removeprefix(LOCAL_DIR)).expanduser()
+    is_path = text.startswith(LOCAL_DIR) or "/" in text or path.suffix in (".pth", ".safetensors")
+    if is_path and not path.exists():
+        raise InputError(f"{text}: is not there; name a run, an exported folder, a file of weights or a timm model")
+
+
+def check_training(config: Config) -> None:
+    """Raise an InputError where training by `config` would look for a file or a folder that is not there."""
+    if config.data.name == "folder":
+        photos_root(config.data.root)
+    weights = {"student.checkpoint": config.student.checkpoint}
+    teacher = config.teacher
+    if config.distill.kind != "none":
+        if teacher.store is not None and teacher.store_mode == "read":
+            check_there("teacher.store", teacher.store, "make one with deit-kd store build")
+        else:
+            networks = {"teacher": teacher, **{f"teacher.members.{n}": one for n, one in enumerate(teacher.members)}}
+            for key, network in networks.items():
+                weights[f"{key}.checkpoint"] = network.checkpoint
+                if network.class_map is not None:
+                    check_there(f"{key}.class_map", network.class_map, "name a CSV or JSON file")
+    for key, path in weights.items():
+        if path is not None:
+            place = path.removeprefix(LOCAL_DIR).removesuffix(TEACHER_OF_RUN)
+            check_there(key, place, "name a .safetensors or .pth file, a local-dir or a finished run")
