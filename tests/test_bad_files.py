@@ -242,7 +242,7 @@ def test_what_a_terminal_would_obey_is_shown(text: str, stays: bool) -> None:
 
 def test_an_error_about_a_name_of_two_lines_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(["plot", str(tmp_path / "\x1b[2Jtwo\nlines")], capsys)
-    assert "\\x1b[2Jtwo\\nlines: has no records" in line
+    assert "\\x1b[2Jtwo\\nlines is not there" in line
 
 
 HOSTILE = ("<script>alert(1)", "[red]$x^$[bold]", "\x1b[31mred\nline", "`ls` ](javascript:1)", "'\"&amp;<svg>")

@@ -171,6 +171,13 @@ def nothing(folder: Path) -> list[str]:
     return ["plot", str(folder)]
 
 
+def of_one_name(folder: Path) -> list[str]:
+    runs = [folder / "a" / "x", folder / "b" / "x"]
+    for run in runs:
+        run.mkdir(parents=True)
+    return ["report", *map(str, runs)]
+
+
 def not_finished(folder: Path) -> list[str]:
     (folder / "config.yaml").write_text("{}")
     return ["report", str(folder)]
@@ -195,7 +202,7 @@ def with_record(line: str) -> Any:
         (not_finished, ["no finished run"]),
         (lambda folder: ["report"], ["required: runs", "deit-kd report --help"]),
         (lambda folder: ["report", str(folder), "--too", "x"], ["--too"]),
-        (lambda folder: ["report", str(folder / "a/x"), str(folder / "b/x")], ["same name"]),
+        (of_one_name, ["same name"]),
     ],
 )
 def test_what_cannot_be_reported_is_one_line(

@@ -530,7 +530,7 @@ def test_a_student_without_a_run_is_compared_with_a_stored_teacher(home: Home, h
         (["build", "--store", "S", "--epochs", "0"], "must be above 0"),
         (["build", "--teacher.store_mode", "record"], "teacher.store_mode: record needs a folder to fill"),
         (["check", "S"], "S is not there"),
-        (["check", "S", "--samples", "0"], "--samples: 0 is not above 0"),
+        (["check", ".", "--samples", "0"], "--samples: 0 is not above 0"),
         (["info"], "name one store's folder"),
         (["info", "S"], "S is not there"),
         (["biuld"], "nearest: build"),
