@@ -146,8 +146,8 @@ class Timm:
             device=self._device,
             verbose=False,
         )
-        if config.train.ema_decay:
-            task.setup_ema(decay=config.train.ema_decay, use_warmup=True)
+        if config.train.ema_decay != 0:
+            task.setup_ema(decay=config.train.ema_decay or 0.9998, use_warmup=True)
         optim = config.optim
         optimizer = create_optimizer_v2(
             student, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, **optim.args

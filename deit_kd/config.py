@@ -274,8 +274,8 @@ class Train(Section):
     """micro-batches an optimiser step"""
     precision: Literal["bf16", "fp16", "off"] = "bf16"
     """autocast"""
-    ema_decay: float = Field(0.99996, ge=0, lt=1)
-    """of the average of the weights, warmed up; 0 keeps none"""
+    ema_decay: float | None = Field(None, ge=0, lt=1)
+    """of the average of the weights, over 1 / (1 - decay) steps; null takes a twentieth of the run, 0 keeps none"""
     compile: bool = False
     """run the student through torch.compile"""
     attention: Literal["auto", "fused", "plain"] = "auto"

@@ -89,7 +89,24 @@ def build_schedule(
 
 
 class WeightAverage(ModelEmaV3):
-    """timm's exponential moving average of a model, which leaves out the steps that the optimiser left out."""
+    """timm's exponential moving average of a model, which leaves out the steps that the optimiser left out.
+
+    Its warm-up is the plain mean of all steps so far, until they are as many as the decay's `span`: from then on the
+    decay is the one that was asked for. (timm's own warm-up grows so slowly that the decay of a published recipe is
+    never reached.)
+
+    Args:
+        model: what is averaged.
+        decay: 0 to 1, of the average from one step to the next.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, decay=decay, use_warmup=True, warmup_gamma=1.0, warmup_power=1.0)
+
+    @property
+    def span(self) -> float:
+        """How many steps it averages over, and is warmed up for: ``1 / (1 - decay)``."""
+        return 1 / (1 - self.decay)
 
     @torch.no_grad()
     def follow(self, model: nn.Module, step: int, applied: Tensor) -> None:

@@ -8,6 +8,10 @@ import random
 import numpy as np
 import torch
 
+# What follows from a seed: which photo a position has, and what is random about a view. 2: the rounds of repeated
+# views are shuffled, a teacher's fit has views of its own, and a store's epochs show all photos equally often.
+VIEWS_VERSION = 2
+
 
 def derive(stream: str, *integers: int) -> int:
     """Return a 64-bit seed from the name of a stream and the integers that index it.

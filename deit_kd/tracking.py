@@ -63,6 +63,7 @@ class Facts(TypedDict):
 
     classes: list[str]
     data: dict[str, str]
+    views: NotRequired[int]
     teacher: TeacherFacts | None
 
 

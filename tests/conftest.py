@@ -111,13 +111,14 @@ FULL = {
     "teacher__min_top1": 0,  # two epochs of toy images: it is too young for the gate
     "teacher__fit__epochs": 2,
     "teacher__fit__batch_size": 12,
-    "teacher__fit__ema_decay": 0.9,
+    "teacher__fit__ema_decay": 0.75,
+    "teacher__fit__optim__lr": 4e-3,
     "teacher__fit__optim__warmup_epochs": 0,
     "distill__kind": "soft",
     "optim__clip_grad_norm": 1.0,
     "train__epochs": 2,
     "train__accumulation_steps": 2,
-    "train__ema_decay": 0.9,
+    "train__ema_decay": 0.8,
     "train__log_every_steps": 4,
     "train__checkpoint_every_steps": 2,
 }

@@ -21,7 +21,20 @@ from deit_kd import TimmStudent, head_probabilities
 from deit_kd.cli import main
 from deit_kd.config import Config
 from deit_kd.data import evaluation_transform, load_image
-from tests.conftest import CLASSES, FULL, MEAN, STD, Finished, assert_same_scores, evaluated, records, snapshot, tiny
+from deit_kd.jobs import parts
+from tests.conftest import (
+    CLASSES,
+    FULL,
+    MEAN,
+    ONE_PROCESS,
+    STD,
+    Finished,
+    assert_same_scores,
+    evaluated,
+    records,
+    snapshot,
+    tiny,
+)
 
 SCORE = {"top1", "top5", "nll"}
 SCORE_HEADS = ("cls", "dist", "fused")
@@ -45,6 +58,18 @@ def test_config_yaml_is_the_resolved_recipe(finished: Finished) -> None:
     config = Config.model_validate(yaml.safe_load((finished.folder / "config.yaml").read_text()))
     assert config.distill.temperature == 3.0
     assert config.augment.repeats == FULL["augment__repeats"]
+
+
+def test_the_student_sees_other_views_than_those_its_teacher_learned(finished: Finished, tmp_path: Path) -> None:
+    fit = Config.model_validate(yaml.safe_load((next(finished.teachers.iterdir()) / "config.yaml").read_text()))
+    own = Config.model_validate(yaml.safe_load((finished.folder / "config.yaml").read_text()))
+    alike = own.model_copy(update={"augment": fit.augment, "train": fit.train})
+    photos = parts.build_splits(own).train
+    taught, seen = (
+        [batch.images for batch in parts.build_training_loader(config, photos, ONE_PROCESS).batches(0)]
+        for config in (fit, alike)
+    )
+    assert not any(torch.equal(one, other) for one in torch.cat(taught) for other in torch.cat(seen))
 
 
 def test_heads_json_has_the_promised_keys(finished: Finished) -> None:
@@ -187,7 +212,7 @@ def test_a_fitted_teacher_is_found_again(
     ("options", "reason"),
     [
         (["--seed", "3"], "seed: 0 -> 3"),
-        (["--teacher.fit.optim.lr", "0.002"], "teacher.fit.optim.lr: 0.001 -> 0.002"),
+        (["--teacher.fit.optim.lr", "0.002"], "teacher.fit.optim.lr: 0.004 -> 0.002"),
         (["--data.mean", "[0.5, 0.5, 0.5]"], "mean: [0.485, 0.456, 0.406] -> [0.5, 0.5, 0.5]"),
         (["--data.image_size", "24"], "image_size: 16 -> 24"),
     ],
@@ -239,7 +264,7 @@ def test_a_run_on_bf16_with_everything_of_deits_recipe(photos_root: Path, tmp_pa
 
 
 def test_a_student_starts_from_another_runs_weights(finished: Finished, photos_root: Path, tmp_path: Path) -> None:
-    options = {"student__checkpoint": str(finished.folder), "optim__lr": 1e-12, "augment__mixup": 0}
+    options = {"student__checkpoint": str(finished.folder), "optim__lr": 1e-12, "optim__min_lr": 0, "augment__mixup": 0}
     heads = heads_of(tiny(photos_root, tmp_path / "run", **options), tmp_path / "run")
     for head in SCORE_HEADS:
         assert heads["heads"][head]["nll"] == pytest.approx(finished.heads["heads"][head]["nll"], rel=1e-3)

@@ -71,6 +71,22 @@ def test_the_store_is_as_large_as_said(photos_root: Path, tmp_path: Path) -> Non
     assert size - 1000 < needs.store < size
 
 
+@pytest.mark.parametrize(
+    ("decay", "line"),
+    [
+        (0.75, "average: over 4 steps, 66.7 % of the run's 6"),
+        (0.99, "warning: average: over 100 steps, 1666.7 % of the run's 6, so that it is the plain mean of all"),
+        ("null", "average: over 3 steps, 5.0 % of the run's 60"),
+    ],
+)
+def test_it_says_the_span_of_the_average(
+    decay: object, line: str, photos_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    epochs = 10 if decay == "null" else 1
+    main(["train", *tiny(photos_root, Path("run"), train__ema_decay=decay, train__epochs=epochs), "--dry-run"])
+    assert line in " ".join(capsys.readouterr().out.split())
+
+
 def test_what_the_run_would_be_refused_for_is_refused(
     finished: Finished, photos_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,7 +37,7 @@ def trainer(drop_path: float = 0.0, kind: str = "soft", ema: float = 0.0, **opti
         "model": model,
         "optimizer": optimizer,
         "schedule": build_schedule(optimizer, warmup_epochs=0, warmup_lr=0.0, min_lr=0.0, epochs=2, steps_per_epoch=5),
-        "ema": WeightAverage(model, decay=ema, use_warmup=True) if ema else None,
+        "ema": WeightAverage(model, decay=ema) if ema else None,
         "scaler": torch.amp.GradScaler("cpu", enabled=False),
         "processes": ONE_PROCESS,
         "accumulation_steps": 1,

@@ -11,8 +11,9 @@ import torch
 
 from deit_kd import InputError
 from deit_kd.checkpoint import load_checkpoint, save_checkpoint
-from deit_kd.optim import build_optimizer, build_schedule
-from tests.conftest import tiny_student
+from deit_kd.config import parse_config
+from deit_kd.optim import WeightAverage, build_optimizer, build_schedule
+from tests.conftest import REPOSITORY, tiny_student
 
 
 def optimizer(**options: Any) -> torch.optim.Optimizer:
@@ -133,3 +134,33 @@ def test_the_rate_is_a_pure_function_of_the_step() -> None:
 def test_a_warm_up_as_long_as_the_run_is_refused(warmup: int) -> None:
     with pytest.raises(InputError, match=rf"warmup_epochs: {warmup} is not below train\.epochs 4"):
         rates(warmup_epochs=warmup)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "images"),
+    [
+        ("photos", 3068),
+        ("assistant", 3068),
+        ("finetune", 3068),
+        ("quickstart", 1437),
+        ("subset", 9469),
+        ("imagenet", 1_281_167),
+    ],
+)
+def test_the_decay_of_a_recipe_acts_for_the_last_third_of_its_run_at_least(recipe: str, images: int) -> None:
+    section = parse_config(["--config", str(REPOSITORY / "configs" / f"{recipe}.yaml")])[0].train
+    assert section.ema_decay
+    steps = section.epochs * (images // section.batch_size)
+    average = WeightAverage(torch.nn.Linear(1, 1), section.ema_decay)
+    assert average.get_decay(steps * 2 // 3) == section.ema_decay
+
+
+def test_an_average_begins_as_the_plain_mean_of_all_steps() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = WeightAverage(model, 0.9)
+    assert average.span == pytest.approx(10)
+    for step in range(1, 11):
+        torch.nn.init.constant_(model.weight, step)
+        average.follow(model, step, torch.tensor(True))
+        assert average.module.weight.item() == pytest.approx((1 + step) / 2)
+    assert average.get_decay(11) == pytest.approx(0.9)

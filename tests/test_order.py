@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from deit_kd import InputError
 from deit_kd.data.order import BLOCK_PHOTOS, Dealer, ViewKey, epoch_order
+from deit_kd.randomness import VIEWS_VERSION
 
 lawful = settings(deadline=None, max_examples=60, derandomize=True)
 photos = st.integers(2, 300)
@@ -86,13 +88,23 @@ def test_no_pair_holds_one_photo_twice(count: int, copies: int, epoch: int) -> N
         assert all(a != b for a, b in zip(order[::2], order[1::2], strict=False))
 
 
-def test_a_photo_meets_other_partners_in_its_repeats() -> None:
-    order = epoch_order(96, 3, 0, 0).tolist()
-    partners: dict[int, set[int]] = {}
+def partners(count: int, copies: int, version: int) -> list[int]:
+    """Return how many others each photo of an epoch is mixed with."""
+    order = epoch_order(count, copies, 0, 0, version).tolist()
+    met: dict[int, set[int]] = {}
     for a, b in zip(order[::2], order[1::2], strict=True):
-        partners.setdefault(a, set()).add(b)
-        partners.setdefault(b, set()).add(a)
-    assert all(len(met) >= 2 for met in partners.values())
+        met.setdefault(a, set()).add(b)
+        met.setdefault(b, set()).add(a)
+    return [len(others) for others in met.values()]
+
+
+@pytest.mark.parametrize("copies", [3, 5])
+def test_a_photo_meets_another_partner_in_nearly_every_repeat(copies: int) -> None:
+    assert mean(partners(320 * copies, copies, VIEWS_VERSION)) > 0.85 * copies
+
+
+def test_old_stores_keep_their_two_partners() -> None:
+    assert set(partners(960, 3, 1)) == {2}
 
 
 @pytest.mark.parametrize("copies", [2, 3])

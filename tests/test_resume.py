@@ -160,6 +160,16 @@ def test_records_after_the_checkpoint_are_cut_away(finished: Finished, tmp_path:
     assert_same_end(finished, tmp_path)
 
 
+def test_a_run_of_other_views_is_not_resumed(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = copied(finished, tmp_path)
+    facts = tmp_path / "run" / "run.json"
+    facts.write_text(facts.read_text().replace('"views": 2', '"views": 1'))
+    assert main(["train", *arguments]) == 2
+    assert "was begun with another recipe (views: version 1 -> 2)" in capsys.readouterr().err
+
+
 def test_other_weights_of_the_teacher_are_not_resumed(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -231,6 +232,16 @@ def test_a_store_of_a_later_format_is_refused(store: LabelStore) -> None:
     file = store.folder / "store.json"
     file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(InputError, match="has format 2, this version reads 1"):
+        LabelStore(store.folder)
+
+
+@pytest.mark.parametrize("version", [3, "two", [1]])
+def test_a_store_of_later_views_is_refused(store: LabelStore, version: Any) -> None:
+    file = store.folder / "store.json"
+    manifest = json.loads(file.read_text())
+    manifest["identity"]["views.version"] = version
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"answers views of version .*; build it anew"):
         LabelStore(store.folder)
 
 

@@ -22,6 +22,7 @@ from sklearn.datasets import load_digits
 import deit_kd.jobs.train
 from deit_kd.cli import main
 from deit_kd.config import parse_config
+from deit_kd.data.order import epoch_order
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError
 from deit_kd.jobs import parts, stored
@@ -300,6 +301,38 @@ def test_a_longer_run_cycles_and_keeps_to_its_epochs_when_the_store_has_grown(ho
     checkpoints[-1].unlink()
     assert home.train(tmp_path / "run", **options, resume="auto") == records
     assert json.loads((tmp_path / "run" / "run.json").read_text())["teacher"]["view_epochs"] == 1
+
+
+def test_a_store_of_repeated_views_deals_epochs_that_show_all_photos(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"augment.repeats": 3, "train.epochs": 7}
+    reading = home.arguments(output=tmp_path / "run", **options, **{"teacher.store": tmp_path / "store"})
+    home.build(tmp_path / "store", 2, **options)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 epochs do not show all photos equally often; for runs of more epochs store 3, or another" in said
+    assert main(["train", *reading]) == 2
+    assert "holds 2 epochs of views, but with augment.repeats 3 it takes 3 to show every" in capsys.readouterr().err
+    home.build(tmp_path / "store", 4, **options)
+    assert ready(reading).facts["view_epochs"] == 3
+
+
+def test_an_old_store_is_read_in_the_order_that_it_was_made_in(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"augment.repeats": 3, "train.epochs": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(stored, "VIEWS_VERSION", 1)
+        store = home.build(tmp_path / "store", 1, **options)
+    assert store.views_version == 1
+    config, _ = parse_config(
+        home.arguments(output=tmp_path / "run", **options, **{"teacher.store": tmp_path / "store"})
+    )
+    assert check(config, str(tmp_path / "store"), 100)["changed_share"] == 0
+    run = prepare(config, ONE_PROCESS)
+    stored.stored_teacher(run)
+    order = epoch_order(150, 3, 0, 0, version=1)
+    assert [key.photo for key in run.loader.views_of_step(0)] == order[:16].tolist()
 
 
 def test_another_form_of_record_is_refused_on_resume(home: Home, hard: Path, soft: Path, tmp_path: Path) -> None:

@@ -157,6 +157,10 @@ class TrainingLoader:
         """Deal the views of `view_epochs` epochs over and over, however many epochs the run has."""
         self._dealer.view_epochs = view_epochs
 
+    def order_as(self, version: int) -> None:
+        """Deal the photos in the order of an earlier version of views, see `epoch_order`."""
+        self._dealer.version = version
+
     def batches(self, first_step: int, lent: bool = False) -> Iterable[Batch]:
         """Return this process's micro-batches from `first_step` to the end of the run.
 

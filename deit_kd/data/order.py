@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from deit_kd.interfaces import InputError
-from deit_kd.randomness import generator
+from deit_kd.randomness import VIEWS_VERSION, generator
 
 BLOCK_PHOTOS = 16  # photos whose repeated views lie together
 
@@ -22,13 +22,15 @@ class ViewKey(NamedTuple):
     photo: int  # index in its split
 
 
-def epoch_order(photos: int, repeats: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(photos: int, repeats: int, seed: int, epoch: int, version: int = VIEWS_VERSION) -> np.ndarray:
     """Return the photo at each position of an epoch; a pure function of its arguments.
 
     Without repeats this is a permutation. With repeated augmentation (Hoffer et al. 2020; DeiT) an epoch
     keeps about the set's length: ``photos // repeats`` photos, `repeats` views each, another part of the set
     every epoch. The views of a photo lie within one block of ``16 * repeats`` positions (a last block of
-    one photo joins the block before), and positions 2m and 2m + 1 never hold the same photo.
+    one photo joins the block before), and positions 2m and 2m + 1 never hold the same photo. A block is a round for
+    each repeat, shuffled, so that mixing meets other partners; in `version` 1, of old label stores, rounds were turned
+    by one photo, which left each photo two partners.
 
     Returns:
         [(photos // repeats) * repeats] indices.
@@ -47,9 +49,19 @@ def epoch_order(photos: int, repeats: int, seed: int, epoch: int) -> np.ndarray:
     chosen = generator("order", seed, cycle).permutation(photos)[part * taken : (part + 1) * taken]
     cuts = list(range(BLOCK_PHOTOS, taken - 1, BLOCK_PHOTOS))
     blocks = np.split(chosen, cuts)
-    # Each round of a block is turned by one photo, so that mixing meets other partners; in a block of two
-    # photos the rounds do not straddle pairs, in a larger one neighbours across rounds differ.
-    return np.concatenate([np.roll(block, -turn) for block in blocks for turn in range(repeats)])
+    if version == 1:
+        return np.concatenate([np.roll(block, -turn) for block in blocks for turn in range(repeats)])
+    choices = generator("rounds", seed, epoch)
+    return np.concatenate([_shuffled_rounds(block, repeats, choices) for block in blocks])
+
+
+def _shuffled_rounds(block: np.ndarray, rounds: int, choices: np.random.Generator) -> np.ndarray:
+    """Return the two photos or more of a block in several orders, where no neighbours are the same photo."""
+    orders = [choices.permutation(block)]
+    while len(orders) < rounds:
+        order = choices.permutation(block)
+        orders.append(np.roll(order, -1) if order[0] == orders[-1][-1] else order)
+    return np.concatenate(orders)
 
 
 class Dealer(Sampler[list[ViewKey]]):
@@ -58,7 +70,8 @@ class Dealer(Sampler[list[ViewKey]]):
     Optimiser step s of an epoch takes positions ``[s * batch_size, (s + 1) * batch_size)``; micro-step a of
     rank r takes one contiguous block of them, so that no pair is torn apart. The last incomplete batch of an
     epoch is dropped. Where fewer view epochs than epochs are wanted, set `view_epochs`: epoch e then deals the
-    views of epoch ``e % view_epochs``, order and pairs included.
+    views of epoch ``e % view_epochs``, and begins with those that were dropped when it was dealt before. Order and
+    pairs are the same. `version` is that of the order, see `epoch_order`.
 
     Args:
         photos: size of the split.
@@ -110,6 +123,7 @@ class Dealer(Sampler[list[ViewKey]]):
         self.total_steps = self.steps_per_epoch * epochs
         self.first_step = 0
         self.view_epochs = epochs
+        self.version = VIEWS_VERSION
         epoch_order(photos, repeats, seed, 0)
 
     def __len__(self) -> int:
@@ -118,22 +132,30 @@ class Dealer(Sampler[list[ViewKey]]):
     def __iter__(self) -> Iterator[list[ViewKey]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(self.first_step, self.total_steps):
-            if step // self.steps_per_epoch % self.view_epochs != epoch:
-                epoch = step // self.steps_per_epoch % self.view_epochs
-                order = epoch_order(self._photos, self._repeats, self._seed, epoch)
+            if self._view_epoch(step) != epoch:
+                epoch = self._view_epoch(step)
+                order = self._order(epoch)
             yield from self._micro_batches(step, epoch, order)
 
     def of_step(self, step: int) -> list[ViewKey]:
         """Return what this process computes in optimiser step `step` (from 0), in the order of its micro-batches."""
-        epoch = step // self.steps_per_epoch % self.view_epochs
-        order = epoch_order(self._photos, self._repeats, self._seed, epoch)
-        return [key for block in self._micro_batches(step, epoch, order) for key in block]
+        epoch = self._view_epoch(step)
+        return [key for block in self._micro_batches(step, epoch, self._order(epoch)) for key in block]
+
+    def _view_epoch(self, step: int) -> int:
+        return step // self.steps_per_epoch % self.view_epochs
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return epoch_order(self._photos, self._repeats, self._seed, epoch, self.version)
 
     def _micro_batches(self, step: int, epoch: int, order: np.ndarray) -> Iterator[list[ViewKey]]:
-        batch_start = step % self.steps_per_epoch * self._batch_size
+        # As if the view epoch were dealt in one stream, however often: which views are dropped changes.
+        steps_of_it = step // (self.steps_per_epoch * self.view_epochs) * self.steps_per_epoch
+        batch_start = (steps_of_it + step % self.steps_per_epoch) * self._batch_size
         for micro_step in range(self._accumulation_steps):
             start = batch_start + (micro_step * self._processes + self._rank) * self._block
-            yield [ViewKey(epoch, p, int(order[p])) for p in range(start, start + self._block)]
+            positions = (p % self.views_per_epoch for p in range(start, start + self._block))
+            yield [ViewKey(epoch, p, int(order[p])) for p in positions]
 
     def blocks(self, view_ids: np.ndarray, size: int) -> Iterator[list[ViewKey]]:
         """Yield the keys of any views, e.g. of those that training drops at an epoch's end.
@@ -144,7 +166,7 @@ class Dealer(Sampler[list[ViewKey]]):
         """
         size += size % self._whole
         for epoch in np.unique(view_ids[:, 0]):
-            order = epoch_order(self._photos, self._repeats, self._seed, int(epoch))
+            order = self._order(int(epoch))
             positions = view_ids[view_ids[:, 0] == epoch, 1]
             for start in range(0, len(positions), size):
                 yield [ViewKey(int(epoch), int(p), int(order[p])) for p in positions[start : start + size]]

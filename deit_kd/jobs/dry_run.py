@@ -20,7 +20,7 @@ from deit_kd.interfaces import Batch, Teacher
 from deit_kd.jobs import parts
 from deit_kd.jobs.course import Run
 from deit_kd.jobs.fit import teacher_folder
-from deit_kd.jobs.run import build_trainer, prepare
+from deit_kd.jobs.run import average_line, build_trainer, prepare
 from deit_kd.jobs.stored import logits_kept
 from deit_kd.jobs.train import ready_teacher
 from deit_kd.store import Record
@@ -72,7 +72,7 @@ def dry_run(config: Config) -> Needs:
             store=_store_bytes(run),
         )
         if processes.is_main:
-            _tell(run, needs)
+            _tell(run, trainer, needs)
         return needs
     finally:
         finish()
@@ -142,7 +142,7 @@ def _store_bytes(run: Run) -> int:
     return views * record.bytes_per_view
 
 
-def _tell(run: Run, needs: Needs) -> None:
+def _tell(run: Run, trainer: Trainer, needs: Needs) -> None:
     config = run.config.train
     place = next(folder for folder in (run.folder.absolute(), *run.folder.absolute().parents) if folder.is_dir())
     copies = config.keep_checkpoints + 2
@@ -158,6 +158,8 @@ def _tell(run: Run, needs: Needs) -> None:
         + (f", {size_text(needs.store)} for the label store" if needs.store else "")
         + f"; {size_text(shutil.disk_usage(place).free)} are free in {place}"
     )
+    if trainer.ema is not None:
+        say(average_line(trainer.ema, run.loader.total_steps))
     say("dry run: everything was built, nothing was written")
 
 

@@ -14,6 +14,7 @@ from deit_kd.files import read_json, write_json
 from deit_kd.interfaces import InputError
 from deit_kd.jobs import parts
 from deit_kd.jobs.run import claimed, execute, prepare
+from deit_kd.randomness import VIEWS_VERSION, derive
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.tracking import HEADS_FILE, say
 
@@ -43,9 +44,10 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
     return folder
 
 
-def teacher_folder(config: Config, splits: Splits) -> Path:
-    """Return where the teacher that `config` fits is kept, whether it is there or not."""
-    digest = hashlib.blake2b(json.dumps(_key(config, splits), sort_keys=True).encode(), digest_size=5).hexdigest()
+def teacher_folder(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> Path:
+    """Return where the teacher that `config` fits is kept, whether it is there or not; `views` is their version."""
+    key = json.dumps(_key(config, splits, views), sort_keys=True)
+    digest = hashlib.blake2b(key.encode(), digest_size=5).hexdigest()
     return Path(config.teacher.fit.folder) / f"{config.teacher.name}-{digest}"
 
 
@@ -57,7 +59,7 @@ def online_teacher(config: Config, processes: Processes, splits: Splits) -> tupl
     return parts.build_teacher(config, splits.train.classes, processes, checkpoint), checkpoint
 
 
-def _key(config: Config, splits: Splits) -> dict[str, Any]:
+def _key(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str, Any]:
     teacher = config.teacher.model_dump(mode="json")
     del teacher["fit"]["folder"]
     for how_it_answers in (
@@ -87,6 +89,7 @@ def _key(config: Config, splits: Splits) -> dict[str, Any]:
         "crop_fraction": data.crop_fraction,
         "precision": config.train.precision,
         "seed": config.seed,
+        **({} if views == 1 else {"views": views}),  # the first version had no such field
     }
 
 
@@ -112,7 +115,7 @@ def _fit_config(config: Config, folder: Path) -> Config:
         ),
         evaluate=config.evaluate,
         recipe=config.recipe,
-        seed=config.seed,
+        seed=derive("teacher's fit", config.seed) >> 1,  # the student's views are not those that the teacher learned
         output=str(folder),
         resume="auto",
     )

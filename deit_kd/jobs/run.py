@@ -24,6 +24,7 @@ from deit_kd.jobs.progress import Progress
 from deit_kd.losses import Objective
 from deit_kd.models import STUDENT_FOLDER, choose_attention, save_local_dir, tensors_hash
 from deit_kd.optim import WeightAverage, build_schedule
+from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.stopping import Watch
 from deit_kd.store import RecordingTeacher, StoredTeacher
 from deit_kd.teachers import NetworkTeacher, check_score
@@ -43,6 +44,7 @@ from deit_kd.tracking import (
 )
 
 RUNS = Path("runs")
+AVERAGED_SHARE = 1 / 20  # of a run's steps, by the average of the weights, where the recipe names no decay
 
 # What a run leaves that was killed before its first step.
 LEFTOVERS = {LOCK, DATA_ERRORS_FILE, FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
@@ -168,7 +170,7 @@ def execute(
         progress.load_state(run.checkpoint["progress"], processes)
     if processes.is_main:
         _write_facts(run, teacher_facts)
-        _say_start(run, progress.step)
+        _say_start(run, trainer, progress.step)
     processes.wait()
     journal = Journal(
         run.folder,
@@ -229,7 +231,9 @@ def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) ->
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key not in FREE_ON_RESUME
     ]
-    before_data = read_facts(folder)["data"]
+    facts = read_facts(folder)
+    before_data, before_views = facts["data"], facts.get("views", 1)
+    changed += [f"views: version {before_views} -> {VIEWS_VERSION}"] * (before_views != VIEWS_VERSION)
     changed += [f"data ({split}): other photos" for split in data_facts if before_data.get(split) != data_facts[split]]
     if changed:
         raise InputError(
@@ -295,9 +299,7 @@ def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
         model=run.student,
         optimizer=run.optimizer,
         schedule=run.schedule,
-        ema=WeightAverage(run.student, decay=config.train.ema_decay, use_warmup=True)
-        if config.train.ema_decay
-        else None,
+        ema=_average(run),
         scaler=torch.amp.GradScaler(processes.device.type, enabled=config.train.precision == "fp16"),
         processes=processes,
         accumulation_steps=config.train.accumulation_steps,
@@ -307,10 +309,29 @@ def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
     )
 
 
+def _average(run: Run) -> WeightAverage | None:
+    decay = run.config.train.ema_decay
+    if decay is None:
+        decay = 1 - 1 / max(1.0, AVERAGED_SHARE * run.loader.total_steps)
+    elif not decay:
+        return None
+    return WeightAverage(run.student, decay)
+
+
+def average_line(average: WeightAverage, total_steps: int) -> str:
+    """Return what a person is told about the average of the weights."""
+    share = 100 * average.span / total_steps
+    line = f"average: over {average.span:.0f} steps, {share:.1f} % of the run's {total_steps}"
+    if average.span <= total_steps:
+        return line
+    return f"warning: {line}, so that it is the plain mean of all of them; set train.ema_decay lower, or null"
+
+
 def _write_facts(run: Run, teacher_facts: dict[str, Any] | None) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     facts = {
         "data": run.data_facts,
+        "views": VIEWS_VERSION,
         "classes": list(run.classes),
         "student": None if run.student.account is None else run.student.account.record(),
         "teacher": teacher_facts,
@@ -321,7 +342,7 @@ def _write_facts(run: Run, teacher_facts: dict[str, Any] | None) -> None:
     write_atomically(run.folder / CONFIG_FILE, run.config.to_yaml().encode())
 
 
-def _say_start(run: Run, first_step: int) -> None:
+def _say_start(run: Run, trainer: Trainer, first_step: int) -> None:
     parameters = sum(parameter.numel() for parameter in run.student.parameters()) / 1e6
     say(
         f"{run.config.student.name}: {parameters:.1f} M parameters, {len(run.splits.train)} training images, "
@@ -329,6 +350,8 @@ def _say_start(run: Run, first_step: int) -> None:
         + (f", continued from step {first_step}" if first_step else "")
         + f"; writes {run.folder}"
     )
+    if trainer.ema is not None:
+        say(average_line(trainer.ema, run.loader.total_steps))
     for line in run.student.account.lines() if run.student.account is not None and not first_step else ():
         say(line)
 

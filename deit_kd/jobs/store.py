@@ -68,6 +68,8 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
                     f"store: {folder}, {epochs} epochs of {loader.views_per_epoch} views, "
                     f"{store.record.bytes_per_view} bytes each: {size_text(whole)}"
                 )
+                if epochs < config.train.epochs and epochs % config.augment.repeats:
+                    say(f"warning: {_better_epochs(epochs, config.augment.repeats)}")
             errors = parts.build_data_errors(config, splits, store.folder, processes)
             fill_validation(config, store, teacher, splits, processes, errors)
             _fill_epochs(store, RecordingTeacher(teacher, store), loader, range(epochs), processes, batch_size, errors)
@@ -95,6 +97,7 @@ def check(config: Config, folder: str, samples: int) -> dict[str, float]:
         splits = parts.build_splits(config)
         loader = _loader_of_all(config, splits, processes)
         store = open_store(folder)
+        loader.order_as(store.views_version)
         teacher, checkpoint = online_teacher(config, processes, splits)
         refuse_other(store, identity(config, splits) | {"teacher.weights": weights_hash(teacher, checkpoint)})
         store.verify([VALIDATION, *map(epoch_part, range(store.epochs))])
@@ -159,6 +162,13 @@ def info(folder: str) -> None:
 def _loader_of_all(config: Config, splits: Splits, processes: Processes) -> TrainingLoader:
     """Return the loader of every view of an epoch; which of them a process asks for is its job's choice."""
     return parts.build_training_loader(config, splits.train, replace(processes, rank=0, count=1))
+
+
+def _better_epochs(epochs: int, repeats: int) -> str:
+    return (
+        f"with augment.repeats {repeats}, {epochs} epochs do not show all photos equally often; for runs of more "
+        f"epochs store {-(-epochs // repeats) * repeats}, or another multiple of {repeats}"
+    )
 
 
 def _fill_epochs(

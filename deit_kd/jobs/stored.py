@@ -23,8 +23,10 @@ from deit_kd.jobs.course import Run
 from deit_kd.jobs.fit import teacher_folder
 from deit_kd.models import load_weights, tensors_hash
 from deit_kd.places import TEACHER_OF_RUN
+from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.store import (
     VALIDATION,
+    VIEWS_FIELD,
     LabelStore,
     Record,
     RecordingTeacher,
@@ -69,7 +71,8 @@ NOT_IN_IDENTITY = {
 def stored_teacher(run: Run) -> StoredTeacher:
     """Return the teacher that is read from the run's store, after every file that it needs was checked.
 
-    The run's loader deals the epochs of the store over and over. A run that is resumed keeps to those it began with.
+    The run's loader deals the epochs of the store over and over, as many of them as show all photos equally often. A
+    run that is resumed keeps to those it began with.
 
     Raises:
         InputError: the store is of other views or another teacher, is damaged, or holds too little.
@@ -77,7 +80,7 @@ def stored_teacher(run: Run) -> StoredTeacher:
     config, processes = run.config, run.processes
     assert config.teacher.store is not None
     store = open_store(config.teacher.store)
-    refuse_other(store, _identity_without_teacher(config, run.splits))
+    refuse_other(store, _identity_without_teacher(config, run.splits, store.views_version))
     _refuse_libraries(store)
     if config.distill.kind != "hard" and not store.record.holds_logits:
         raise InputError(
@@ -92,13 +95,28 @@ def stored_teacher(run: Run) -> StoredTeacher:
         if begun > epochs:
             raise InputError(f"resume: {run.folder} was begun with {begun} epochs of the store, which has {epochs} now")
         epochs = begun
+    elif epochs < config.train.epochs:
+        epochs = _epochs_of_all_photos(epochs, config)
     needed = min(epochs, config.train.epochs)
     on_main(processes, lambda: store.verify([VALIDATION, *map(epoch_part, range(needed))]))
     if processes.is_main:
         cycled = f", dealt over and over for {config.train.epochs} epochs" if needed < config.train.epochs else ""
         say(f"store: {config.teacher.store}, {needed} epochs of views{cycled}; the teacher is not in memory")
     run.loader.cycle_views(epochs)
+    run.loader.order_as(store.views_version)
     return StoredTeacher(store, epochs)
+
+
+def _epochs_of_all_photos(epochs: int, config: Config) -> int:
+    """Return how many of a store's epochs show all photos equally often, however often they are dealt."""
+    repeats = config.augment.repeats
+    if epochs >= repeats:
+        return epochs // repeats * repeats
+    raise InputError(
+        f"teacher.store: {config.teacher.store} holds {epochs} epochs of views, but with augment.repeats {repeats} it "
+        f"takes {repeats} to show every photo; run deit-kd store build with --epochs {repeats} or a multiple of it, or "
+        f"train for {epochs} epochs"
+    )
 
 
 class StoredAnswers(NamedTuple):
@@ -173,7 +191,7 @@ def writing(
     fields = identity(config, splits) | {"teacher.weights": weights_hash(teacher, checkpoint)}
     top = config.teacher.store_top
     manifest = {
-        "identity": fields | _source(config, splits),
+        "identity": fields | _source(config, splits) | {VIEWS_FIELD: VIEWS_VERSION},
         "classes": list(splits.train.classes),
         "top": logits_kept(config),
         "views": loader.views_per_epoch,
@@ -205,7 +223,9 @@ def writing(
             store.verify([part for part in (VALIDATION, *map(epoch_part, range(store.epochs))) if store.holds(part)])
 
         on_main(processes, enter)
-        yield LabelStore(folder)
+        store = LabelStore(folder)
+        loader.order_as(store.views_version)  # one that is there goes on as it was begun
+        yield store
 
 
 def logits_kept(config: Config) -> int:
@@ -340,27 +360,28 @@ def _validation_identity(config: Config, photos: Photos) -> dict[str, Any]:
     }
 
 
-def _identity_without_teacher(config: Config, splits: Splits) -> dict[str, Any]:
+def _identity_without_teacher(config: Config, splits: Splits, views: int) -> dict[str, Any]:
     """Return what can be said of a recipe whose teacher is not in memory, and perhaps not on this machine.
 
-    Weights are compared where their file is at hand. A recipe that names no teacher takes the store's.
+    Weights are compared where their file is at hand. A recipe that names no teacher takes the store's. Where one is
+    fitted, it is the one of the version of `views`.
     """
     fields, section = identity(config, splits), config.teacher
     if section.name is None and section.checkpoint is None and not section.members:
         return {key: value for key, value in fields.items() if not key.startswith("teacher.")}
     checkpoint = section.checkpoint
-    if section.fit.epochs and (teacher_folder(config, splits) / HEADS_FILE).is_file():
-        checkpoint = str(teacher_folder(config, splits))
+    if section.fit.epochs and (teacher_folder(config, splits, views) / HEADS_FILE).is_file():
+        checkpoint = str(teacher_folder(config, splits, views))
     if checkpoint is None or checkpoint.endswith(TEACHER_OF_RUN):
-        return fields | _source(config, splits)
+        return fields | _source(config, splits, views)
     return fields | {"teacher.weights": weights_hash(None, checkpoint)}
 
 
-def _source(config: Config, splits: Splits) -> dict[str, str]:
+def _source(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str, str]:
     """Return where a recipe's weights come from, to compare where they are not at hand."""
     section = config.teacher
     if section.fit.epochs:
-        return {"teacher.source": teacher_folder(config, splits).name}
+        return {"teacher.source": teacher_folder(config, splits, views).name}
     if section.pretrained or section.random_weights:
         return {"teacher.source": "timm" if section.pretrained else "random"}
     return {"teacher.source": "file"} if section.checkpoint is not None else {}

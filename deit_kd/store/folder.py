@@ -22,11 +22,13 @@ from typing_extensions import TypedDict
 from deit_kd.files import checked, held, read_json, write_atomically, write_json
 from deit_kd.interfaces import InputError
 from deit_kd.models import tensors_hash
+from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.store.record import Record, is_missing, is_whole
 
 FORMAT = 1
 MANIFEST = "store.json"
 VALIDATION = "validation"
+VIEWS_FIELD = "views.version"  # of a store's identity
 
 Columns = dict[str, Tensor]
 
@@ -90,6 +92,13 @@ class LabelStore:
                 f"teacher.store: {folder} has format {written}, this version reads {FORMAT}; build it anew"
             )
         self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST, Manifest)
+        # A store made before there were versions of views is of the first.
+        self.views_version: int = self.manifest["identity"].get(VIEWS_FIELD, 1)
+        if self.views_version not in range(1, VIEWS_VERSION + 1):
+            raise InputError(
+                f"teacher.store: {folder} answers views of version {self.views_version}, this version of deit_kd makes "
+                f"those up to {VIEWS_VERSION}; build it anew"
+            )
         self.record = Record(len(self.manifest["classes"]), self.manifest["top"])
         self._open: tuple[str, Columns] | None = None
 
