@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deit_kd.distributed import Processes
-from deit_kd.interfaces import Batch, InputError, Student, StudentOutput, Teacher, head_probabilities
+from deit_kd.interfaces import Batch, InputError, Student, StudentOutput, Teacher, head_log_probabilities
 from deit_kd.losses import CheckedTerms, Objective, Terms
 from deit_kd.metrics import Agreement, Score
 from deit_kd.optim import WeightAverage
@@ -229,7 +229,7 @@ def evaluate(
         total: images of the whole split, of which those that are missing in `batches` do not count.
         processes: of the run.
         precision: of autocast.
-        fusion: ``softmax`` or ``logits``, see `head_probabilities`.
+        fusion: ``softmax`` or ``logits``, see `head_log_probabilities`.
         teacher_predictions: [share], the teacher's classes in the order of `batches`; -1 where it has none.
 
     Returns:
@@ -253,8 +253,8 @@ def evaluate(
             with autocast(processes.device, precision):
                 output = _ask(model, batch.images)
             predictions = {
-                head: scores[name].setdefault(head, Score(classes)).add(probabilities, batch.labels)
-                for head, probabilities in head_probabilities(output, fusion).items()
+                head: scores[name].setdefault(head, Score(classes)).add(log_probabilities, batch.labels)
+                for head, log_probabilities in head_log_probabilities(output, fusion).items()
             }
             if teacher_predictions is not None:
                 taught = teacher_predictions[places]
@@ -362,7 +362,7 @@ def score_teacher(
     lacking = 0
     for batch in batches:
         batch = batch.to(processes.device)
-        predicted = score.add(teacher(batch).logits.float().softmax(-1), batch.labels)
+        predicted = score.add(teacher(batch).logits.float().log_softmax(-1), batch.labels)
         predictions.append(batch.at_places(predicted, -1))
         lacking += len(batch.missing)
     return score.result(_readable(total, lacking, processes), processes), torch.cat(predictions)

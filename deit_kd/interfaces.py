@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -136,7 +137,14 @@ class Teacher(Protocol):
 
 
 def head_probabilities(output: StudentOutput, fusion: str = "softmax") -> dict[str, Tensor]:
-    """Return each head's class probabilities in fp32, and of both heads fused.
+    """Return each head's class probabilities in fp32, and of both heads fused; see `head_log_probabilities`."""
+    return {head: values.exp() for head, values in head_log_probabilities(output, fusion).items()}
+
+
+def head_log_probabilities(output: StudentOutput, fusion: str = "softmax") -> dict[str, Tensor]:
+    """Return the logarithm of each head's class probabilities in fp32, and of both heads fused.
+
+    A probability below 1e-38 is 0 in fp32; its logarithm is exact.
 
     Args:
         output: logits of one batch, each [B, C].
@@ -147,13 +155,13 @@ def head_probabilities(output: StudentOutput, fusion: str = "softmax") -> dict[s
         ``cls`` and, when the student has a distillation token, ``dist`` and ``fused``; each [B, C].
     """
     cls_logits = output.cls_logits.float()
-    heads = {"cls": cls_logits.softmax(-1)}
+    heads = {"cls": cls_logits.log_softmax(-1)}
     if output.dist_logits is None:
         return heads
     dist_logits = output.dist_logits.float()
-    heads["dist"] = dist_logits.softmax(-1)
+    heads["dist"] = dist_logits.log_softmax(-1)
     if fusion == "softmax":
-        heads["fused"] = (heads["cls"] + heads["dist"]) / 2
+        heads["fused"] = heads["cls"].logaddexp(heads["dist"]) - math.log(2)
     else:
-        heads["fused"] = ((cls_logits + dist_logits) / 2).softmax(-1)
+        heads["fused"] = ((cls_logits + dist_logits) / 2).log_softmax(-1)
     return heads

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from deit_kd.metrics import Agreement, Score, per_image
+from deit_kd.interfaces import StudentOutput, head_log_probabilities
+from deit_kd.metrics import Agreement, Score, judge, per_image, scale_temperature
 from deit_kd.metrics.counts import ranks
 from tests.conftest import ONE_PROCESS
 
 
 def score(probabilities: Tensor, labels: list[int]) -> Any:
     counted = Score(probabilities.shape[-1])
-    counted.add(probabilities, torch.tensor(labels))
+    counted.add(probabilities.log(), torch.tensor(labels))
     return counted.result(len(labels), ONE_PROCESS)
 
 
@@ -58,8 +59,21 @@ def test_batches_of_any_size_give_the_same_counts() -> None:
     assert parts.result(50, ONE_PROCESS) == pytest.approx(expected)
 
 
-def test_a_probability_of_zero_gives_a_finite_nll() -> None:
-    assert math.isfinite(score(torch.tensor([[1.0, 0.0]]), [1])["nll"])
+@pytest.mark.parametrize("gap", [50.0, 90.0, 200.0, 3000.0])
+def test_nll_is_exact_however_certain_a_wrong_answer_is(gap: float) -> None:
+    """A softmax in fp32 ends at 1e-45, and a clamp of it ends every NLL at 87.5."""
+    student = StudentOutput(torch.tensor([[gap, 0.0]]), torch.tensor([[2 * gap, 0.0]]))
+    label = torch.tensor([1])
+    judged = judge(student, label, teacher_logits=student.cls_logits, others={}, fusion="softmax", seed=0)
+    counted = Score(2)
+    counted.add(head_log_probabilities(student)["fused"], label)
+    fused = gap + math.log(2)  # half of exp(-gap); the other head adds nothing that fp32 holds
+    assert judged["heads"]["cls"]["nll"] == judged["teacher"]["nll"] == pytest.approx(gap)
+    assert judged["heads"]["dist"]["nll"] == pytest.approx(2 * gap)
+    assert judged["heads"]["fused"]["nll"] == pytest.approx(fused)
+    assert judged["heads"]["fused_logits"]["nll"] == pytest.approx(1.5 * gap)
+    assert counted.result(1, ONE_PROCESS)["nll"] == pytest.approx(fused)
+    assert float(scale_temperature(student.cls_logits.log_softmax(-1), 0.5)[0, 1]) == pytest.approx(-2 * gap)
 
 
 def test_agreement_is_a_fraction_and_null_without_a_partner() -> None:

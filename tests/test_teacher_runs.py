@@ -157,15 +157,31 @@ def test_grafted_student_with_registers_is_seen_from_inside(photos, assistant, t
 
 
 def test_teacher_with_classes_in_a_wrong_order_does_not_teach(photos, assistant, tmp_path, capsys):
-    """Its file says that column 0 is the class that it calls 1: it scores below guessing."""
+    """Its file says that column 0 is the class that it calls 1."""
     mapping = tmp_path / "map.csv"
     mapping.write_text("class,teacher\n" + "".join(f"{name},{(i + 1) % 3}\n" for i, name in enumerate(SYNSETS)))
     output = tmp_path / "run"
     options = ["--teacher.checkpoint", str(assistant), "--teacher.class_map", str(mapping)]
     assert main(["train", *recipe(photos, output, *options)]) == 2
-    assert "teacher.min_top1: " in capsys.readouterr().err
+    assert '{"n01440764": 0, "n02979186": 2, "n02102040": 1}' in capsys.readouterr().err
     assert not output.exists()
     assert main(["train", *recipe(photos, output, *options, "--teacher.min_top1", "0")]) == 0
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_teacher_with_two_classes_exchanged_does_not_teach(photos, assistant, tmp_path, capsys, is_stored):
+    """It scores above guessing; what it says about the photos shows whose column is whose, from a store, too."""
+    mapping, output = tmp_path / "map.csv", tmp_path / "run"
+    mapping.write_text("class,teacher\n" + "".join(f"{name},{i}\n" for name, i in zip(SYNSETS, (0, 2, 1), strict=True)))
+    options = ["--teacher.checkpoint", str(assistant), "--teacher.class_map", str(mapping), "--teacher.min_top1", "20"]
+    if is_stored:
+        assert main(["store", "build", *recipe(photos, output, *options), "--store", str(tmp_path / "store")]) == 0
+        options += ["--teacher.store", str(tmp_path / "store")]
+    assert main(["train", *recipe(photos, output, *options)]) == 2
+    error = capsys.readouterr().err
+    assert "seems to have its columns in another order" in error
+    assert '{"n02102040": 1, "n02979186": 2}' in error
+    assert not output.exists()
 
 
 def test_teacher_that_answers_nan_does_not_teach(photos, assistant, tmp_path):

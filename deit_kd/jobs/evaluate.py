@@ -102,9 +102,9 @@ def write_evaluation(folder: Path, examination: Examination, heads: dict[str, An
         "path": arrow.array([photos.names[index] for index in answers.indices.tolist()]),
         "label": names(answers.labels),
     }
-    for head, probabilities in every_head(answers.output).items():
-        best = probabilities.sort(descending=True, stable=True)  # of equals, the first: as argmax has it
-        labels, values = best.indices[:, :5].tolist(), best.values[:, :5].tolist()
+    for head, log_probabilities in every_head(answers.output).items():
+        best = log_probabilities.sort(descending=True, stable=True)  # of equals, the first: as argmax has it
+        labels, values = best.indices[:, :5].tolist(), best.values[:, :5].exp().tolist()
         columns[f"{head}_top5"] = arrow.array([[classes[label] for label in row] for row in labels])
         columns[f"{head}_top5_probability"] = arrow.array(values, arrow.list_(arrow.float32()))
     if answers.teacher_predictions is not None:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -27,7 +28,7 @@ from deit_kd.optim import WeightAverage, build_schedule
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.stopping import Watch
 from deit_kd.store import RecordingTeacher, StoredTeacher
-from deit_kd.teachers import NetworkTeacher, check_score
+from deit_kd.teachers import NetworkTeacher, check_columns, check_score
 from deit_kd.tracking import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -275,9 +276,15 @@ def _meet_teacher(
             processes=run.processes,
         )
         run.errors.tell()
+    shares = run.processes.gather(predictions.cpu().numpy())
     if not facts["random_weights"]:
-        score, least = facts["score"], run.config.teacher.min_top1
-        check_score(facts["name"], score["top1"], score["nll"], run.splits.validation.labels, least)
+        score, labels = facts["score"], run.splits.validation.labels
+        whole = np.empty(len(labels), dtype=np.int64)
+        for rank, share in enumerate(shares):
+            whole[rank :: len(shares)] = share
+        if run.config.teacher.min_top1 != 0:
+            check_columns(facts, run.classes, np.asarray(labels), whole)
+        check_score(facts["name"], score["top1"], score["nll"], labels, run.config.teacher.min_top1)
     if run.processes.is_main:
         for line in teacher.lines():
             say(line)

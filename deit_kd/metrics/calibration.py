@@ -13,7 +13,6 @@ from torch import Tensor
 from deit_kd.interfaces import StudentOutput
 
 BINS = 15
-SMALLEST = 1e-38  # probabilities are clamped to it before a logarithm
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor) -> float:
@@ -67,26 +66,25 @@ def reliability(probabilities: Tensor, labels: Tensor) -> list[dict[str, float |
     return rows
 
 
-def _mean_nll(probabilities: Tensor, labels: Tensor) -> float:
-    chosen = probabilities.double().gather(1, labels[:, None]).clamp_min(SMALLEST)
-    return float(-chosen.log().mean())
+def _mean_nll(log_probabilities: Tensor, labels: Tensor) -> float:
+    return float(-log_probabilities.gather(1, labels[:, None]).double().mean())
 
 
-def scale_temperature(probabilities: Tensor, temperature: float) -> Tensor:
-    """Return the probabilities [n, C] of the same logits over `temperature`."""
-    return (probabilities.clamp_min(SMALLEST).log() / temperature).softmax(-1)
+def scale_temperature(log_probabilities: Tensor, temperature: float) -> Tensor:
+    """Return the log-probabilities [n, C] of the same logits over `temperature`."""
+    return (log_probabilities / temperature).log_softmax(-1)
 
 
-def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
+def fit_temperature(log_probabilities: Tensor, labels: Tensor) -> float:
     """Return the temperature, 0.05 to 20, that gives the smallest NLL.
 
     Args:
-        probabilities: [n, C]; log-probabilities differ from logits by a constant, which a softmax forgets, so
-            that this serves a mean of two softmaxes, too.
+        log_probabilities: [n, C]; they differ from logits by a constant, which a softmax forgets, so that this
+            serves a mean of two softmaxes, too.
         labels: [n].
     """
     found: Any = minimize_scalar(
-        lambda log_temperature: _mean_nll(scale_temperature(probabilities, float(np.exp(log_temperature))), labels),
+        lambda log_temperature: _mean_nll(scale_temperature(log_probabilities, float(np.exp(log_temperature))), labels),
         bounds=(np.log(0.05), np.log(20)),
         method="bounded",
         options={"xatol": 1e-3},
@@ -100,7 +98,7 @@ def fit_fusion_weight(output: StudentOutput, labels: Tensor, weigh: Callable[[St
     Args:
         output: logits [n, C] of both heads.
         labels: [n].
-        weigh: gives the fused probabilities [n, C] for a weight.
+        weigh: gives the fused log-probabilities [n, C] for a weight.
     """
     weights = [hundredths / 100 for hundredths in range(101)]
     return min(weights, key=lambda weight: _mean_nll(weigh(output, weight), labels))

@@ -10,16 +10,16 @@ from torch import Tensor
 from deit_kd.distributed import Processes
 
 
-def ranks(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Return how many classes [B] stand before the label's in `probabilities` [B, C]; 0 is a right answer.
+def ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return how many classes [B] stand before the label's in `scores` [B, C]; 0 is a right answer.
 
     Of classes with the same probability the first stands first, as in ``argmax``; ``topk`` leaves that open, and
     logits in bf16 do tie.
     """
-    chosen = probabilities.gather(1, labels[:, None])
-    larger = ~(probabilities <= chosen)  # what is not a number stands before everything
-    before = torch.arange(probabilities.shape[1], device=labels.device) < labels[:, None]
-    return (larger | ((probabilities == chosen) & before)).sum(1)
+    chosen = scores.gather(1, labels[:, None])
+    larger = ~(scores <= chosen)  # what is not a number stands before everything
+    before = torch.arange(scores.shape[1], device=labels.device) < labels[:, None]
+    return (larger | ((scores == chosen) & before)).sum(1)
 
 
 @dataclass
@@ -29,13 +29,13 @@ class Score:
     classes: int
     sums: Tensor | None = None  # [3], float64: top-1 count, top-5 count, summed NLL
 
-    def add(self, probabilities: Tensor, labels: Tensor) -> Tensor:
-        """Count one batch of probabilities [B, C]; return the predictions [B]."""
-        rank = ranks(probabilities, labels)
-        chosen = probabilities.double().gather(1, labels[:, None]).clamp_min(1e-38)
-        batch = torch.stack([(rank < 1).sum().double(), (rank < 5).sum().double(), -chosen.log().sum()])
+    def add(self, log_probabilities: Tensor, labels: Tensor) -> Tensor:
+        """Count one batch of log-probabilities [B, C]; return the predictions [B]."""
+        rank = ranks(log_probabilities, labels)
+        chosen = log_probabilities.gather(1, labels[:, None]).double()
+        batch = torch.stack([(rank < 1).sum().double(), (rank < 5).sum().double(), -chosen.sum()])
         self.sums = batch if self.sums is None else self.sums + batch
-        return probabilities.argmax(-1)
+        return log_probabilities.argmax(-1)
 
     def result(self, total: int, processes: Processes) -> dict[str, float | None]:
         """Return ``top1`` and ``top5`` in percent and ``nll`` in nats, over all processes."""

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit_kd.interfaces import StudentOutput, head_probabilities
+from deit_kd.interfaces import StudentOutput, head_log_probabilities
 from deit_kd.metrics.calibration import (
-    SMALLEST,
     calibration_gaps,
     expected_calibration_error,
     fit_fusion_weight,
@@ -28,41 +27,44 @@ FUSIONS = ("softmax", "logits")
 
 
 def every_head(output: StudentOutput) -> dict[str, Tensor]:
-    """Return the probabilities [n, C] of ``cls`` and, with a distillation head, of both and of both fusions."""
-    heads = head_probabilities(output, "softmax")
+    """Return the log-probabilities [n, C] of ``cls`` and, with a distillation head, of both and of both fusions."""
+    heads = head_log_probabilities(output, "softmax")
     if output.dist_logits is None:
         return heads
     return {
         "cls": heads["cls"],
         "dist": heads["dist"],
         "fused_softmax": heads["fused"],
-        "fused_logits": head_probabilities(output, "logits")["fused"],
+        "fused_logits": head_log_probabilities(output, "logits")["fused"],
     }
 
 
 def weighted(fusion: str, output: StudentOutput, weight: float) -> Tensor:
-    """Return fused probabilities [n, C] with `weight` on the class head."""
+    """Return fused log-probabilities [n, C] with `weight` on the class head."""
     cls_logits, dist_logits = output.cls_logits.float(), output.dist_logits
     assert dist_logits is not None
     if fusion == "softmax":
-        return torch.lerp(dist_logits.float().softmax(-1), cls_logits.softmax(-1), weight)
-    return torch.lerp(dist_logits.float(), cls_logits, weight).softmax(-1)
+        log_weight = torch.tensor([weight, 1 - weight]).log()
+        return torch.logaddexp(
+            cls_logits.log_softmax(-1) + log_weight[0], dist_logits.float().log_softmax(-1) + log_weight[1]
+        )
+    return torch.lerp(dist_logits.float(), cls_logits, weight).log_softmax(-1)
 
 
-def per_image(probabilities: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def per_image(log_probabilities: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Return each image's ``top1`` and ``top5`` (0 or 100), ``nll`` in nats and ``brier``, all [n] in float64.
 
     Brier's score is the squared distance of the probabilities from the truth, summed over classes (0 to 2).
     There is no ``top5`` where C <= 5.
     """
-    classes = probabilities.shape[-1]
-    chosen = probabilities.double().gather(1, labels[:, None])[:, 0]
-    rank = ranks(probabilities, labels)
+    classes = log_probabilities.shape[-1]
+    chosen = log_probabilities.gather(1, labels[:, None])[:, 0].double()
+    rank = ranks(log_probabilities, labels)
     values = {"top1": 100.0 * (rank < 1).double()}
     if classes > 5:
         values["top5"] = 100.0 * (rank < 5).double()
-    values["nll"] = -chosen.clamp_min(SMALLEST).log()
-    values["brier"] = probabilities.double().square().sum(-1) - 2 * chosen + 1
+    values["nll"] = -chosen
+    values["brier"] = log_probabilities.double().exp().square().sum(-1) - 2 * chosen.exp() + 1
     return values
 
 
@@ -98,11 +100,11 @@ def judge(
         student without a distillation head has not is None.
     """
     others = {f"{name} (student)" if name in PREDICTORS else name: answers for name, answers in others.items()}
-    probabilities = every_head(output)
+    heads = every_head(output)
     both_heads = output.dist_logits is not None
-    named = {**probabilities, **({"fused": probabilities[f"fused_{fusion}"]} if both_heads else {})}
-    teacher = None if teacher_logits is None else teacher_logits.float().softmax(-1)
-    scored = {**probabilities, **({} if teacher is None else {"teacher": teacher})}
+    named = {**heads, **({"fused": heads[f"fused_{fusion}"]} if both_heads else {})}
+    teacher = None if teacher_logits is None else teacher_logits.float().log_softmax(-1)
+    scored = {**heads, **({} if teacher is None else {"teacher": teacher})}
     scores = {name: _score(values, labels, seed) for name, values in scored.items()}
     if both_heads:
         scores["fused"] = scores[f"fused_{fusion}"]
@@ -126,15 +128,13 @@ def judge(
         "disagreement": disagreement_matrix({"truth": labels, **predictions, **others}),
         "by_class": class_accuracies({**predictions, **others}, labels, output.cls_logits.shape[-1]),
         "fusion_weight": _fit_fusion(output, labels, fitted, held_out) if both_heads else None,
-        "temperature": {
-            name: _fit_temperature(values, labels, fitted, held_out) for name, values in probabilities.items()
-        },
-        "reliability": {name: reliability(values, labels) for name, values in scored.items()},
+        "temperature": {name: _fit_temperature(values, labels, fitted, held_out) for name, values in heads.items()},
+        "reliability": {name: reliability(values.exp(), labels) for name, values in scored.items()},
     }
 
 
-def _score(probabilities: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
-    values = per_image(probabilities, labels)
+def _score(log_probabilities: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
+    values, probabilities = per_image(log_probabilities, labels), log_probabilities.exp()
     gaps = calibration_gaps(probabilities, labels)
     means = bootstrap_means(torch.cat([torch.stack(list(values.values()), dim=1), gaps], dim=1), seed)
     spread = {name: interval(means[:, column]) for column, name in enumerate(values)}
@@ -196,20 +196,20 @@ def _fit_fusion(output: StudentOutput, labels: Tensor, fitted: Tensor, held_out:
     return result
 
 
-def _fit_temperature(probabilities: Tensor, labels: Tensor, fitted: Tensor, held_out: Tensor) -> dict[str, Any]:
-    temperature = fit_temperature(probabilities[fitted], labels[fitted]) if len(fitted) else 1.0
-    after = scale_temperature(probabilities[held_out], temperature)
+def _fit_temperature(log_probabilities: Tensor, labels: Tensor, fitted: Tensor, held_out: Tensor) -> dict[str, Any]:
+    temperature = fit_temperature(log_probabilities[fitted], labels[fitted]) if len(fitted) else 1.0
+    after = scale_temperature(log_probabilities[held_out], temperature)
     return {
         "temperature": temperature,
-        "before": _short_score(probabilities[held_out], labels[held_out]),
+        "before": _short_score(log_probabilities[held_out], labels[held_out]),
         "after": _short_score(after, labels[held_out]),
     }
 
 
-def _short_score(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
-    values = per_image(probabilities, labels)
+def _short_score(log_probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    values = per_image(log_probabilities, labels)
     return {
         "top1": float(values["top1"].mean()),
         "nll": float(values["nll"].mean()),
-        "ece": expected_calibration_error(probabilities, labels),
+        "ece": expected_calibration_error(log_probabilities.exp(), labels),
     }

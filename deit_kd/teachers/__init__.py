@@ -4,7 +4,7 @@ from deit_kd.teachers.build import build_teacher
 from deit_kd.teachers.class_map import ClassMap, build_class_map
 from deit_kd.teachers.ensemble import EnsembleTeacher
 from deit_kd.teachers.frozen import FrozenTeacher
-from deit_kd.teachers.gate import check_score, least_top1
+from deit_kd.teachers.gate import check_columns, check_score, exchanged_columns, least_top1
 
 NetworkTeacher = FrozenTeacher | EnsembleTeacher  # what asks networks, one or several
 
@@ -15,6 +15,8 @@ __all__ = [
     "NetworkTeacher",
     "build_class_map",
     "build_teacher",
+    "check_columns",
     "check_score",
+    "exchanged_columns",
     "least_top1",
 ]

@@ -1,12 +1,23 @@
-"""The gate before training: a teacher that scores like guessing is refused, since it may have its classes wrong."""
+"""The gate before training: a teacher that scores like guessing, or answers classes crosswise, is refused."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.sparse import bmat, coo_matrix, csr_matrix, diags, identity
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from deit_kd.interfaces import InputError
+
+FALSE_ALARMS = 0.00135  # of right teachers that may be refused: one side of three standard errors
+LEAST_GAIN = 0.1  # of recall a class: more photos make a smaller one certain, but not clear
+LONGEST_LIST = 4
 
 
 def least_top1(labels: Sequence[int]) -> float:
@@ -39,3 +50,130 @@ def check_score(name: str, top1: float, nll: float, labels: Sequence[int], min_t
             f"teacher.min_top1: {name} scores {top1:.2f} % on {len(labels)} validation images, below {least:.2f} %; "
             "its classes, size or normalisation may be wrong: see docs/teachers.md, or lower teacher.min_top1"
         )
+
+
+def check_columns(
+    facts: Mapping[str, Any], classes: Sequence[str], labels: np.ndarray, predictions: np.ndarray
+) -> None:
+    """Raise an InputError where the teacher's answers to the validation set are clearly those of other classes.
+
+    Args:
+        facts: of the teacher, with its ``name`` and the ``class_map`` that it was opened with.
+        classes: the dataset's names, in label order.
+        labels: [n], of the validation set.
+        predictions: [n], the teacher's classes; -1 where it was not asked.
+    """
+    cycles = exchanged_columns(labels, predictions, len(classes))
+    if not cycles:
+        return
+    pairs = [pair for cycle in cycles for pair in zip(cycle, [*cycle[1:], cycle[0]], strict=True)]
+    seen = []
+    for label, column in pairs[:LONGEST_LIST]:
+        answers = predictions[(labels == label) & (predictions >= 0)]
+        own, other = (int((answers == place).sum()) for place in (label, column))
+        seen.append(
+            f"the column of {classes[column]!r} answers {other} of {len(answers)} photos of {classes[label]!r}, "
+            f"its own {own}"
+        )
+    more = f"; {len(pairs) - LONGEST_LIST} more" if len(pairs) > LONGEST_LIST else ""
+    raise InputError(
+        f"teacher.class_map: {facts['name']} seems to have its columns in another order ({'; '.join(seen)}{more}); "
+        f"give teacher.class_map a JSON of all classes{_entries(facts, classes, pairs)}, see docs/teachers.md, or mend "
+        "the folders of these photos; teacher.min_top1 0 lets it teach as it is"
+    )
+
+
+def _entries(facts: Mapping[str, Any], classes: Sequence[str], pairs: Sequence[tuple[int, int]]) -> str:
+    """Return the entries of a class map that would put right what is exchanged, where columns can be named."""
+    if "members" in facts:
+        return ", for the member that is wrong"
+    known = facts.get("class_map") or {}
+    groups = {
+        classes[label]: [number for number, _ in known.get(classes[column], [])] or [column] for label, column in pairs
+    }
+    entries = {name: group[0] if len(group) == 1 else group for name, group in list(groups.items())[:LONGEST_LIST]}
+    return f" with {json.dumps(entries, ensure_ascii=False)[:-1]}{', …' if len(pairs) > LONGEST_LIST else ''}}}"
+
+
+def exchanged_columns(labels: np.ndarray, predictions: np.ndarray, classes: int) -> list[list[int]]:
+    """Return the classes whose columns are exchanged, as cycles: the next one's column speaks for each.
+
+    What a right column must do, however weak its teacher is, is to answer its own class's photos at least as often
+    as any other class's. Then no order of the columns has a higher expected sum of recalls than the given one. The
+    best order (Hungarian) is looked for, and each of its cycles counts if its gain is clear: `LEAST_GAIN` a class,
+    and larger than chance gives any cycle of that length, except with the probability `FALSE_ALARMS`.
+
+    Args:
+        labels: [n], of the photos.
+        predictions: [n], the teacher's classes; -1 where it was not asked.
+        classes: C.
+    """
+    asked = predictions >= 0
+    pairs = (labels[asked], predictions[asked])
+    counts = coo_matrix((np.ones(len(pairs[0])), pairs), shape=(classes, classes)).tocsr()  # [C, C], sparse
+    photos = np.bincount(pairs[0], minlength=classes)
+    order = _best_order(csr_matrix(diags(1 / np.maximum(photos, 1)) @ counts))
+    return [cycle for cycle in _cycles(order) if _is_clear(np.array(cycle), counts, photos)]
+
+
+def _best_order(rates: csr_matrix) -> np.ndarray:
+    """Return the column [C] of each class for which the sum of `rates` [C, C] is largest.
+
+    Few rates of many classes are not zero. A matching that leaves out whom it likes is a full one of twice the size,
+    which scipy finds without a dense matrix; one more on every edge changes nothing, and keeps zeros.
+    """
+    classes = rates.shape[0]
+    alone = identity(classes, format="csr")
+    rates = rates + 1e-9 * alone  # of equal orders the given one
+    edges, mirrored = rates.copy(), csr_matrix(rates.T)
+    edges.data += 1
+    mirrored.data[:] = 1
+    rows, columns = min_weight_full_bipartite_matching(bmat([[edges, alone], [alone, mirrored]], "csr"), maximize=True)
+    taken = (rows < classes) & (columns < classes)
+    order, owner = np.full(classes, -1), np.full(classes, -1)
+    order[rows[taken]] = columns[taken]
+    owner[columns[taken]] = rows[taken]
+    for row in np.flatnonzero(order < 0):  # closes a chain: its last class takes the column that its first one left
+        first = row
+        while owner[first] >= 0:
+            first = owner[first]
+        order[row], owner[first] = first, row
+    return order
+
+
+def _cycles(order: np.ndarray) -> list[list[int]]:
+    """Return the cycles of a permutation [C] that move something."""
+    cycles, known = [], set()
+    for start in np.flatnonzero(order != np.arange(len(order))).tolist():
+        if start not in known:
+            cycle = [start]
+            while (after := int(order[cycle[-1]])) != start:
+                cycle.append(after)
+            known.update(cycle)
+            cycles.append(cycle)
+    return cycles
+
+
+def _is_clear(cycle: np.ndarray, counts: csr_matrix, photos: np.ndarray) -> bool:
+    """Return whether chance would hardly give any cycle of that length such a gain of recall (Chernoff's bound).
+
+    Chance is the worst of right teachers: a column answers photos of its class and of the one before it alike.
+    """
+    after = np.roll(cycle, -1)
+    own, other = (np.asarray(counts[cycle, column]).ravel() for column in (cycle, after))
+    photos, classes = photos[cycle], len(photos)
+    gain = ((other - own) / np.maximum(photos, 1)).sum()
+    if gain < LEAST_GAIN * len(cycle):
+        return False
+    rate_after = (other + np.roll(own, -1)) / np.maximum(photos + np.roll(photos, -1), 1)
+    rate_own = np.roll(rate_after, 1)
+    there = photos > 0
+    n, up, down = photos[there], rate_after[there], rate_own[there]
+
+    def log_bound(slope: float) -> float:
+        moments = np.log1p(up * np.expm1(slope / n) + down * np.expm1(-slope / n))
+        return float((n * moments).sum() - slope * gain)
+
+    found: Any = minimize_scalar(log_bound, bounds=(0, 100 * n.min()), method="bounded")
+    cycles_of_that_length = math.lgamma(classes + 1) - math.lgamma(classes - len(cycle) + 1) - math.log(len(cycle))
+    return bool(found.fun + cycles_of_that_length < math.log(FALSE_ALARMS))
