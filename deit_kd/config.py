@@ -5,23 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 
 from deit_kd.interfaces import InputError, nearest
+from deit_kd.schedules import Schedule, always
 
 Statistics = tuple[float, float, float]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's, which takes seconds to import
@@ -218,6 +224,24 @@ class TeacherNetwork(Section):
     _check_std = field_validator("std")(_check_positive)
 
 
+class SoleTeacher(TeacherNetwork):
+    """A network that may be fitted first, and whose score is checked before it teaches."""
+
+    fit: Fit = Fit()
+    """train it first"""
+    min_top1: float | None = Field(None, ge=0, le=100)
+    """least top-1 on validation in percent; null is the largest class's share and three standard errors"""
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the section says which network it is."""
+        return bool(self.name or self.pretrained or self.checkpoint or self.random_weights or self.fit.epochs)
+
+
+class Guide(SoleTeacher):
+    """A network that gives the features; unset, the teacher gives them with its answers."""
+
+
 class TeacherMember(TeacherNetwork):
     """One of several teachers."""
 
@@ -225,11 +249,9 @@ class TeacherMember(TeacherNetwork):
     """its share; shares are scaled to sum to 1"""
 
 
-class TeacherSection(TeacherNetwork):
+class TeacherSection(SoleTeacher):
     """What is learned from: one network, or several."""
 
-    fit: Fit = Fit()
-    """train it first"""
     members: list[TeacherMember] = []
     """several teachers, each with its own eyes and class map, instead of one"""
     combine: Literal["mean", "draw"] = "mean"
@@ -240,8 +262,6 @@ class TeacherSection(TeacherNetwork):
     """read trains with no teacher in memory; record fills the store while the teacher is asked"""
     store_top: int | None = Field(None, ge=0)
     """logits that a new store keeps of an answer; null is 10 for soft labels, and 0, the label alone, for hard ones"""
-    min_top1: float | None = Field(None, ge=0, le=100)
-    """least top-1 on validation in percent; null is the largest class's share and three standard errors"""
     precision: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """of its weights; auto is train.precision"""
     channels_last: bool = True
@@ -250,17 +270,162 @@ class TeacherSection(TeacherNetwork):
     """run it through torch.compile"""
 
 
-class Distill(Section):
-    """(1 - alpha) * classification(cls) + alpha * distillation(dist)."""
+class ScheduleSection(Section):
+    """A number that changes over the run; places are shares of it."""
 
-    kind: Literal["none", "soft", "hard"] = "hard"
-    """none is plain supervised training"""
-    alpha: float = Field(0.5, ge=0, le=1)
-    """weight of the distillation term"""
-    temperature: float = Field(3.0, gt=0)
-    """of soft distillation"""
+    start: float = Field(ge=0)
+    """value before the change"""
+    end: float = Field(0.0, ge=0)
+    """value after the change"""
+    begin: float = Field(0.0, ge=0, lt=1, alias="from")
+    """place at which the change begins"""
+    until: float = Field(1.0, gt=0, le=1)
+    """place at which it has ended"""
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    """constant keeps start until the change has ended; linear and cosine go from one to the other"""
+
+    @model_validator(mode="after")
+    def _check_places(self) -> ScheduleSection:
+        if self.begin >= self.until:
+            raise ValueError(f"from {self.begin:g} is not below until {self.until:g}")
+        return self
+
+    @model_serializer
+    def _by_key(self) -> dict[str, Any]:
+        places = {"from": self.begin, "until": self.until}
+        return {"start": self.start, "end": self.end, **places, "shape": self.shape}
+
+    def schedule(self) -> Schedule:
+        """Return the schedule that these keys describe."""
+        return Schedule(self.start, self.end, self.begin, self.until, self.shape)
+
+
+def _is_schedule(value: Any) -> str:
+    return "schedule" if isinstance(value, dict | ScheduleSection) else "number"
+
+
+Scheduled = Annotated[
+    Annotated[float, Tag("number")] | Annotated[ScheduleSection, Tag("schedule")], Discriminator(_is_schedule)
+]
+
+
+def as_schedule(value: float | ScheduleSection) -> Schedule:
+    """Return the schedule of a key that is a number or describes one."""
+    return value.schedule() if isinstance(value, ScheduleSection) else always(value)
+
+
+class TermSection(Section):
+    """One more term of the objective."""
+
+    kind: Literal["guide", "pooled", "soft", "hard", "standardised"]
+    """guide: maps; pooled: one vector an image; soft, hard, standardised: the distillation head against the logits"""
+    weight: Scheduled = 1.0
+    """a number, or its schedule {start, end, from, until, shape}"""
+    temperature: Scheduled | None = None
+    """of soft and standardised; null is 3, and of standardised what follows from the number of classes"""
+    blocks: list[int] | None = None
+    """of guide: the student's blocks, from 0; null spreads them evenly, one for each stage"""
+    stages: list[str] | None = None
+    """of guide: the teacher's layers by timm's names; null takes the last three not coarser than the student's grid"""
+    grid: int | None = Field(None, gt=0)
+    """of guide: side of a coarser grid to compare maps on; null is the coarser of the two"""
+    normalise: bool = True
+    """of guide: layer-normalise the teacher's maps over channels"""
+    loss: Literal["cosine", "huber"] = "cosine"
+    """of pooled"""
+
+    @field_validator("weight", "temperature")
+    @classmethod
+    def _check_range(cls, value: Scheduled | None, info: ValidationInfo) -> Scheduled | None:
+        least = 0 if value is None else min(as_schedule(value).values)
+        if least < 0:
+            raise ValueError("must not be below 0")
+        if info.field_name == "temperature" and value is not None and least == 0:
+            raise ValueError("must be above 0, start and end alike")
+        return value
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> TermSection:
+        own = {"kind", "weight", *_KEYS_OF_TERM[self.kind]}
+        foreign = sorted(self.model_fields_set - own)
+        if foreign:
+            raise ValueError(f"{foreign[0]} does not act on a term of kind {self.kind}; leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _own_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        own = {"kind", "weight", *_KEYS_OF_TERM[self.kind]}
+        return {key: value for key, value in dump(self).items() if key in own}
+
+
+_KEYS_OF_TERM: dict[str, set[str]] = {
+    "guide": {"blocks", "stages", "grid", "normalise"},
+    "pooled": {"loss"},
+    "soft": {"temperature"},
+    "hard": set(),
+    "standardised": {"temperature"},
+}
+FEATURE_KINDS = ("guide", "pooled")
+
+
+class Distill(Section):
+    """(1 - alpha) * classification(cls) + alpha * distillation(dist) + the sum of weight * term."""
+
+    kind: Literal["none", "soft", "hard", "standardised"] = "hard"
+    """none is plain supervised training, unless there are terms"""
+    alpha: Scheduled = 0.5
+    """weight of the distillation term, a number from 0 to 1 or its schedule; 1 with kind none leaves the labels out"""
+    temperature: Scheduled | None = 3.0
+    """of soft and standardised, a number or its schedule; null is 3, and of standardised follows from the classes"""
     scale: Literal["batchmean", "numel"] = "batchmean"
     """numel divides by the classes too, as the published deit code does"""
+    terms: list[TermSection] = []
+    """further terms: [{kind: guide, weight: {start: 2.5, until: 0.5}}]"""
+
+    @field_validator("terms")
+    @classmethod
+    def _check_terms(cls, value: list[TermSection], info: ValidationInfo) -> list[TermSection]:
+        kinds = [info.data.get("kind"), *(term.kind for term in value)]
+        twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice} is there twice; keep one")
+        return value
+
+    @field_validator("alpha", "temperature")
+    @classmethod
+    def _check_range(cls, value: Scheduled | None, info: ValidationInfo) -> Scheduled | None:
+        for number in () if value is None else as_schedule(value).values:
+            if info.field_name == "alpha" and not 0 <= number <= 1:
+                raise ValueError("must be between 0 and 1")
+            if info.field_name == "temperature" and number <= 0:
+                raise ValueError("must be above 0, start and end alike")
+        return value
+
+    @property
+    def has_token(self) -> bool:
+        """Whether the student needs a distillation token."""
+        return self.kind != "none" or self.logit_kinds != set()
+
+    @property
+    def logit_kinds(self) -> set[str]:
+        """How the teacher's logits are learned from."""
+        kinds: set[str] = {self.kind, *(term.kind for term in self.terms)}
+        return kinds - {"none", *FEATURE_KINDS}
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether any term compares features."""
+        return any(term.kind in FEATURE_KINDS for term in self.terms)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anybody has to teach."""
+        return self.has_token or self.needs_features
+
+    @property
+    def takes_hard_labels(self) -> bool:
+        """Whether the teacher's decisions are enough."""
+        return self.logit_kinds <= {"hard"}
 
 
 class Train(Section):
@@ -323,6 +488,7 @@ class Config(Section):
     augment: Augment = Augment()
     student: StudentSection = StudentSection()
     teacher: TeacherSection = TeacherSection()
+    guide: Guide = Guide()
     distill: Distill = Distill()
     optim: Optim = Optim()
     train: Train = Train()
@@ -353,11 +519,20 @@ class Config(Section):
             raise ValueError(f"data.fold: {fold} is none of {folds} folds; set 0 to {folds - 1}")
         if self.distill.kind != "none" and teacher.random_weights and teacher.fit.epochs:
             raise ValueError("teacher.random_weights and teacher.fit.epochs exclude each other")
-        if teacher.checkpoint is not None and teacher.fit.epochs:
-            raise ValueError("teacher.checkpoint and teacher.fit.epochs exclude each other; unset one")
-        own = teacher.name or teacher.pretrained or teacher.checkpoint or teacher.random_weights or teacher.fit.epochs
-        if teacher.members and own:
+        for name, section in (("teacher", teacher), ("guide", self.guide)):
+            if section.checkpoint is not None and section.fit.epochs:
+                raise ValueError(f"{name}.checkpoint and {name}.fit.epochs exclude each other; unset one")
+        if teacher.members and teacher.is_named:
             raise ValueError("teacher.members and a teacher of the section's own exclude each other; unset one")
+        if self.guide.is_named and not self.distill.needs_features:
+            raise ValueError("guide: is set, but no term of distill.terms compares features; add one, or unset it")
+        if self.distill.needs_features and not self.guide.is_named:
+            answers_alone = "several teachers give" if teacher.members else "a label store gives"
+            if teacher.members or (teacher.store is not None and teacher.store_mode == "read"):
+                raise ValueError(
+                    f"distill.terms: features are compared, but {answers_alone} answers alone; add an online guide "
+                    "(guide.name, and guide.checkpoint or guide.fit.epochs)"
+                )
         if teacher.store_mode == "record" and teacher.store is None:
             raise ValueError("teacher.store_mode: record needs a folder to fill; set teacher.store")
         if self.train.precision == "fp16" and self.train.device == "cpu":
@@ -391,11 +566,23 @@ def build_parser(program: str) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="recipe file; later options override it")
     for path, field, default in _keys_of(Config()):
-        origin = get_origin(field.annotation)
-        plain: Any = origin if origin in (dict, list) else field.annotation
-        kind = Annotated[(plain, *field.metadata)] if field.metadata else plain
+        plain = _plain(field.annotation)
+        kind = Annotated[(plain, *field.metadata)] if field.metadata and plain == field.annotation else plain
         parser.add_argument(f"--{path}", type=kind, default=default, help=field.description)
     return parser
+
+
+def _plain(annotation: Any) -> Any:
+    """Return the type of a key as the parser knows it; what is inside a dict or a list, the schema checks."""
+    if get_origin(annotation) in (dict, list):
+        return get_origin(annotation)
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return dict
+    if get_origin(annotation) in (Union, UnionType):
+        return Union[tuple(_plain(part) for part in get_args(annotation))]  # noqa: UP007 - of parts that are computed
+    return annotation
 
 
 def _keys_of(section: Section, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
@@ -507,7 +694,7 @@ def parse_config(arguments: list[str], parser: ArgumentParser | None = None) -> 
         return Config.model_validate(values), others
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
+        key = ".".join(str(part) for part in first["loc"] if part not in ("number", "schedule"))
         reason = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{key}: {first['input']!r}: {reason}" if key else reason) from error
 
@@ -528,7 +715,7 @@ def _one_line(message: str) -> str:
         key = unknown[1].lstrip("-").split("=")[0] if unknown else f"{in_group[1]}.{in_group[2]}" if in_group else ""
         return f"{key}: unknown key{_nearest_key(key)}"
     key_match = re.search(r'Parser key "([\w.]+)"', message)
-    value_match = re.search(r"Got value: (.*)", message, re.DOTALL)
+    value_match = re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
     lines = [line.strip() for line in message.splitlines() if "For further information" not in line]
     reasons = [re.sub(r"\s*\[type=.*", "", line) for line in lines[1:]] or lines
     reason = next(

@@ -47,16 +47,19 @@ class Distiller:
         self.objective = objective
         self.precision = precision
 
-    def __call__(self, batch: Batch) -> Terms:
-        """Return the mean loss and terms of `batch`; call ``.loss.backward()`` on the result."""
-        return self.checked(batch).terms
+    def __call__(self, batch: Batch, place: float = 0.0) -> Terms:
+        """Return the mean loss and terms of `batch`; call ``.loss.backward()`` on the result.
 
-    def checked(self, batch: Batch) -> CheckedTerms:
+        `place` is the share of the run that is done, for weights that have a schedule.
+        """
+        return self.checked(batch, place).terms
+
+    def checked(self, batch: Batch, place: float = 0.0) -> CheckedTerms:
         """Return the mean loss and terms of `batch`, and what in it was not finite."""
         with autocast(batch.images.device, self.precision):
             student_output = _ask(self.student, batch.images)
         teacher_output = self.teacher(batch) if self.teacher is not None else None
-        return self.objective.checked(student_output, teacher_output, batch.targets)
+        return self.objective.checked(student_output, teacher_output, batch.targets, place)
 
 
 def _ask(student: Student, images: Tensor) -> StudentOutput:
@@ -64,14 +67,18 @@ def _ask(student: Student, images: Tensor) -> StudentOutput:
     if len(images):
         return student(images)
     # Attention on CUDA refuses an empty batch, and DDP waits for an answer of every process.
-    cls_logits, dist_logits, _ = student(images.new_zeros(2, *images.shape[1:]))
-    return StudentOutput(cls_logits[:0], None if dist_logits is None else dist_logits[:0])
+    cls_logits, dist_logits, features = student(images.new_zeros(2, *images.shape[1:]))
+    return StudentOutput(
+        cls_logits[:0],
+        None if dist_logits is None else dist_logits[:0],
+        None if features is None else {name: feature[:0] for name, feature in features.items()},
+    )
 
 
 class StepResult(NamedTuple):
     """What one optimiser step of this process gave, on its device; nobody has waited for it yet."""
 
-    terms: Tensor  # [5], in fp32: `STEP_TERMS`
+    terms: Tensor  # [5 + 2 * further terms], in fp32: `STEP_TERMS`, then each further term and its cosine
     is_finite: Tensor  # [views], of each view's loss, in the order of the micro-batches
 
 
@@ -100,6 +107,9 @@ class Trainer:
         clip_grad_norm: largest gradient norm, over all parameters; None does not clip.
         seed: of the run.
         skip: whether batches may lack views; the mean is then over the views that all processes have.
+        connectors: of compared features, which learn with the model and are no part of it; None where there are none.
+        total_steps: of the run, whose share that is done sets the weights of the terms.
+        further_terms: kinds of the objective's further terms, in the order of a step's result.
     """
 
     distiller: Distiller
@@ -113,28 +123,35 @@ class Trainer:
     clip_grad_norm: float | None
     seed: int
     skip: bool = False
+    connectors: nn.Module | None = None
+    total_steps: int = 1
+    further_terms: tuple[str, ...] = ()
 
     def step(self, batches: Iterator[Batch], step: int) -> StepResult:
         """Do optimiser step `step` (from 0)."""
         self.schedule.step_update(step)
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        terms = torch.zeros(len(STEP_TERMS), device=self.processes.device)
+        terms = torch.zeros(len(STEP_TERMS) + 2 * len(self.further_terms), device=self.processes.device)
         is_finite = []
         views = places = 0
         for micro_step in range(self.accumulation_steps):
             batch = next(batches).to(self.processes.device)
             seed_step(self.seed, step, micro_step, self.processes.rank)
             with self._sync_only_at(micro_step == self.accumulation_steps - 1):
-                checked = self.distiller.checked(batch)
+                checked = self.distiller.checked(batch, step / self.total_steps)
                 # The mean over the views there are becomes their share of the mean over all places.
                 divisor = self.accumulation_steps * batch.places / max(1, len(batch.labels))
                 self.scaler.scale(checked.terms.loss / divisor).backward()
-            terms[:3] += torch.stack(checked.terms).detach() / divisor
+            means = self._means(checked.terms) / divisor
+            terms[:3] += means[:3]
+            terms[len(STEP_TERMS) :] += means[3:]
             terms[4] += checked.teacher_not_finite
             is_finite.append(batch.at_places(checked.is_finite, True))
             views, places = views + len(batch.labels), places + batch.places
         if self.skip:
-            terms[:3] *= self._make_up(views, places)
+            factor = self._make_up(views, places)
+            terms[:3] *= factor
+            terms[len(STEP_TERMS) :] *= factor
         applied = self._apply()
         for buffer, before in buffers:
             buffer.copy_(torch.where(applied, buffer, before))
@@ -143,11 +160,19 @@ class Trainer:
         terms[3] = ~applied
         return StepResult(terms, torch.cat(is_finite))
 
+    def _means(self, terms: Terms) -> Tensor:
+        """Return the loss and its terms, then each further term and its cosine; 0 where a term is over."""
+        nothing = torch.zeros_like(terms.loss)
+        further = [values.get(kind, nothing) for kind in self.further_terms for values in (terms.others, terms.cosines)]
+        return torch.stack([*terms[:3], *further]).detach()
+
     def _apply(self) -> Tensor:
         """Let the optimiser use the gradients, unless they are not finite; return whether it did, on the device."""
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm(self._gradients())
+        norm = nn.utils.get_total_norm(_gradients(self.model))
         applied = norm.isfinite()
+        if self.connectors is not None:
+            applied = applied & nn.utils.get_total_norm(_gradients(self.connectors)).isfinite()
         if self.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_grad_norm, norm)
         if self.scaler.is_enabled():
@@ -169,11 +194,10 @@ class Trainer:
         # Counts of all processes stay on the device: nobody waits to read them.
         known = self.processes.sum(torch.tensor([views], device=self.processes.device, dtype=torch.float32))[0]
         factor = places * self.processes.count / known.clamp_min(1)
-        torch._foreach_mul_(self._gradients(), factor)
+        torch._foreach_mul_(_gradients(self.model), factor)
+        if self.connectors is not None and (connectors := _gradients(self.connectors)):
+            torch._foreach_mul_(connectors, factor)
         return factor
-
-    def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
     def _sync_only_at(self, last: bool) -> AbstractContextManager[Any]:
         student = self.distiller.student
@@ -183,6 +207,7 @@ class Trainer:
         """Return what a checkpoint keeps; the teacher is not among it."""
         return {
             "student": self.model.state_dict(),
+            "connectors": None if self.connectors is None else self.connectors.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -191,6 +216,8 @@ class Trainer:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go back to a state that `state()` gave."""
         self.model.load_state_dict(state["student"])
+        if self.connectors is not None:
+            self.connectors.load_state_dict(state["connectors"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -206,6 +233,10 @@ class Trainer:
         self.processes.broadcast(self.model.buffers())
         if self.ema is not None:
             self.processes.broadcast(self.ema.module.buffers())
+
+
+def _gradients(module: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
 
 
 @torch.inference_mode()
@@ -362,7 +393,7 @@ def score_teacher(
     lacking = 0
     for batch in batches:
         batch = batch.to(processes.device)
-        predicted = score.add(teacher(batch).logits.float().log_softmax(-1), batch.labels)
+        predicted = score.add(teacher(batch).needed_logits().float().log_softmax(-1), batch.labels)
         predictions.append(batch.at_places(predicted, -1))
         lacking += len(batch.missing)
     return score.result(_readable(total, lacking, processes), processes), torch.cat(predictions)

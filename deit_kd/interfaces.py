@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # the command line needs the errors, and does not wait for torch
@@ -114,14 +114,34 @@ class StudentOutput(NamedTuple):
 
     cls_logits: Tensor  # [B, C]
     dist_logits: Tensor | None = None  # [B, C]; None exactly when there is no distillation token
-    features: tuple[Tensor, ...] | None = None
+    features: Mapping[str, Tensor] | None = None  # maps [B, D, h, w] and vectors [B, D]; None unless something asks
 
 
 class TeacherOutput(NamedTuple):
     """What a teacher answers, in the dataset's classes."""
 
-    logits: Tensor  # [B, C]
-    features: tuple[Tensor, ...] | None = None
+    logits: Tensor | None  # [B, C]; None of a network without a head
+    features: Mapping[str, Tensor] | None = None  # maps [B, D, h, w] and vectors [B, D]; None unless something asks
+
+    def needed_logits(self) -> Tensor:
+        """Return the logits [B, C].
+
+        Raises:
+            InputError: the teacher has no head.
+        """
+        if self.logits is None:
+            raise InputError("teacher: has no head, so there are no answers to learn from; name another for them")
+        return self.logits
+
+
+class Link(NamedTuple):
+    """One feature of the student that a connector brings to the width of one of the teacher's."""
+
+    name: str  # of the student's feature after its connector
+    student: str  # name of the student's feature
+    teacher: str  # name of the teacher's feature
+    student_width: int
+    teacher_width: int
 
 
 class Student(Protocol):

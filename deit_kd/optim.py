@@ -41,13 +41,17 @@ def build_optimizer(
     Raises:
         InputError: timm does not know the optimiser or an argument.
     """
-    scale = batch_size / lr_reference_batch if lr_reference_batch else 1.0
     arguments = dict(args)
     if name in ("adam", "adamw", "sgd", "nesterov", "momentum"):
         arguments.setdefault("fused", True)
     try:
         optimizer = create_optimizer_v2(
-            model, opt=name, lr=lr * scale, weight_decay=weight_decay, layer_decay=layer_decay, **arguments
+            model,
+            opt=name,
+            lr=scaled_lr(lr, lr_reference_batch, batch_size),
+            weight_decay=weight_decay,
+            layer_decay=layer_decay,
+            **arguments,
         )
         if getattr(optimizer, "is_second_order", False):
             raise ValueError("it needs second derivatives, which a step here does not make")
@@ -57,6 +61,11 @@ def build_optimizer(
         raise InputError(
             f"optim.name: {name!r} with {args} cannot be built ({reason}); use adamw, sgd or lamb"
         ) from error
+
+
+def scaled_lr(lr: float, lr_reference_batch: int, batch_size: int) -> float:
+    """Return the learning rate of a batch; linear in its size (Goyal et al. 2017), `lr` itself where there is none."""
+    return lr * (batch_size / lr_reference_batch) if lr_reference_batch else lr
 
 
 def build_schedule(

@@ -120,10 +120,15 @@ def _check_can_graft(key: str, backbone: Any) -> None:
 def read_heads(backbone: nn.Module, images: Tensor) -> StudentOutput:
     """Answer `images` [B, 3, H, W] with logits [B, C] of each head there is."""
     model: Any = backbone
-    features = model.forward_features(images)
+    return heads_of(backbone, model.forward_features(images))
+
+
+def heads_of(backbone: nn.Module, last: Tensor) -> StudentOutput:
+    """Return the logits [B, C] of each head there is, from the model's last features."""
+    model: Any = backbone
     if not has_distillation_token(backbone):
-        return StudentOutput(model.forward_head(features))
+        return StudentOutput(model.forward_head(last))
     drop = model.head_drop
     if is_grafted(backbone):
-        return StudentOutput(model.forward_head(features), model.head_dist(drop(model.fc_norm_dist(features[:, 1]))))
-    return StudentOutput(model.head(drop(features[:, 0])), model.head_dist(drop(features[:, 1])))
+        return StudentOutput(model.forward_head(last), model.head_dist(drop(model.fc_norm_dist(last[:, 1]))))
+    return StudentOutput(model.head(drop(last[:, 0])), model.head_dist(drop(last[:, 1])))

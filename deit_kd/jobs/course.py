@@ -2,52 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from deit_kd.checkpoint import CheckpointWriter
-from deit_kd.config import Config
-from deit_kd.data import Splits, TrainingLoader
-from deit_kd.distributed import Processes, names_lost_process
+from deit_kd.distributed import names_lost_process
 from deit_kd.engine import StepResult, Trainer, evaluate, train
 from deit_kd.interfaces import Batch, InputError, Stopped
 from deit_kd.jobs import parts
+from deit_kd.jobs.lesson import Lesson, build_distiller
+from deit_kd.jobs.prepared import Run
 from deit_kd.jobs.progress import BadStep, Progress
-from deit_kd.losses import Objective
+from deit_kd.memory import peak_memory, reset_peak_memory
 from deit_kd.stopping import Watch, stopped_by
-from deit_kd.students import TimmStudent
-from deit_kd.tracking import CHECKPOINTS, METRICS_FILE, DataErrors, Journal, say
-
-
-@dataclass
-class Run:
-    """Everything of one run but its teacher; nothing is written yet."""
-
-    config: Config
-    processes: Processes
-    splits: Splits
-    folder: Path
-    loader: TrainingLoader
-    validation: Iterable[Batch]
-    student: TimmStudent
-    objective: Objective
-    optimizer: torch.optim.Optimizer
-    data_facts: dict[str, str]  # a hash of each split
-    schedule: Scheduler
-    checkpoint: Any  # named parts, or None
-    errors: DataErrors  # photos that cannot be read
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names of the dataset."""
-        return self.splits.train.classes
+from deit_kd.tracking import CHECKPOINTS, METRICS_FILE, Journal, say, size_text
 
 
 @dataclass
@@ -55,6 +28,7 @@ class Course:
     """The training of one run: what happens between its steps."""
 
     run: Run
+    lesson: Lesson
     trainer: Trainer
     progress: Progress
     journal: Journal
@@ -109,11 +83,28 @@ class Course:
             if self.after_epoch is not None:
                 self.after_epoch(step // self.run.loader.steps_per_epoch - 1)
             self._end_epoch()
+            self._let_go()
         elif is_due:
             self._save()
         if step < self.run.loader.total_steps and not self.watch.may_go_on(step):
             assert self.watch.signal is not None
             self._stop(self.watch.signal)
+
+    def _let_go(self) -> None:
+        """Go on without what is over by the next epoch: terms, connectors, and who taught for them."""
+        run, distiller = self.run, self.trainer.distiller
+        rest = run.objective.remaining(self.progress.step / run.loader.total_steps)
+        if rest.active == distiller.objective.active:
+            return
+        over = ", ".join(kind for kind in distiller.objective.active if kind not in rest.active)
+        peak = peak_memory(run.processes.device)
+        self.trainer.distiller = build_distiller(run, self.lesson, self.progress.step)
+        del distiller
+        gc.collect()  # a wrapper of DDP is a circle
+        reset_peak_memory(run.processes.device)
+        if run.processes.is_main and self.progress.step < run.loader.total_steps:
+            now = size_text(peak_memory(run.processes.device))
+            say(f"{over}: over after step {self.progress.step}; memory was {size_text(peak)} at its peak, {now} now")
 
     def _record(self, overdue: bool) -> bool:
         """Write the record of the steps since the last one; return whether a checkpoint is overdue anywhere."""
@@ -121,6 +112,7 @@ class Course:
         record, is_overdue = progress.read(run.processes, run.config.train.batch_size, overdue)
         record["lr"] = max(group["lr"] for group in self.trainer.optimizer.param_groups)
         record["epoch"] = (progress.step - 1) // run.loader.steps_per_epoch
+        record |= self._terms(record.get("terms", {}))
         if parts.skips(run.config):
             run.errors.tell()
             record["missing"] = run.errors.views("train")  # so far
@@ -131,6 +123,24 @@ class Course:
         if record["bad_steps"]:
             self._record_bad_steps()
         return is_overdue
+
+    def _terms(self, measured: dict[str, dict[str, float | None]]) -> dict[str, Any]:
+        """Return the further terms that were live, each with its weight; nothing where there are none."""
+        objective = self.trainer.distiller.objective
+        place = (self.progress.step - 1) / self.run.loader.total_steps
+        live = {term.kind: term.weight.at(place) for term in objective.terms}
+        features = objective.feature_kinds
+        return (
+            {
+                "terms": {
+                    kind: {"loss": measured[kind]["loss"], "weight": weight}
+                    | ({"cosine": measured[kind]["cosine"]} if kind in features else {})
+                    for kind, weight in live.items()
+                }
+            }
+            if measured
+            else {}
+        )
 
     def _record_bad_steps(self) -> None:
         """Write which views had no finite loss in the steps that were left out; give up where there are too many.
@@ -249,6 +259,8 @@ def _step_note(step: int, total: int, record: dict[str, Any], kind: str) -> str:
     terms = f"loss {record['loss']:.3f}"
     if kind != "none":
         terms += f" (cls {record['classification']:.3f}, dist {record['distillation']:.3f})"
+    for kind, term in record.get("terms", {}).items():
+        terms += f", {kind} {term['loss']:.3f}" + (f" (cos {term['cosine']:.2f})" if "cosine" in term else "")
     if record["bad_steps"]:
         terms += f", {record['bad_steps']} steps left out"
     return f"step {step}/{total}  {terms}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s"

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
-import torch
 from torch import nn
 
 from deit_kd.checkpoint import checkpoint_bytes
-from deit_kd.config import Config, Fit
+from deit_kd.config import Config
 from deit_kd.distributed import Processes, finish, start
 from deit_kd.engine import StepResult, Trainer, evaluate, train
-from deit_kd.interfaces import Batch, Teacher
-from deit_kd.jobs import parts
-from deit_kd.jobs.course import Run
-from deit_kd.jobs.fit import teacher_folder
+from deit_kd.interfaces import Batch
+from deit_kd.jobs.fit import guide_config, is_unfitted
+from deit_kd.jobs.lesson import Lesson, connect
+from deit_kd.jobs.prepared import Run
 from deit_kd.jobs.run import average_line, build_trainer, prepare
 from deit_kd.jobs.stored import logits_kept
-from deit_kd.jobs.train import ready_teacher
+from deit_kd.jobs.train import ready_lesson
+from deit_kd.memory import peak_memory
 from deit_kd.store import Record
-from deit_kd.tracking import HEADS_FILE, duration_text, say, size_text
+from deit_kd.tracking import duration_text, say, size_text
 
 STEPS = 2  # the first pays for what happens once
 
@@ -59,12 +58,14 @@ def dry_run(config: Config) -> Needs:
     processes = start(config.train.device)
     try:
         run = prepare(config, processes)
-        trainer = build_trainer(run, _teacher(run))
+        lesson = _lesson(run)
+        run = connect(run, lesson)
+        trainer = build_trainer(run, lesson)
         step_seconds = _time_steps(run, trainer)
         evaluation_seconds = _time_evaluation(run, trainer)
         batches = -(-len(run.splits.validation) // (config.evaluate.batch_size * processes.count))
         needs = Needs(
-            memory=max(processes.gather(_peak(processes.device))),
+            memory=max(processes.gather(peak_memory(processes.device))),
             step_seconds=step_seconds,
             evaluation_seconds=evaluation_seconds,
             epoch_seconds=run.loader.steps_per_epoch * step_seconds + batches * evaluation_seconds,
@@ -78,20 +79,17 @@ def dry_run(config: Config) -> Needs:
         finish()
 
 
-def _teacher(run: Run) -> Teacher | None:
-    config, section = run.config, run.config.teacher
-    folder = teacher_folder(config, run.splits)
-    is_asked = config.distill.kind != "none" and (section.store is None or section.store_mode == "record")
-    if not is_asked or not section.fit.epochs or (folder / HEADS_FILE).is_file():
-        return ready_teacher(run)[0]
-    if run.processes.is_main:
-        say(
-            f"teacher: {section.name} is not fitted yet, which {section.fit.epochs} epochs will do first, not counted "
-            "here; unfitted weights stand in for it"
-        )
-    unfitted = section.model_copy(update={"fit": Fit(), "pretrained": False, "random_weights": True})
-    trial = config.model_copy(update={"teacher": unfitted})
-    return parts.build_teacher(trial, run.classes, run.processes, None)
+def _lesson(run: Run) -> Lesson:
+    config = run.config
+    pairs = (("teacher", config, config.distill.has_token), ("guide", guide_config(config), config.guide.is_named))
+    for role, recipe, is_asked in pairs:
+        reads = recipe.teacher.store is not None and recipe.teacher.store_mode == "read"
+        if is_asked and not reads and is_unfitted(recipe, run.splits) and run.processes.is_main:
+            say(
+                f"{role}: {recipe.teacher.name} is not fitted yet, which {recipe.teacher.fit.epochs} epochs will do "
+                "first, not counted here; unfitted weights stand in for it"
+            )
+    return ready_lesson(run, may_fit=False)
 
 
 def _time_steps(run: Run, trainer: Trainer) -> float:
@@ -124,18 +122,9 @@ def _time_evaluation(run: Run, trainer: Trainer) -> float:
     return time.perf_counter() - since
 
 
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def _store_bytes(run: Run) -> int:
     section = run.config.teacher
-    if run.config.distill.kind == "none" or section.store is None or section.store_mode == "read":
+    if not run.config.distill.has_token or section.store is None or section.store_mode == "read":
         return 0
     record = Record(len(run.classes), logits_kept(run.config))
     views = run.loader.views_per_epoch * run.config.train.epochs + len(run.splits.validation)

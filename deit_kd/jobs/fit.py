@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deit_kd.config import Config, Distill, StudentSection, TeacherSection
+from deit_kd.config import Config, Distill, Fit, Guide, StudentSection, TeacherSection
 from deit_kd.data import Splits
 from deit_kd.distributed import Processes
 from deit_kd.files import read_json, write_json
@@ -57,6 +57,25 @@ def online_teacher(config: Config, processes: Processes, splits: Splits) -> tupl
     if config.teacher.fit.epochs:
         checkpoint = str(fitted_teacher(config, processes, splits))
     return parts.build_teacher(config, splits.train.classes, processes, checkpoint), checkpoint
+
+
+def guide_config(config: Config) -> Config:
+    """Return the recipe with its guide in the teacher's place, so that both are fitted and found alike."""
+    guide = {name: getattr(config.guide, name) for name in type(config.guide).model_fields}
+    own = {name: getattr(config.teacher, name) for name in ("precision", "channels_last", "compile")}
+    return config.model_copy(update={"teacher": TeacherSection(**guide, **own), "guide": Guide()})
+
+
+def is_unfitted(config: Config, splits: Splits) -> bool:
+    """Return whether the recipe's teacher is still to be fitted."""
+    return bool(config.teacher.fit.epochs) and not (teacher_folder(config, splits) / HEADS_FILE).is_file()
+
+
+def unfitted_teacher(config: Config, classes: tuple[str, ...], processes: Processes) -> NetworkTeacher:
+    """Return the network that the recipe will fit, with random weights."""
+    unfitted = config.teacher.model_copy(update={"fit": Fit(), "pretrained": False, "random_weights": True})
+    trial = config.model_copy(update={"teacher": unfitted})
+    return parts.build_teacher(trial, classes, processes, None)
 
 
 def _key(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str, Any]:

@@ -6,17 +6,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from timm.scheduler.scheduler import Scheduler
 
 from deit_kd import data
-from deit_kd.config import Config, TeacherNetwork, TeacherSection, read_recipe
+from deit_kd.config import Config, Guide, TeacherNetwork, TeacherSection, TermSection, as_schedule, read_recipe
 from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes
 from deit_kd.engine import AUTOCAST_DTYPES
 from deit_kd.files import checked
 from deit_kd.interfaces import Batch, InputError
-from deit_kd.optim import build_optimizer
+from deit_kd.losses import FeatureTerm, LogitTerm, Objective, Shapes, Term, guide_links, pooled_links
+from deit_kd.optim import build_optimizer, scaled_lr
+from deit_kd.optim import build_schedule as build_cosine_schedule
 from deit_kd.places import TEACHER_OF_RUN
-from deit_kd.students import TimmStudent
+from deit_kd.students import Connectors, TimmStudent
 from deit_kd.students import build_student as build_timm_student
 from deit_kd.teachers import EnsembleTeacher, FrozenTeacher, NetworkTeacher
 from deit_kd.teachers import build_teacher as build_frozen_teacher
@@ -51,6 +54,55 @@ def build_student_optimizer(config: Config, student: TimmStudent) -> torch.optim
         args=optim.args,
         batch_size=config.train.batch_size,
     )
+
+
+def add_connectors(config: Config, optimizer: torch.optim.Optimizer, connectors: Connectors) -> None:
+    """Let the recipe's optimiser train `connectors` as well, in a group of their own."""
+    optim = config.optim
+    lr = scaled_lr(optim.lr, optim.lr_reference_batch, config.train.batch_size)
+    optimizer.add_param_group(
+        {"params": list(connectors.parameters()), "lr": lr, "initial_lr": lr, "weight_decay": optim.weight_decay}
+    )
+
+
+def build_schedule(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
+    """Return the recipe's schedule of the learning rate."""
+    return build_cosine_schedule(
+        optimizer,
+        warmup_epochs=config.optim.warmup_epochs,
+        warmup_lr=config.optim.warmup_lr,
+        min_lr=config.optim.min_lr,
+        epochs=config.train.epochs,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def build_objective(config: Config, student: Shapes, teacher: Shapes) -> Objective:
+    """Return the recipe's objective.
+
+    Args:
+        config: the recipe.
+        student: the shapes of the features that it can answer with, by name.
+        teacher: the same; both are read only where the recipe compares features.
+
+    Raises:
+        InputError: features cannot be had, or cannot be compared.
+    """
+    section = config.distill
+    temperature = None if section.temperature is None else as_schedule(section.temperature)
+    terms = [_build_term(term, student, teacher) for term in section.terms]
+    return Objective(section.kind, as_schedule(section.alpha), temperature, section.scale, terms)
+
+
+def _build_term(section: TermSection, student: Shapes, teacher: Shapes) -> Term:
+    weight = as_schedule(section.weight)
+    if section.kind == "guide":
+        links = guide_links(student, teacher, blocks=section.blocks, stages=section.stages, grid=section.grid)
+        return FeatureTerm("guide", weight, links, normalise=section.normalise, grid=section.grid)
+    if section.kind == "pooled":
+        return FeatureTerm("pooled", weight, pooled_links(student, teacher), loss=section.loss)
+    temperature = None if section.temperature is None else as_schedule(section.temperature)
+    return LogitTerm(section.kind, weight, temperature)
 
 
 def skips(config: Config) -> bool:
@@ -149,7 +201,7 @@ def build_student(config: Config, classes: tuple[str, ...], checkpoint: str | No
         drop_path=section.drop_path,
         classes=classes,
         image_size=config.data.image_size,
-        distilled=config.distill.kind != "none",
+        distilled=config.distill.has_token,
         token=section.token,
         new_heads=section.new_heads and checkpoint is None,
         freeze=section.freeze,
@@ -158,9 +210,10 @@ def build_student(config: Config, classes: tuple[str, ...], checkpoint: str | No
     )
 
 
-def has_random_weights(config: Config) -> bool:
-    """Return whether any network of the recipe's teacher has random weights."""
-    return config.teacher.random_weights or any(member.random_weights for member in config.teacher.members)
+def has_random_weights(section: TeacherSection | Guide) -> bool:
+    """Return whether any network of a recipe's teacher has random weights."""
+    members = section.members if isinstance(section, TeacherSection) else []
+    return section.random_weights or any(member.random_weights for member in members)
 
 
 def teacher_precision(config: Config) -> str:

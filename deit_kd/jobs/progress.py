@@ -26,15 +26,17 @@ class Progress:
     Until the next record, what steps gave stays on the device.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, further_terms: tuple[str, ...] = ()) -> None:
         self._device = device
+        self._further_terms = further_terms
         self.step = 0
         self.best_top1 = -1.0
         self.epoch_is_scored = True
         self.bad_in_a_row = 0
         self.bad_steps: list[BadStep] = []  # of the last record, in this process
         self._results: list[StepResult] = []
-        self._earlier = torch.zeros(0, len(STEP_TERMS), device=device)  # what a checkpoint kept of its last steps
+        columns = len(STEP_TERMS) + 2 * len(further_terms)
+        self._earlier = torch.zeros(0, columns, device=device)  # what a checkpoint kept of its last steps
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -55,27 +57,34 @@ class Progress:
         rows = self._rows()
         finite = rows[:, :3].isfinite().all(1)
         sums = rows.where(finite[:, None], 0.0).sum(0)
-        sums = torch.cat(
-            [sums[:3], finite.sum()[None], rows[:, 4].sum()[None], torch.tensor([float(overdue)]).to(rows)]
-        )
-        *terms, count, teacher_not_finite, overdue_anywhere = processes.sum(sums).tolist()
+        further = len(STEP_TERMS)
+        counts = [finite.sum()[None], rows[:, 4].sum()[None], torch.tensor([float(overdue)]).to(rows)]
+        all_sums = processes.sum(torch.cat([sums[:3], sums[further:], *counts])).tolist()
+        *terms, count, teacher_not_finite, overdue_anywhere = all_sums
+        means = [value / count if count else None for value in terms]
         left_out = rows[:, 3].tolist()  # the same in every process
         self.bad_steps = [self._bad_step(index - len(rows)) for index, bad in enumerate(left_out) if bad]
         for bad in left_out:
             self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
         elapsed = time.perf_counter() - self._since
         record: dict[str, Any] = {
-            **{name: value / count if count else None for name, value in zip(STEP_TERMS[:3], terms, strict=True)},
+            **dict(zip(STEP_TERMS[:3], means[:3], strict=True)),
             "bad_steps": len(self.bad_steps),
             "teacher_not_finite": int(teacher_not_finite),
             "images_per_second": self._steps_since * batch_size / elapsed,
         }
+        if self._further_terms:
+            pairs = zip(means[3::2], means[4::2], strict=True)
+            record["terms"] = {
+                kind: {"loss": loss, "cosine": cosine}
+                for kind, (loss, cosine) in zip(self._further_terms, pairs, strict=True)
+            }
         self._results, self._earlier = [], self._earlier[:0]
         self.restart_clock()
         return record, bool(overdue_anywhere)
 
     def _rows(self) -> Tensor:
-        """Return the terms [steps, 5] since the last record, of this process."""
+        """Return the terms [steps, columns] since the last record, of this process."""
         return torch.cat([self._earlier, *(result.terms[None] for result in self._results)])
 
     def _bad_step(self, index: int) -> BadStep:

@@ -10,25 +10,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from deit_kd.checkpoint import CheckpointWriter, newest_checkpoint
-from deit_kd.config import Config, flat, read_recipe
+from deit_kd.config import Config, Guide, TeacherSection, flat, read_recipe
 from deit_kd.data import Splits
 from deit_kd.distributed import Processes, on_main
-from deit_kd.engine import Distiller, Trainer, score_teacher
+from deit_kd.engine import Trainer, score_teacher
 from deit_kd.files import LOCK, check_writable, held, write_atomically, write_json
-from deit_kd.interfaces import InputError, Student, Teacher
+from deit_kd.interfaces import InputError
 from deit_kd.jobs import parts
-from deit_kd.jobs.course import Course, Run
+from deit_kd.jobs.course import Course
+from deit_kd.jobs.lesson import Answers, Lesson, build_distiller, connect
+from deit_kd.jobs.prepared import Run
 from deit_kd.jobs.progress import Progress
-from deit_kd.losses import Objective
 from deit_kd.models import STUDENT_FOLDER, choose_attention, save_local_dir, tensors_hash
-from deit_kd.optim import WeightAverage, build_schedule
+from deit_kd.optim import WeightAverage
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.stopping import Watch
 from deit_kd.store import RecordingTeacher, StoredTeacher
-from deit_kd.teachers import NetworkTeacher, check_columns, check_score
+from deit_kd.teachers import check_columns, check_score
 from deit_kd.tracking import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -102,14 +102,7 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
     loader = parts.build_training_loader(config, splits.train, processes)
     student = parts.build_student(config, splits.train.classes).to(processes.device)
     optimizer = parts.build_student_optimizer(config, student)
-    schedule = build_schedule(
-        optimizer,
-        warmup_epochs=config.optim.warmup_epochs,
-        warmup_lr=config.optim.warmup_lr,
-        min_lr=config.optim.min_lr,
-        epochs=config.train.epochs,
-        steps_per_epoch=loader.steps_per_epoch,
-    )
+    schedule = parts.build_schedule(config, optimizer, loader.steps_per_epoch)
     data_facts = {"train": splits.train.digest(), "validation": splits.validation.digest()}
     folder, checkpoint = _open_folder(config, processes, data_facts)
     processes.wait()  # until all have looked at the folder, nobody writes to it
@@ -121,9 +114,6 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
         loader=loader,
         validation=parts.build_evaluation_loader(config, splits.validation, processes),
         student=student,
-        objective=Objective(
-            config.distill.kind, config.distill.alpha, config.distill.temperature, config.distill.scale
-        ),
         optimizer=optimizer,
         data_facts=data_facts,
         schedule=schedule,
@@ -147,13 +137,8 @@ def claimed(run: Run) -> Iterator[None]:
         yield
 
 
-def execute(
-    run: Run,
-    teacher: NetworkTeacher | StoredTeacher | RecordingTeacher | None = None,
-    teacher_source: str | None = None,
-    after_epoch: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
-    """Train `run` to its end; return what ``heads.json`` holds.
+def execute(run: Run, lesson: Lesson | None = None, after_epoch: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Train `run` from its `lesson` to its end; return what ``heads.json`` holds.
 
     `after_epoch(epoch)` is called in every process when the steps of an epoch are done.
 
@@ -163,12 +148,15 @@ def execute(
         Stopped: a signal ends the run; its checkpoint is written.
     """
     config, processes = run.config, run.processes
-    teacher_facts, teacher_predictions = _meet_teacher(run, teacher, teacher_source)
-    trainer = build_trainer(run, teacher)
-    progress = Progress(processes.device)
+    lesson = lesson or Lesson()
+    run = connect(run, lesson)
+    teacher_facts, teacher_predictions = _meet_teacher(run, lesson)
+    progress = Progress(processes.device, run.objective.further_terms)
+    if run.checkpoint is not None:
+        progress.load_state(run.checkpoint["progress"], processes)
+    trainer = build_trainer(run, lesson, progress.step)
     if run.checkpoint is not None:
         trainer.load_state(run.checkpoint["trainer"])
-        progress.load_state(run.checkpoint["progress"], processes)
     if processes.is_main:
         _write_facts(run, teacher_facts)
         _say_start(run, trainer, progress.step)
@@ -186,7 +174,7 @@ def execute(
     teacher_score = None if teacher_facts is None else teacher_facts["score"]
     with closing(journal), closing(checkpoints), Watch(processes, progress.step, config.train.timeout_seconds) as watch:
         course = Course(
-            run, trainer, progress, journal, checkpoints, watch, teacher_score, teacher_predictions, after_epoch
+            run, lesson, trainer, progress, journal, checkpoints, watch, teacher_score, teacher_predictions, after_epoch
         )
         scores = course.to_the_end()
     weights = "model" if trainer.ema is None else "ema"
@@ -225,7 +213,8 @@ def _open_folder(config: Config, processes: Processes, data_facts: dict[str, str
 
 
 def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) -> None:
-    before = flat(read_recipe(folder / CONFIG_FILE))
+    # A key that a run was begun without has its default.
+    before = flat(Config().model_dump(mode="json")) | flat(read_recipe(folder / CONFIG_FILE))
     now = flat(config.model_dump(mode="json"))
     changed = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
@@ -242,28 +231,37 @@ def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) ->
         )
 
 
-def _meet_teacher(
-    run: Run, teacher: NetworkTeacher | StoredTeacher | RecordingTeacher | None, source: str | None
-) -> tuple[dict[str, Any] | None, Tensor | None]:
-    """Score the teacher before the first step; refuse one that cannot be right, or differs between processes."""
-    if teacher is None:
+def _meet_teacher(run: Run, lesson: Lesson) -> tuple[dict[str, Any] | None, Tensor | None]:
+    """Score who teaches before the first step; refuse one that cannot be right, or differs between processes."""
+    if lesson.answers is None and lesson.guide is None:
         return None, None
+    if lesson.answers is None:
+        assert lesson.guide is not None
+        return _met(run, "guide", lesson.guide, lesson.guide_source, run.config.guide)
+    facts, predictions = _met(run, "teacher", lesson.answers, lesson.source, run.config.teacher)
+    if lesson.guide is not None:
+        facts["guide"], _ = _met(run, "guide", lesson.guide, lesson.guide_source, run.config.guide)
+    return facts, predictions
+
+
+def _met(
+    run: Run, role: str, teacher: Answers, source: str | None, section: TeacherSection | Guide
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Return what a run records about one who teaches, and its predictions on validation, once it may teach."""
     facts: dict[str, Any] = {
-        "name": run.config.teacher.name,
+        "name": section.name,
         **teacher.facts,
         "source": source,
-        "random_weights": parts.has_random_weights(run.config),
+        "random_weights": parts.has_random_weights(section),
     }
     if isinstance(teacher, StoredTeacher):
         facts["random_weights"] = teacher.facts["random_weights"]
     else:
         facts["weights"] = tensors_hash(teacher.state_dict())
     if not run.processes.same_everywhere(facts["weights"]):
-        raise InputError("teacher: its weights differ between processes; give all of them the same file")
+        raise InputError(f"{role}: its weights differ between processes; give all of them the same file")
     if run.checkpoint is not None:
-        before: Any = read_facts(run.folder)["teacher"] or {}
-        if any(before.get(key) != facts.get(key) for key in ("weights", "store")):
-            raise InputError(f"resume: {run.folder} was begun with other weights of the teacher; name the same ones")
+        _refuse_other_teacher(run, role, facts)
     if isinstance(teacher, StoredTeacher | RecordingTeacher):
         facts["score"] = teacher.store.score()
         predictions = teacher.store.predictions(run.processes.rank, run.processes.count).to(run.processes.device)
@@ -276,34 +274,40 @@ def _meet_teacher(
             processes=run.processes,
         )
         run.errors.tell()
+    score = facts["score"]
     shares = run.processes.gather(predictions.cpu().numpy())
     if not facts["random_weights"]:
-        score, labels = facts["score"], run.splits.validation.labels
+        labels = run.splits.validation.labels
         whole = np.empty(len(labels), dtype=np.int64)
         for rank, share in enumerate(shares):
             whole[rank :: len(shares)] = share
-        if run.config.teacher.min_top1 != 0:
+        if section.min_top1 != 0:
             check_columns(facts, run.classes, np.asarray(labels), whole)
-        check_score(facts["name"], score["top1"], score["nll"], labels, run.config.teacher.min_top1)
+        check_score(facts["name"], score["top1"], score["nll"], labels, section.min_top1)
     if run.processes.is_main:
         for line in teacher.lines():
             say(line)
-        say(f"teacher: {facts['name']}, top-1 {facts['score']['top1']:.2f} % on {len(run.splits.validation)} images")
+        say(f"{role}: {facts['name']}, top-1 {score['top1']:.2f} % on {len(run.splits.validation)} images")
         if facts["random_weights"]:
-            say("warning: the teacher has random weights and teaches nothing")
+            say(f"warning: the {role} has random weights and teaches nothing")
     return facts, predictions
 
 
-def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
-    """Return the trainer of a prepared run, at its first step."""
+def _refuse_other_teacher(run: Run, role: str, facts: dict[str, Any]) -> None:
+    before: Any = read_facts(run.folder)["teacher"] or {}
+    if role == "guide" and "guide" in before:
+        before = before["guide"]
+    if any(before.get(key) != facts.get(key) for key in ("weights", "store")):
+        raise InputError(f"resume: {run.folder} was begun with other weights of the {role}; name the same ones")
+
+
+def build_trainer(run: Run, lesson: Lesson, first_step: int = 0) -> Trainer:
+    """Return the trainer of a connected run."""
     config, processes = run.config, run.processes
-    learner: Any = torch.compile(run.student) if config.train.compile else run.student
-    if processes.count > 1:
-        learner = DistributedDataParallel(learner)
-    wrapped: Student = learner
     return Trainer(
-        distiller=Distiller(wrapped, teacher, run.objective, config.train.precision),
+        distiller=build_distiller(run, lesson, first_step),
         model=run.student,
+        connectors=run.connectors,
         optimizer=run.optimizer,
         schedule=run.schedule,
         ema=_average(run),
@@ -313,6 +317,8 @@ def build_trainer(run: Run, teacher: Teacher | None) -> Trainer:
         clip_grad_norm=config.optim.clip_grad_norm,
         seed=config.seed,
         skip=parts.skips(config),
+        total_steps=run.loader.total_steps,
+        further_terms=run.objective.further_terms,
     )
 
 

@@ -50,8 +50,8 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
     folder = folder or config.teacher.store
     if folder is None:
         raise InputError("--store: is not set; name the folder of the label store")
-    if config.distill.kind == "none":
-        raise InputError("distill.kind: 'none' asks no teacher; set soft or hard")
+    if not config.distill.has_token:
+        raise InputError("distill.kind: 'none' asks no teacher for its answers; set soft or hard")
     if batch_size < 1 or (epochs is not None and epochs < 1):
         raise InputError(f"store build: --epochs {epochs} and --batch_size {batch_size} must be above 0")
     epochs = epochs or config.train.epochs

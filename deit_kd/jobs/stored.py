@@ -19,8 +19,8 @@ from deit_kd.distributed import Processes, on_main
 from deit_kd.engine import score_teacher
 from deit_kd.interfaces import Batch, InputError, TeacherOutput
 from deit_kd.jobs import parts
-from deit_kd.jobs.course import Run
 from deit_kd.jobs.fit import teacher_folder
+from deit_kd.jobs.prepared import Run
 from deit_kd.models import load_weights, tensors_hash
 from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.randomness import VIEWS_VERSION
@@ -82,7 +82,7 @@ def stored_teacher(run: Run) -> StoredTeacher:
     store = open_store(config.teacher.store)
     refuse_other(store, _identity_without_teacher(config, run.splits, store.views_version))
     _refuse_libraries(store)
-    if config.distill.kind != "hard" and not store.record.holds_logits:
+    if not config.distill.takes_hard_labels and not store.record.holds_logits:
         raise InputError(
             f"distill.kind: {config.distill.kind!r} needs logits, but {config.teacher.store} holds the hard label "
             f"alone; build another with --teacher.store_top {SOFT_TOP}"
@@ -200,7 +200,7 @@ def writing(
         "teacher": {
             **teacher.facts,
             "weights": fields["teacher.weights"],
-            "random_weights": parts.has_random_weights(config),
+            "random_weights": parts.has_random_weights(config.teacher),
         },
     }
     with ExitStack() as stack:
@@ -216,7 +216,7 @@ def writing(
                     f"teacher.store_top: {store.record.top} in the store, {top} here; use its own, or name another "
                     "folder"
                 )
-            if config.distill.kind != "hard" and not store.record.holds_logits:
+            if not config.distill.takes_hard_labels and not store.record.holds_logits:
                 raise InputError(
                     f"distill.kind: {config.distill.kind!r} needs logits; {folder} holds hard labels alone"
                 )
@@ -232,7 +232,7 @@ def logits_kept(config: Config) -> int:
     """Return how many logits of an answer a new store of this recipe keeps."""
     if config.teacher.store_top is not None:
         return config.teacher.store_top
-    return 0 if config.distill.kind == "hard" else SOFT_TOP
+    return 0 if config.distill.takes_hard_labels else SOFT_TOP
 
 
 def fill_validation(
@@ -270,9 +270,10 @@ class _Listener:
 
     def __call__(self, batch: Batch) -> TeacherOutput:
         answer: TeacherOutput = self._teacher(batch)
-        records = self._record.encode(answer.logits)
+        logits = answer.needed_logits()
+        records = self._record.encode(logits)
         if batch.missing:
-            whole, rows = self._record.missing(batch.places, answer.logits.device), batch.rows()
+            whole, rows = self._record.missing(batch.places, logits.device), batch.rows()
             for name, column in whole.items():
                 column[rows] = records[name]
             records = whole

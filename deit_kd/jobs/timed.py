@@ -18,14 +18,16 @@ from deit_kd.distributed import Processes
 from deit_kd.engine import Distiller, StepResult, Trainer, train
 from deit_kd.interfaces import Batch, InputError, Teacher
 from deit_kd.jobs import parts
-from deit_kd.jobs.course import Run
-from deit_kd.jobs.fit import online_teacher
+from deit_kd.jobs.lesson import Lesson, build_distiller, connect
+from deit_kd.jobs.prepared import Run
 from deit_kd.jobs.progress import Progress
 from deit_kd.jobs.run import build_trainer, prepare
 from deit_kd.jobs.stored import fill_epoch, writing
+from deit_kd.jobs.train import ready_lesson
 from deit_kd.losses import Objective
 from deit_kd.models import choose_attention
 from deit_kd.store import RecordingTeacher, StoredTeacher
+from deit_kd.teachers import NetworkTeacher
 
 STEP = "student's step"
 TIMMS_STEP = "student's step as timm gives it"
@@ -92,7 +94,9 @@ def open_parts(
     run = prepare(config, processes, splits._replace(train=some_photos(splits.train, max(photos, a_batch))))
     run.loader.cycle_views(1)
     with TemporaryDirectory(prefix="deit-kd-bench-") as folder:
-        yield Parts(run, _teachers(run, splits, folder), steps, other_compile)
+        lessons = _lessons(run, folder)
+        run = connect(run, lessons.get(ONLINE, Lesson()))
+        yield Parts(run, lessons, steps, other_compile)
 
 
 def _with_epochs_enough(config: Config, rounds: int, steps: int) -> Config:
@@ -109,16 +113,19 @@ def some_photos(photos: Photos, count: int) -> Photos:
     return photos.subset([index * len(photos) // count for index in range(count)])
 
 
-def _teachers(run: Run, splits: Splits, folder: str) -> dict[str, Teacher]:
-    """Return the teacher of each loop that has one; fill a store in `folder`."""
+def _lessons(run: Run, folder: str) -> dict[str, Lesson]:
+    """Return what each loop learns from that has a teacher; fill a store in `folder`."""
     config, processes = run.config, run.processes
-    if config.distill.kind == "none":
+    if not config.distill.needs_teacher:
         return {}
-    teacher, checkpoint = online_teacher(config, processes, splits)
-    with writing(config, folder, run.splits, run.loader, processes, teacher, checkpoint) as store:
-        recorder, batch_size = RecordingTeacher(teacher, store), config.train.batch_size
+    online = ready_lesson(run)
+    if not config.distill.has_token or not isinstance(online.answers, NetworkTeacher):
+        return {ONLINE: online}
+    with writing(config, folder, run.splits, run.loader, processes, online.answers, online.source) as store:
+        recorder, batch_size = RecordingTeacher(online.answers, store), config.train.batch_size
         fill_epoch(store, recorder, run.loader, 0, processes, batch_size, run.errors)
-    return {ONLINE: teacher, STORED: StoredTeacher(store, 1)}
+    guide = online.feature_giver if config.distill.needs_features else None
+    return {ONLINE: online, STORED: Lesson(StoredTeacher(store, 1), guide=guide)}
 
 
 class Parts:
@@ -126,28 +133,32 @@ class Parts:
 
     Args:
         run: whose loader deals the same epoch of views over and over.
-        teachers: of the loops that have one.
+        lessons: of the loops that have a teacher.
         steps: optimiser steps a time.
         other_compile: whether to time the student's step with the other choice of ``train.compile``, too.
     """
 
-    def __init__(self, run: Run, teachers: Mapping[str, Teacher], steps: int, other_compile: bool) -> None:
+    def __init__(self, run: Run, lessons: Mapping[str, Lesson], steps: int, other_compile: bool) -> None:
         self._run, self._steps = run, steps
         device, micro_steps = run.processes.device, run.config.train.accumulation_steps
         self._progress = Progress(device)
         self._held = [batch.to(device) for batch in itertools.islice(run.loader.batches(0), micro_steps)]
         self._stream = iter(run.loader.batches(0, lent=True))
-        self._teacher = teachers.get(ONLINE)
+        lesson = lessons.get(ONLINE, Lesson())
+        timms = as_timm_gives_it(run, lesson)
+        own = build_trainer(run, lesson)
+        self._teacher = own.distiller.teacher
         known = None if self._teacher is None else known_answers(self._teacher, self._held)
-        own = build_trainer(run, known)
-        self._in_memory = {STEP: own, TIMMS_STEP: as_timm_gives_it(run, known)}
+        self._in_memory = {STEP: _taught_by(own, known), TIMMS_STEP: _taught_by(timms, known)}
         if other_compile:
             other = not run.config.train.compile
             train_section = run.config.train.model_copy(update={"compile": other})
             changed = replace(run, config=run.config.model_copy(update={"train": train_section}))
-            self._in_memory[COMPILED if other else NOT_COMPILED] = build_trainer(changed, known)
-        self._loops = {ALONE: _taught_by(own, None, Objective("none"))}
-        self._loops |= {name: _taught_by(own, teacher, run.objective) for name, teacher in teachers.items()}
+            self._in_memory[COMPILED if other else NOT_COMPILED] = _taught_by(build_trainer(changed, lesson), known)
+        alone = replace(run, objective=Objective("none"), connectors=None)
+        self._loops = {ALONE: replace(own, distiller=build_distiller(alone, Lesson(), 0))}
+        needs = run.objective.needs
+        self._loops |= {name: _taught_by(own, lesson.teacher_for(needs)) for name, lesson in lessons.items()}
 
         self.streamed = (*self._loops, LOADER)
         self.resting = (*self._in_memory, *([] if self._teacher is None else [ANSWER]))
@@ -208,7 +219,7 @@ def known_answers(teacher: Teacher, batches: Iterable[Batch]) -> Teacher:
     return lambda batch: answers[id(batch.images)]
 
 
-def as_timm_gives_it(run: Run, teacher: Teacher | None) -> Trainer:
+def as_timm_gives_it(run: Run, lesson: Lesson) -> Trainer:
     """Return a trainer of the run's student with PyTorch's fused attention and plain AdamW, not compiled."""
     config = run.config
     optim_section = config.optim.model_copy(update={"args": {**config.optim.args, "fused": False}, "layer_decay": None})
@@ -218,9 +229,11 @@ def as_timm_gives_it(run: Run, teacher: Teacher | None) -> Trainer:
     student = parts.build_student(plain, run.classes).to(run.processes.device)
     choose_attention(config.train.attention, run.processes.device)
     optimizer = parts.build_student_optimizer(plain, student)
-    return build_trainer(replace(run, config=plain, student=student, optimizer=optimizer), teacher)
+    schedule = parts.build_schedule(plain, optimizer, run.loader.steps_per_epoch)
+    timms = replace(run, config=plain, student=student, optimizer=optimizer, schedule=schedule, connectors=None)
+    return build_trainer(connect(timms, lesson), lesson)
 
 
-def _taught_by(trainer: Trainer, teacher: Teacher | None, objective: Objective) -> Trainer:
+def _taught_by(trainer: Trainer, teacher: Teacher | None) -> Trainer:
     own = trainer.distiller
-    return replace(trainer, distiller=Distiller(own.student, teacher, objective, own.precision))
+    return replace(trainer, distiller=Distiller(own.student, teacher, own.objective, own.precision))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from deit_kd.config import Config
 from deit_kd.distributed import finish, start
-from deit_kd.jobs.course import Run
-from deit_kd.jobs.fit import online_teacher
+from deit_kd.jobs.fit import guide_config, is_unfitted, online_teacher, unfitted_teacher
+from deit_kd.jobs.lesson import Lesson, match_features
+from deit_kd.jobs.prepared import Run
 from deit_kd.jobs.run import claimed, execute, prepare
 from deit_kd.jobs.stored import recording, stored_teacher
-from deit_kd.store import StoredTeacher
-from deit_kd.teachers import NetworkTeacher
+from deit_kd.teachers import FrozenTeacher, NetworkTeacher
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -36,18 +37,40 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def _learn(run: Run) -> dict[str, Any]:
-    teacher, source = ready_teacher(run)
-    if teacher is None or isinstance(teacher, StoredTeacher) or run.config.teacher.store is None:
-        return execute(run, teacher, source)
-    with recording(run, teacher, source) as (recorder, after_epoch):
-        return execute(run, recorder, source, after_epoch)
+    lesson = ready_lesson(run)
+    if run.config.teacher.store is None or not isinstance(lesson.answers, NetworkTeacher):
+        return execute(run, lesson)
+    with recording(run, lesson.answers, lesson.source) as (recorder, after_epoch):
+        return execute(run, replace(lesson, answers=recorder), after_epoch)
 
 
-def ready_teacher(run: Run) -> tuple[NetworkTeacher | StoredTeacher | None, str | None]:
-    """Return the run's teacher, and where its weights or its answers come from."""
-    config = run.config
-    if config.distill.kind == "none":
-        return None, None
-    if config.teacher.store is not None and config.teacher.store_mode == "read":
-        return stored_teacher(run), config.teacher.store
-    return online_teacher(config, run.processes, run.splits)
+def ready_lesson(run: Run, may_fit: bool = True) -> Lesson:
+    """Return who teaches the run, fitted first where the recipe says so.
+
+    Args:
+        run: a prepared run.
+        may_fit: otherwise a network with random weights stands in for one that is still to be fitted.
+
+    Raises:
+        InputError: a teacher cannot be had, or cannot give the features that the recipe compares.
+    """
+    config, splits, processes = run.config, run.splits, run.processes
+    distill, guide = config.distill, guide_config(config)
+    if may_fit and distill.needs_features and is_unfitted(guide if config.guide.is_named else config, splits):
+        match_features(run, ready_lesson(run, may_fit=False))  # a wrong stage is told before hours of fitting
+    lesson = Lesson()
+    if distill.has_token or (distill.needs_features and not config.guide.is_named):
+        if config.teacher.store is not None and config.teacher.store_mode == "read":
+            lesson = Lesson(stored_teacher(run), config.teacher.store)
+        elif is_unfitted(config, splits) and not may_fit:
+            lesson = Lesson(unfitted_teacher(config, run.classes, processes))
+        else:
+            lesson = Lesson(*online_teacher(config, processes, splits))
+    if distill.needs_features and config.guide.is_named:
+        if is_unfitted(guide, splits) and not may_fit:
+            network, source = unfitted_teacher(guide, run.classes, processes), None
+        else:
+            network, source = online_teacher(guide, processes, splits)
+        assert isinstance(network, FrozenTeacher)  # a guide has no members
+        lesson = replace(lesson, guide=network, guide_source=source)
+    return lesson

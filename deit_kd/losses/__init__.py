@@ -1,8 +1,31 @@
 """Losses: pure functions per example, and the one objective that weighs, casts and averages them."""
 
 from deit_kd.losses.classification import soft_target_cross_entropy
+from deit_kd.losses.guide import guide
 from deit_kd.losses.hard import hard_distillation
+from deit_kd.losses.links import Shapes, guide_links, pooled_links
 from deit_kd.losses.objective import CheckedTerms, Objective, Terms
+from deit_kd.losses.pooled import pooled_cosine, pooled_huber
 from deit_kd.losses.soft import soft_distillation
+from deit_kd.losses.standardised import standardised_distillation
+from deit_kd.losses.terms import FeatureTerm, LogitTerm, Needs, Term
 
-__all__ = ["CheckedTerms", "Objective", "Terms", "hard_distillation", "soft_distillation", "soft_target_cross_entropy"]
+__all__ = [
+    "CheckedTerms",
+    "FeatureTerm",
+    "LogitTerm",
+    "Needs",
+    "Objective",
+    "Shapes",
+    "Term",
+    "Terms",
+    "guide",
+    "guide_links",
+    "hard_distillation",
+    "pooled_cosine",
+    "pooled_huber",
+    "pooled_links",
+    "soft_distillation",
+    "soft_target_cross_entropy",
+    "standardised_distillation",
+]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import copy
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,30 +11,27 @@ from torch import Tensor
 
 from deit_kd.interfaces import InputError, StudentOutput, TeacherOutput, nearest
 from deit_kd.losses.classification import soft_target_cross_entropy
-from deit_kd.losses.hard import hard_distillation
-from deit_kd.losses.soft import soft_distillation
+from deit_kd.losses.terms import LOGIT_LOSSES, SOFT_TEMPERATURE, FeatureTerm, LogitTerm, Needs, Term
+from deit_kd.schedules import Schedule, always
 
-DistillationLoss = Callable[[Tensor, Tensor], Tensor]
-
-_BUILDERS: dict[str, Callable[[float], DistillationLoss]] = {
-    "hard": lambda temperature: hard_distillation,
-    "soft": lambda temperature: partial(soft_distillation, temperature=temperature),
-}
+NO_TERM: Mapping[str, Tensor] = {}
 
 
 class Terms(NamedTuple):
-    """The loss of a batch and its two terms before weighing; scalars, in fp32."""
+    """The loss of a batch and its terms before weighing; scalars, in fp32."""
 
     loss: Tensor
     classification: Tensor
     distillation: Tensor
+    others: Mapping[str, Tensor] = NO_TERM  # by the kind of each further term that is not over
+    cosines: Mapping[str, Tensor] = NO_TERM  # of connector outputs and targets, by the kind of each feature term
 
 
 class CheckedTerms(NamedTuple):
     """The terms of a batch, and what in it was not finite; on its device, and nobody has waited for it yet."""
 
     terms: Terms
-    is_finite: Tensor  # [B], whether both terms of a view are
+    is_finite: Tensor  # [B], whether all terms of a view are
     teacher_not_finite: Tensor  # how many of the teacher's B answers hold a logit that is not
 
 
@@ -43,72 +40,159 @@ def _mean(losses: Tensor) -> Tensor:
 
 
 class Objective:
-    """``(1 - alpha) * classification(cls, targets) + alpha * distillation(dist, teacher)``.
+    """``(1 - alpha) * classification(cls, targets) + alpha * distillation(dist, teacher) + sum of weight * term``.
 
     Args:
-        kind: ``none`` (classification alone), ``soft`` or ``hard``.
-        alpha: weight of the distillation term, 0 to 1.
-        temperature: T of the soft term.
+        kind: of the distillation term: ``none`` (classification alone), ``soft``, ``hard`` or ``standardised``.
+        alpha: weight of the distillation term, 0 to 1, or its schedule. With kind ``none``, 1 leaves the labels out,
+            so that only the further terms teach; any other value changes nothing there.
+        temperature: T of the distillation term, or its schedule; None lets ``standardised`` follow the classes.
         scale: ``batchmean`` averages over the batch; ``numel`` divides by the classes too, as the
             published deit code does, which makes the soft term exactly C times smaller.
+        terms: further terms, one of a kind; one whose weight is always 0 is none.
 
     Raises:
-        InputError: `kind` or `scale` is unknown, `alpha` or `temperature` out of range.
+        InputError: `kind` or `scale` is unknown, `alpha` or `temperature` out of range, a term is there twice, or
+            nothing is left to learn from.
     """
 
     def __init__(
-        self, kind: str = "hard", alpha: float = 0.5, temperature: float = 3.0, scale: str = "batchmean"
+        self,
+        kind: str = "hard",
+        alpha: float | Schedule = 0.5,
+        temperature: float | Schedule | None = SOFT_TEMPERATURE,
+        scale: str = "batchmean",
+        terms: Sequence[Term] = (),
     ) -> None:
-        if kind != "none" and kind not in _BUILDERS:
-            known = ["none", *_BUILDERS]
+        if kind != "none" and kind not in LOGIT_LOSSES:
+            known = ["none", *LOGIT_LOSSES]
             raise InputError(f"distill.kind: {kind!r} is unknown; use one of {', '.join(known)}{nearest(kind, known)}")
-        if not 0 <= alpha <= 1:
-            raise InputError(f"distill.alpha: {alpha} is not between 0 and 1")
-        if not temperature > 0:
-            raise InputError(f"distill.temperature: {temperature} is not above 0")
+        self.kind = kind
+        self.scale = scale
+        self.terms = tuple(term for term in terms if term.weight != always(0))
+        self._alpha = alpha if isinstance(alpha, Schedule) else always(alpha)
+        out_of_range = [value for value in self._alpha.values if not 0 <= value <= 1]
+        if out_of_range:
+            raise InputError(f"distill.alpha: {out_of_range[0]} is not between 0 and 1")
         if scale not in ("batchmean", "numel"):
             raise InputError(f"distill.scale: {scale!r} is unknown; use batchmean or numel")
-        self.kind = kind
-        self.alpha = alpha
-        self.scale = scale
-        self._distillation = None if kind == "none" else _BUILDERS[kind](temperature)
+        if isinstance(temperature, float | int):
+            temperature = always(temperature)
+        self._distillation = None if kind == "none" else LogitTerm(kind, self._alpha, temperature)
+        kinds = [kind, *(term.kind for term in terms)]
+        twice = next((name for name in kinds if kinds.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"distill.terms: {twice} is there twice; keep one")
+        if not self.learns_from_labels and not self.terms:
+            raise InputError("distill.alpha: 1 leaves the labels out, and nothing else teaches; add a term")
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether there is a distillation term at all."""
-        return self._distillation is not None
+    def learns_from_labels(self) -> bool:
+        """Whether the labels teach at any time."""
+        return self.kind != "none" or self._alpha != always(1)
 
-    def __call__(self, student: StudentOutput, teacher: TeacherOutput | None, targets: Tensor) -> Terms:
+    @property
+    def further_terms(self) -> tuple[str, ...]:
+        """The kinds of the further terms."""
+        return tuple(term.kind for term in self.terms)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The kinds of what the teacher teaches: the distillation term and the further terms."""
+        return (self.kind,) * (self._distillation is not None) + self.further_terms
+
+    @property
+    def feature_kinds(self) -> set[str]:
+        """The kinds of the terms that compare features."""
+        return {term.kind for term in self.terms if isinstance(term, FeatureTerm)}
+
+    @property
+    def needs(self) -> Needs:
+        """What is asked for beside the student's heads."""
+        links = tuple(link for term in self.terms if isinstance(term, FeatureTerm) for link in term.links)
+        logits = self._distillation is not None or any(isinstance(term, LogitTerm) for term in self.terms)
+        return Needs(logits, links)
+
+    def remaining(self, place: float) -> Objective:
+        """Return this objective without what is over for good where the share `place` of the run is done."""
+        rest = copy.copy(self)
+        rest.terms = tuple(term for term in self.terms if not term.weight.is_over(place))
+        # An alpha that is 0 from the start is measured all the same: only a schedule ends.
+        if self._alpha.is_over(place) and self._alpha != always(0):
+            rest._distillation = None
+        return rest
+
+    def __call__(
+        self, student: StudentOutput, teacher: TeacherOutput | None, targets: Tensor, place: float = 0.0
+    ) -> Terms:
         """Return the mean loss and terms of one batch; zeros where it is empty. See `checked`."""
-        return self.checked(student, teacher, targets).terms
+        return self.checked(student, teacher, targets, place).terms
 
-    def checked(self, student: StudentOutput, teacher: TeacherOutput | None, targets: Tensor) -> CheckedTerms:
+    def checked(
+        self, student: StudentOutput, teacher: TeacherOutput | None, targets: Tensor, place: float = 0.0
+    ) -> CheckedTerms:
         """Return the mean loss and terms of one batch, zeros where it is empty, and what was not finite.
 
         Args:
-            student: logits of any float type, [B, C] each.
-            teacher: logits for the same views, [B, C]; None only with kind ``none``.
+            student: logits of any float type, [B, C] each, and the features that `needs` names.
+            teacher: logits for the same views, [B, C], and features; None only where nothing is needed.
             targets: [B, C].
+            place: share of the run that is done.
 
         Raises:
-            InputError: the student has no distillation head, or there is no teacher, and the kind needs one.
+            InputError: the student has no distillation head, or the teacher lacks what is needed.
         """
         with torch.autocast(student.cls_logits.device.type, enabled=False):
             classification = soft_target_cross_entropy(student.cls_logits.float(), targets.float())
-            if self._distillation is None:
-                loss = _mean(classification)
-                nothing = torch.zeros_like(loss)
-                return CheckedTerms(Terms(loss, loss, nothing), classification.detach().isfinite(), nothing)
-            if student.dist_logits is None:
-                raise InputError(f"distill.kind {self.kind!r} needs a student with a distillation token")
-            if teacher is None:
-                raise InputError(f"distill.kind {self.kind!r} needs a teacher")
-            taught = teacher.logits.float()
-            distillation = self._distillation(student.dist_logits.float(), taught)
-            is_finite = (classification + distillation).detach().isfinite()
-            teacher_not_finite = (~taught.isfinite().all(-1)).float().sum()
-            classification, distillation = _mean(classification), _mean(distillation)
+            losses = {"classification": classification, "distillation": torch.zeros_like(classification)}
+            cosines: dict[str, Tensor] = {}
+            teacher_not_finite = torch.zeros_like(classification).sum()
+            if self._distillation is not None:
+                dist_logits, taught = _logits(student, teacher, self.kind)
+                losses["distillation"] = self._distillation.per_example(dist_logits, taught, place)
+                teacher_not_finite = (~taught.isfinite().all(-1)).float().sum()
+            elif student.dist_logits is not None:  # over for good; DDP waits for a gradient of every parameter
+                losses["distillation"] = 0 * student.dist_logits.float().sum(-1)
+            for term in self.terms:
+                if isinstance(term, LogitTerm):
+                    losses[term.kind] = term.per_example(*_logits(student, teacher, term.kind), place)
+                else:
+                    losses[term.kind], cosines[term.kind] = term.per_example(*_features(student, teacher, term))
+            is_finite = torch.stack(list(losses.values())).detach().sum(0).isfinite()
+            means = {kind: _mean(loss) for kind, loss in losses.items()}
             if self.scale == "numel":
-                distillation = distillation / targets.shape[-1]
-            loss = (1 - self.alpha) * classification + self.alpha * distillation
-            return CheckedTerms(Terms(loss, classification, distillation), is_finite, teacher_not_finite)
+                means["distillation"] = means["distillation"] / targets.shape[-1]
+            terms = Terms(
+                self._weighed(means, place),
+                means.pop("classification"),
+                means.pop("distillation"),
+                means,
+                {kind: _mean(cosine) for kind, cosine in cosines.items()},
+            )
+            return CheckedTerms(terms, is_finite, teacher_not_finite)
+
+    def _weighed(self, means: Mapping[str, Tensor], place: float) -> Tensor:
+        loss = means["classification"]
+        if self.kind != "none" or not self.learns_from_labels:
+            alpha = self._alpha.at(place)
+            loss = (1 - alpha) * loss + alpha * means["distillation"]
+        for term in self.terms:
+            loss = loss + term.weight.at(place) * means[term.kind]
+        return loss
+
+
+def _logits(student: StudentOutput, teacher: TeacherOutput | None, kind: str) -> tuple[Tensor, Tensor]:
+    if student.dist_logits is None:
+        raise InputError(f"distill.kind {kind!r} needs a student with a distillation token")
+    if teacher is None or teacher.logits is None:
+        raise InputError(f"distill.kind {kind!r} needs a teacher" + (" with a head" if teacher is not None else ""))
+    return student.dist_logits.float(), teacher.logits.float()
+
+
+def _features(
+    student: StudentOutput, teacher: TeacherOutput | None, term: FeatureTerm
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    if student.features is None or teacher is None or teacher.features is None:
+        lacking = "student with connectors" if student.features is None else "teacher that is asked for features"
+        raise InputError(f"distill.terms: {term.kind} needs a {lacking}")
+    return student.features, teacher.features

@@ -58,18 +58,19 @@ class RecordingTeacher:
 
     def __init__(self, teacher: Any, store: LabelStore) -> None:
         self.store = store
-        self._teacher = teacher
+        self.teacher = teacher
         self._kept: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._views, self._since = 0, time.monotonic()
 
     def __call__(self, batch: Batch) -> TeacherOutput:
         """Answer `batch` as the other teacher does."""
-        answer: TeacherOutput = self._teacher(batch)
+        answer: TeacherOutput = self.teacher(batch)
+        logits = answer.needed_logits()
         if batch.view_ids is not None:
             view_ids = batch.view_ids.clone()  # not to keep a file open for each of a worker's tensors
-            self._kept.append((view_ids, self.store.record.encode(answer.logits)))
+            self._kept.append((view_ids, self.store.record.encode(logits)))
             if batch.missing:
-                marks = self.store.record.missing(len(batch.missing), answer.logits.device)
+                marks = self.store.record.missing(len(batch.missing), logits.device)
                 self._kept.append((batch.missing_ids(), marks))
             self._views += batch.places
             if self._views >= VIEWS_PER_PIECE or time.monotonic() - self._since >= SECONDS_PER_PIECE:
@@ -79,17 +80,17 @@ class RecordingTeacher:
     @property
     def facts(self) -> dict[str, Any]:
         """What a run records about the other teacher."""
-        facts: dict[str, Any] = self._teacher.facts
+        facts: dict[str, Any] = self.teacher.facts
         return facts
 
     def lines(self) -> list[str]:
         """Return what a person is told about the other teacher."""
-        lines: list[str] = self._teacher.lines()
+        lines: list[str] = self.teacher.lines()
         return lines
 
     def state_dict(self) -> dict[str, Any]:
         """Return the other teacher's weights."""
-        return self._teacher.state_dict()
+        return self.teacher.state_dict()
 
     def flush(self) -> None:
         """Write what is still in memory.

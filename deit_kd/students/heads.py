@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deit_kd.features import answer_with_features, mean_patch
 from deit_kd.interfaces import InputError, StudentOutput
-from deit_kd.tokens import has_distillation_token, has_second_head, read_heads
+from deit_kd.tokens import has_distillation_token, has_second_head, heads_of, read_heads
 from deit_kd.weights import Account
 
 
@@ -42,6 +44,15 @@ class TimmStudent(nn.Module):
                 "read the same features); use a deit_*_distilled or pit_*_distilled model"
             )
 
-    def forward(self, images: Tensor) -> StudentOutput:
-        """Answer `images` [B, 3, H, W] with logits [B, C] of each head there is."""
-        return read_heads(self.backbone, images.contiguous(memory_format=self._memory_format))
+    def forward(self, images: Tensor, features: Sequence[str] = ()) -> StudentOutput:
+        """Answer `images` [B, 3, H, W] with logits [B, C] of each head there is, and the `features` that are named."""
+        images = images.contiguous(memory_format=self._memory_format)
+        if not features:
+            return read_heads(self.backbone, images)
+        heads, found = answer_with_features(
+            self.backbone, images, features, head=partial(heads_of, self.backbone), pool=self._pool
+        )
+        return StudentOutput(heads.cls_logits, heads.dist_logits, found)
+
+    def _pool(self, last: Tensor) -> Tensor:
+        return mean_patch(last, getattr(self.backbone, "num_prefix_tokens", 0))

@@ -5,6 +5,7 @@ from deit_kd.teachers.class_map import ClassMap, build_class_map
 from deit_kd.teachers.ensemble import EnsembleTeacher
 from deit_kd.teachers.frozen import FrozenTeacher
 from deit_kd.teachers.gate import check_columns, check_score, exchanged_columns, least_top1
+from deit_kd.teachers.guided import GuidedTeacher
 
 NetworkTeacher = FrozenTeacher | EnsembleTeacher  # what asks networks, one or several
 
@@ -12,6 +13,7 @@ __all__ = [
     "ClassMap",
     "EnsembleTeacher",
     "FrozenTeacher",
+    "GuidedTeacher",
     "NetworkTeacher",
     "build_class_map",
     "build_teacher",

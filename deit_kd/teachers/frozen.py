@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deit_kd.features import Features, answer_with_features, check_layers, layer_names
 from deit_kd.interfaces import Batch, TeacherOutput
 from deit_kd.teachers.class_map import ClassMap
-from deit_kd.tokens import read_heads
+from deit_kd.tokens import heads_of
 
 Statistics = tuple[float, float, float]
 
@@ -25,14 +27,23 @@ class FusedHeads(nn.Module):
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone
 
     def forward(self, images: Tensor) -> Tensor:
         """Return log-probabilities [B, C] for `images` [B, 3, H, W]."""
-        output = read_heads(self.backbone, images)
+        return self.forward_head(self.backbone.forward_features(images))
+
+    def forward_head(self, last: Tensor) -> Tensor:
+        """Return log-probabilities [B, C] from the backbone's last features."""
+        output = heads_of(self.backbone, last)
         assert output.dist_logits is not None
         heads = torch.stack([output.cls_logits.float(), output.dist_logits.float()])
         return heads.log_softmax(-1).logsumexp(0) - math.log(2)
+
+
+def backbone_of(network: nn.Module) -> Any:
+    """Return the timm model of a teacher's network."""
+    return network.backbone if isinstance(network, FusedHeads) else network
 
 
 class FrozenTeacher(nn.Module):
@@ -41,7 +52,8 @@ class FrozenTeacher(nn.Module):
     Weights are held in `dtype`, so that nothing is cast at every step; convolutions run channels-last.
 
     Args:
-        network: any model ``[B, 3, H, W] -> [B, M]``; M is C unless there is a `class_map`.
+        network: any model ``[B, 3, H, W] -> [B, M]``; M is C unless there is a `class_map`. A timm model without a
+            head (M = 0) has features alone.
         student_mean: what the batch's images were normalised with.
         student_std: the same.
         mean: what the network was trained with.
@@ -78,6 +90,8 @@ class FrozenTeacher(nn.Module):
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network = network.to(dtype=dtype).to(memory_format=self._memory_format).requires_grad_(False)
         self._answer = torch.compile(self.network) if compiled else self.network
+        self._compiled = compiled
+        self._has_head = getattr(backbone_of(network), "num_classes", 1) != 0
         self._map = class_map
         self.facts = dict(facts or {})
         self._image_size = image_size
@@ -90,6 +104,7 @@ class FrozenTeacher(nn.Module):
         self.register_buffer("_gain", torch.tensor(gain).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_offset", torch.tensor(offset).view(1, 3, 1, 1), persistent=False)
         self.eval()
+        self.ask_for(())
 
     def lines(self) -> list[str]:
         """Return what a person is told about its eyes and its class map."""
@@ -108,15 +123,48 @@ class FrozenTeacher(nn.Module):
         """Stay in eval, whatever is asked: a teacher's BatchNorm and dropout never move."""
         return super().train(False)
 
+    def ask_for(self, features: Sequence[str]) -> None:
+        """Answer with these features as well from now on: layers by timm's names, and ``pooled``.
+
+        Raises:
+            InputError: the network has no layer of that name.
+        """
+        network: Any = self.network
+        backbone = backbone_of(network)
+        check_layers("distill.terms: the teacher", backbone, features)
+        self._answer_with_features: Callable[[Tensor], tuple[Tensor, Features]] | None = None
+        if features:
+            asked = partial(
+                answer_with_features,
+                backbone,
+                names=tuple(features),
+                head=network.forward_head,
+                pool=partial(backbone.forward_head, pre_logits=True),
+            )
+            self._answer_with_features = torch.compile(asked) if self._compiled else asked
+
+    def layer_names(self) -> list[str]:
+        """Return the layers whose maps can be asked for."""
+        return layer_names(backbone_of(self.network))
+
     @torch.no_grad()
     def forward(self, batch: Batch) -> TeacherOutput:
-        """Answer the views of `batch` with logits [B, C] in fp32."""
+        """Answer the views of `batch` with logits [B, C] in fp32, and with the features that are asked for."""
         with torch.autocast(batch.images.device.type, enabled=False):
             images = batch.images
             if not len(images):  # attention on CUDA refuses an empty batch
                 images = images.new_zeros(1, *images.shape[1:])
-            logits = self._answer(self._eyes(images))[: len(batch.images)].float()
-            return TeacherOutput(logits if self._map is None else self._map(logits))
+            images = self._eyes(images)
+            features: Features = {}
+            if self._answer_with_features is None:
+                logits = self._answer(images)
+            else:
+                logits, features = self._answer_with_features(images)
+            logits = logits[: len(batch.images)].float()
+            found = {name: feature[: len(batch.images)] for name, feature in features.items()}
+            if not self._has_head:
+                return TeacherOutput(None, found or None)
+            return TeacherOutput(logits if self._map is None else self._map(logits), found or None)
 
     def _eyes(self, images: Tensor) -> Tensor:
         if self._image_size is not None and images.shape[-1] != self._image_size:

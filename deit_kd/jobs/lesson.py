@@ -1,0 +1,152 @@
+"""What a run learns from: who gives the answers, who gives the features, and how long each is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from deit_kd.engine import Distiller
+from deit_kd.features import POOLED, layer_names, shapes
+from deit_kd.interfaces import Batch, InputError, StudentOutput, Teacher, TeacherOutput
+from deit_kd.jobs import parts
+from deit_kd.jobs.prepared import Run
+from deit_kd.losses import Needs, Objective
+from deit_kd.store import RecordingTeacher, StoredTeacher
+from deit_kd.students import ConnectedStudent, Connectors, TimmStudent
+from deit_kd.teachers import FrozenTeacher, GuidedTeacher, NetworkTeacher
+
+Answers = NetworkTeacher | StoredTeacher | RecordingTeacher
+
+
+@dataclass
+class Lesson:
+    """What a run learns from.
+
+    Args:
+        answers: gives the logits, and the features where there is no guide; None for a run without a teacher.
+        source: where its weights or its answers come from; None is timm, or random ones.
+        guide: gives the features in its place.
+        guide_source: where the guide's weights come from.
+    """
+
+    answers: Answers | None = None
+    source: str | None = None
+    guide: FrozenTeacher | None = None
+    guide_source: str | None = None
+
+    @property
+    def feature_giver(self) -> FrozenTeacher:
+        """The network that gives the features.
+
+        Raises:
+            InputError: nothing here can.
+        """
+        giver: Any = self.guide or self.answers
+        if isinstance(giver, RecordingTeacher):
+            giver = giver.teacher
+        if not isinstance(giver, FrozenTeacher):
+            raise InputError("distill.terms: features are compared, but nobody gives them; add an online guide")
+        return giver
+
+    def teacher_for(self, needs: Needs) -> Teacher | None:
+        """Return who teaches from now on, asked for no more than `needs`; who is not needed any more is let go."""
+        if needs.links:
+            self.feature_giver.ask_for(needs.teacher_features)
+        elif isinstance(self.answers, FrozenTeacher):
+            self.answers.ask_for(())
+        if not needs.links:
+            self.guide = None
+        # A recorder goes on to fill its store.
+        if not needs.logits and (self.guide is not None or not needs.links) and not self._records:
+            self.answers = None
+        return self.answers if self.guide is None else GuidedTeacher(self.answers, self.guide)
+
+    @property
+    def _records(self) -> bool:
+        return isinstance(self.answers, RecordingTeacher)
+
+
+def build_distiller(run: Run, lesson: Lesson, step: int) -> Distiller:
+    """Return what makes the loss from the epoch of `step` on: the student and its teacher, wrapped for this run.
+
+    What is over by the start of that epoch is left out, so that it costs nothing; DDP and `torch.compile` see the rest.
+    """
+    epoch_start = step // run.loader.steps_per_epoch * run.loader.steps_per_epoch
+    objective = run.objective.remaining(epoch_start / run.loader.total_steps)
+    links = objective.needs.links
+    learner: Any = run.student
+    if run.connectors is not None:
+        run.connectors.freeze_all_but(links)
+        learner = ConnectedStudent(run.student, run.connectors, links) if links else run.student
+    if run.config.train.compile:
+        learner = torch.compile(learner)
+    if run.processes.count > 1:
+        learner = DistributedDataParallel(learner)
+    return Distiller(learner, lesson.teacher_for(objective.needs), objective, run.config.train.precision)
+
+
+def connect(run: Run, lesson: Lesson) -> Run:
+    """Return `run` with its objective and, where features are compared, the connectors that it needs.
+
+    Raises:
+        InputError: see `match_features`.
+    """
+    objective = match_features(run, lesson)
+    if not objective.needs.links:
+        return replace(run, objective=objective)
+    connectors = Connectors(objective.needs.links, run.config.seed).to(run.processes.device)
+    parts.add_connectors(run.config, run.optimizer, connectors)
+    schedule = parts.build_schedule(run.config, run.optimizer, run.loader.steps_per_epoch)
+    return replace(run, objective=objective, connectors=connectors, schedule=schedule)
+
+
+def match_features(run: Run, lesson: Lesson) -> Objective:
+    """Return the run's objective, once student and teacher were asked for the features that it compares.
+
+    Raises:
+        InputError: a feature cannot be had from the student or the teacher, or they cannot be compared.
+    """
+    if not run.config.distill.needs_features:
+        return parts.build_objective(run.config, {}, {})
+    size = run.config.data.image_size
+    blank = torch.zeros(1, 3, size, size, device=run.processes.device)
+    own, theirs = _student_shapes(run.student, blank), _teacher_shapes(lesson.feature_giver, blank)
+    return parts.build_objective(run.config, own, theirs)
+
+
+@torch.no_grad()
+def _student_shapes(student: TimmStudent, image: torch.Tensor) -> dict[str, torch.Size]:
+    names = [*layer_names(student.backbone), POOLED]
+    if not isinstance(getattr(student.backbone, "patch_drop", nn.Identity()), nn.Identity):
+        raise InputError("distill.terms: a student that drops patches has no maps to compare; unset patch_drop_rate")
+    was_training = student.training
+    student.eval()
+    plain, output = student(image), student(image, names)
+    student.train(was_training)
+    _check_same("the student", plain, output)
+    return shapes(output.features or {})
+
+
+def _teacher_shapes(giver: FrozenTeacher, image: torch.Tensor) -> dict[str, torch.Size]:
+    batch = Batch(image, image.new_zeros(1, 1), torch.zeros(1, dtype=torch.long, device=image.device))
+    giver.ask_for(())
+    plain = giver(batch)
+    giver.ask_for([*giver.layer_names(), POOLED])
+    output = giver(batch)
+    _check_same("the teacher", plain, output)
+    giver.ask_for(())
+    return shapes(output.features or {})
+
+
+def _check_same(whose: str, plain: StudentOutput | TeacherOutput, asked: StudentOutput | TeacherOutput) -> None:
+    """Refuse a network whose answers are others when it is asked for features, which timm promises for none."""
+    for before, after in zip(plain[:-1], asked[:-1], strict=True):
+        if before is not None and after is not None and not torch.allclose(before, after, rtol=1e-2, atol=1e-3):
+            raise InputError(
+                f"distill.terms: {whose} answers otherwise when it is asked for features (timm's forward_intermediates"
+                " leaves a layer out); name another network"
+            )

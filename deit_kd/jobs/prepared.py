@@ -1,0 +1,44 @@
+"""One run, prepared: its parts before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+
+from deit_kd.config import Config
+from deit_kd.data import Splits, TrainingLoader
+from deit_kd.distributed import Processes
+from deit_kd.interfaces import Batch
+from deit_kd.losses import Objective
+from deit_kd.students import Connectors, TimmStudent
+from deit_kd.tracking import DataErrors
+
+
+@dataclass
+class Run:
+    """Everything of one run but its teacher; nothing is written yet."""
+
+    config: Config
+    processes: Processes
+    splits: Splits
+    folder: Path
+    loader: TrainingLoader
+    validation: Iterable[Batch]
+    student: TimmStudent
+    optimizer: torch.optim.Optimizer
+    data_facts: dict[str, str]  # a hash of each split
+    schedule: Scheduler
+    checkpoint: Any  # named parts, or None
+    errors: DataErrors  # photos that cannot be read
+    objective: Objective = field(default_factory=lambda: Objective("none"))  # until its lesson is known
+    connectors: Connectors | None = None  # of features that are compared
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names of the dataset."""
+        return self.splits.train.classes

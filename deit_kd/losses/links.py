@@ -1,0 +1,87 @@
+"""Which feature of the student is compared with which of the teacher: chosen, and checked by their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from deit_kd.features import POOLED
+from deit_kd.interfaces import InputError, Link, nearest
+
+Shapes = Mapping[str, Sequence[int]]  # of one image's features, by name: [D, h, w] or [D]
+STAGES = 3  # that a guide has where a recipe names none
+
+
+def guide_links(
+    student: Shapes,
+    teacher: Shapes,
+    *,
+    blocks: Sequence[int] | None = None,
+    stages: Sequence[str] | None = None,
+    grid: int | None = None,
+) -> tuple[Link, ...]:
+    """Return the links of a guide: each of the student's blocks with one of the teacher's stages.
+
+    Args:
+        student: its layers in order.
+        teacher: its layers in order.
+        blocks: places in the student's order, from 0; None spreads them evenly from the first to the last.
+        stages: the teacher's layers; None takes the last three whose grid is not coarser than the student's.
+        grid: side of the grid that maps are compared on; None takes the coarser of the two.
+
+    Raises:
+        InputError: a block or a stage does not exist, they are not as many, or grids cannot be matched.
+    """
+    own = {name: shape for name, shape in student.items() if len(shape) == 3}
+    theirs = {name: shape for name, shape in teacher.items() if len(shape) == 3}
+    for whose, maps in (("student", own), ("teacher", theirs)):
+        if not maps:
+            raise InputError(f"distill.terms: the {whose} has no feature maps that timm names; use a pooled term")
+    chosen = _chosen_stages(theirs, min(shape[1] for shape in own.values())) if stages is None else stages
+    for name in chosen:
+        if name not in theirs:
+            raise InputError(
+                f"distill.terms: the teacher has no stage {name!r}{nearest(name, theirs)}; use of {', '.join(theirs)}"
+            )
+    places = _spread(len(own), len(chosen)) if blocks is None else blocks
+    for place in places:
+        if not 0 <= place < len(own):
+            raise InputError(f"distill.terms: the student has no block {place}; use 0 to {len(own) - 1}")
+    if len(places) != len(chosen) or not chosen:
+        raise InputError(
+            f"distill.terms: {len(places)} blocks cannot be guided by {len(chosen)} stages; name as many of each"
+        )
+    names = list(own)
+    pairs = [(names[place], stage) for place, stage in zip(places, chosen, strict=True)]
+    return tuple(_link("guide", block, stage, own[block], theirs[stage], grid) for block, stage in pairs)
+
+
+def pooled_links(student: Shapes, teacher: Shapes) -> tuple[Link, ...]:
+    """Return the one link of a pooled term: the student's mean patch with the teacher's pooled vector."""
+    return (Link(POOLED, POOLED, POOLED, student[POOLED][0], teacher[POOLED][0]),)
+
+
+def _chosen_stages(maps: Shapes, coarsest: int) -> list[str]:
+    fine = [name for name, shape in maps.items() if shape[1] >= coarsest] or list(maps)
+    if len({maps[name][1] for name in fine}) == 1:  # a ViT
+        return [fine[place] for place in _spread(len(fine), min(STAGES, len(fine)))]
+    last_of_grid = {maps[name][1]: name for name in fine}
+    return list(last_of_grid.values())[-STAGES:]
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """Return `wanted` places from the first of `count` to the last."""
+    return [place * (count - 1) // (wanted - 1) for place in range(wanted)] if wanted > 1 else [count - 1]
+
+
+def _link(term: str, block: str, stage: str, own: Sequence[int], theirs: Sequence[int], grid: int | None) -> Link:
+    for here, there in zip(own[1:], theirs[1:], strict=True):
+        sides = (here, there) if grid is None else (here, grid, there, grid)
+        if any(max(pair) % min(pair) for pair in zip(sides[::2], sides[1::2], strict=True)) or (
+            grid is not None and grid > min(here, there)
+        ):
+            raise InputError(
+                f"distill.terms: {block} has a grid of {own[1]} x {own[2]} and {stage} of {theirs[1]} x {theirs[2]}, "
+                f"which cannot be averaged to one{'' if grid is None else f' of {grid} x {grid}'}; choose another "
+                "stage, grid or image_size of the teacher"
+            )
+    return Link(f"{term} {block} {stage}", block, stage, own[0], theirs[0])

@@ -1,0 +1,121 @@
+"""Terms of the objective beside classification: what each compares, its weight, and what it needs to be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deit_kd.interfaces import InputError, Link, nearest
+from deit_kd.losses.guide import map_error, on_one_grid
+from deit_kd.losses.hard import hard_distillation
+from deit_kd.losses.pooled import normalised, pooled_cosine, pooled_huber
+from deit_kd.losses.soft import soft_distillation
+from deit_kd.losses.standardised import default_temperature, standardised_distillation
+from deit_kd.schedules import Schedule
+
+LOGIT_LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "hard": lambda student, teacher, temperature: hard_distillation(student, teacher),
+    "soft": soft_distillation,
+    "standardised": standardised_distillation,
+}
+POOLED_LOSSES = {"cosine": pooled_cosine, "huber": pooled_huber}
+FEATURE_KINDS = ("guide", "pooled")
+SOFT_TEMPERATURE = 3.0
+
+
+@dataclass(frozen=True)
+class LogitTerm:
+    """A comparison of the distillation head with the teacher's logits.
+
+    Args:
+        kind: ``hard``, ``soft`` or ``standardised``.
+        weight: by the place in the run.
+        temperature: by the place in the run; None is 3 for ``soft`` and follows the classes for ``standardised``.
+    """
+
+    kind: str
+    weight: Schedule
+    temperature: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in LOGIT_LOSSES:
+            known = [*LOGIT_LOSSES, *FEATURE_KINDS]
+            raise InputError(
+                f"distill.terms: kind {self.kind!r} is unknown; use one of {', '.join(known)}"
+                f"{nearest(self.kind, known)}"
+            )
+        if self.temperature is not None and min(self.temperature.values) <= 0:
+            raise InputError(f"distill.temperature: {min(self.temperature.values):g} is not above 0")
+
+    def per_example(self, dist_logits: Tensor, teacher_logits: Tensor, place: float) -> Tensor:
+        """Return the loss [B] of logits [B, C] each, in fp32."""
+        if self.temperature is None:
+            soft = self.kind != "standardised"
+            temperature = SOFT_TEMPERATURE if soft else default_temperature(dist_logits.shape[-1])
+        else:
+            temperature = self.temperature.at(place)
+        return LOGIT_LOSSES[self.kind](dist_logits, teacher_logits, temperature)
+
+
+@dataclass(frozen=True)
+class FeatureTerm:
+    """A comparison of features of the student, through its connectors, with features of the teacher.
+
+    Args:
+        kind: ``guide`` (maps) or ``pooled`` (vectors); the sum over `links` is the term.
+        weight: by the place in the run.
+        links: what is compared.
+        normalise: of ``guide``, see `on_one_grid`.
+        grid: of ``guide``, see `on_one_grid`.
+        loss: of ``pooled``: ``cosine`` or ``huber``.
+    """
+
+    kind: str
+    weight: Schedule
+    links: tuple[Link, ...]
+    normalise: bool = True
+    grid: int | None = None
+    loss: str = "cosine"
+
+    def per_example(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the loss [B], and the cosine [B] of connector outputs and targets over channels, in fp32.
+
+        Args:
+            student: features by the names of the links, [B, D, h, w] or [B, D].
+            teacher: features by their own names.
+        """
+        error = map_error if self.kind == "guide" else POOLED_LOSSES[self.loss]
+        pairs = [self._pair(student[link.name].float(), teacher[link.teacher].float()) for link in self.links]
+        losses = torch.stack([error(own, target) for own, target in pairs]).sum(0)
+        with torch.no_grad():
+            cosines = [torch.cosine_similarity(own, target, dim=1).flatten(1).mean(1) for own, target in pairs]
+        return losses, torch.stack(cosines).mean(0)
+
+    def _pair(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kind == "guide":
+            return on_one_grid(student, teacher, self.normalise, self.grid)
+        return student, normalised(teacher)
+
+
+Term = LogitTerm | FeatureTerm
+
+
+class Needs(NamedTuple):
+    """What an objective asks for beside the student's heads."""
+
+    logits: bool  # of the teacher
+    links: tuple[Link, ...]
+
+    @property
+    def teacher_features(self) -> tuple[str, ...]:
+        """Names of the teacher's features, each once."""
+        return tuple(dict.fromkeys(link.teacher for link in self.links))
+
+    @property
+    def teacher(self) -> bool:
+        """Whether anybody has to teach."""
+        return self.logits or bool(self.links)

@@ -1,0 +1,54 @@
+"""A number that may change over a run: a pure function of how much of the run is done."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+SHAPES = ("constant", "linear", "cosine")
+
+
+class Schedule(NamedTuple):
+    """``start`` before the place `begin`, ``end`` from the place `until` on, and a way from one to the other between.
+
+    Places are shares of the run, from 0 to 1. The value depends on the place alone, so that resuming, replaying a
+    label store and any number of processes change nothing.
+
+    Args:
+        start: value before `begin`.
+        end: value from `until` on.
+        begin: place at which the change begins.
+        until: place at which it has ended.
+        shape: ``constant`` keeps `start` until `until`; ``linear`` and ``cosine`` go from one to the other.
+    """
+
+    start: float
+    end: float
+    begin: float = 0.0
+    until: float = 1.0
+    shape: str = "constant"
+
+    def at(self, place: float) -> float:
+        """Return the value where the share `place` of the run is done."""
+        if place >= self.until:
+            return self.end
+        if place < self.begin or self.shape == "constant":
+            return self.start
+        way = (place - self.begin) / (self.until - self.begin)
+        if self.shape == "cosine":
+            way = (1 - math.cos(math.pi * way)) / 2
+        return self.start + (self.end - self.start) * way
+
+    def is_over(self, place: float) -> bool:
+        """Return whether the value is 0 at `place` and stays 0 to the end of the run."""
+        return self.end == 0 and place >= self.until
+
+    @property
+    def values(self) -> tuple[float, float]:
+        """The two values between which all others lie."""
+        return self.start, self.end
+
+
+def always(value: float) -> Schedule:
+    """Return the schedule of a number that never changes."""
+    return Schedule(value, value)

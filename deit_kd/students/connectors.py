@@ -1,0 +1,69 @@
+"""Connectors: linear maps that bring a student's features to the widths of a teacher's, for the loss alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deit_kd.interfaces import Link, StudentOutput
+from deit_kd.randomness import seed_initialisation
+from deit_kd.students.heads import TimmStudent
+
+
+class Connectors(nn.Module):
+    """One linear map with bias for each link; a map is connected place by place.
+
+    Args:
+        links: what to connect.
+        seed: of the run; the student's own first weights do not depend on them.
+    """
+
+    def __init__(self, links: Sequence[Link], seed: int = 0) -> None:
+        super().__init__()
+        self.links = tuple(links)
+        with torch.random.fork_rng(devices=[]):
+            seed_initialisation("connectors", seed)
+            self.linears = nn.ModuleList(nn.Linear(link.student_width, link.teacher_width) for link in links)
+
+    def forward(self, features: Mapping[str, Tensor], links: Sequence[Link]) -> dict[str, Tensor]:
+        """Return the features of `links` by their names, in the teacher's widths."""
+        return {
+            link.name: _by_channels(linear, features[link.student])
+            for link, linear in zip(self.links, self.linears, strict=True)
+            if link in links
+        }
+
+    def freeze_all_but(self, links: Sequence[Link]) -> None:
+        """Let only the connectors of `links` learn from now on."""
+        for link, linear in zip(self.links, self.linears, strict=True):
+            linear.requires_grad_(link in links)
+
+
+def _by_channels(linear: nn.Module, features: Tensor) -> Tensor:
+    connected: Tensor = linear(features.movedim(1, -1))
+    return connected.movedim(-1, 1)
+
+
+class ConnectedStudent(nn.Module):
+    """A student that answers with connected features as well: what DDP wraps while features are compared.
+
+    Args:
+        student: whose weights are trained, averaged and saved; the connectors are trained alone.
+        connectors: of the features to answer with.
+        links: which of them.
+    """
+
+    def __init__(self, student: TimmStudent, connectors: Connectors, links: Sequence[Link]) -> None:
+        super().__init__()
+        self.student = student
+        self.connectors = connectors
+        self._links = tuple(links)
+        self._features = tuple(dict.fromkeys(link.student for link in links))
+
+    def forward(self, images: Tensor) -> StudentOutput:
+        """Answer `images` [B, 3, H, W] with both heads and the connected features."""
+        output: StudentOutput = self.student(images, self._features)
+        assert output.features is not None
+        return output._replace(features=self.connectors(output.features, self._links))
