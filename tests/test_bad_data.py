@@ -187,7 +187,7 @@ def test_no_network_is_ever_asked_about_nothing() -> None:
     empty = lacking(make_batch(2), 0, 1)
     terms = Distiller(student, teacher, Objective("soft"))(empty)
     terms.loss.backward()
-    assert [term.item() for term in terms] == [0, 0, 0]
+    assert [term.item() for term in terms[:3]] == [0, 0, 0]
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in student.parameters())
     options: dict[str, Any] = {"classes": 3, "total": 6, "processes": ONE_PROCESS}
     batches = [make_batch(4), empty]

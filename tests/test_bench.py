@@ -11,6 +11,7 @@ import torch
 
 from deit_kd.cli import main
 from deit_kd.config import parse_config
+from deit_kd.jobs.lesson import Lesson
 from deit_kd.jobs.run import prepare
 from deit_kd.jobs.timed import Clock, as_timm_gives_it
 from tests.conftest import ONE_PROCESS, tiny
@@ -67,7 +68,7 @@ def test_a_share_is_the_rate_over_that_of_its_floors_parts_in_turn() -> None:
 def test_timms_step_has_fused_attention_and_a_plain_optimiser(photos_root: Path, tmp_path: Path) -> None:
     config, _ = parse_config(tiny(photos_root, tmp_path / "run"))
     run = prepare(config, ONE_PROCESS)
-    timms = as_timm_gives_it(run, None)
+    timms = as_timm_gives_it(run, Lesson())
     for trainer_model, optimizer, fused in (
         (timms.model, timms.optimizer, True),
         (run.student, run.optimizer, False),

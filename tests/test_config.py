@@ -109,7 +109,7 @@ YAML_CASES = [
     ("temperature: 3", "temperature: unknown key (nearest: "),
     ("train: {epochs: many}", "train.epochs: 'many'"),
     ("train: {epochs: 0}", "train.epochs: '0'"),
-    ("distill: {alpha: 1.5}", "distill.alpha: '1.5'"),
+    ("distill: {alpha: 1.5}", "distill.alpha: 1.5"),
     ("distill: {kind: medium}", "distill.kind: 'medium'"),
     ("student: {args: 7}", "student.args: '7'"),
     ("seed: -1", "seed: '-1'"),
