@@ -205,9 +205,9 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps; the teacher is not among it."""
-        return {
+        connectors = {} if self.connectors is None else {"connectors": self.connectors.state_dict()}
+        return connectors | {
             "student": self.model.state_dict(),
-            "connectors": None if self.connectors is None else self.connectors.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
