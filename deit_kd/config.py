@@ -77,7 +77,9 @@ class Data(Section):
     image_size: int = Field(224, gt=0)
     """pixels of a side, as the student sees it"""
     crop_fraction: float = Field(0.9, gt=0, le=1)
-    """evaluation resizes the shorter side to image_size / crop_fraction, then crops the centre"""
+    """evaluation resizes to image_size / crop_fraction, as crop_mode says, then crops the centre"""
+    crop_mode: Literal["center", "border", "squash"] = "center"
+    """evaluation resizes the shorter side, the longer one (the mean fills the rest), or both (timm's crop_mode)"""
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     """of resizing"""
     mean: Statistics = IMAGENET_MEAN

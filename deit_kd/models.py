@@ -367,6 +367,7 @@ def save_local_dir(
     std: tuple[float, ...],
     interpolation: str,
     crop_fraction: float,
+    crop_mode: str = "center",
 ) -> None:
     """Save `model` so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` answers the same.
 
@@ -385,6 +386,7 @@ def save_local_dir(
                 "std": std,
                 "interpolation": interpolation,
                 "crop_pct": crop_fraction,
+                "crop_mode": crop_mode,
             },
             model_args=model_args,
             safe_serialization=True,

@@ -123,10 +123,13 @@ def test_of_an_animation_the_first_picture_counts(tmp_path: Path, suffix: str) -
     assert pixels(path) == [(255, 0, 0)] * 16
 
 
+@pytest.mark.parametrize("crop_mode", ["center", "border", "squash"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
-def test_a_photo_of_one_pixel_across_gives_views(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_a_photo_of_one_pixel_across_gives_views(tmp_path: Path, size: tuple[int, int], crop_mode: str) -> None:
     image = load_image(saved(Image.new("RGB", size, "teal"), tmp_path / "thin.png"))
-    looks = evaluation_transform(image_size=16, mean=MEAN, std=STD, interpolation="bicubic", crop_fraction=0.9)
+    looks = evaluation_transform(
+        image_size=16, mean=MEAN, std=STD, interpolation="bicubic", crop_fraction=0.9, crop_mode=crop_mode
+    )
     for view in (looks(image), transform(erasing=0.0)(image)):
         assert view.shape == (3, 16, 16)
         assert view.isfinite().all()

@@ -1,4 +1,4 @@
-"""What turns an image into a view: timm's augmentation for training, resize and centre crop to evaluate."""
+"""What turns an image into a view: timm's augmentation for training, resize and crop to evaluate."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment
+from timm.data.transforms import ResizeKeepRatio
 from timm.data.transforms_factory import transforms_imagenet_eval, transforms_imagenet_train
 from torch import Tensor
 from torchvision.transforms import Compose
@@ -61,13 +62,35 @@ def training_transform(
 
 
 def evaluation_transform(
-    *, image_size: int, mean: Statistics, std: Statistics, interpolation: str, crop_fraction: float
+    *,
+    image_size: int,
+    mean: Statistics,
+    std: Statistics,
+    interpolation: str,
+    crop_fraction: float,
+    crop_mode: str = "center",
 ) -> Transform:
-    """Return timm's evaluation transform: resize, centre crop, normalise; PIL image to [3, H, W]."""
+    """Return timm's evaluation transform: resize, centre crop, normalise; PIL image to [3, H, W].
+
+    To ``image_size / crop_fraction`` pixels, the resize brings the shorter side (`crop_mode` ``center``), the longer
+    one (``border``, which fills what is left with the mean) or both (``squash``, which gives up the aspect ratio).
+    """
     transform = transforms_imagenet_eval(
-        img_size=image_size, crop_pct=crop_fraction, interpolation=interpolation, mean=mean, std=std
+        img_size=image_size,
+        crop_pct=crop_fraction,
+        crop_mode=crop_mode,
+        interpolation=interpolation,
+        mean=mean,
+        std=std,
     )
+    resizes: list[Any] = [stage for stage in transform.transforms if isinstance(stage, ResizeKeepRatio)]
+    for resize in resizes:
+        resize.get_params = _at_least_one_pixel  # timm's rounds a long thin photo to nothing
     return Compose(in_fewer_passes(transform.transforms))
+
+
+def _at_least_one_pixel(*arguments: Any) -> list[int]:
+    return [max(1, edge) for edge in ResizeKeepRatio.get_params(*arguments)]
 
 
 def _keep_one_bit_of_posterise(transform: Any) -> None:

@@ -22,12 +22,13 @@ class About:
         mean: normalisation.
         std: the same.
         interpolation: of the evaluation's resize.
-        crop_fraction: of the evaluation's centre crop.
+        crop_fraction: of the evaluation's crop.
         fusion: of the two heads, ``softmax`` or ``logits``.
         heads: what ``heads.json`` holds.
         teacher: what ``run.json`` holds of the teacher; None where there was none.
         data: a line about the photos.
         recipe: the run's ``config.yaml``.
+        crop_mode: of the evaluation's resize, ``center``, ``border`` or ``squash``.
     """
 
     architecture: str
@@ -43,6 +44,7 @@ class About:
     teacher: Mapping[str, Any] | None
     data: str
     recipe: str
+    crop_mode: str = "center"
 
     def card(self, format_name: str, how_to_load: str) -> str:
         """Return the model card, in Markdown."""
@@ -59,7 +61,8 @@ class About:
                 f"Exported as `{format_name}`. {how_to_load}",
                 "",
                 f"- Data: {_text(self.data)}, {len(self.classes)} classes, seen at {self.image_size} px "
-                f"(mean {list(self.mean)}, std {list(self.std)}, {self.interpolation}, crop {self.crop_fraction})",
+                f"(mean {list(self.mean)}, std {list(self.std)}, {self.interpolation}, crop {self.crop_fraction}, "
+                f"{self.crop_mode})",
                 *(f"- Teacher: {line}" for line in self._teacher_lines()),
                 "",
                 f"## Scores on {self.heads['n']} validation images ({self.heads['weights']} weights)",

@@ -84,6 +84,7 @@ def _write_local_dir(backbone: nn.Module, folder: Path, about: About, model_args
         std=about.std,
         interpolation=about.interpolation,
         crop_fraction=about.crop_fraction,
+        crop_mode=about.crop_mode,
     )
 
 
@@ -95,6 +96,8 @@ def _write_transformers(backbone: nn.Module, folder: Path, about: About) -> None
     height, width = arguments["img_size"]
     if height != width or len(set(arguments["patch_size"])) != 1:
         raise CannotHold("its images or patches are not square")
+    if about.crop_mode == "border":
+        raise CannotHold("its images have a border (data.crop_mode), which transformers' processor does not make")
     if arguments.get("init_values") is not None:
         state = _without_layer_scale(state)
     folder.mkdir(parents=True)
@@ -119,10 +122,11 @@ def _write_transformers(backbone: nn.Module, folder: Path, about: About) -> None
         "label2id": {name: label for label, name in enumerate(about.classes)},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    edge = int(about.image_size / about.crop_fraction)
     preprocessor = {
         "image_processor_type": "DeiTImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": int(about.image_size / about.crop_fraction)},
+        "size": {"height": edge, "width": edge} if about.crop_mode == "squash" else {"shortest_edge": edge},
         "resample": 2 if about.interpolation == "bilinear" else 3,
         "do_center_crop": True,
         "crop_size": {"height": about.image_size, "width": about.image_size},

@@ -57,6 +57,7 @@ def export_run(folder: Path, config: Config, format_name: str, to: Path | None) 
         teacher=facts["teacher"],
         data=f"{config.data.name} (digest of the training split {facts['data']['train']})",
         recipe=(folder / CONFIG_FILE).read_text(),
+        crop_mode=config.data.crop_mode,
     )
     try:
         distance = export(format_name, student.backbone, target, about)

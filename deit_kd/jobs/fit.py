@@ -108,7 +108,9 @@ def _key(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str
         "crop_fraction": data.crop_fraction,
         "precision": config.train.precision,
         "seed": config.seed,
-        **({} if views == 1 else {"views": views}),  # the first version had no such field
+        # The first version had none of these fields.
+        **({} if data.crop_mode == "center" else {"crop_mode": data.crop_mode}),
+        **({} if views == 1 else {"views": views}),
     }
 
 

@@ -169,6 +169,7 @@ def build_evaluation_transform(config: Config) -> data.Transform:
         std=section.std,
         interpolation="bicubic" if section.interpolation == "random" else section.interpolation,
         crop_fraction=section.crop_fraction,
+        crop_mode=section.crop_mode,
     )
 
 

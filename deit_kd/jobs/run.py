@@ -393,4 +393,5 @@ def _save_student(run: Run, trainer: Trainer) -> None:
         std=run.config.data.std,
         interpolation=run.config.data.interpolation,
         crop_fraction=run.config.data.crop_fraction,
+        crop_mode=run.config.data.crop_mode,
     )

@@ -29,7 +29,7 @@ from deit_kd.models import (
 )
 from deit_kd.places import LOCAL_DIR, check_source
 from deit_kd.students import TimmStudent
-from deit_kd.tracking import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, read_facts, say
+from deit_kd.tracking import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, read_facts
 
 WORDNET_ID = re.compile(r"n\d{8}")  # how timm calls the classes of its ImageNet models
 
@@ -193,8 +193,6 @@ def _from_timm(name: str) -> Source:
     classes = ImageNetInfo("imagenet-1k").label_names() if cfg.num_classes == 1000 else None
     recipe = [*("--student.name", name), *("--student.pretrained", "true"), *_kind(is_distilled_name(name))]
     known = None if classes is None else tuple(classes)
-    if cfg.crop_mode not in (None, "center"):
-        say(f"warning: timm scores {name} on images that it does not crop but fits ({cfg.crop_mode}); ours are cropped")
     return Source(name, [*recipe, *_input_of(cfg.to_dict())], known, cfg.num_classes, None)
 
 
@@ -209,6 +207,7 @@ def _input_of(cfg: dict[str, Any]) -> list[str]:
         *("--data.mean", json.dumps(list(seen["mean"]))),
         *("--data.std", json.dumps(list(seen["std"]))),
         *("--data.crop_fraction", str(seen["crop_pct"])),
+        *("--data.crop_mode", seen["crop_mode"]),
         *("--data.interpolation", seen["interpolation"]),
     ]
 

@@ -352,7 +352,8 @@ def _file_digest(path: str | None) -> str | None:
 
 def _validation_identity(config: Config, photos: Photos) -> dict[str, Any]:
     """Return what a view of a validation image depends on, by field."""
-    seen = config.data.model_dump(mode="json", include={"image_size", "crop_fraction", "interpolation", "mean", "std"})
+    keys = {"image_size", "crop_fraction", "crop_mode", "interpolation", "mean", "std"}
+    seen = config.data.model_dump(mode="json", include=keys)
     return {
         "classes": list(photos.classes),
         "validation.images": len(photos),
