@@ -176,6 +176,8 @@ class StudentSection(Section):
     """what does not learn; backbone leaves tokens and heads"""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """rate of stochastic depth"""
+    channels_last: bool | None = None
+    """memory format; null is channels-last for networks with BatchNorm"""
     args: dict[str, JsonValue] = {}
     """handed to timm.create_model: patch_size, embed_dim, depth, …"""
 

@@ -6,11 +6,11 @@ import copy
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, with_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import set_fused_attn
-from timm.models import save_for_hf
+from timm.models import is_model_in_modules, save_for_hf
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
@@ -27,15 +27,12 @@ from typing_extensions import TypedDict
 from deit_kd.files import read_json
 from deit_kd.interfaces import InputError, nearest
 from deit_kd.tokens import complete_distilled_vit, graft, has_second_head
-from deit_kd.weights import classifier_names, fit_weights, to_timm_names
+from deit_kd.weights import classifier_names, fit_weights, holds_distillation_token, to_timm_names
 
 STUDENT_FOLDER = "student"  # of a run: its weights in timm's local-dir layout
 LEAST_TORCH = "2.10"  # older ones can be made to run code, weights_only or not: CVE-2026-24747
 Pixels = Annotated[int, Field(gt=0, le=2**14)]
 Statistics = tuple[float, float, float]
-
-
-Answer = TypeVar("Answer")
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -84,13 +81,26 @@ def check_known(key: str, name: str) -> None:
 
 
 def is_distilled_name(name: str) -> bool:
-    """Return whether `name` is of a model with a second head; a tag may speak of another distillation."""
-    return "_distilled" in name.split(".")[0]
+    """Return whether `name` is of a model with a distillation token; a tag may speak of another distillation.
+
+    ``iformer_*_distilled`` have two heads that read the same features, as LeViT has, and no token.
+    """
+    architecture = name.split(".")[0]
+    return "_distilled" in architecture and is_model_in_modules(architecture, ("deit", "pit"))
 
 
 def plain_twin(name: str) -> str:
     """Return the name of the model without token and second head; a plain model's own."""
     return name.split(".")[0].replace("_distilled", "") if is_distilled_name(name) else name
+
+
+def distilled_twin(name: str) -> str:
+    """Return the name of timm's own model with the token that `graft` cannot give to `name`; another model's own."""
+    architecture = name.split(".")[0]
+    if is_distilled_name(name) or not is_model_in_modules(architecture, ("pit",)):
+        return name
+    stem, size = architecture.rsplit("_", 1)
+    return f"{stem}_distilled_{size}"
 
 
 def size_argument(name: str, image_size: int) -> dict[str, int]:
@@ -152,26 +162,43 @@ def create_model(
     model = _created(key, name, "see the arguments of timm's model", **kwargs)
     _check_patches(key, model, image_size)
     if isinstance(model, VisionTransformerDistilled):
-        complete_distilled_vit(key, model)
+        complete_distilled_vit(key, model, kwargs)
     if distillation_token and not has_second_head(model):
         graft(key, model)
     return model
 
 
 @torch.no_grad()
-def answer_to_one(key: str, name: str, network: Callable[[Tensor], Answer], size: int) -> Answer:
-    """Return what a network in eval says about one image of `size` pixels.
+def check_answer(
+    section: str, name: str, network: Callable[[Tensor], Sequence[Tensor | None]], image_size: int, columns: int
+) -> None:
+    """Refuse a network in eval whose heads do not answer two images with two rows of finite logits.
+
+    Args:
+        section: of the recipe, ``student`` or ``teacher``.
+        name: a timm name.
+        network: answers images [B, 3, H, W] with logits [B, C] of each head; None where it lacks one.
+        image_size: pixels.
+        columns: C.
 
     Raises:
-        InputError: it cannot see one.
+        InputError: it cannot see such images, or answers with something else.
     """
+    size_key = "data.image_size" if section == "student" else f"{section}.image_size"
     try:
-        return network(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        heads = network(torch.zeros(2, 3, image_size, image_size))
+    except Exception as error:  # what a recipe's arguments and size lead to shows in the forward pass alone
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{key}: {name!r} cannot see {size} pixels ({reason}); set another size or other args"
+            f"{size_key}: {name!r} cannot see {image_size} pixels ({reason}); set another size, other {section}.args "
+            f"or {section}.channels_last"
         ) from error
+    for logits in heads:
+        if logits is not None and (logits.shape != (2, columns) or not logits.isfinite().all()):
+            raise InputError(
+                f"{section}.name: {name!r} answers two images with {list(logits.shape)}, not [2, {columns}] finite "
+                f"logits; see {section}.args"
+            )
 
 
 def _created(key: str, name: str, cure: str, **kwargs: Any) -> nn.Module:
@@ -193,6 +220,11 @@ class Weights:
     model_args: dict[str, Any] = field(default_factory=dict)
     label_names: tuple[str, ...] | None = None
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)  # input_size, mean, std, interpolation, license, …
+
+    @property
+    def has_distillation_token(self) -> bool:
+        """Whether they are of a model with a distillation token; a second head alone may read the same features."""
+        return holds_distillation_token(self.state)
 
     @property
     def build_arguments(self) -> dict[str, Any]:
@@ -226,10 +258,14 @@ def pretrained_weights(key: str, name: str) -> Weights:
 
 
 def _check_patches(key: str, model: nn.Module, image_size: int | None) -> None:
-    patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if image_size is None or patch_size is None:
+    """Refuse a size whose last pixels no patch would see; overlapping and padded patches see all of them."""
+    embedding = getattr(model, "patch_embed", None)
+    patches = getattr(embedding, "proj", None)
+    if image_size is None or not isinstance(patches, nn.Conv2d) or patches.kernel_size != patches.stride:
         return
-    for patch in patch_size:
+    if getattr(embedding, "dynamic_img_pad", False):
+        return
+    for patch in patches.stride:
         if image_size % patch:
             below, above = image_size // patch * patch, (image_size // patch + 1) * patch
             choices = " or ".join(str(size) for size in (below, above) if size)
@@ -348,7 +384,7 @@ def open_model(key: str, path: str | Path) -> nn.Module:
         key,
         weights.architecture,
         image_size=(weights.pretrained_cfg.get("input_size") or (None,))[-1],
-        distillation_token="head_dist.weight" in weights.state,
+        distillation_token=weights.has_distillation_token,
         num_classes=weights.pretrained_cfg.get("num_classes", len(weights.label_names or ())),
         **weights.build_arguments,
     )

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from timm.layers import RelPosBias
+from timm.models.convit import ConVit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from deit_kd.interfaces import InputError, StudentOutput
+
+Host = VisionTransformer | Eva | ConVit | VisionTransformerRelPos  # takes any number of prefix tokens
 
 
 def has_second_head(backbone: nn.Module) -> bool:
@@ -36,21 +42,21 @@ def both_in_class_token(backbone: nn.Module) -> bool:
 
 def is_grafted(backbone: nn.Module) -> bool:
     """Return whether `graft` made the model's distillation token."""
-    return isinstance(backbone, VisionTransformer | Eva) and both_in_class_token(backbone)
+    return isinstance(backbone, Host) and both_in_class_token(backbone)
 
 
 def graft(key: str, backbone: nn.Module) -> None:
     """Put a distillation token at index 1 of a plain timm ViT, and a second head that reads it; both new.
 
     The model stays timm's own: its parameter ``cls_token`` grows to hold both tokens [1, 2, D], as pit's does,
-    ``pos_embed`` grows by the token's row where it has rows for prefix tokens, and ``num_prefix_tokens`` grows
-    by one wherever it is kept, so that rotary embeddings, patch dropout, pooling and resizing still tell prefix
-    from patches. The class head keeps its pooling; where a norm follows the pooling, ``head_dist`` reads its
-    token through a copy of it.
+    ``pos_embed`` grows by the token's row where it has rows for prefix tokens, and their number grows by one
+    wherever it is kept, so that rotary and relative positions, patch dropout, pooling and resizing still tell
+    prefix from patches. The class head keeps its pooling; where a norm follows the pooling, ``head_dist`` reads
+    its token through a copy of it.
 
     Args:
         key: the recipe's key, which errors begin with.
-        backbone: a `VisionTransformer` or `Eva` with a class token.
+        backbone: one of `Host` with a class token.
 
     Raises:
         InputError: the model has no class token to stand beside, or builds its sequence in another way.
@@ -60,24 +66,27 @@ def graft(key: str, backbone: nn.Module) -> None:
     with torch.no_grad():
         token = nn.init.trunc_normal_(torch.empty_like(model.cls_token), std=0.02)
         model.cls_token = nn.Parameter(torch.cat([model.cls_token, token], dim=1))
-        if model.pos_embed is not None and not model.no_embed_class:
+        positions = getattr(model, "pos_embed", None)
+        if positions is not None and positions.shape[1] > model.patch_embed.num_patches:
             row = nn.init.trunc_normal_(torch.empty_like(model.pos_embed[:, :1]), std=0.02)
             model.pos_embed = nn.Parameter(torch.cat([model.pos_embed[:, :1], row, model.pos_embed[:, 1:]], dim=1))
     for module in model.modules():
-        if hasattr(module, "num_prefix_tokens"):
-            module.num_prefix_tokens += 1
-    model.fc_norm_dist = copy.deepcopy(model.fc_norm)
+        for count in ("num_prefix_tokens", "prefix_tokens"):
+            if hasattr(module, count):
+                setattr(module, count, getattr(module, count) + 1)
+    model.fc_norm_dist = copy.deepcopy(getattr(model, "fc_norm", nn.Identity()))
     model.head_dist = nn.Linear(model.head.in_features, model.head.out_features)
     nn.init.trunc_normal_(model.head_dist.weight, std=0.02)
     nn.init.zeros_(model.head_dist.bias)
 
 
-def complete_distilled_vit(key: str, model: Any) -> None:
+def complete_distilled_vit(key: str, model: Any, args: Mapping[str, Any]) -> None:
     """Tell the parts of timm's distilled ViT about its second token, which it gets after they were built.
 
     Args:
         key: the recipe's key, which errors begin with.
         model: a `VisionTransformerDistilled`, as timm creates it.
+        args: what it was created with.
 
     Raises:
         InputError: it was given an argument that its class takes and never uses, or cannot stand.
@@ -86,6 +95,8 @@ def complete_distilled_vit(key: str, model: Any) -> None:
         "reg_tokens": model.reg_token is not None,
         "fc_norm": not isinstance(model.fc_norm, nn.Identity),
         "no_embed_class": model.no_embed_class,
+        "pos_embed": args.get("pos_embed", "learn") != "learn",
+        "pool_include_prefix": model.pool_include_prefix,
     }
     for argument, is_given in unused.items():
         if is_given:
@@ -99,22 +110,30 @@ def complete_distilled_vit(key: str, model: Any) -> None:
 
 
 def _check_can_graft(key: str, backbone: Any) -> None:
-    kind = type(backbone).__name__
+    kind, cure = type(backbone).__name__, "use a vit_*, deit_*, deit3_* or eva model with a class token"
+    has_class_token = getattr(backbone, "cls_token", None) is not None
     reason = None
     if has_second_head(backbone):
         reason = "has a second head but no distillation token (both heads read the same features)"
-    elif not isinstance(backbone, VisionTransformer | Eva):
-        reason = f"is a {kind}, which a distillation token cannot be grafted onto"
-    elif backbone.cls_token is None:
-        reason = f"has no class token for a distillation token to stand beside (it pools by {backbone.global_pool!r})"
+    elif not isinstance(backbone, Host):
+        around = "is built around one class token" if has_class_token else "has no class token to stand beside"
+        reason = f"is a {kind}, which a distillation token cannot be grafted onto: it {around}"
+    elif not has_class_token:
+        pools = backbone.global_pool
+        reason = f"has no class token for a distillation token to stand beside (it pools by {pools!r})"
+        both = "class_token: true" if pools == "avg" else "class_token: true, global_pool: token"
+        cure = f"set student.args to {{{both}}}, or {cure}"
     elif getattr(backbone, "pool_include_prefix", False):
         reason = "pools over its prefix tokens, so that a new one would change its class head"
     elif getattr(backbone, "attn_pool", None) is not None:
         reason = "pools all its tokens by attention, so that a new one would change its class head"
+        cure = f"set student.args to {{global_pool: token}}, or {cure}"
     elif not isinstance(backbone.head, nn.Linear):
         reason = "has no linear head to copy"
+    elif any(isinstance(module, RelPosBias) for module in backbone.modules()):
+        reason = "has a table of relative positions with rows for one class token"
     if reason is not None:
-        raise InputError(f"{key}: the model {reason}; use a vit_*, deit_*, deit3_* or eva model with a class token")
+        raise InputError(f"{key}: the model {reason}; {cure}")
 
 
 def read_heads(backbone: nn.Module, images: Tensor) -> StudentOutput:

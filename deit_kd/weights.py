@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -78,6 +80,17 @@ def to_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return from_transformers(bare) if is_transformers(bare) else bare
 
 
+def holds_distillation_token(state: dict[str, Tensor]) -> bool:
+    """Return whether `state`, under timm's names, is of a model with a distillation token."""
+    return "dist_token" in state or _both_tokens(state) is not None
+
+
+def _both_tokens(state: dict[str, Tensor]) -> Tensor | None:
+    """Return a ``cls_token`` [1, 2, D] that holds both tokens, as in pit and in grafted models."""
+    cls_token = state.get("cls_token")
+    return cls_token if cls_token is not None and cls_token.ndim == 3 and cls_token.shape[1] == 2 else None
+
+
 def fit_weights(
     key: str,
     model: nn.Module,
@@ -108,7 +121,7 @@ def fit_weights(
         InputError: a tensor is missing, unknown or of another shape, with the first differences.
     """
     own = _apart(model, model.state_dict())
-    given = _apart(model, to_timm_names(state))
+    given = _apart(model, _layer_scales(to_timm_names(state), own))
     heads = tuple(f"{name}." for name in classifier_names(model))
     account = Account(source)
     fitted = dict(own)
@@ -158,14 +171,23 @@ def fit_weights(
     return account
 
 
+def _layer_scales(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state` with the layer scales of deit3's published weights (``gamma_1``) under timm's names in `own`.
+
+    EVA, BEiT and CaiT call theirs ``gamma_1`` in timm, too.
+    """
+    renamed = {name: re.sub(r"\bgamma_(\d)$", r"ls\1.gamma", name) for name in state.keys() - own.keys()}
+    return {renamed[name] if renamed.get(name) in own else name: tensor for name, tensor in state.items()}
+
+
 def _apart(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Split what one tensor holds of several tokens: both tokens of a ``cls_token``, the rows of ``pos_embed``."""
     apart = dict(state)
-    cls_token, positions = apart.get("cls_token"), apart.get("pos_embed")
-    if cls_token is not None and cls_token.ndim == 3 and cls_token.shape[1] == 2:
-        apart["cls_token"], apart["dist_token"] = cls_token[:, :1], cls_token[:, 1:]
+    both, positions = _both_tokens(state), apart.get("pos_embed")
+    if both is not None:
+        apart["cls_token"], apart["dist_token"] = both[:, :1], both[:, 1:]
     has_grid = hasattr(getattr(model, "patch_embed", None), "grid_size")
-    if cls_token is None or positions is None or positions.ndim != 3 or not has_grid:
+    if "cls_token" not in apart or positions is None or positions.ndim != 3 or not has_grid:
         return apart
     registers = apart.get("reg_token")
     tokens = 1 + ("dist_token" in apart) + (registers.shape[1] if registers is not None and registers.ndim == 3 else 0)

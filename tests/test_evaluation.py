@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deit_kd.cli import main
-from tests.conftest import SEVEN_CLASSES, Finished, assert_same_scores, tiny, write_photos
+from deit_kd.layouts import to_transformers
+from tests.conftest import MEAN, SEVEN_CLASSES, STD, Finished, assert_same_scores, tiny, write_photos
 
 INPUT = ("--data.image_size", "16", "--data.workers", "0", "--train.precision", "off", "--train.device", "cpu")
 
@@ -64,6 +66,44 @@ def test_every_kind_of_source_gives_the_numbers_of_the_run(runs: Path, tmp_path:
     found = evaluate(tmp_path / "source", *source(runs), "--data.root", str(runs / "photos"), *INPUT)
     assert found["heads"] == expected["heads"]
     assert found["teacher"] is None
+
+
+def assert_scores_of(run: Path, found: Any) -> None:
+    """Assert that an evaluation holds the scores with which a run without distillation ended."""
+    scores = json.loads((run / "heads.json").read_text())["heads"]["cls"]
+    assert found["heads"]["cls"]["top1"] == pytest.approx(scores["top1"])
+    assert found["heads"]["cls"]["nll"] == pytest.approx(scores["nll"], rel=1e-4)
+
+
+def stock_vit_folder(runs: Path) -> str:
+    """Write `plain` as transformers writes a ViT, whose processor says nothing of a crop."""
+    folder = runs / "stock"
+    folder.mkdir()
+    state = to_transformers(load_file(runs / "plain/student/model.safetensors"))
+    names = {name: re.sub("^deit", "vit", name).replace("cls_classifier", "classifier") for name in state}
+    save_file({names[name]: tensor for name, tensor in state.items()}, folder / "model.safetensors")
+    shape = {"patch_size": 8, "image_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"intermediate_size": 128, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
+    labels = {"id2label": dict(enumerate(sorted(SEVEN_CLASSES)))}
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit", **shape, **more, **labels}))
+    seen = {"image_mean": MEAN, "image_std": STD, "size": {"height": 16, "width": 16}, "resample": 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(seen))
+    return str(folder)
+
+
+def test_a_stock_vit_whose_processor_knows_no_crop_is_read(runs: Path, tmp_path: Path) -> None:
+    found = evaluate(tmp_path, stock_vit_folder(runs), "--data.root", str(runs / "photos"), *INPUT)
+    assert_scores_of(runs / "plain", found)
+
+
+AVERAGED = {"name": "efficientformer_l1", "args": {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}}
+
+
+def test_a_saved_network_that_averages_its_two_heads_is_scored_as_it_answers(photos_root: Path, tmp_path: Path) -> None:
+    options = {"student__name": AVERAGED["name"], "student__args": AVERAGED["args"], "data__image_size": 224}
+    assert main(["train", *tiny(photos_root, tmp_path / "run", distill__kind="none", **options)]) == 0
+    found = evaluate(tmp_path / "eval", str(tmp_path / "run/student"), "--data.root", str(photos_root), *INPUT[2:])
+    assert_scores_of(tmp_path / "run", found)
 
 
 def test_a_teacher_can_be_named_for_a_student_without_a_run(runs: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+from benchmarks.zoo import TokenHidden
 from deit_kd import InputError, TimmStudent
 from deit_kd.tokens import graft, is_grafted
 from deit_kd.weights import fit_weights
@@ -30,6 +31,11 @@ HOSTS = [
     ("vit_small_patch16_dinov3", {}, 32),  # rotary positions, four registers
     ("vit_small_patch16_rope_224", {}, 32),
     ("vit_small_patch16_rope_mixed_224", {}, 32),
+    ("convit_tiny", {"local_up_to_layer": 1}, 32),  # its first blocks see no token
+    ("convit_tiny", {"local_up_to_layer": 1, "global_pool": "avg"}, 32),
+    ("vit_relpos_medium_patch16_cls_224", {"init_values": 1.0}, 32),
+    ("vit_relpos_base_patch16_clsgap_224", {"init_values": 1.0}, 32),  # relative positions, pooling over patches
+    ("vit_srelpos_small_patch16_224", {"init_values": 1.0, "class_token": True}, 32),  # one table for all blocks
 ]
 
 
@@ -52,14 +58,6 @@ def grafted(plain, name, args, size):
     return model.eval()
 
 
-def hide_distillation_token(tokens):
-    """Return a mask [tokens, tokens] that lets nobody but the distillation token itself attend to it."""
-    visible = torch.ones(tokens, tokens, dtype=torch.bool)
-    visible[:, 1] = False
-    visible[1, 1] = True
-    return visible
-
-
 @pytest.mark.parametrize(("name", "args", "size"), HOSTS)
 def test_class_head_is_the_plain_models_where_the_token_is_masked(name, args, size):
     plain = host(name, args, size)
@@ -67,10 +65,10 @@ def test_class_head_is_the_plain_models_where_the_token_is_masked(name, args, si
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         expected = plain(images)
-        tokens = model.forward_features(images).shape[1]
-        features = model.forward_features(images, attn_mask=hide_distillation_token(tokens))
-        torch.testing.assert_close(model.forward_head(features), expected, rtol=1e-5, atol=1e-5)
+        with TokenHidden(model.num_prefix_tokens):
+            torch.testing.assert_close(TimmStudent(model)(images).cls_logits, expected, rtol=1e-5, atol=1e-5)
         unmasked = TimmStudent(model)(images)
+        tokens = model.forward_features(images).shape[1]
     assert tokens == plain.forward_features(images).shape[1] + 1
     assert not torch.allclose(unmasked.cls_logits, expected, rtol=1e-5, atol=1e-5)  # the mask was what did it
     assert unmasked.dist_logits.shape == (2, 5)
@@ -84,7 +82,9 @@ def test_token_and_head_start_from_the_class_tokens(name, args, size):
     assert 0.9 < torch.cosine_similarity(cls_token, dist_token, dim=0) < 0.9999
     assert torch.equal(model.head_dist.weight, plain.head.weight)
     assert torch.equal(cls_token, plain.cls_token[0, 0])
-    if model.pos_embed is not None and not model.no_embed_class:
+    if name.startswith("convit"):
+        assert torch.equal(model.pos_embed, plain.pos_embed)
+    elif getattr(model, "pos_embed", None) is not None and not model.no_embed_class:
         assert torch.equal(model.pos_embed[:, 1], plain.pos_embed[:, 0])
         assert torch.equal(model.pos_embed[:, 2:], plain.pos_embed[:, 1:])
 
@@ -139,7 +139,18 @@ def test_patch_dropout_spares_both_tokens_of_timms_own_distilled_model():
     assert (kept[:, 1] > 50).all()
 
 
-@pytest.mark.parametrize("args", [{"reg_tokens": 4}, {"fc_norm": True}, {"no_embed_class": True}], ids=str)
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"reg_tokens": 4},
+        {"fc_norm": True},
+        {"no_embed_class": True},
+        {"pos_embed": "none"},
+        {"pos_embed": ""},
+        {"pool_include_prefix": True},
+    ],
+    ids=str,
+)
 def test_what_timms_distilled_model_would_not_use_is_refused(args):
     with pytest.raises(InputError, match=f"makes no use of {next(iter(args))}"):
         student("deit_tiny_distilled_patch16_224", args={**TINY, **args})
@@ -172,8 +183,14 @@ def test_plain_name_stays_plain_without_distillation():
 @pytest.mark.parametrize(
     ("name", "args", "reason"),
     [
-        ("vit_base_patch16_siglip_224", TINY, "no class token"),
-        ("vit_little_patch16_reg1_gap_256", TINY, "no class token"),
+        (
+            "vit_base_patch16_siglip_224",
+            TINY,
+            r"no class token .*to {class_token: true, global_pool: token}",
+        ),
+        ("vit_little_patch16_reg1_gap_256", TINY, r"no class token .*set student.args to {class_token: true}, or use"),
+        ("vit_relpos_small_patch16_224", {**TINY, "class_token": True, "rel_pos_type": "bias"}, "a table of relative"),
+        ("beit_base_patch16_224", TINY, "is a Beit, .*: it is built around one class token"),
         ("test_resnet", {}, "is a ResNet, which a distillation token cannot be grafted onto"),
         ("swin_tiny_patch4_window7_224", {"embed_dim": 24, "depths": (1, 1, 1, 1)}, "is a SwinTransformer"),
         ("iformer_l_distilled", {}, "has a second head but no distillation token"),
@@ -183,3 +200,18 @@ def test_plain_name_stays_plain_without_distillation():
 def test_model_without_a_place_for_the_token_is_refused(name, args, reason):
     with pytest.raises(InputError, match=reason):
         student(name, args=args, image_size=224 if name.startswith("swin") else 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("vit_base_patch16_siglip_224", {"class_token": True, "global_pool": "token"}),
+        ("vit_little_patch16_reg1_gap_256", {"class_token": True}),
+        ("vit_relpos_small_patch16_224", {"class_token": True}),
+        ("vit_pe_core_tiny_patch16_384", {"global_pool": "token"}),
+    ],
+)
+def test_what_a_refusal_advises_helps(name, args):
+    with pytest.raises(InputError, match=f"set student.args to {{{next(iter(args))}: "):
+        student(name, args=TINY)
+    assert student(name, args={**TINY, **args}).has_distillation_token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,38 @@ def test_transformers_names_go_there_and_back():
     back = from_transformers(to_transformers(state))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_deit3_as_it_was_published_is_read(tmp_path: Path):
+    model = source("deit3_small_patch16_224")
+    published = {re.sub(r"ls(\d)\.gamma$", r"gamma_\1", name): tensor for name, tensor in model.state_dict().items()}
+    assert "blocks.1.gamma_2" in published
+    loaded = student("deit3_small_patch16_224", distilled=False, checkpoint=saved(tmp_path, published, "deit .pth"))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(images).cls_logits, model(images))
+
+
+def test_eva_keeps_its_own_names_of_layer_scales(tmp_path: Path):
+    model = source("eva02_tiny_patch14_224", img_size=28, init_values=0.1)
+    assert "blocks.0.gamma_1" in model.state_dict()
+    checkpoint = saved(tmp_path, model.state_dict(), "safetensors")
+    args = {**TINY, "init_values": 0.1}
+    loaded = student("eva02_tiny_patch14_224", distilled=False, checkpoint=checkpoint, args=args, image_size=28)
+    assert torch.equal(loaded.backbone.blocks[0].gamma_1, model.blocks[0].gamma_1)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_pits_plain_weights_start_its_distilled_twin(tmp_path: Path, plain: bool):
+    args = {"base_dims": [8, 8, 8], "depth": [1, 1, 1]}
+    torch.manual_seed(7)
+    model = timm.create_model("pit_ti_224", num_classes=5, img_size=64, **args)
+    checkpoint = saved(tmp_path, model.state_dict(), "safetensors")
+    name = "pit_ti_224" if plain else "pit_ti_distilled_224"
+    loaded = student(name, args=args, checkpoint=checkpoint, image_size=64)
+    assert torch.equal(loaded.backbone.cls_token[:, :1], model.cls_token)
+    assert loaded.account.derived["dist_token"] == "cls_token"
+    assert torch.equal(loaded.backbone.head_dist.weight, model.head.weight)
 
 
 def test_transformers_own_checkpoint_answers_the_same(tmp_path: Path):

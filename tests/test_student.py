@@ -63,14 +63,50 @@ def test_without_distillation_any_cnn_learns() -> None:
     assert answer(student).cls_logits.shape == (3, 3)
 
 
-def test_pit_answers_with_both_heads() -> None:
-    student = tiny_student(
-        name="pit_ti_distilled_224", args={"base_dims": [8, 8, 8], "depth": [1, 1, 1]}, image_size=64
-    )
+AVERAGED = {
+    "levit_128s": {"embed_dim": [16, 32, 48], "depth": [1, 1, 1], "num_heads": [2, 2, 2], "key_dim": 8},
+    "repvit_m0_9": {"embed_dim": [8, 16, 24, 32], "depth": [1, 1, 1, 1]},
+    "efficientformer_l1": {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},  # sees 224 pixels alone
+    "swiftformer_xs": {"embed_dims": [8, 16, 24, 32], "layers": [1, 1, 1, 1]},
+    "iformer_m_distilled": {},
+}
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_without_distillation_a_network_that_averages_its_two_heads_learns(name: str) -> None:
+    size = 224 if name.startswith("efficientformer") else 64
+    student = tiny_student(name=name, args=AVERAGED[name], distilled=False, image_size=size)
+    images = torch.randn(2, 3, size, size)
+    output = student.eval()(images)
+    assert output.dist_logits is None
+    torch.testing.assert_close(output.cls_logits, student.backbone(images))
+    student.train()(images).cls_logits.sum().backward()
+    learned = [name for name, tensor in student.named_parameters() if "head_dist" in name and tensor.grad is not None]
+    assert learned
+
+
+@pytest.mark.parametrize("name", ["pit_ti_distilled_224", "pit_ti_224"])
+def test_pit_answers_with_both_heads(name: str) -> None:
+    student = tiny_student(name=name, args={"base_dims": [8, 8, 8], "depth": [1, 1, 1]}, image_size=64)
+    assert student.backbone.pretrained_cfg["architecture"] == "pit_ti_distilled_224"
     output = answer(student, torch.randn(2, 3, 64, 64))
     assert output.cls_logits.shape == (2, 3)
     assert output.dist_logits is not None
     assert not torch.allclose(output.cls_logits, output.dist_logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "size"),
+    [
+        ("xcit_nano_12_p16_224", {"embed_dim": 32, "depth": 1, "num_heads": 2, "cls_attn_layers": 1}, 32),
+        ("efficientvit_m0", {}, 64),  # both say their patch size as one integer
+        ("pvt_v2_b0", {"depths": [1, 1, 1, 1]}, 64),  # patches of 7 pixels, 4 apart
+        ("vit_tiny_patch16_224", {**STUDENT_ARGS, "dynamic_img_size": True, "dynamic_img_pad": True}, 20),
+    ],
+)
+def test_any_size_that_every_pixel_of_is_seen(name: str, args: dict[str, Any], size: int) -> None:
+    student = tiny_student(name=name, args=args, distilled=False, image_size=size)
+    assert student(torch.randn(2, 3, size, size)).cls_logits.shape == (2, 3)
 
 
 @pytest.mark.parametrize(("size", "patch", "tokens"), [(16, 8, 6), (32, 8, 18), (24, 4, 38)])
@@ -125,6 +161,16 @@ def test_a_checkpoint_gives_its_weights(tmp_path: Path, suffix: str) -> None:
         ({"image_size": 6}, "data.image_size: 6 is not a multiple of student.name's patch size 8; use 8$"),
         ({"args": {**STUDENT_ARGS, "num_heads": 5}}, "cannot be created"),
         ({"args": {"no_such_argument": 1}}, "cannot be created .*no_such_argument"),
+        (
+            {"name": "vit_tiny_patch16_224", "args": {**STUDENT_ARGS, "global_pool": ""}},
+            r"answers two images with \[2, 6, 3\], not \[2, 3\] finite logits; see student.args",
+        ),
+        (
+            {"name": "test_convnext", "args": {"global_pool": ""}, "distilled": False, "image_size": 64},
+            r"answers two images with \[2, 3, 2, 2\], not \[2, 3\]",
+        ),
+        ({"name": "xcit_nano_12_p16_224", "args": {}}, "is a Xcit, .*: it is built around one class token"),
+        ({"name": "convnext_atto", "args": {}}, "is a ConvNeXt, .*: it has no class token to stand beside"),
         ({"pretrained": True, "checkpoint": "here"}, "exclude each other"),
         ({"checkpoint": "nowhere"}, "student.checkpoint: nowhere holds no weights"),
         ({"pretrained": True, "args": {}, "image_size": 224}, "check the network, or give a checkpoint"),
@@ -161,6 +207,19 @@ def test_the_fused_head_is_the_mean_of_softmaxes_or_of_logits() -> None:
 
 def test_a_student_of_one_head_has_no_dist_and_no_fused_head() -> None:
     assert list(head_probabilities(StudentOutput(torch.zeros(1, 2)))) == ["cls"]
+
+
+@pytest.mark.parametrize(
+    ("channels_last", "expected"), [(None, True), (True, True), (False, False)], ids=["default", "yes", "no"]
+)
+def test_the_memory_format_is_chosen(channels_last: bool | None, expected: bool) -> None:
+    student = tiny_student(name="test_resnet", args={}, distilled=False, channels_last=channels_last)
+    assert student.backbone.conv1[0].weight.is_contiguous(memory_format=torch.channels_last) == expected
+
+
+def test_a_vit_is_contiguous_unless_asked_otherwise() -> None:
+    formats = [tiny_student(channels_last=choice).backbone.patch_embed.proj.weight for choice in (None, True)]
+    assert [weight.is_contiguous() for weight in formats] == [True, False]
 
 
 def test_a_persons_own_timm_model_can_be_wrapped() -> None:

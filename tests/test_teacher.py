@@ -171,6 +171,18 @@ def test_a_checkpoint_gives_its_weights(tmp_path: Path) -> None:
         assert torch.equal(teacher(checkpoint=str(place))(batch()).logits, teacher(seed=7)(batch()).logits)
 
 
+@pytest.mark.parametrize("name", ["iformer_m_distilled", "levit_128s"])
+def test_a_network_that_averages_its_two_heads_teaches_with_its_own_weights(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(7)
+    own = timm.create_model(name, num_classes=3).eval()
+    save_file({name: tensor.contiguous() for name, tensor in own.state_dict().items()}, tmp_path / "own.safetensors")
+    frozen = teacher(name=name, checkpoint=str(tmp_path / "own.safetensors"), student_image_size=224)
+    images = torch.randn(2, 3, 224, 224)
+    answer = frozen(Batch(images, torch.eye(3)[:2], torch.tensor([0, 1]))).logits
+    with torch.no_grad():
+        torch.testing.assert_close(answer, own(images), rtol=1e-4, atol=1e-5)
+
+
 def test_a_run_folder_is_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     save_teacher(tmp_path / "run" / "student")
@@ -207,6 +219,10 @@ def test_a_class_that_the_teacher_does_not_name_is_refused(tmp_path: Path, saved
         ({"pretrained": True}, "check the network, or give a checkpoint"),
         ({"name": None}, "teacher.name: is not set"),
         ({"name": "resnet19"}, r"not a timm model \(nearest: resnet1"),
+        (
+            {"name": "test_vit", "args": {"global_pool": ""}, "student_image_size": 160},
+            r"with \[2, 101, 3\], not \[2, 3",
+        ),
         ({"checkpoint": "nowhere"}, "teacher.checkpoint: nowhere holds no weights"),
         ({"name": "test_vit", "student_image_size": 20}, "image_size: 20 is not a multiple of teacher.name's patch"),
     ],

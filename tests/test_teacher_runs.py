@@ -125,6 +125,31 @@ def test_fitted_teacher_of_a_distilled_name_is_its_plain_twin(photos, tmp_path):
     assert facts(tmp_path / "run")["teacher"]["name"] == "deit_tiny_patch16_224"
 
 
+def test_network_that_averages_its_two_heads_is_fitted_and_teaches(photos, tmp_path):
+    fit = ["--teacher.fit.epochs", "1", "--teacher.fit.batch_size", "16", "--teacher.fit.optim.warmup_epochs", "0",
+           "--teacher.fit.folder", str(tmp_path / "teachers")]  # fmt: skip
+    shape = ["--teacher.args", "{embed_dim: [8, 16, 24, 32], depth: [1, 1, 1, 1]}", "--teacher.min_top1", "0"]
+    heads = run(photos, tmp_path / "run", "--teacher.name", "repvit_m0_9", *shape, *fit)
+    fitted = json.loads(next((tmp_path / "teachers").glob("*/heads.json")).read_text())["heads"]
+    assert fitted["dist"] is None
+    assert heads["teacher"]["nll"] == pytest.approx(fitted["cls"]["nll"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--teacher.name", "resnet19"], "teacher.name: 'resnet19' is not a timm model"),
+        (["--teacher.name", "test_resnet", "--teacher.args", "{num_classes: 2}"], "teacher.args: num_classes cannot"),
+        (["--teacher.name", "test_vit", "--data.image_size", "40"], "not a multiple of teacher.name's patch size"),
+        (["--teacher.name", "test_resnet", "--teacher.fit.batch_size", "999"], "teacher.fit.batch_size: "),
+    ],
+)
+def test_teacher_that_cannot_be_fitted_is_refused_with_its_own_key(photos, tmp_path, options, reason):
+    fit = ["--teacher.fit.epochs", "1", "--teacher.fit.batch_size", "16", "--teacher.fit.folder", str(tmp_path)]
+    with pytest.raises(InputError, match=reason):
+        run(photos, tmp_path / "run", *fit, *options)
+
+
 def test_run_without_a_teacher_has_none_to_lend(photos, assistant, tmp_path):
     with pytest.raises(InputError, match="learned from no teacher"):
         run(photos, tmp_path / "run", "--teacher.checkpoint", f"{assistant}:teacher")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ from deit_kd.tracking import HEADS_FILE, say
 
 KEY_FILE = "teacher_key.json"
 
+# Keys of a run that fits a teacher, and where the recipe has them.
+_KEYS = (
+    (r"student\.drop_path", "teacher.fit.drop_path"),
+    (r"student\.", "teacher."),
+    (r"train\.(batch_size|epochs|ema_decay)", r"teacher.fit.\1"),
+    (r"(optim|augment)\.", r"teacher.fit.\1."),
+)
+
 
 def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path:
     """Return the folder of the teacher that `config` fits; train it where it is not there yet.
@@ -34,7 +43,10 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
         if processes.is_main:
             say(f"teacher: found {folder}")
         return folder
-    run = prepare(_fit_config(config, folder), processes, splits)
+    try:
+        run = prepare(_fit_config(config, folder), processes, splits)
+    except InputError as error:
+        raise InputError(_in_the_recipes_keys(str(error))) from error
     with claimed(run):
         if processes.is_main:
             say(f"teacher: fitting {config.teacher.name}{_why(key, folder)}")
@@ -120,7 +132,11 @@ def _fit_config(config: Config, folder: Path) -> Config:
         data=config.data,
         augment=fit.augment,
         student=StudentSection(
-            name=teacher.name, pretrained=teacher.pretrained, drop_path=fit.drop_path, args=teacher.args
+            name=teacher.name,
+            pretrained=teacher.pretrained,
+            drop_path=fit.drop_path,
+            channels_last=None if teacher.channels_last else False,
+            args=teacher.args,
         ),
         teacher=TeacherSection(),
         distill=Distill(kind="none"),
@@ -140,6 +156,13 @@ def _fit_config(config: Config, folder: Path) -> Config:
         output=str(folder),
         resume="auto",
     )
+
+
+def _in_the_recipes_keys(message: str) -> str:
+    """Return what a run that fits a teacher says, with the keys that it has in the recipe."""
+    for pattern, recipe in _KEYS:
+        message = re.sub(rf"\b{pattern}", recipe, message)
+    return message
 
 
 def _why(key: dict[str, Any], folder: Path) -> str:

@@ -206,6 +206,7 @@ def build_student(config: Config, classes: tuple[str, ...], checkpoint: str | No
         token=section.token,
         new_heads=section.new_heads and checkpoint is None,
         freeze=section.freeze,
+        channels_last=section.channels_last,
         whole=checkpoint is not None,
         seed=config.seed,
     )

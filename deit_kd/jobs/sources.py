@@ -44,7 +44,7 @@ class TransformersConfig(TypedDict):
     num_hidden_layers: PositiveInt
     num_attention_heads: PositiveInt
     intermediate_size: PositiveInt
-    qkv_bias: bool
+    qkv_bias: NotRequired[bool]
 
 
 class Edges(TypedDict, total=False):
@@ -60,7 +60,7 @@ class Preprocessor(TypedDict):
 
     image_mean: Statistics
     image_std: Statistics
-    do_center_crop: bool
+    do_center_crop: NotRequired[bool]
     resample: NotRequired[int]
     crop_size: NotRequired[Pixels | Edges]
     size: NotRequired[Pixels | Edges]
@@ -126,7 +126,7 @@ def _from_local_dir(folder: Path) -> Source:
         *("--student.name", weights.architecture),
         *("--student.checkpoint", str(folder)),
         *("--student.args", json.dumps(weights.build_arguments)),
-        *_kind("head_dist.weight" in weights.state),
+        *_kind(weights.has_distillation_token),
         *_input_of(cfg),
     ]
     name = folder.resolve().parent.name if folder.name == STUDENT_FOLDER else folder.resolve().name
@@ -139,7 +139,7 @@ def _from_transformers(folder: Path, weights: Weights) -> Source:
         raise InputError(f"{folder}: has no {seen_file.name}, which says how images are seen; save its processor there")
     saved: TransformersConfig = read_json(folder / "config.json", TransformersConfig)
     seen: Preprocessor = read_json(seen_file, Preprocessor)
-    distilled = "head_dist.weight" in weights.state
+    distilled = weights.has_distillation_token
     if "head.weight" not in weights.state:
         raise InputError(f"{folder}: its weights have no classifier; name a student that was trained to classify")
     arguments = {
@@ -148,14 +148,14 @@ def _from_transformers(folder: Path, weights: Weights) -> Source:
         "depth": saved["num_hidden_layers"],
         "num_heads": saved["num_attention_heads"],
         "mlp_ratio": saved["intermediate_size"] / saved["hidden_size"],
-        "qkv_bias": saved["qkv_bias"],
+        "qkv_bias": saved.get("qkv_bias", True),
     }
     cfg = {
         "input_size": (3, saved["image_size"], saved["image_size"]),
         "mean": seen["image_mean"],
         "std": seen["image_std"],
         "crop_pct": _edge(seen_file, seen, "crop_size") / _edge(seen_file, seen, "size")
-        if seen["do_center_crop"]
+        if seen.get("do_center_crop", False)  # a ViT's processor knows no crop
         else 1.0,
         "interpolation": "bilinear" if seen.get("resample") == 2 else "bicubic",  # as Pillow counts them
     }
@@ -179,9 +179,9 @@ def _edge(file: Path, seen: Preprocessor, key: Literal["crop_size", "size"]) -> 
 
 
 def _from_file(file: Path) -> Source:
-    state = load_weights("eval", file).state
-    heads = [tensor for name, tensor in state.items() if name in ("head.weight", "fc.weight") and tensor.ndim]
-    recipe = [*("--student.checkpoint", str(file)), *_kind("head_dist.weight" in state)]
+    weights = load_weights("eval", file)
+    heads = [tensor for name, tensor in weights.state.items() if name in ("head.weight", "fc.weight") and tensor.ndim]
+    recipe = [*("--student.checkpoint", str(file)), *_kind(weights.has_distillation_token)]
     return Source(file.stem, recipe, None, len(heads[0]) if heads else None, None)
 
 

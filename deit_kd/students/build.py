@@ -9,10 +9,11 @@ from torch import nn
 from deit_kd.interfaces import InputError
 from deit_kd.models import (
     Weights,
-    answer_to_one,
+    check_answer,
     check_arguments,
     check_known,
     create_model,
+    distilled_twin,
     load_weights,
     plain_twin,
     pretrained_weights,
@@ -20,6 +21,7 @@ from deit_kd.models import (
 )
 from deit_kd.randomness import seed_initialisation
 from deit_kd.students.heads import TimmStudent
+from deit_kd.tokens import has_distillation_token
 from deit_kd.weights import fit_weights
 
 _PATCH_EMBEDDING = ("patch_embed.",)
@@ -40,15 +42,16 @@ def build_student(
     token: str = "cls",
     new_heads: bool = False,
     freeze: str = "none",
+    channels_last: bool | None = None,
     whole: bool = False,
     seed: int,
 ) -> TimmStudent:
     """Build a student with seeded initial weights.
 
     Args:
-        name: a timm name; with `distilled` one that has a distillation token or a plain ViT that one is grafted
-            onto, without it any model, of which a ``*_distilled_*`` name builds its plain twin (no token, no
-            second head).
+        name: a timm name; with `distilled` one that has a distillation token, its plain twin, or a plain ViT
+            that a token is grafted onto; without it any model, where a name with a distillation token builds its
+            plain twin (no token, no second head).
         pretrained: start from timm's weights.
         checkpoint: start from these weights instead: a run, a local-dir, ``.safetensors`` (timm's or
             transformers') or ``.pth``.
@@ -60,12 +63,13 @@ def build_student(
         token: what a new token starts from, ``cls`` or ``scratch``; see `fit_weights`.
         new_heads: draw new heads even where the weights' own have as many classes.
         freeze: ``none``, ``patch_embed``, ``backbone`` (tokens and heads learn) or ``all_but_heads``.
+        channels_last: memory format, see `TimmStudent`.
         whole: the weights must be this very student's, every tensor of them.
         seed: of the run.
 
     Raises:
         InputError: the model is unknown, has no distillation token and cannot get one, or cannot take the size,
-            the arguments or the weights.
+            the arguments or the weights, or does not answer images with logits [B, C].
     """
     if name is None:
         raise InputError("student.name: is not set; name a timm model such as deit_tiny_distilled_patch16_224")
@@ -73,7 +77,7 @@ def build_student(
     check_arguments("student.args", args)
     if pretrained and checkpoint is not None:
         raise InputError(f"student.checkpoint: {checkpoint} and student.pretrained exclude each other; unset one")
-    architecture = name if distilled else plain_twin(name)
+    architecture = distilled_twin(name) if distilled else plain_twin(name)
     weights = _weights(name, pretrained, checkpoint)
     seed_initialisation("student", seed)
     backbone = create_model(
@@ -85,6 +89,11 @@ def build_student(
         **args,
         **({"drop_path_rate": drop_path} if drop_path else {}),
     )
+    if distilled and not has_distillation_token(backbone):
+        raise InputError(
+            f"student.name: {type(backbone).__name__} has a second head but no distillation token (both heads read "
+            "the same features); use a deit_*_distilled, pit_* or vit_* model, or set distill.kind none"
+        )
     account = None
     if weights is not None:
         other_classes = weights.label_names is not None and weights.label_names != classes
@@ -97,9 +106,15 @@ def build_student(
             token=token,
             whole=whole,
         )
-    student = TimmStudent(backbone, model_args={**size_argument(architecture, image_size), **args}, account=account)
+    student = TimmStudent(
+        backbone,
+        model_args={**size_argument(architecture, image_size), **args},
+        account=account,
+        channels_last=channels_last,
+    )
     _freeze(student.backbone, freeze)
-    answer_to_one("data.image_size", name, student.eval(), image_size)
+    student.eval()
+    check_answer("student", name, lambda images: student(images)[:2], image_size, len(classes))
     return student.train()
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from deit_kd.features import answer_with_features, mean_patch
-from deit_kd.interfaces import InputError, StudentOutput
-from deit_kd.tokens import has_distillation_token, has_second_head, heads_of, read_heads
+from deit_kd.interfaces import StudentOutput
+from deit_kd.tokens import has_distillation_token, heads_of, read_heads
 from deit_kd.weights import Account
 
 
@@ -19,30 +19,28 @@ class TimmStudent(nn.Module):
     """Wraps a timm model; `backbone` is plain timm, and its weights are what is saved.
 
     Args:
-        backbone: a ``*_distilled_*`` model with a distillation token (deit, pit), one with a grafted token, or
-            any model with one head.
+        backbone: a model with a distillation token (timm's deit and pit, or a grafted one), or any other, which
+            answers with one head; a network with two heads and no token (LeViT, RepViT) averages them itself.
         model_args: what ``timm.create_model`` needs to build the backbone again, beside the class count.
         account: where each of its first weights came from; None where they are all new.
-
-    Raises:
-        InputError: the model has a second head but no token for it to read.
+        channels_last: memory format of weights and images; None takes it for networks with BatchNorm2d.
     """
 
     def __init__(
-        self, backbone: nn.Module, model_args: Mapping[str, Any] | None = None, account: Account | None = None
+        self,
+        backbone: nn.Module,
+        model_args: Mapping[str, Any] | None = None,
+        account: Account | None = None,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__()
-        is_convolutional = any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
-        self._memory_format = torch.channels_last if is_convolutional else torch.contiguous_format
+        if channels_last is None:
+            channels_last = any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.backbone: Any = backbone.to(memory_format=self._memory_format)
         self.model_args = dict(model_args or {})
         self.account = account
         self.has_distillation_token = has_distillation_token(backbone)
-        if has_second_head(backbone) and not self.has_distillation_token:
-            raise InputError(
-                f"student.name: {type(backbone).__name__} has a second head but no distillation token (both heads "
-                "read the same features); use a deit_*_distilled or pit_*_distilled model"
-            )
 
     def forward(self, images: Tensor, features: Sequence[str] = ()) -> StudentOutput:
         """Answer `images` [B, 3, H, W] with logits [B, C] of each head there is, and the `features` that are named."""

@@ -6,12 +6,11 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
 
 from deit_kd.interfaces import InputError
 from deit_kd.models import (
     Weights,
-    answer_to_one,
+    check_answer,
     check_arguments,
     check_known,
     create_model,
@@ -86,7 +85,7 @@ def build_teacher(
     architecture = name or weights.architecture
     if architecture is None:
         raise InputError(f"teacher.name: is not set, and {weights.source} does not say; name a timm model")
-    if weights.state and "head_dist.weight" not in weights.state:
+    if weights.state and not weights.has_distillation_token:
         architecture = plain_twin(architecture)  # what a plain run of that name has trained
     known = weights.pretrained_cfg
     size = image_size or int((known.get("input_size") or (3, student_image_size))[-1])
@@ -97,13 +96,14 @@ def build_teacher(
         "teacher.name",
         architecture,
         image_size=size,
-        distillation_token="head_dist.weight" in weights.state,
+        distillation_token=weights.has_distillation_token,
         num_classes=columns,
         **arguments,
     )
     if not random_weights:
         fit_weights("teacher", network, weights.state, source=weights.source, whole=True)
-    _probe(network, architecture, columns, size)
+    network.eval()
+    check_answer("teacher", architecture, lambda images: [network(images)], size, columns)
     mapping = build_class_map(
         classes=classes,
         columns=columns,
@@ -190,13 +190,3 @@ def _columns(architecture: str, weights: Weights, classes: int) -> int:
             "never made up; use weights that were trained to classify"
         )
     return int(found[0])
-
-
-def _probe(network: nn.Module, name: str, columns: int, size: int) -> None:
-    """Refuse a network that does not answer one image of its size with one row of finite logits."""
-    answer: Tensor = answer_to_one("teacher.image_size", name, network.eval(), size)
-    if answer.shape != (1, columns) or not answer.isfinite().all():
-        raise InputError(
-            f"teacher.name: {name!r} answers an image with {list(answer.shape)}, not {columns} finite logits; "
-            "see teacher.args"
-        )
