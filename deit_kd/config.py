@@ -460,7 +460,7 @@ class Train(Section):
     keep_checkpoints: int = Field(2, gt=0)
     """how many stay, beside the one with the best top-1"""
     max_bad_steps: int = Field(10, gt=0)
-    """steps in a row without a finite gradient after which the run stops; each of them is left out"""
+    """steps in a row without a finite gradient, or with answers of the teacher that are not finite, that end the run"""
     timeout_seconds: float = Field(600.0, ge=0)
     """without progress of any process after which all of them stop; 0 waits for ever"""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -93,7 +93,7 @@ class Trainer:
 
     A step whose gradient is not finite is left out: weights, moments, average and buffers stay as they were. That
     is read from the norm of the reduced gradient, so all processes agree without talking, and it is applied on the
-    device. Under fp16 the scaler leaves such steps out, as it always does.
+    device. Under fp16 the scaler then lowers its scale.
 
     Args:
         distiller: gives the loss.
@@ -126,6 +126,7 @@ class Trainer:
     connectors: nn.Module | None = None
     total_steps: int = 1
     further_terms: tuple[str, ...] = ()
+    _has_stepped: bool = field(default=False, init=False)
 
     def step(self, batches: Iterator[Batch], step: int) -> StepResult:
         """Do optimiser step `step` (from 0)."""
@@ -175,14 +176,13 @@ class Trainer:
             applied = applied & nn.utils.get_total_norm(_gradients(self.connectors)).isfinite()
         if self.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_grad_norm, norm)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
+        if self._has_stepped and getattr(self.optimizer, "_step_supports_amp_scaling", False):
             # What GradScaler hands to torch's fused optimisers: 1 leaves the step out without waiting for the device.
             self.optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif applied:  # the other optimisers have to wait for the device
-            self.optimizer.step()
+        elif applied:  # The other optimisers wait for the device, and torch's at their first step, whose momentum they
+            self.optimizer.step()  # would begin in memory that a step left out does not fill.
+            self._has_stepped = True
         self.scaler.update()
         self.optimizer.zero_grad()
         return applied
@@ -221,6 +221,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._has_stepped = bool(self.optimizer.state)
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:

@@ -286,6 +286,33 @@ def test_a_step_without_a_finite_gradient_changes_nothing(name: str, value: floa
     assert not torch.equal(before[0], everything(learner)[0])
 
 
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
+@pytest.mark.parametrize("fp16", [False, True], ids=["", "fp16's scaler"])
+@pytest.mark.parametrize("name", ["adamw", "adafactorbv", "kron", "sgd", "lamb"])
+def test_a_first_step_without_a_finite_gradient_changes_nothing(name: str, fp16: bool) -> None:
+    learner = with_optimizer(name)
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=fp16)
+    before = everything(learner)
+    assert learner.step(iter([poisoned(make_batch())]), 0).terms[3] == 1
+    assert learner.optimizer.state_dict()["state"] == {}
+    for was, now in zip(before, everything(learner), strict=True):
+        assert torch.equal(was, now)
+    assert learner.step(iter([make_batch(seed=1)]), 1).terms[3] == 0
+    assert all(torch.isfinite(value).all() for value in everything(learner))
+
+
+def test_under_the_scaler_a_gradient_whose_norm_is_too_large_changes_nothing() -> None:
+    learner = with_optimizer("sgd")
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-100)
+    learner.step(iter([make_batch()]), 0)
+    before = everything(learner)
+    hook = next(learner.model.parameters()).register_hook(lambda gradient: gradient + 1e20 * 2.0**-100)
+    assert learner.step(iter([make_batch(seed=1)]), 1).terms[3] == 1
+    hook.remove()
+    for was, now in zip(before, everything(learner), strict=True):
+        assert torch.equal(was, now)
+
+
 def test_a_step_that_is_left_out_is_as_if_it_had_not_been() -> None:
     with_a_bad_step, without = with_optimizer("adamw"), with_optimizer("adamw")
     for learner in (with_a_bad_step, without):

@@ -194,3 +194,21 @@ def test_a_missing_head_or_teacher_is_refused(
 def test_an_objective_that_cannot_be_is_refused(options: dict, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         Objective(**options)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_view_without_a_finite_answer_has_no_distillation_term(kind: str, value: float) -> None:
+    student = StudentOutput(torch.randn(4, 3), torch.randn(4, 3, requires_grad=True))
+    taught, targets = torch.randn(4, 3), F.one_hot(torch.tensor([0, 1, 2, 0]), 3).float()
+    broken = taught.clone()
+    broken[2, 1] = value
+    objective, others = Objective(kind), [0, 1, 3]
+    checked = objective.checked(student, TeacherOutput(broken), targets)
+    rest = StudentOutput(student.cls_logits[others], student.dist_logits[others])
+    expected = objective(rest, TeacherOutput(taught[others]), targets[others])
+    torch.testing.assert_close(checked.terms.distillation, expected.distillation * 3 / 4)
+    checked.terms.loss.backward()
+    assert student.dist_logits.grad[2].tolist() == [0, 0, 0]
+    assert student.dist_logits.grad.isfinite().all()
+    assert (checked.teacher_not_finite, checked.is_finite.tolist()) == (1, [True] * 4)

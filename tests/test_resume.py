@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from deit_kd.checkpoint import BEST, load_checkpoint
 from deit_kd.cli import main
-from tests.conftest import REPOSITORY, Finished, as_arguments, records, tiny
+from deit_kd.config import parse_config
+from deit_kd.jobs.run import execute, prepare
+from tests.conftest import ONE_PROCESS, REPOSITORY, Finished, as_arguments, records, tiny
 
 FIT_STEPS = 8  # optimiser steps of the teacher's fit; the student's 12 come after them
 
@@ -142,6 +145,17 @@ def test_workers_and_records_may_change_on_resume(finished: Finished, tmp_path: 
     newest.unlink()
     assert main(["train", *arguments, "--data.workers", "0", "--train.checkpoint_every_steps", "100"]) == 0
     assert_same_end(finished, tmp_path)
+
+
+def test_the_checkpoint_that_a_run_goes_on_from_does_not_stay_in_memory(photos_root: Path, tmp_path: Path) -> None:
+    arguments = [*tiny(photos_root, tmp_path / "run", distill__kind="none", train__epochs=2), "--resume", "auto"]
+    assert main(["train", *arguments]) == 0
+    newest_two(tmp_path / "run")[1].unlink()
+    run = prepare(parse_config(arguments)[0], ONE_PROCESS)
+    loaded = [weakref.ref(tensor) for tensor in run.checkpoint["trainer"]["student"].values()]
+    alive: list[int] = []
+    execute(run, after_epoch=lambda epoch: alive.append(sum(tensor() is not None for tensor in loaded)))
+    assert alive == [0]
 
 
 @pytest.mark.parametrize("left", [["run.json"], [".run.json.partial"], ["run.json", ".config.yaml.partial"], []])

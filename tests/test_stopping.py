@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from deit_kd.cli import main
+from deit_kd.interfaces import TeacherOutput
 from deit_kd.students import TimmStudent
+from deit_kd.teachers import FrozenTeacher
 from tests.conftest import REPOSITORY, Finished, records, tiny
 from tests.test_resume import FIT_STEPS, assert_same_end, elsewhere, newest_two
 
@@ -191,6 +193,48 @@ def test_a_run_gives_up_after_too_many_bad_steps_in_a_row(
     assert last_step(tmp_path / "run") == 6
     assert records(tmp_path / "run")[-1]["step"] == 11
     assert main(["train", *arguments, "--resume", "auto"]) == 0
+
+
+@contextmanager
+def speechless(steps: set[int]) -> Iterator[None]:
+    """Let the teacher's answer to the third view of these steps (from 1) be not a number."""
+    step = 0
+
+    def spoil(module: nn.Module, inputs: Any, answer: TeacherOutput) -> Any:
+        nonlocal step
+        if isinstance(module, FrozenTeacher) and inputs[0].view_ids is not None:
+            step += 1
+            if step in steps:
+                logits = answer.logits.clone()
+                logits[2, 1] = torch.nan
+                return answer._replace(logits=logits)
+        return None
+
+    hook = register_module_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def test_answers_of_the_teacher_that_are_not_finite_are_counted_and_teach_nothing(
+    photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with speechless({2, 3, 5}):
+        assert main(["train", *tiny(photos_root, tmp_path / "run", train__log_every_steps=3)]) == 0
+    steps = [record for record in records(tmp_path / "run") if record["kind"] == "step"]
+    assert [(record["teacher_not_finite"], record["bad_steps"]) for record in steps] == [(2, 0), (1, 0)]
+    assert "2 answers of the teacher not finite" in capsys.readouterr().out
+
+
+def test_a_run_gives_up_on_a_teacher_whose_answers_are_not_finite(
+    photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = tiny(photos_root, tmp_path / "run", train__max_bad_steps=3, train__epochs=2)
+    with speechless({1, 2, 4, 5, 6, 7}):
+        assert main(["train", *arguments]) == 2
+    assert "teacher: in each of the last 3 steps an answer was not finite" in capsys.readouterr().err
+    assert records(tmp_path / "run")[-1]["step"] == 6
 
 
 SRUN = """#!/bin/bash

@@ -122,6 +122,7 @@ class Course:
         )
         if record["bad_steps"]:
             self._record_bad_steps()
+        self._give_up_without_answers()
         return is_overdue
 
     def _terms(self, measured: dict[str, dict[str, float | None]]) -> dict[str, Any]:
@@ -165,6 +166,19 @@ class Course:
                 f"train: the last {self.progress.bad_in_a_row} steps had no finite gradient and were left out "
                 f"(train.max_bad_steps is {most}); the records bad_step of {run.folder / METRICS_FILE} name the views: "
                 f"lower optim.lr or set train.precision off, and begin another output"
+            )
+
+    def _give_up_without_answers(self) -> None:
+        """Give up where the teacher's answers have not been finite for too long.
+
+        Raises:
+            InputError: `train.max_bad_steps` in a row.
+        """
+        steps, most = self.progress.unanswered_in_a_row, self.run.config.train.max_bad_steps
+        if steps >= most:
+            raise InputError(
+                f"teacher: in each of the last {steps} steps an answer was not finite (train.max_bad_steps is {most}); "
+                "set teacher.precision off, or name other weights, and begin another output"
             )
 
     def _end_epoch(self) -> None:
@@ -263,6 +277,8 @@ def _step_note(step: int, total: int, record: dict[str, Any], kind: str) -> str:
         terms += f", {kind} {term['loss']:.3f}" + (f" (cos {term['cosine']:.2f})" if "cosine" in term else "")
     if record["bad_steps"]:
         terms += f", {record['bad_steps']} steps left out"
+    if record["teacher_not_finite"]:
+        terms += f", {record['teacher_not_finite']} answers of the teacher not finite"
     return f"step {step}/{total}  {terms}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s"
 
 

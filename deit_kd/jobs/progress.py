@@ -33,6 +33,7 @@ class Progress:
         self.best_top1 = -1.0
         self.epoch_is_scored = True
         self.bad_in_a_row = 0
+        self.unanswered_in_a_row = 0  # steps in which an answer of the teacher was not finite
         self.bad_steps: list[BadStep] = []  # of the last record, in this process
         self._results: list[StepResult] = []
         columns = len(STEP_TERMS) + 2 * len(further_terms)
@@ -57,20 +58,22 @@ class Progress:
         rows = self._rows()
         finite = rows[:, :3].isfinite().all(1)
         sums = rows.where(finite[:, None], 0.0).sum(0)
-        further = len(STEP_TERMS)
-        counts = [finite.sum()[None], rows[:, 4].sum()[None], torch.tensor([float(overdue)]).to(rows)]
-        all_sums = processes.sum(torch.cat([sums[:3], sums[further:], *counts])).tolist()
-        *terms, count, teacher_not_finite, overdue_anywhere = all_sums
+        counts = [finite.sum()[None], torch.tensor([float(overdue)]).to(rows)]
+        parts = [rows[:, 4], sums[:3], sums[len(STEP_TERMS) :], *counts]  # the first by step
+        all_sums = processes.sum(torch.cat(parts)).tolist()
+        not_finite, (*terms, count, overdue_anywhere) = all_sums[: len(rows)], all_sums[len(rows) :]
         means = [value / count if count else None for value in terms]
         left_out = rows[:, 3].tolist()  # the same in every process
         self.bad_steps = [self._bad_step(index - len(rows)) for index, bad in enumerate(left_out) if bad]
         for bad in left_out:
             self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        for unanswered in not_finite:
+            self.unanswered_in_a_row = self.unanswered_in_a_row + 1 if unanswered else 0
         elapsed = time.perf_counter() - self._since
         record: dict[str, Any] = {
             **dict(zip(STEP_TERMS[:3], means[:3], strict=True)),
             "bad_steps": len(self.bad_steps),
-            "teacher_not_finite": int(teacher_not_finite),
+            "teacher_not_finite": int(sum(not_finite)),
             "images_per_second": self._steps_since * batch_size / elapsed,
         }
         if self._further_terms:
@@ -104,6 +107,7 @@ class Progress:
             "best_top1": self.best_top1,
             "epoch_is_scored": self.epoch_is_scored,
             "bad_in_a_row": self.bad_in_a_row,
+            "unanswered_in_a_row": self.unanswered_in_a_row,
             "rows": processes.sum(rows),
         }
 
@@ -111,5 +115,6 @@ class Progress:
         """Go back to a state that `state()` gave, also on another number of processes."""
         self.step, self.best_top1 = state["step"], state["best_top1"]
         self.epoch_is_scored, self.bad_in_a_row = state["epoch_is_scored"], state["bad_in_a_row"]
+        self.unanswered_in_a_row = state.get("unanswered_in_a_row", 0)
         rows = state["rows"].to(self._device)
         self._earlier = rows[processes.rank] if len(rows) == processes.count else rows.mean(0)

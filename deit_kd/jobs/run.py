@@ -149,7 +149,7 @@ def execute(run: Run, lesson: Lesson | None = None, after_epoch: Callable[[int],
     """
     config, processes = run.config, run.processes
     lesson = lesson or Lesson()
-    run = connect(run, lesson)
+    prepared, run = run, connect(run, lesson)
     teacher_facts, teacher_predictions = _meet_teacher(run, lesson)
     progress = Progress(processes.device, run.objective.further_terms)
     if run.checkpoint is not None:
@@ -157,6 +157,7 @@ def execute(run: Run, lesson: Lesson | None = None, after_epoch: Callable[[int],
     trainer = build_trainer(run, lesson, progress.step)
     if run.checkpoint is not None:
         trainer.load_state(run.checkpoint["trainer"])
+    prepared.checkpoint = run.checkpoint = None  # or its tensors would stay in memory to the end
     if processes.is_main:
         _write_facts(run, teacher_facts)
         _say_start(run, trainer, progress.step)

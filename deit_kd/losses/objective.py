@@ -133,6 +133,8 @@ class Objective:
     ) -> CheckedTerms:
         """Return the mean loss and terms of one batch, zeros where it is empty, and what was not finite.
 
+        A view to which the teacher's answer is not finite has 0 for each term of logits.
+
         Args:
             student: logits of any float type, [B, C] each, and the features that `needs` names.
             teacher: logits for the same views, [B, C], and features; None only where nothing is needed.
@@ -146,16 +148,14 @@ class Objective:
             classification = soft_target_cross_entropy(student.cls_logits.float(), targets.float())
             losses = {"classification": classification, "distillation": torch.zeros_like(classification)}
             cosines: dict[str, Tensor] = {}
-            teacher_not_finite = torch.zeros_like(classification).sum()
+            answered = torch.ones_like(classification, dtype=torch.bool)
             if self._distillation is not None:
-                dist_logits, taught = _logits(student, teacher, self.kind)
-                losses["distillation"] = self._distillation.per_example(dist_logits, taught, place)
-                teacher_not_finite = (~taught.isfinite().all(-1)).float().sum()
+                losses["distillation"], answered = _logit_losses(self._distillation, student, teacher, place)
             elif student.dist_logits is not None:  # over for good; DDP waits for a gradient of every parameter
                 losses["distillation"] = 0 * student.dist_logits.float().sum(-1)
             for term in self.terms:
                 if isinstance(term, LogitTerm):
-                    losses[term.kind] = term.per_example(*_logits(student, teacher, term.kind), place)
+                    losses[term.kind], answered = _logit_losses(term, student, teacher, place)
                 else:
                     losses[term.kind], cosines[term.kind] = term.per_example(*_features(student, teacher, term))
             is_finite = torch.stack(list(losses.values())).detach().sum(0).isfinite()
@@ -169,7 +169,7 @@ class Objective:
                 means,
                 {kind: _mean(cosine) for kind, cosine in cosines.items()},
             )
-            return CheckedTerms(terms, is_finite, teacher_not_finite)
+            return CheckedTerms(terms, is_finite, (~answered).float().sum())
 
     def _weighed(self, means: Mapping[str, Tensor], place: float) -> Tensor:
         loss = means["classification"]
@@ -181,12 +181,20 @@ class Objective:
         return loss
 
 
-def _logits(student: StudentOutput, teacher: TeacherOutput | None, kind: str) -> tuple[Tensor, Tensor]:
+def _logit_losses(
+    term: LogitTerm, student: StudentOutput, teacher: TeacherOutput | None, place: float
+) -> tuple[Tensor, Tensor]:
+    """Return a term [B] of each view, and whether the teacher's answer [B] is finite; the term is 0 where it is not."""
     if student.dist_logits is None:
-        raise InputError(f"distill.kind {kind!r} needs a student with a distillation token")
+        raise InputError(f"distill.kind {term.kind!r} needs a student with a distillation token")
     if teacher is None or teacher.logits is None:
-        raise InputError(f"distill.kind {kind!r} needs a teacher" + (" with a head" if teacher is not None else ""))
-    return student.dist_logits.float(), teacher.logits.float()
+        lacking = "a teacher" if teacher is None else "a teacher with a head"
+        raise InputError(f"distill.kind {term.kind!r} needs {lacking}")
+    dist_logits, taught = student.dist_logits.float(), teacher.logits.float()
+    answered = taught.isfinite().all(-1)
+    # The argmax of NaN is no label, and 0 times NaN is none: the student's own logits stand in for such an answer.
+    taught = taught.where(answered[:, None], dist_logits.detach())
+    return term.per_example(dist_logits, taught, place) * answered, answered
 
 
 def _features(
