@@ -196,7 +196,7 @@ def test_an_objective_that_cannot_be_is_refused(options: dict, reason: str) -> N
         Objective(**options)
 
 
-@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("kind", ["hard", "soft", "standardised"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_view_without_a_finite_answer_has_no_distillation_term(kind: str, value: float) -> None:
     student = StudentOutput(torch.randn(4, 3), torch.randn(4, 3, requires_grad=True))
