@@ -1,0 +1,221 @@
+"""Runs whose student is guided by feature maps: until when, by whom, and what is left of it in the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from deit_kd.cli import main
+from tests.conftest import FULL, Finished, records, tiny
+from tests.test_processes import torchrun
+from tests.test_resume import kill
+
+EPOCHS, STEPS_PER_EPOCH = 4, 3
+GUIDE = {"kind": "guide", "weight": {"start": 2.5, "until": 0.5}, "blocks": [0, 1], "stages": ["layer1", "layer2"]}
+OPTIONS: dict[str, Any] = {
+    "data__image_size": 32,
+    "distill__kind": "soft",
+    "distill__terms": [GUIDE],
+    "optim__clip_grad_norm": 1.0,
+    "student__drop_path": 0.2,
+    "train__epochs": EPOCHS,
+    "train__batch_size": 16,
+    "train__ema_decay": 0.8,
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, photos_root: Path) -> Path:
+    """A fitted CNN, and a second seed of it beside it."""
+    home = tmp_path_factory.mktemp("teachers")
+    options = {key: FULL[key] for key in FULL if key.startswith("teacher__")} | {"data__image_size": 32}
+    for seed in (0, 1):
+        arguments = tiny(
+            photos_root, home / f"run-{seed}", **options, seed=seed, teacher__fit__folder=str(home / "kept")
+        )
+        assert main(["train", *arguments]) == 0
+        (fitted,) = (home / "kept").iterdir()
+        fitted.rename(home / f"seed-{seed}")
+    return home
+
+
+def guided(root: Path, output: Path, teacher: Path, **options: Any) -> list[str]:
+    own = {"teacher__random_weights": None, "teacher__checkpoint": str(teacher / "seed-0"), "teacher__min_top1": 0}
+    return tiny(root, output, **{**OPTIONS, **own, **options})
+
+
+@pytest.fixture(scope="module")
+def whole(photos_root: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A guided run that was never broken off."""
+    home = tmp_path_factory.mktemp("guided")
+    arguments = guided(photos_root, home / "run", teacher)
+    assert main(["train", *arguments]) == 0
+    return Finished(home / "run", teacher, arguments)
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in records(folder) if record["kind"] == "step"]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert records(one) == records(other)
+    for file in ("student/model.safetensors", "heads.json"):
+        assert (one / file).read_bytes() == (other / file).read_bytes(), file
+
+
+def test_the_guide_is_measured_until_it_is_over(whole: Finished) -> None:
+    terms = [step["terms"] for step in steps(whole.folder)]
+    assert [sorted(term) for term in terms] == [["guide"]] * 6 + [[]] * 6
+    assert all(term["guide"]["weight"] == 2.5 and -1 <= term["guide"]["cosine"] <= 1 for term in terms[:6])
+    assert terms[5]["guide"]["loss"] < terms[0]["guide"]["loss"]
+
+
+def test_nothing_of_the_guide_is_in_the_student_and_its_average(whole: Finished) -> None:
+    plain = guided(Path("unused"), whole.folder.parent / "plain", whole.teachers, distill__terms=[])
+    arguments = [*plain, "--data.root", whole.arguments[whole.arguments.index("--data.root") + 1]]
+    assert main(["train", *arguments]) == 0
+    folders = (whole.folder.parent / "plain", whole.folder)
+    theirs, ours = (load_file(folder / "student" / "model.safetensors") for folder in folders)
+    assert {name: value.shape for name, value in theirs.items()} == {name: value.shape for name, value in ours.items()}
+    with safe_open(next((whole.folder / "checkpoints").glob("step-*")), "pt") as checkpoint:
+        connected = [name for name in checkpoint.keys() if "connectors" in name]  # noqa: SIM118 - no dict
+    assert len(connected) == 4  # two weights and biases
+    assert not any(name.startswith(".trainer.ema") for name in connected)
+
+
+@pytest.mark.parametrize("before_step", [4, 6, 7, 10], ids=["before", "in its last step", "at the stop", "after"])
+def test_a_run_killed_around_the_stop_ends_bit_for_bit(whole: Finished, tmp_path: Path, before_step: int) -> None:
+    arguments = [*whole.arguments, "--output", str(tmp_path / "run"), "--train.checkpoint_every_steps", "1"]
+    kill(arguments, before_step, tmp_path / "said.txt")
+    assert main(["train", *arguments, "--resume", "auto"]) == 0
+    assert_same_run(tmp_path / "run", whole.folder)
+
+
+def test_two_processes_across_the_stop_give_the_losses_of_one(photos_root: Path, teacher: Path, tmp_path: Path) -> None:
+    options = {"student__drop_path": 0.0, "distill__temperature": 1.0}  # drop-path's seed names the process
+    assert main(["train", *guided(photos_root, tmp_path / "one", teacher, **options)]) == 0
+    two = guided(photos_root, tmp_path / "two", teacher, **options)
+    assert torchrun(two, tmp_path / "said.txt") == 0, (tmp_path / "said.txt").read_text()
+    assert "guide: over after step 6" in (tmp_path / "said.txt").read_text()
+    pairs = list(zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True))
+    assert len(pairs) == EPOCHS * STEPS_PER_EPOCH
+    for here, there in pairs:
+        for term in ("loss", "classification", "distillation"):
+            assert here[term] == pytest.approx(there[term], rel=1e-4)
+        for kind, term in here["terms"].items():
+            assert term == pytest.approx(there["terms"][kind], rel=1e-4)
+
+
+def test_a_stored_teacher_with_an_online_guide_is_both_online(
+    whole: Finished, photos_root: Path, tmp_path: Path
+) -> None:
+    store = str(tmp_path / "store")
+    record = {"teacher__store": store, "teacher__store_mode": "record", "teacher__store_top": 3}
+    recorded = guided(photos_root, tmp_path / "recorded", whole.teachers, **record)
+    assert main(["train", *recorded]) == 0
+    assert_same_run(tmp_path / "recorded", whole.folder)
+    guide = {"guide__name": "test_resnet", "guide__checkpoint": str(whole.teachers / "seed-0"), "guide__min_top1": 0}
+    assert main(["train", *guided(photos_root, tmp_path / "read", whole.teachers, teacher__store=store, **guide)]) == 0
+    online, read = steps(whole.folder), steps(tmp_path / "read")
+    for here, there in zip(online, read, strict=True):
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-3)  # stored logits are fp16
+        assert [term["loss"] for term in here["terms"].values()] == pytest.approx(
+            [term["loss"] for term in there["terms"].values()], rel=1e-3
+        )
+
+
+def test_a_guide_of_its_own_has_its_size_its_gate_and_its_place_in_the_records(
+    photos_root: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = {
+        "guide__name": "test_resnet",
+        "guide__checkpoint": str(teacher / "seed-1"),
+        "guide__min_top1": 0,
+        "guide__image_size": 64,
+        "distill__terms": [{**GUIDE, "stages": ["layer1", "layer3"]}],
+        "train__epochs": 2,
+    }
+    assert main(["train", *guided(photos_root, tmp_path / "run", teacher, **guide)]) == 0
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())["teacher"]
+    assert facts["guide"]["image_size"] == 64
+    assert facts["guide"]["weights"] != facts["weights"]
+    assert "guide: test_resnet, top-1" in capsys.readouterr().out
+    again = guided(photos_root, tmp_path / "refused", teacher, **{**guide, "guide__min_top1": 100})
+    assert main(["train", *again]) == 2
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_guide_alone_needs_no_token_and_is_fitted_in_the_same_command(
+    photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {key: value for key, value in FULL.items() if key.startswith("teacher__")}
+    options |= {"distill__kind": "none", "teacher__fit__folder": str(tmp_path / "kept"), "teacher__checkpoint": None}
+    assert main(["train", *guided(photos_root, tmp_path / "run", tmp_path, **{**options, "train__epochs": 2})]) == 0
+    heads = json.loads((tmp_path / "run" / "heads.json").read_text())
+    assert heads["heads"]["dist"] is None
+    assert heads["teacher"] is not None
+    assert steps(tmp_path / "run")[0]["terms"]["guide"]["loss"] > 0
+    assert "guide: over after step 3" in capsys.readouterr().out
+
+
+def test_a_wrong_stage_is_told_before_a_teacher_is_fitted(
+    photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {key: value for key, value in FULL.items() if key.startswith("teacher__")}
+    options |= {"teacher__fit__folder": str(tmp_path / "kept"), "teacher__checkpoint": None}
+    options["distill__terms"] = [{**GUIDE, "stages": ["layer1", "layer9"]}]
+    assert main(["train", *guided(photos_root, tmp_path / "run", tmp_path, **options)]) == 2
+    assert "the teacher has no stage 'layer9'" in capsys.readouterr().err
+    assert not (tmp_path / "kept").exists()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"distill__terms": [GUIDE, GUIDE]}, "distill.terms"),
+        ({"distill__terms": [{**GUIDE, "weight": {"start": 1, "from": 0.5, "until": 0.5}}]}, "from 0.5 is not below"),
+        ({"distill__terms": [{**GUIDE, "blocks": [0, 2]}]}, "the student has no block 2; use 0 to 1"),
+        ({"distill__terms": [{**GUIDE, "grid": 3}]}, "cannot be averaged to one of 3 x 3"),
+        ({"distill__terms": [{**GUIDE, "loss": "huber"}]}, "loss does not act on a term of kind guide"),
+        ({"distill__terms": [], "guide__name": "test_resnet"}, "no term of distill.terms compares features"),
+        ({"teacher__store": "store"}, "a label store gives answers alone; add an online guide"),
+        (
+            {"teacher__checkpoint": None, "teacher__name": None, "teacher__members": [{"name": "test_resnet"}]},
+            "several teachers give answers alone; add an online guide",
+        ),
+        ({"student__args": {"patch_drop_rate": 0.5, "depth": 2}}, "drops patches has no maps"),
+        ({"distill__kind": "none", "distill__alpha": 1, "distill__terms": []}, "nothing else teaches"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line_and_writes_nothing(
+    options: dict[str, Any],
+    line: str,
+    photos_root: Path,
+    teacher: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", *guided(photos_root, tmp_path / "run", teacher, **options)]) == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_with_another_guide_is_refused(
+    photos_root: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = {"guide__name": "test_resnet", "guide__min_top1": 0, "train__epochs": 2, "distill__kind": "none"}
+    arguments = guided(photos_root, tmp_path / "run", teacher, **guide, guide__checkpoint=str(teacher / "seed-0"))
+    assert main(["train", *arguments]) == 0
+    shutil.rmtree(tmp_path / "run" / "student")
+    other = ["--resume", "auto", "--guide.checkpoint", str(teacher / "seed-1")]
+    assert main(["train", *arguments, *other]) == 2
+    assert "other weights of the guide" in capsys.readouterr().err
