@@ -299,6 +299,11 @@ class ScheduleSection(Section):
         places = {"from": self.begin, "until": self.until}
         return {"start": self.start, "end": self.end, **places, "shape": self.shape}
 
+    def __str__(self) -> str:
+        until = f" until {self.until:g} of the run" if self.shape == "constant" else ""
+        since = "" if self.shape == "constant" else f" from {self.begin:g} to {self.until:g} of the run, {self.shape}"
+        return f"{self.start:g}{until}, then {self.end:g}{since}"
+
     def schedule(self) -> Schedule:
         """Return the schedule that these keys describe."""
         return Schedule(self.start, self.end, self.begin, self.until, self.shape)
@@ -311,6 +316,11 @@ def _is_schedule(value: Any) -> str:
 Scheduled = Annotated[
     Annotated[float, Tag("number")] | Annotated[ScheduleSection, Tag("schedule")], Discriminator(_is_schedule)
 ]
+
+
+def in_words(value: float | ScheduleSection | None) -> str:
+    """Return a key that is a number or describes a schedule as a person reads it."""
+    return "by the classes" if value is None else str(value) if isinstance(value, ScheduleSection) else f"{value:g}"
 
 
 def as_schedule(value: float | ScheduleSection) -> Schedule:

@@ -37,9 +37,11 @@ def _draw_lines(axis: Axes, chart: Chart) -> None:
         axis.plot(line.x, line.y, color=line.colour, linestyle=line.dash, label=printable(line.name), marker=lonely)
     for name, level in chart.levels:
         axis.axhline(level, color=FAINT, linestyle=(0, (4, 2)), label=name)
+    for name, place in chart.marks:
+        axis.axvline(place, color=FAINT, linestyle=":", label=printable(name))
     axis.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    if len(chart.series) + len(chart.levels) > 1:
+    if len(chart.series) + len(chart.levels) + len(chart.marks) > 1:
         axis.legend()
 
 

@@ -35,3 +35,4 @@ class Chart:
     y_label: str
     series: Sequence[Series]
     levels: Sequence[tuple[str, float]] = ()  # horizontal lines: the teacher's score
+    marks: Sequence[tuple[str, float]] = ()  # vertical lines: where a term ends

@@ -19,6 +19,14 @@ from deit_kd.tracking import METRICS_FILE, ScoreRecord
 Step = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+class TermRecord(TypedDict):
+    """What a further term of the objective gave, before weighing."""
+
+    loss: float | None
+    weight: float
+    cosine: NotRequired[float | None]  # of what its connectors answer and what they are compared with
+
+
 @with_config(ConfigDict(extra="allow"))
 class StepRecord(TypedDict):
     """A line of ``metrics.jsonl`` about some steps."""
@@ -28,6 +36,7 @@ class StepRecord(TypedDict):
     distillation: float | None
     lr: float
     images_per_second: float
+    terms: NotRequired[dict[str, TermRecord]]
 
 
 class HeadTable(TypedDict):
@@ -116,6 +125,8 @@ def _record(line: str, place: str) -> dict[str, Any]:
 def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
     """Return the charts ``loss``, ``heads``, ``learning_rate`` and ``images_per_second`` of one or several runs.
 
+    Runs whose objective has further terms have ``terms`` as well and, where features are compared, ``connectors``.
+
     One run has a colour for each head, several have a colour for each run. The heads are those of the averaged
     weights where the run keeps them.
     """
@@ -152,10 +163,33 @@ def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
             levels[f"teacher {teacher['top1']:.1f}"] = teacher["top1"]
     return {
         "loss": Chart("Both terms of the loss", "step", "nats", loss),
+        **_term_charts(runs),
         "heads": Chart("Heads on the validation split", "epoch", "top-1 %", heads, list(levels.items())),
         "learning_rate": Chart("Learning rate", "step", "", rate),
         "images_per_second": Chart("Speed", "step", "images/s", speed),
     }
+
+
+def _term_charts(runs: Mapping[str, Records]) -> dict[str, Chart]:
+    losses: list[Series] = []
+    cosines: list[Series] = []
+    ends: list[tuple[str, float]] = []
+    for run, records in runs.items():
+        steps = [record for record in records if record["kind"] == "step"]
+        prefix = f"{run}: " if len(runs) > 1 else ""
+        for kind in dict.fromkeys(kind for step in steps for kind in step.get("terms", {})):
+            live = [(step["step"], step["terms"][kind]) for step in steps if kind in step.get("terms", {})]
+            at = [step for step, _ in live]
+            for lines, value in ((losses, "loss"), (cosines, "cosine")):
+                values = [math.nan if term.get(value) is None else term[value] for _, term in live]
+                if not all(map(math.isnan, values)):
+                    lines.append(Series(prefix + kind, at, values, colour_of("", len(lines))))
+            if at[-1] < steps[-1]["step"]:
+                ends.append((f"{prefix}{kind} ends", at[-1]))
+    charts = {"terms": Chart("Further terms, before weighing", "step", "", losses, marks=ends)} if losses else {}
+    if cosines:
+        charts["connectors"] = Chart("Connectors and their targets", "step", "cosine", cosines, marks=ends)
+    return charts
 
 
 def troubles_of(records: Records) -> str:

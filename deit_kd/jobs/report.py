@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from deit_kd.config import Config, build_parser, parse_config
+from deit_kd.config import Config, build_parser, in_words, parse_config
 from deit_kd.distributed import Processes, finish, start
 from deit_kd.figures import (
     as_png,
@@ -157,15 +157,18 @@ def _facts(config: Config, facts: Mapping[str, Any], heads: Mapping[str, Any]) -
     """Return what was trained from what, in words."""
     teacher = facts["teacher"]
     train, distill = config.train, config.distill
+    alpha, temperature = in_words(distill.alpha), in_words(distill.temperature)
     how = {
         "none": "none: plain supervised training",
-        "hard": f"hard, alpha {distill.alpha:g}",
-        "soft": f"soft, alpha {distill.alpha:g}, temperature {distill.temperature:g}",
+        "hard": f"hard, alpha {alpha}",
+        "soft": f"soft, alpha {alpha}, temperature {temperature}",
+        "standardised": f"standardised, alpha {alpha}, temperature {temperature}",
     }
+    terms = [f"{term.kind}, weight {in_words(term.weight)}" for term in distill.terms]
     return {
         "student": f"{config.student.name}, {config.data.image_size} px",
         "teacher": "none" if teacher is None else f"{teacher['name']}, top-1 {teacher['score']['top1']:.2f} %",
-        "distillation": how[distill.kind],
+        "distillation": "; ".join([how[distill.kind], *terms]),
         "data": f"{config.data.root or config.data.name}, {len(facts['classes'])} classes",
         "training": f"{train.epochs} epochs, batch {train.batch_size}, seed {config.seed}, precision {train.precision}",
         "scored": f"{heads['n']} validation images, weights: {heads['weights']}"

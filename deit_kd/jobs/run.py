@@ -65,6 +65,10 @@ FREE_ON_RESUME = {
     "teacher.class_map",  # the columns are compared
     "teacher.min_top1",
     "teacher.fit.folder",
+    "guide.checkpoint",
+    "guide.class_map",
+    "guide.min_top1",
+    "guide.fit.folder",
     "teacher.compile",
     "teacher.store",  # what it answers with is compared
     "teacher.store_mode",
@@ -286,7 +290,7 @@ def _met(
             check_columns(facts, run.classes, np.asarray(labels), whole)
         check_score(facts["name"], score["top1"], score["nll"], labels, section.min_top1)
     if run.processes.is_main:
-        for line in teacher.lines():
+        for line in teacher.lines(role):
             say(line)
         say(f"{role}: {facts['name']}, top-1 {score['top1']:.2f} % on {len(run.splits.validation)} images")
         if facts["random_weights"]:

@@ -27,7 +27,7 @@ class StoredTeacher:
         self.store = store
         self.facts: dict[str, Any] = {**store.manifest["teacher"], "store": store.digest, "view_epochs": epochs}
 
-    def lines(self) -> list[str]:
+    def lines(self, role: str = "teacher") -> list[str]:
         """Return what a person is told about it."""
         return []
 
@@ -83,9 +83,9 @@ class RecordingTeacher:
         facts: dict[str, Any] = self.teacher.facts
         return facts
 
-    def lines(self) -> list[str]:
+    def lines(self, role: str = "teacher") -> list[str]:
         """Return what a person is told about the other teacher."""
-        lines: list[str] = self.teacher.lines()
+        lines: list[str] = self.teacher.lines(role)
         return lines
 
     def state_dict(self) -> dict[str, Any]:

@@ -57,10 +57,10 @@ class EnsembleTeacher(nn.Module):
             ],
         }
 
-    def lines(self) -> list[str]:
+    def lines(self, role: str = "teacher") -> list[str]:
         """Return what a person is told about the members."""
         members: list[Any] = list(self.members)
-        return [line for member in members for line in member.lines()]
+        return [line for member in members for line in member.lines(role)]
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> TeacherOutput:

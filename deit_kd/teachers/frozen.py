@@ -106,17 +106,17 @@ class FrozenTeacher(nn.Module):
         self.eval()
         self.ask_for(())
 
-    def lines(self) -> list[str]:
+    def lines(self, role: str = "teacher") -> list[str]:
         """Return what a person is told about its eyes and its class map."""
         seen = "the student's size" if self._image_size is None else f"{self._image_size} px"
-        lines = [f"teacher: {self.facts.get('name', type(self.network).__name__)} sees {seen}"]
+        lines = [f"{role}: {self.facts.get('name', type(self.network).__name__)} sees {seen}"]
         columns = self.facts.get("class_map") or {}
         for name, group in list(columns.items())[:LONGEST_LIST]:
             lines.append(
-                f"teacher: {name} <- " + ", ".join(f"{column} {label or ''}".rstrip() for column, label in group)
+                f"{role}: {name} <- " + ", ".join(f"{column} {label or ''}".rstrip() for column, label in group)
             )
         if len(columns) > LONGEST_LIST:
-            lines.append(f"teacher: … {len(columns) - LONGEST_LIST} more classes in run.json")
+            lines.append(f"{role}: … {len(columns) - LONGEST_LIST} more classes in run.json")
         return lines
 
     def train(self, mode: bool = True) -> FrozenTeacher:
