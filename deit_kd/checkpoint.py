@@ -8,7 +8,7 @@ import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -143,29 +143,48 @@ def checkpoint_bytes(parts: Tree) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def load_checkpoint(path: Path) -> Tree:
+class Found(NamedTuple):
+    """A complete checkpoint."""
+
+    path: Path
+    digest: str
+    parts: Tree
+
+
+def load_checkpoint(path: Path, digest: str | None = None) -> Tree:
     """Read the parts of one checkpoint.
+
+    Args:
+        path: of the file.
+        digest: of the checkpoint that it has to be; None takes any.
 
     Raises:
         ValueError: the file is truncated, altered or something else.
     """
+    found = _read(path)
+    if digest not in (None, found.digest):
+        raise ValueError(f"{path} is another checkpoint of the same step")
+    return found.parts
+
+
+def _read(path: Path) -> Found:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         if metadata["digest"] != _digest(metadata["parts"], tensors):
             raise ValueError("its checksum differs")
-        return _unflatten(json.loads(metadata["parts"]), tensors)
+        return Found(path, metadata["digest"], _unflatten(json.loads(metadata["parts"]), tensors))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a complete checkpoint ({error})") from error
 
 
-def newest_checkpoint(folder: Path) -> tuple[Tree | None, list[str]]:
+def newest_checkpoint(folder: Path) -> tuple[Found | None, list[str]]:
     """Return the newest complete checkpoint of `folder`, if any, and a line for each newer one skipped."""
     skipped: list[str] = []
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         try:
-            return load_checkpoint(path), skipped
+            return _read(path), skipped
         except ValueError as error:
             skipped.append(str(error))
     return None, skipped

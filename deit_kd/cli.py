@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from deit_kd.config import build_parser, parse_config, read_options
 from deit_kd.files import check_file_to_be, refusal
 from deit_kd.interfaces import InputError, Stopped, nearest, printable
 from deit_kd.places import check_source, check_there, check_training, photos_root
-from deit_kd.stopping import handlers, stop_at_once
+from deit_kd.stopping import handlers, leave_signals_alone, stop_at_once
 
 Arguments = list[str]
 
@@ -292,14 +293,23 @@ def main(arguments: Arguments | None = None) -> int:
         print(f"error: {printable(str(told))}", file=sys.stderr)
         return 2
     except Stopped as stopped:
+        atexit.register(leave_signals_alone)  # a second one on the way out would change the exit code
         if str(stopped):
             print(stopped, file=sys.stderr)
         return stopped.code
     except RuntimeError as error:
-        from deit_kd.data import lost_worker
+        return _lost(error)
 
-        lost = lost_worker(error)
-        if lost is None:
-            raise
-        print(f"error: {lost}", file=sys.stderr)
+
+def _lost(error: RuntimeError) -> int:
+    """Say that a worker or another process has died, and return the exit code; raise any other error."""
+    from deit_kd.data import lost_worker
+    from deit_kd.distributed import lost_process
+
+    if (worker := lost_worker(error)) is not None:
+        print(f"error: {worker}", file=sys.stderr)
         return 2
+    if (process := lost_process(error)) is not None:
+        print(process, file=sys.stderr)
+        return process.code
+    raise error

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import itertools
 import os
+import socket
+import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -16,19 +20,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deit_kd.interfaces import InputError, Stopped
+from deit_kd.signs import GONE, Signs, no_progress
 
 SECONDS_TO_MEET = 600.0
+SECONDS_BEFORE_A_LINE = 30.0  # about a wait; the next comes after twice as long
+SECONDS_OF_A_COLLECTIVE = 86400.0  # a backstop: who waits too long is found by `Processes.wait` and `stopping.Watch`
+SECONDS_TO_LEAVE = 10.0
+LONGEST_PAUSE = 0.2
 
 Answer = TypeVar("Answer")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Which process this is, of how many, and the device that it computes on."""
+    """Which process this is, of how many, and the device that it computes on.
+
+    What they tell one another (`share`, `gather`, `wait`) has time: a process may take as long as it likes, as long as
+    it has said what it does (`busy`).
+    """
 
     rank: int
     count: int
     device: torch.device
+    timeout: float = 0.0  # seconds that the others wait for one that is not busy; 0 is for ever
+    _meetings: Iterator[int] = field(default_factory=lambda: itertools.count(1), repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -45,6 +61,7 @@ class Processes:
         """Return the main process's `value` on every process."""
         if self.count == 1:
             return value
+        self.wait()
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
@@ -53,6 +70,7 @@ class Processes:
         """Return every process's `value`, by rank, on every process."""
         if self.count == 1:
             return [value]
+        self.wait()
         values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value)
         return values
@@ -68,23 +86,108 @@ class Processes:
                 dist.broadcast(tensor, src=0)
 
     def wait(self) -> None:
-        """Wait for all the others."""
-        if self.count > 1:
-            dist.barrier()
+        """Wait for all the others, and say now and then for whom.
+
+        Collectives give up after some time, so that whoever may be late is met here first.
+
+        Raises:
+            Stopped: another process has ended, or is not busy and does not come within `timeout`.
+        """
+        if self.count == 1:
+            return
+        try:
+            self._meet(Signs(_group_store(), self.rank), next(self._meetings))
+        except dist.DistError as error:  # the store is gone, and with it the process that held it
+            raise Stopped(GONE, 1) from error
+
+    def _meet(self, signs: Signs, meeting: int) -> None:
+        signs.arrive(meeting)
+        absent = set(range(self.count)) - {self.rank}
+        since = last_sign = time.monotonic()
+        seen: list[tuple[str, int]] = []
+        pause, next_line = 0.001, SECONDS_BEFORE_A_LINE
+        while absent := signs.absent(meeting, absent):
+            if signs.one_has_failed():
+                raise Stopped(GONE, 1)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            if pause < LONGEST_PAUSE:
+                continue
+            now, late, before = time.monotonic(), min(absent), seen
+            seen = [(signs.work_of(other), signs.beats_of(other)) for other in sorted(absent)]
+            if seen != before or any(work for work, _ in seen):
+                last_sign = now
+            if self.timeout and now - last_sign > self.timeout:
+                raise Stopped(no_progress(late, self.timeout), 1)
+            if now - since > next_line and self.rank == min(set(range(self.count)) - absent):
+                what = f", which {seen[0][0]}" if seen[0][0] else ""
+                print(f"waiting for process {late}{what} ({now - since:.0f} s so far)", file=sys.stderr, flush=True)
+                next_line *= 2
+
+    @contextmanager
+    def busy(self, work: str) -> Iterator[None]:
+        """Say meanwhile what takes this process so long: the others wait for it without end, and tell a person.
+
+        Args:
+            work: what it does, as in "reads the photos".
+        """
+        if self.count == 1:
+            yield
+            return
+        signs = Signs(_group_store(), self.rank)
+        before = signs.work_of(self.rank)
+        signs.work_on(work)
+        try:
+            yield
+        finally:
+            with suppress(dist.DistError):
+                signs.work_on(before)
+
+    def busy_over(self, work: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield `items`, busy with `work` until there are no more."""
+        with self.busy(work):
+            yield from items
+
+    def first_of_machine(self, key: str) -> bool:
+        """Return whether this process is the first of its machine that asks for `key`."""
+        return self.count == 1 or Signs(_group_store(), self.rank).is_first(f"{socket.gethostname()}/{key}")
 
 
-def on_main(processes: Processes, act: Callable[[], Answer]) -> Answer | None:
-    """Let the main process `act` while the others wait; what it refuses, all of them refuse."""
+def on_main(processes: Processes, act: Callable[[], Answer], work: str = "") -> Answer | None:
+    """Let the main process `act` while the others wait, however long it takes where `work` says what it does.
+
+    What it refuses, or its disk refuses it, ends all of them; it alone says why.
+    """
     answer, refusal = None, None
     if processes.is_main:
         try:
-            answer = act()
-        except InputError as error:
-            refusal = str(error)
-    refusal = processes.share(refusal)
-    if refusal is not None:
-        raise InputError(refusal)
+            with processes.busy(work):
+                answer = act()
+        except (InputError, OSError) as error:
+            refusal = error
+    _end_all(processes, processes.share(refusal))
     return answer
+
+
+def together(processes: Processes, act: Callable[[], Answer]) -> Answer:
+    """Let every process `act`; what any of them refuses ends all, and the main process says why, and which it was."""
+    answer: Any = None
+    refusal = None
+    try:
+        answer = act()
+    except (InputError, OSError) as error:
+        refusal = error
+    refusals = [(rank, error) for rank, error in enumerate(processes.gather(refusal)) if error is not None]
+    if refusals:
+        rank, first = refusals[0]
+        of_another = rank and isinstance(first, InputError)
+        _end_all(processes, InputError(f"{first} (process {rank})") if of_another else first)
+    return answer
+
+
+def _end_all(processes: Processes, refusal: Exception | None) -> None:
+    if refusal is not None:
+        raise refusal if processes.is_main else Stopped("", 2)
 
 
 def pick_device(name: str) -> torch.device:
@@ -124,8 +227,8 @@ def start(device_name: str, timeout: float = 0.0) -> Processes:
 
     Args:
         device_name: see `pick_device`.
-        timeout: seconds that one may make the others wait, which `stopping.Watch` looks after; a minute later
-            a process that still waits gives up. 0 is torch's own.
+        timeout: seconds that one may make the others wait without a word, see `Processes.wait` and
+            `stopping.Watch`; 0 is for ever.
     """
     device = pick_device(device_name)
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -136,15 +239,14 @@ def start(device_name: str, timeout: float = 0.0) -> Processes:
     else:
         _keep_freed_memory()
     if count > 1 and not dist.is_initialized():
-        patience = datetime.timedelta(seconds=timeout + 60) if timeout else None
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=_fresh_store(rank, count),
             rank=rank,
             world_size=count,
-            timeout=patience,
+            timeout=datetime.timedelta(seconds=SECONDS_OF_A_COLLECTIVE),
         )
-    return Processes(rank, count, device)
+    return Processes(rank, count, device, timeout)
 
 
 def _fresh_store(rank: int, count: int) -> dist.Store:
@@ -179,17 +281,39 @@ def _fresh_store(rank: int, count: int) -> dist.Store:
     return dist.PrefixStore(attempt, store)
 
 
+def _group_store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
 def _read(store: dist.Store, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 
-def names_lost_process(error: RuntimeError) -> bool:
-    """Return whether a collective failed because another process has died or makes no progress."""
-    of_torch = isinstance(error, dist.DistError)
-    return of_torch or any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer"))
+def lost_process(error: RuntimeError) -> Stopped | None:
+    """Return the end of a run whose collective failed, as another process has died; None where `error` is another."""
+    said_by_collective = any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer"))
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return Stopped(GONE, 1) if several and (said_by_collective or isinstance(error, dist.DistError)) else None
 
 
 def finish() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, if there is one, the main process last; who fails leaves word for the others."""
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    signs = Signs(_group_store(), dist.get_rank())
+    with suppress(dist.DistError):
+        if sys.exc_info()[0] is None:
+            _leave(signs, dist.get_rank(), dist.get_world_size())
+        else:
+            signs.fail()
+    dist.destroy_process_group()
+
+
+def _leave(signs: Signs, rank: int, count: int) -> None:
+    """Let the main process, which may hold the store, wait a moment for those that still read it."""
+    signs.leave()
+    last = time.monotonic() + SECONDS_TO_LEAVE
+    while rank == 0 and not signs.have_left(range(1, count)) and time.monotonic() < last:
+        if signs.one_has_failed():
+            return
+        time.sleep(0.02)

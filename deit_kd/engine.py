@@ -309,7 +309,8 @@ def evaluate(
 
 
 def _readable(total: int, lacking: int, processes: Processes) -> int:
-    """Return how many of `total` images are there, of which this process lacks some."""
+    """Return how many of `total` images are there, of which this process lacks some; wait for slower ones first."""
+    processes.wait()
     total -= int(processes.sum(torch.tensor(lacking, device=processes.device)))
     if not total:
         raise InputError("data.root: not one image can be read; see deit-kd data check")

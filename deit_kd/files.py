@@ -47,6 +47,10 @@ def check_writable(key: str, folder: Path) -> None:
         raise InputError(f"{key}: {folder} cannot be written ({place} is read-only here); name another folder")
 
 
+class InUse(InputError):
+    """Another process writes to a folder."""
+
+
 LOCK = ".lock"
 _held: set[Path] = set()
 
@@ -62,7 +66,8 @@ def held(folder: Path, said: str) -> Iterator[None]:
         said: the message of the error.
 
     Raises:
-        InputError: another process, or this one, holds it.
+        InUse: another process holds it.
+        InputError: this one does.
     """
     made = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +80,7 @@ def held(folder: Path, said: str) -> Iterator[None]:
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise InputError(said) from error
+            raise InUse(said) from error
         except (ImportError, OSError):  # a file system without locks
             pass
         _held.add(place)

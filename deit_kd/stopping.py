@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deit_kd.interfaces import Stopped
+from deit_kd.signs import GONE, Signs, no_progress
 
 if TYPE_CHECKING:  # the command line needs the signals, and does not wait for torch
     from deit_kd.distributed import Processes
@@ -50,8 +51,21 @@ def handlers(handler: Handler) -> Iterator[None]:
 
 
 def stop_at_once(number: int, frame: FrameType | None) -> None:
-    """End what is going on, as an exception does: the handler outside of training."""
+    """End what is going on, as an exception does: the handler outside of training.
+
+    What ends already because of a signal goes on with that, whatever torchrun or SLURM send after it; a second SIGINT
+    is a person's.
+    """
+    if number != signal.SIGINT and isinstance(sys.exc_info()[1], Stopped):
+        return
     raise stopped_by(number, "what was finished is kept")
+
+
+def leave_signals_alone() -> None:
+    """Let no signal but SIGINT change how this program ends."""
+    for number in EXIT_CODES:
+        if number != signal.SIGINT:
+            signal.signal(number, signal.SIG_IGN)
 
 
 class Watch:
@@ -66,7 +80,8 @@ class Watch:
     Args:
         processes: of the run.
         step: steps done before.
-        timeout: seconds without progress of any process after which all end; 0 waits for ever.
+        timeout: seconds without progress of any process after which all end; 0 waits for ever. A process that says
+            what it is busy with has all the time.
     """
 
     _opened = 0
@@ -94,7 +109,9 @@ class Watch:
             import torch.distributed as dist
 
             store: Any = dist.distributed_c10d._get_default_store()
-            self._store = dist.PrefixStore(self._prefix, store.clone() if hasattr(store, "clone") else store)
+            store = store.clone() if hasattr(store, "clone") else store
+            self._signs = Signs(store, self._processes.rank)
+            self._store = dist.PrefixStore(self._prefix, store)
             self._thread.start()
         return self
 
@@ -123,7 +140,7 @@ class Watch:
                 self._begun = step + 1
                 return True
         if not self._agreed.wait(SECONDS_TO_AGREE) or self._last_step is None:
-            raise Stopped("another process of the run is gone; the last checkpoint is kept", 1)
+            raise Stopped(GONE, 1)
         return step < self._last_step
 
     def over(self, items: Iterable[Item]) -> Iterator[Item]:
@@ -155,6 +172,7 @@ class Watch:
         while not self._closed.wait(SECONDS_BETWEEN_LOOKS):
             try:
                 self._agree()
+                self._look_for_gone()
                 if self._timeout:
                     self._look_for_stalled()
             except RuntimeError:  # the store is gone, and with it the process that held it
@@ -174,23 +192,28 @@ class Watch:
             self._last_step = max(int(self._store.get(f"begun/{rank}")) for rank in ranks)
             self._agreed.set()
 
+    def _look_for_gone(self) -> None:
+        """End this process where another has ended and a collective that waits for it does not notice."""
+        if not self._signs.one_has_failed():
+            return
+        # The main thread may notice, and the main process has a checkpoint to write.
+        if not self._closed.wait(SECONDS_TO_AGREE if self._processes.is_main else 4 * SECONDS_BETWEEN_LOOKS):
+            print(GONE, file=sys.stderr, flush=True)
+            os._exit(1)
+
     def _look_for_stalled(self) -> None:
         now, mine = time.monotonic(), self._processes.rank
         if self._seen.get(mine, (-1, 0.0))[0] != self._beats:
-            self._store.set(f"beats/{mine}", str(self._beats))
+            self._signs.beat(self._beats)
         for rank in range(self._processes.count):
-            beats = int(self._store.get(f"beats/{rank}")) if self._store.check([f"beats/{rank}"]) else 0
-            if rank not in self._seen or self._seen[rank][0] != beats:
+            beats = self._signs.beats_of(rank)
+            if rank not in self._seen or self._seen[rank][0] != beats or self._signs.work_of(rank):
                 self._seen[rank] = beats, now
-        if all(now - since < self._timeout for _, since in self._seen.values()):
+        # Who waits for another makes no progress either, but is not to blame.
+        if any(now - since < self._timeout for _, since in self._seen.values()):
             return
         stalled = min(self._seen, key=lambda rank: self._seen[rank])
-        print(
-            f"error: process {stalled} has made no progress for {self._timeout:g} s; all stop, the last checkpoint is "
-            f"kept; see what it was doing, or raise train.timeout_seconds",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {no_progress(stalled, self._timeout)}", file=sys.stderr, flush=True)
         if mine == stalled:
             time.sleep(4 * SECONDS_BETWEEN_LOOKS)  # the others have something to say, too
         os._exit(1)

@@ -242,7 +242,7 @@ class DataErrors:
         self._names, self._most, self._processes, self._skips = names, most, processes, skips
         self._lines: dict[tuple[Any, ...], dict[str, Any]] = {}  # by what they are about
         self._photos: dict[str, str] = {}  # the reason, by split and name
-        self._keep(map(json.loads, _lines_until(self._file, first_step)))
+        self._keep(map(json.loads, processes.share(_lines_until(self._file, first_step))))
         self._is_cut_back = False
         self._noted: list[dict[str, Any]] = []
 

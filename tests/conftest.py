@@ -10,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import deit_kd.jobs.train  # noqa: F401 - a verb imports its job when it is called; here its warnings are not tests'
 from deit_kd.cli import main
@@ -252,3 +255,21 @@ def assert_same_scores(evaluation: Any, trained: Any) -> None:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Return every file under `folder` by its path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def signal_in_step(number: int, step: int) -> Iterator[None]:
+    """Send a signal to this process within its optimiser step `step` (from 1)."""
+    done = 0
+
+    def count(*_: object) -> None:
+        nonlocal done
+        done += 1
+        if done == step:
+            os.kill(os.getpid(), number)
+
+    hook = register_optimizer_step_pre_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -63,10 +63,15 @@ def three(folder: Path) -> list[Path]:
     return [save_checkpoint(folder, step, {"step": step, "x": torch.ones(5) * step}, keep=3) for step in (1, 2, 10)]
 
 
+def newest_step(folder: Path) -> int:
+    found, _ = newest_checkpoint(folder)
+    return found.parts["step"]
+
+
 def test_the_newest_checkpoint_is_that_of_the_largest_step(tmp_path: Path) -> None:
     three(tmp_path)
     found, skipped = newest_checkpoint(tmp_path)
-    assert (found["step"], skipped) == (10, [])
+    assert (found.parts["step"], skipped) == (10, [])
 
 
 @pytest.mark.parametrize("folder", ["", "not-there"])
@@ -79,7 +84,7 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path: Path, share: float) -> 
     newest = three(tmp_path)[-1]
     newest.write_bytes(newest.read_bytes()[: int(share * newest.stat().st_size)])
     found, skipped = newest_checkpoint(tmp_path)
-    assert found["step"] == 2
+    assert found.parts["step"] == 2
     assert len(skipped) == 1
     assert newest.name in skipped[0]
 
@@ -90,7 +95,7 @@ def test_a_checkpoint_with_one_flipped_bit_is_passed_over(tmp_path: Path, place:
     content = bytearray(newest.read_bytes())
     content[place] ^= 1
     newest.write_bytes(content)
-    assert newest_checkpoint(tmp_path)[0]["step"] == 2
+    assert newest_step(tmp_path) == 2
 
 
 def test_every_flipped_bit_is_seen_or_harmless(tmp_path: Path) -> None:
@@ -107,7 +112,7 @@ def test_every_flipped_bit_is_seen_or_harmless(tmp_path: Path) -> None:
 def test_a_file_that_was_being_written_is_no_checkpoint(tmp_path: Path) -> None:
     three(tmp_path)
     (tmp_path / ".step-000000011.safetensors.partial").write_bytes(b"half")
-    assert newest_checkpoint(tmp_path)[0]["step"] == 10
+    assert newest_step(tmp_path) == 10
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
@@ -129,7 +134,7 @@ def test_a_damaged_checkpoint_of_a_later_step_pushes_nothing_out(tmp_path: Path)
     (tmp_path / "step-000000240.safetensors").write_bytes(b"half")
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, {"step": step}, keep=1)
-    assert newest_checkpoint(tmp_path)[0]["step"] == 3
+    assert newest_step(tmp_path) == 3
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -141,7 +146,7 @@ def test_the_best_is_there_before_the_step_that_knows_of_it(tmp_path: Path, monk
     monkeypatch.setattr("deit_kd.checkpoint.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, 2, {"step": 2}, keep=2, is_best=True)
-    assert newest_checkpoint(tmp_path)[0]["step"] == 1
+    assert newest_step(tmp_path) == 1
 
 
 def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path: Path) -> None:

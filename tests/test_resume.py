@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from deit_kd.checkpoint import BEST, load_checkpoint
 from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.jobs.run import execute, prepare
-from tests.conftest import ONE_PROCESS, REPOSITORY, Finished, as_arguments, records, tiny
+from tests.conftest import ONE_PROCESS, REPOSITORY, Finished, as_arguments, records, signal_in_step, tiny
 
 FIT_STEPS = 8  # optimiser steps of the teacher's fit; the student's 12 come after them
 
@@ -208,14 +209,13 @@ def test_resume_auto_without_an_output_goes_on_with_the_newest_run(
     assert "continued from step 6; writes runs/mine-2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("output", ["run", "other"])
-def test_what_a_run_writes_is_its_own_from_the_teachers_fit_on(output: str, finished: Finished, tmp_path: Path) -> None:
+def test_what_a_run_writes_is_its_own_from_the_teachers_fit_on(finished: Finished, tmp_path: Path) -> None:
     arguments = elsewhere(finished, tmp_path)
     refused: list[subprocess.CompletedProcess[str]] = []
 
     def another(*_: object) -> None:
-        if not refused:  # while the teacher, which both would fit, is being fitted
-            words = [sys.executable, "train.py", *arguments, "--output", str(tmp_path / output), "--resume", "auto"]
+        if not refused:  # while the teacher is being fitted
+            words = [sys.executable, "train.py", *arguments, "--resume", "auto"]
             refused.append(subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False))
 
     hook = register_optimizer_step_pre_hook(another)
@@ -224,10 +224,48 @@ def test_what_a_run_writes_is_its_own_from_the_teachers_fit_on(output: str, fini
     finally:
         hook.remove()
     assert refused[0].returncode == 2
-    assert f"{'run' if output == 'run' else 'teachers/'}" in refused[0].stderr
     assert refused[0].stderr.count("is being written by another run") == refused[0].stderr.count("\n") == 1
-    assert not (tmp_path / "other").exists()
     assert_same_end(finished, tmp_path)
+
+
+def test_a_run_waits_for_the_teacher_that_another_one_fits(finished: Finished, tmp_path: Path) -> None:
+    arguments, said = elsewhere(finished, tmp_path), tmp_path / "said.txt"
+    others: list[subprocess.Popen[bytes]] = []
+
+    def another(*_: object) -> None:
+        if not others:
+            words = [sys.executable, "train.py", *arguments, "--output", str(tmp_path / "other")]
+            with open(said, "w") as output:
+                others.append(subprocess.Popen(words, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT))
+            last = time.monotonic() + 200
+            while "waiting until it is done" not in said.read_text():
+                assert others[0].poll() is None, said.read_text()
+                assert time.monotonic() < last
+                time.sleep(0.1)
+
+    hook = register_optimizer_step_pre_hook(another)
+    try:
+        assert main(["train", *arguments]) == 0
+    finally:
+        hook.remove()
+    assert others[0].wait(200) == 0, said.read_text()
+    (teacher,) = (tmp_path / "teachers").iterdir()
+    assert said.read_text().count(f"teacher: another run is fitting {teacher}; waiting until it is done") == 1
+    assert f"teacher: found {teacher}" in said.read_text()
+    assert_same_end(finished, tmp_path)
+    assert (tmp_path / "other/heads.json").read_bytes() == (tmp_path / "run/heads.json").read_bytes()
+
+
+def test_a_fit_goes_on_whatever_changes_that_its_name_does_not_stand_for(finished: Finished, tmp_path: Path) -> None:
+    arguments = [*elsewhere(finished, tmp_path), "--resume", "auto"]
+    with signal_in_step(signal.SIGTERM, 3):
+        assert main(["train", *arguments]) == 143
+    changed = as_arguments(evaluate__batch_size=5, evaluate__fusion="logits", data__validation_fraction=0.3)
+    assert main(["train", *arguments, "--output", str(tmp_path / "other"), *changed]) == 0
+    (teacher,) = (tmp_path / "teachers").iterdir()
+    expected = next(finished.teachers.iterdir())
+    weights = "student/model.safetensors"
+    assert (teacher / weights).read_bytes() == (expected / weights).read_bytes()
 
 
 def test_starting_from_weights_is_not_resuming(finished: Finished, photos_root: Path, tmp_path: Path) -> None:

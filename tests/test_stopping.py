@@ -17,34 +17,15 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from deit_kd.cli import main
 from deit_kd.interfaces import TeacherOutput
 from deit_kd.students import TimmStudent
 from deit_kd.teachers import FrozenTeacher
-from tests.conftest import REPOSITORY, Finished, records, tiny
+from tests.conftest import REPOSITORY, Finished, records, signal_in_step, tiny
 from tests.test_resume import FIT_STEPS, assert_same_end, elsewhere, newest_two
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
-
-
-@contextmanager
-def signal_in_step(number: int, step: int) -> Iterator[None]:
-    """Send a signal to this process within its optimiser step `step` (from 1)."""
-    done = 0
-
-    def count(*_: object) -> None:
-        nonlocal done
-        done += 1
-        if done == step:
-            os.kill(os.getpid(), number)
-
-    hook = register_optimizer_step_pre_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -141,6 +122,27 @@ def test_an_interrupt_before_training_is_one_line(photos_root: Path, tmp_path: P
     interrupted += "os.getpid(), signal.SIGINT)); sys.exit(main(['plot']))"
     done = subprocess.run([sys.executable, "-c", interrupted], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stderr) == (130, "stopped by SIGINT; what was finished is kept\n")
+
+
+ENDING = """
+import atexit, os, signal, sys
+from deit_kd import cli
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+def verb(_):
+    try:
+        stop()
+    finally:
+        stop()
+cli.VERBS["plot"] = ("", verb)
+atexit.register(stop)
+sys.exit(cli.main(["plot"]))
+"""
+
+
+def test_a_second_sigterm_while_the_first_ends_the_program_changes_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (143, "stopped by SIGTERM; what was finished is kept\n")
 
 
 @contextmanager

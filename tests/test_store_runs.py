@@ -466,18 +466,44 @@ def test_a_fitted_teacher_that_is_elsewhere_is_neither_fitted_nor_missed(home: H
         ready(home.arguments(**{**elsewhere, "teacher.fit.epochs": 3}))
 
 
-@pytest.mark.parametrize("file", ["epoch-00001.safetensors", "validation.safetensors"])
+def flip_a_bit(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def cut(content: bytes) -> bytes:
+    return content[:-1]
+
+
+@pytest.mark.parametrize(("file", "damage"), [("epoch-00001", cut), ("validation", flip_a_bit)])
 def test_a_damaged_store_is_found_before_training(
-    home: Home, hard: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+    home: Home,
+    hard: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    damage: Callable[[bytes], bytes],
 ) -> None:
-    shutil.copytree(hard, tmp_path / "store")
-    content = bytearray((tmp_path / "store" / file).read_bytes())
-    content[-1] ^= 1
-    (tmp_path / "store" / file).write_bytes(content)
+    part = shutil.copytree(hard, tmp_path / "store") / f"{file}.safetensors"
+    part.write_bytes(damage(part.read_bytes()))
     arguments = home.arguments(output=tmp_path / "run", **{"teacher.store": tmp_path / "store"})
     assert main(["train", *arguments]) == 2
-    assert f"{file} is truncated or altered" in capsys.readouterr().err
+    assert f"{part} is truncated or altered" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checksum_is_compared_when_an_epoch_is_first_read(
+    home: Home, hard: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = shutil.copytree(hard, tmp_path / "store") / "epoch-00001.safetensors"
+    good = part.read_bytes()
+    part.write_bytes(flip_a_bit(good))
+    arguments = home.arguments(output=tmp_path / "run", **{"teacher.store": tmp_path / "store"})
+    assert main(["train", *arguments]) == 2
+    assert f"{part} is truncated or altered (its checksum differs)" in capsys.readouterr().err
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines if '"kind": "epoch"' in line] == [0]
+    part.write_bytes(good)
+    assert main(["train", *arguments, "--resume", "auto"]) == 0
 
 
 def test_other_libraries_are_refused_until_a_check_passes(

@@ -111,13 +111,18 @@ class Photos:
     def digest(self) -> str:
         """Return a hash of names, sizes, labels, classes and how files are decoded, wherever the folder lies."""
         hasher = hashlib.blake2b("\n".join(self.classes).encode(), digest_size=16)
-        for name, size, label in zip(self.names, self._sizes(), self.labels, strict=True):
-            hasher.update(f"\n{name}\t{size}\t{label}".encode())
+        for line in self.lines():
+            hasher.update(f"\n{line}".encode())
         if self.arrays is not None:
             hasher.update(np.ascontiguousarray(self.arrays).tobytes())
         else:
             hasher.update(f"\ndecoding {DECODING}".encode())
         return hasher.hexdigest()
+
+    def lines(self) -> list[str]:
+        """Return name, size and label of every image."""
+        rows = zip(self.names, self._sizes(), self.labels, strict=True)
+        return [f"{name}\t{size}\t{label}" for name, size, label in rows]
 
     def _sizes(self) -> list[int]:
         """Return the size of every image in bytes, as stored."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from deit_kd.checkpoint import CheckpointWriter
-from deit_kd.distributed import names_lost_process
+from deit_kd.distributed import on_main
 from deit_kd.engine import StepResult, Trainer, evaluate, train
 from deit_kd.interfaces import Batch, InputError, Stopped
 from deit_kd.jobs import parts
 from deit_kd.jobs.lesson import Lesson, build_distiller
-from deit_kd.jobs.prepared import Run
+from deit_kd.jobs.prepared import AfterEpoch, Run
 from deit_kd.jobs.progress import BadStep, Progress
 from deit_kd.memory import peak_memory, reset_peak_memory
 from deit_kd.stopping import Watch, stopped_by
@@ -36,7 +36,7 @@ class Course:
     watch: Watch
     teacher_score: dict[str, Any] | None
     teacher_predictions: Tensor | None
-    after_epoch: Callable[[int], None] | None
+    after_epoch: AfterEpoch | None
     scores: dict[str, Any] = field(default_factory=dict)  # of the last epoch that ended here
 
     def to_the_end(self) -> dict[str, Any]:
@@ -57,10 +57,7 @@ class Course:
                 total_steps=self.run.loader.total_steps,
                 after_step=self._after_step,
             )
-        except RuntimeError as error:
-            if self.run.processes.count > 1 and names_lost_process(error):
-                raise Stopped("another process of the run is gone; the last checkpoint is kept", 1) from error
-            raise
+            on_main(self.run.processes, self.checkpoints.wait, "writes the checkpoint")
         finally:
             self.checkpoints.wait()
         if not self.scores:  # all steps were done before
@@ -81,7 +78,7 @@ class Course:
             is_due |= self._record(overdue)
         if at_epoch_end:
             if self.after_epoch is not None:
-                self.after_epoch(step // self.run.loader.steps_per_epoch - 1)
+                self.after_epoch(step // self.run.loader.steps_per_epoch - 1, self.watch.beat)
             self._end_epoch()
             self._let_go()
         elif is_due:
@@ -223,8 +220,9 @@ class Course:
     def _save(self, is_best: bool = False) -> None:
         self.run.errors.tell()
         state = {"trainer": self.trainer.state(), "progress": self.progress.state(self.run.processes)}
-        if self.run.processes.is_main:
-            self.checkpoints.save(self.progress.step, state, is_best)
+        step = self.progress.step
+        work = "waits until its disk has the checkpoint before"
+        on_main(self.run.processes, lambda: self.checkpoints.save(step, state, is_best), work)
         self._saved = time.monotonic()
 
     def _stop_if_asked(self) -> None:
@@ -240,8 +238,7 @@ class Course:
             Stopped: always.
         """
         self._save()
-        self.checkpoints.wait()
-        self.run.processes.wait()
+        on_main(self.run.processes, self.checkpoints.wait, "writes the checkpoint")
         stopped = stopped_by(
             number,
             f"the checkpoint of step {self.progress.step} is in {self.run.folder / CHECKPOINTS}: continue with "

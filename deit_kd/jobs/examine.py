@@ -11,7 +11,7 @@ from torch import Tensor
 from deit_kd import data
 from deit_kd.config import Config, TeacherSection, build_parser, parse_config
 from deit_kd.data import Photos
-from deit_kd.distributed import Processes
+from deit_kd.distributed import Processes, together
 from deit_kd.engine import Answers, collect
 from deit_kd.interfaces import Batch, InputError, head_probabilities
 from deit_kd.jobs import parts
@@ -59,7 +59,7 @@ def examine(source: Source, config: Config, split: str, processes: Processes) ->
         InputError: the student cannot be had, the photos are of other classes, or none can be read.
     """
     choose_attention(config.train.attention, processes.device)
-    photos = _photos(config, split)
+    photos = _photos(config, split, processes)
     check_classes(source, photos.classes)
     student = load_student(source, config, photos.classes, processes)
     teacher = _teacher(source, config, photos, processes)
@@ -102,13 +102,20 @@ def first_reason(unreadable: dict[int, str]) -> str:
     return next(iter(unreadable.values()), "there are none")
 
 
-def _photos(config: Config, split: str) -> Photos:
-    if split in ("train", "validation"):
-        photos: Photos = getattr(parts.build_splits(config), split)
-        return photos
-    if config.data.name != "folder":
-        raise InputError(f"--split: {config.data.name} has no split {split!r}; use train or validation")
-    return data.one_split(config.data.root, split)
+def _photos(config: Config, split: str, processes: Processes) -> Photos:
+    """Return the photos of a split, which are the same for every process."""
+
+    def listed() -> Photos:
+        if split in ("train", "validation"):
+            photos: Photos = getattr(parts.build_splits(config), split)
+            return photos
+        if config.data.name != "folder":
+            raise InputError(f"--split: {config.data.name} has no split {split!r}; use train or validation")
+        return data.one_split(config.data.root, split)
+
+    photos = together(processes, listed)
+    parts.compare_photos(processes, {split: photos})
+    return photos
 
 
 def _teacher(

@@ -10,7 +10,7 @@ from typing import Any
 
 from deit_kd.config import Config, Distill, Fit, Guide, StudentSection, TeacherSection
 from deit_kd.data import Splits
-from deit_kd.distributed import Processes
+from deit_kd.distributed import Processes, on_main
 from deit_kd.files import read_json, write_json
 from deit_kd.interfaces import InputError
 from deit_kd.jobs import parts
@@ -39,21 +39,28 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
     if config.teacher.name is None:
         raise InputError("teacher.name: is not set; name a timm model such as resnet18")
     key, folder = _key(config, splits), teacher_folder(config, splits)
-    if (folder / HEADS_FILE).is_file():
-        if processes.is_main:
-            say(f"teacher: found {folder}")
+    if _is_there(folder, processes):
         return folder
-    try:
-        run = prepare(_fit_config(config, folder), processes, splits)
-    except InputError as error:
-        raise InputError(_in_the_recipes_keys(str(error))) from error
-    with claimed(run):
+    with claimed(folder, processes, f"teacher: another run is fitting {folder}; waiting until it is done"):
+        if _is_there(folder, processes):  # by now
+            return folder
+        try:
+            run = prepare(_fit_config(config, folder), processes, splits, is_named_by_recipe=True)
+        except InputError as error:
+            raise InputError(_in_the_recipes_keys(str(error))) from error
         if processes.is_main:
             say(f"teacher: fitting {config.teacher.name}{_why(key, folder)}")
         execute(run)
-        if processes.is_main:
-            write_json(folder / KEY_FILE, key)
+        on_main(processes, lambda: write_json(folder / KEY_FILE, key))
     return folder
+
+
+def _is_there(folder: Path, processes: Processes) -> bool:
+    """Return whether the main process finds a teacher that was fitted to the end; say so."""
+    found: bool = processes.share((folder / HEADS_FILE).is_file())
+    if found and processes.is_main:
+        say(f"teacher: found {folder}")
+    return found
 
 
 def teacher_folder(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> Path:
@@ -68,7 +75,8 @@ def online_teacher(config: Config, processes: Processes, splits: Splits) -> tupl
     checkpoint = config.teacher.checkpoint
     if config.teacher.fit.epochs:
         checkpoint = str(fitted_teacher(config, processes, splits))
-    return parts.build_teacher(config, splits.train.classes, processes, checkpoint), checkpoint
+    with processes.busy("loads the teacher"):
+        return parts.build_teacher(config, splits.train.classes, processes, checkpoint), checkpoint
 
 
 def guide_config(config: Config) -> Config:

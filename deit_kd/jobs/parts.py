@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from timm.scheduler.scheduler import Scheduler
 from deit_kd import data
 from deit_kd.config import Config, Guide, TeacherNetwork, TeacherSection, TermSection, as_schedule, read_recipe
 from deit_kd.data import Photos, Splits
-from deit_kd.distributed import Processes
+from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
 from deit_kd.files import checked
 from deit_kd.interfaces import Batch, InputError
@@ -39,6 +39,47 @@ def build_splits(config: Config) -> Splits:
         fold=section.fold,
         download=section.download,
     )
+
+
+def agreed_splits(config: Config, processes: Processes) -> Splits:
+    """Return the recipe's dataset, which every process lists for itself.
+
+    Raises:
+        InputError: it cannot be had, or is not the same everywhere.
+    """
+
+    def listed() -> Splits:
+        with processes.busy("lists the photos"):
+            return build_splits(config)
+
+    splits = together(processes, listed)
+    compare_photos(processes, splits._asdict())
+    return splits
+
+
+def compare_photos(processes: Processes, photos: Mapping[str, Photos]) -> None:
+    """Raise an InputError where a process has other photos of a split than the main one."""
+    for split, ours in photos.items():
+        with processes.busy("lists the photos"):
+            digest = ours.digest()
+        if not processes.same_everywhere(digest):
+            _refuse_others(processes, split, ours, digest)
+
+
+def _refuse_others(processes: Processes, split: str, photos: Photos, digest: str) -> None:
+    expected, theirs = processes.share((digest, photos.lines()))
+
+    def refuse() -> None:
+        if digest != expected:
+            ours = photos.lines()
+            differing = sorted({line.split("\t")[0] for line in set(ours) ^ set(theirs)})
+            first = f"the first that differs is {differing[0]}" if differing else "they are decoded otherwise"
+            raise InputError(
+                f"data.root: {len(ours)} photos of {split!r} are not the {len(theirs)} of process 0 ({first}); give "
+                "every process the same photos"
+            )
+
+    together(processes, refuse)
 
 
 def build_student_optimizer(config: Config, student: TimmStudent) -> torch.optim.Optimizer:

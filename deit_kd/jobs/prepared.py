@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from deit_kd.interfaces import Batch
 from deit_kd.losses import Objective
 from deit_kd.students import Connectors, TimmStudent
 from deit_kd.tracking import DataErrors
+
+AfterEpoch = Callable[[int, Callable[[], None]], None]  # of an epoch, and a sign of progress to give
 
 
 @dataclass

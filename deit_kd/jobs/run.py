@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deit_kd.checkpoint import CheckpointWriter, newest_checkpoint
+from deit_kd.checkpoint import CheckpointWriter, Found, load_checkpoint, newest_checkpoint
 from deit_kd.config import Config, Guide, TeacherSection, flat, read_recipe
 from deit_kd.data import Splits
-from deit_kd.distributed import Processes, on_main
+from deit_kd.distributed import Processes, on_main, together
 from deit_kd.engine import Trainer, score_teacher
-from deit_kd.files import LOCK, check_writable, held, write_atomically, write_json
+from deit_kd.files import LOCK, InUse, check_writable, held, write_atomically, write_json
 from deit_kd.interfaces import InputError
 from deit_kd.jobs import parts
 from deit_kd.jobs.course import Course
 from deit_kd.jobs.lesson import Answers, Lesson, build_distiller, connect
-from deit_kd.jobs.prepared import Run
+from deit_kd.jobs.prepared import AfterEpoch, Run
 from deit_kd.jobs.progress import Progress
 from deit_kd.models import STUDENT_FOLDER, choose_attention, save_local_dir, tensors_hash
 from deit_kd.optim import WeightAverage
@@ -46,6 +47,7 @@ from deit_kd.tracking import (
 
 RUNS = Path("runs")
 AVERAGED_SHARE = 1 / 20  # of a run's steps, by the average of the weights, where the recipe names no decay
+SECONDS_BETWEEN_TRIES = 1.0  # to be the only one who writes to a folder
 
 # What a run leaves that was killed before its first step.
 LEFTOVERS = {LOCK, DATA_ERRORS_FILE, FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
@@ -61,6 +63,7 @@ FREE_ON_RESUME = {
     "data.on_error",  # says whether a run ends, and what it leaves out is listed
     "data.max_errors",
     "data.download",
+    "evaluate.batch_size",
     "teacher.checkpoint",  # the weights themselves are compared
     "teacher.class_map",  # the columns are compared
     "teacher.min_top1",
@@ -86,8 +89,17 @@ FREE_ON_RESUME = {
 }
 
 
-def prepare(config: Config, processes: Processes, splits: Splits | None = None) -> Run:
+def prepare(
+    config: Config, processes: Processes, splits: Splits | None = None, is_named_by_recipe: bool = False
+) -> Run:
     """Build all parts of a run but the teacher.
+
+    Args:
+        config: its recipe.
+        processes: that train it.
+        splits: its photos, where they are at hand.
+        is_named_by_recipe: whether the folder's name stands for all that the run depends on; it then goes on with
+            whatever else has changed.
 
     Raises:
         InputError: anything in the recipe, the data or the output folder that cannot work.
@@ -96,20 +108,21 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
         raise InputError("train.precision: fp16 needs CUDA; use bf16 or off on the CPU")
     check_tracking(config.tracking.wandb)
     choose_attention(config.train.attention, processes.device)
-    splits = splits or parts.build_splits(config)
+    splits = splits or parts.agreed_splits(config, processes)
     if config.data.in_memory:  # here, so that a teacher's fit shares what was decoded
-        splits = splits._replace(train=splits.train.in_memory(parts.skips(config)))
+        with processes.busy("decodes the photos"):
+            splits = splits._replace(train=splits.train.in_memory(parts.skips(config)))
     if len(splits.validation) < processes.count:
         raise InputError(
             f"data: {len(splits.validation)} validation images are fewer than {processes.count} processes; use fewer"
         )
     loader = parts.build_training_loader(config, splits.train, processes)
-    student = parts.build_student(config, splits.train.classes).to(processes.device)
+    with processes.busy("builds the student"):
+        student = parts.build_student(config, splits.train.classes).to(processes.device)
     optimizer = parts.build_student_optimizer(config, student)
     schedule = parts.build_schedule(config, optimizer, loader.steps_per_epoch)
-    data_facts = {"train": splits.train.digest(), "validation": splits.validation.digest()}
-    folder, checkpoint = _open_folder(config, processes, data_facts)
-    processes.wait()  # until all have looked at the folder, nobody writes to it
+    data_facts = {split: photos.digest() for split, photos in splits._asdict().items()}
+    folder, checkpoint = _open_folder(config, processes, None if is_named_by_recipe else data_facts)
     return Run(
         config=config,
         processes=processes,
@@ -129,22 +142,42 @@ def prepare(config: Config, processes: Processes, splits: Splits | None = None) 
 
 
 @contextmanager
-def claimed(run: Run) -> Iterator[None]:
-    """Keep the folder of a prepared run from all others until it ends, while its teacher is fitted, too.
+def claimed(folder: Path, processes: Processes, waiting: str | None = None) -> Iterator[None]:
+    """Keep the folder of a run from all others until it ends, while its teacher is fitted, too.
+
+    Args:
+        folder: of the run.
+        processes: of the run.
+        waiting: what a person is told while another run has it; None does not wait.
 
     Raises:
-        InputError: another run has it.
+        InputError: another run has it, and is not waited for.
     """
-    busy = f"output: {run.folder} is being written by another run; wait for it, or name another folder"
+    taken = f"output: {folder} is being written by another run; wait for it, or name another folder"
     with ExitStack() as stack:
-        on_main(run.processes, lambda: stack.enter_context(held(run.folder, busy)))
+
+        def enter() -> None:
+            told = False
+            while True:
+                try:
+                    return stack.enter_context(held(folder, taken))
+                except InUse:
+                    if waiting is None:
+                        raise
+                if not told:
+                    say(waiting)
+                    told = True
+                time.sleep(SECONDS_BETWEEN_TRIES)
+
+        on_main(processes, enter, "" if waiting is None else f"waits for the run that writes {folder}")
         yield
 
 
-def execute(run: Run, lesson: Lesson | None = None, after_epoch: Callable[[int], None] | None = None) -> dict[str, Any]:
+def execute(run: Run, lesson: Lesson | None = None, after_epoch: AfterEpoch | None = None) -> dict[str, Any]:
     """Train `run` from its `lesson` to its end; return what ``heads.json`` holds.
 
-    `after_epoch(epoch)` is called in every process when the steps of an epoch are done.
+    `after_epoch(epoch, beat)` is called in every process when the steps of an epoch are done; where it takes long, it
+    calls `beat`.
 
     Raises:
         InputError: the teacher cannot be right, or no step has a finite gradient.
@@ -162,10 +195,12 @@ def execute(run: Run, lesson: Lesson | None = None, after_epoch: Callable[[int],
     if run.checkpoint is not None:
         trainer.load_state(run.checkpoint["trainer"])
     prepared.checkpoint = run.checkpoint = None  # or its tensors would stay in memory to the end
-    if processes.is_main:
+
+    def begin() -> None:
         _write_facts(run, teacher_facts)
         _say_start(run, trainer, progress.step)
-    processes.wait()
+
+    on_main(processes, begin, "writes the facts of the run")
     journal = Journal(
         run.folder,
         title=run.folder.name,
@@ -185,36 +220,64 @@ def execute(run: Run, lesson: Lesson | None = None, after_epoch: Callable[[int],
     weights = "model" if trainer.ema is None else "ema"
     unreadable = run.errors.unreadable("validation", run.loader.total_steps)
     heads = head_scores(weights, scores[weights], teacher_score, unreadable)
-    if processes.is_main:
+
+    def end() -> None:
         _save_student(run, trainer)
         write_json(run.folder / HEADS_FILE, heads)
         print_heads(heads)
         say(f"run: {run.folder}   student: {run.folder / STUDENT_FOLDER}   heads: {run.folder / HEADS_FILE}")
-    processes.wait()
+
+    on_main(processes, end, "writes the student")
     return heads
 
 
-def _open_folder(config: Config, processes: Processes, data_facts: dict[str, str]) -> tuple[Path, Any]:
-    """Return the run's folder and the checkpoint to go on from; refuse a folder that holds something else."""
+def _open_folder(config: Config, processes: Processes, data_facts: dict[str, str] | None) -> tuple[Path, Any]:
+    """Return the run's folder and the checkpoint to go on from; refuse a folder that holds something else.
+
+    Where `data_facts` is None, the folder is known to be of this recipe and these photos.
+
+    The main process chooses; the others, whose disks may look otherwise, load what it has chosen.
+    """
     folder = Path(config.output) if config.output is not None else None
     if folder is None:
         newest = newest_folder(RUNS, config.recipe) if config.resume == "auto" else None
         folder = newest or next_free_folder(RUNS, config.recipe)
     folder = processes.share(folder)
     check_writable("output", folder)
+    found = on_main(processes, lambda: _newest(config, folder, data_facts), "looks for the newest checkpoint")
+    chosen = processes.share(None if found is None else (found.path, found.digest))
+
+    def load() -> Any:
+        if found is not None or chosen is None:
+            return None if found is None else found.parts
+        try:
+            with processes.busy("reads the checkpoint"):
+                return load_checkpoint(*chosen)
+        except ValueError as error:
+            raise InputError(
+                f"resume: {error}, but process 0 goes on from it; let all processes see the same folder, or delete "
+                "that checkpoint"
+            ) from error
+
+    return folder, together(processes, load)
+
+
+def _newest(config: Config, folder: Path, data_facts: dict[str, str] | None) -> Found | None:
+    """Return the checkpoint that a run goes on from, if any."""
     if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= LEFTOVERS):
-        return folder, None
+        return None
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"output: {folder} holds something that is no run; name another folder")
     if config.resume != "auto":
         raise InputError(
             f"output: {folder} already holds a run; continue it with --resume auto, or name another folder"
         )
-    _refuse_changes(config, folder, data_facts)
-    checkpoint, skipped = newest_checkpoint(folder / CHECKPOINTS)
-    for line in skipped if processes.is_main else ():
+    if data_facts is not None:
+        _refuse_changes(config, folder, data_facts)
+    found, skipped = newest_checkpoint(folder / CHECKPOINTS)
+    for line in skipped:
         say(f"skipped: {line}")
-    return folder, checkpoint
+    return found
 
 
 def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) -> None:
@@ -263,17 +326,17 @@ def _met(
         facts["random_weights"] = teacher.facts["random_weights"]
     else:
         facts["weights"] = tensors_hash(teacher.state_dict())
-    if not run.processes.same_everywhere(facts["weights"]):
+    if not run.processes.same_everywhere([facts["weights"], facts.get("store")]):
         raise InputError(f"{role}: its weights differ between processes; give all of them the same file")
     if run.checkpoint is not None:
-        _refuse_other_teacher(run, role, facts)
+        on_main(run.processes, lambda: _refuse_other_teacher(run, role, facts))
     if isinstance(teacher, StoredTeacher | RecordingTeacher):
         facts["score"] = teacher.store.score()
         predictions = teacher.store.predictions(run.processes.rank, run.processes.count).to(run.processes.device)
     else:
         facts["score"], predictions = score_teacher(
             teacher,
-            run.errors.watch("validation", run.validation),
+            run.processes.busy_over("asks the teacher", run.errors.watch("validation", run.validation)),
             classes=len(run.classes),
             total=len(run.splits.validation),
             processes=run.processes,

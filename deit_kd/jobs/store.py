@@ -22,6 +22,7 @@ from deit_kd.jobs.stored import (
     libraries_in_use,
     open_store,
     refuse_other,
+    verify,
     weights_hash,
     writing,
 )
@@ -58,7 +59,7 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
     processes = start(config.train.device)
     try:
         choose_attention(config.train.attention, processes.device)
-        splits = parts.build_splits(config)
+        splits = parts.agreed_splits(config, processes)
         loader = _loader_of_all(config, splits, processes)
         teacher, checkpoint = online_teacher(config, processes, splits)
         with writing(config, folder, splits, loader, processes, teacher, checkpoint) as store:
@@ -94,13 +95,13 @@ def check(config: Config, folder: str, samples: int) -> dict[str, float]:
     processes = start(config.train.device)
     try:
         choose_attention(config.train.attention, processes.device)
-        splits = parts.build_splits(config)
+        splits = parts.agreed_splits(config, processes)
         loader = _loader_of_all(config, splits, processes)
         store = open_store(folder)
         loader.order_as(store.views_version)
         teacher, checkpoint = online_teacher(config, processes, splits)
         refuse_other(store, identity(config, splits) | {"teacher.weights": weights_hash(teacher, checkpoint)})
-        store.verify([VALIDATION, *map(epoch_part, range(store.epochs))])
+        verify(store, [VALIDATION, *map(epoch_part, range(store.epochs))], processes)
         views = loader.views_per_epoch
         drawn = np.unique(generator("store check", config.seed).integers(store.epochs * views, size=samples))
         batches = loader.views(np.stack(np.divmod(drawn, views), axis=1), config.evaluate.batch_size)

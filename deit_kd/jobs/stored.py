@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from deit_kd.config import Config, flat
 from deit_kd.data import Photos, Splits, TrainingLoader
-from deit_kd.distributed import Processes, on_main
+from deit_kd.distributed import Processes, on_main, together
 from deit_kd.engine import score_teacher
 from deit_kd.interfaces import Batch, InputError, TeacherOutput
 from deit_kd.jobs import parts
 from deit_kd.jobs.fit import teacher_folder
-from deit_kd.jobs.prepared import Run
+from deit_kd.jobs.prepared import AfterEpoch, Run
 from deit_kd.models import load_weights, tensors_hash
 from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.randomness import VIEWS_VERSION
@@ -88,23 +88,52 @@ def stored_teacher(run: Run) -> StoredTeacher:
             f"alone; build another with --teacher.store_top {SOFT_TOP}"
         )
     # A builder may add an epoch while the processes look.
-    epochs: int = processes.share(store.epochs)
-    if run.checkpoint is not None:
-        facts = read_facts(run.folder)["teacher"]
-        begun = epochs if facts is None else facts.get("view_epochs", epochs)
-        if begun > epochs:
-            raise InputError(f"resume: {run.folder} was begun with {begun} epochs of the store, which has {epochs} now")
-        epochs = begun
-    elif epochs < config.train.epochs:
-        epochs = _epochs_of_all_photos(epochs, config)
+    epochs: int = processes.share(on_main(processes, lambda: _epochs_to_read(run, store)))
     needed = min(epochs, config.train.epochs)
-    on_main(processes, lambda: store.verify([VALIDATION, *map(epoch_part, range(needed))]))
+
+    def verify_once(part: str) -> None:
+        if processes.first_of_machine(f"{store.digest}/{part}"):
+            with processes.busy(f"compares the checksum of {part} of {store.folder}"):
+                store.verify([part])
+
+    def look() -> None:
+        for epoch in range(needed):
+            store.columns(epoch_part(epoch))  # whole, by its length and header; its checksum when it is first read
+        verify_once(VALIDATION)
+
+    together(processes, look)
     if processes.is_main:
         cycled = f", dealt over and over for {config.train.epochs} epochs" if needed < config.train.epochs else ""
         say(f"store: {config.teacher.store}, {needed} epochs of views{cycled}; the teacher is not in memory")
     run.loader.cycle_views(epochs)
     run.loader.order_as(store.views_version)
-    return StoredTeacher(store, epochs)
+    return StoredTeacher(store, epochs, verify_once)
+
+
+def _epochs_to_read(run: Run, store: LabelStore) -> int:
+    """Return how many epochs of the store a run deals: all that it needs, or as many as it was begun with."""
+    epochs = store.epochs
+    if run.checkpoint is None:
+        return epochs if epochs >= run.config.train.epochs else _epochs_of_all_photos(epochs, run.config)
+    facts = read_facts(run.folder)["teacher"]
+    begun = epochs if facts is None else facts.get("view_epochs", epochs)
+    if begun > epochs:
+        raise InputError(f"resume: {run.folder} was begun with {begun} epochs of the store, which has {epochs} now")
+    return begun
+
+
+def verify(store: LabelStore, parts_of_store: Sequence[str], processes: Processes) -> None:
+    """Compare the checksums of parts, each process its share.
+
+    Raises:
+        InputError: a part is damaged.
+    """
+
+    def verify_share() -> None:
+        with processes.busy(f"compares checksums of {store.folder}"):
+            store.verify(parts_of_store[processes.rank :: processes.count])
+
+    together(processes, verify_share)
 
 
 def _epochs_of_all_photos(epochs: int, config: Config) -> int:
@@ -143,7 +172,7 @@ def stored_validation(config: Config, photos: Photos) -> StoredAnswers:
 @contextmanager
 def recording(
     run: Run, teacher: NetworkTeacher, checkpoint: str | None
-) -> Iterator[tuple[RecordingTeacher, Callable[[int], None]]]:
+) -> Iterator[tuple[RecordingTeacher, AfterEpoch]]:
     """Fill the run's store while it trains: yield the teacher to ask, and what to call after every epoch.
 
     Raises:
@@ -155,9 +184,10 @@ def recording(
         fill_validation(config, store, teacher, run.splits, processes, run.errors)
         recorder = RecordingTeacher(teacher, store)
 
-        def after_epoch(epoch: int) -> None:
+        def after_epoch(epoch: int, beat: Callable[[], None]) -> None:
             recorder.flush()
-            fill_epoch(store, recorder, run.loader, epoch, processes, config.evaluate.batch_size, run.errors)
+            size = config.evaluate.batch_size
+            fill_epoch(store, recorder, run.loader, epoch, processes, size, run.errors, lambda batch: beat())
 
         if processes.is_main:
             say(f"store: {config.teacher.store} is filled, {store.record.bytes_per_view} bytes a view")
@@ -220,11 +250,11 @@ def writing(
                 raise InputError(
                     f"distill.kind: {config.distill.kind!r} needs logits; {folder} holds hard labels alone"
                 )
-            store.verify([part for part in (VALIDATION, *map(epoch_part, range(store.epochs))) if store.holds(part)])
 
-        on_main(processes, enter)
+        on_main(processes, enter, f"opens {folder}")
         store = LabelStore(folder)
         loader.order_as(store.views_version)  # one that is there goes on as it was begun
+        verify(store, processes.share(store.parts), processes)
         yield store
 
 
@@ -247,9 +277,10 @@ def fill_validation(
     if processes.share(store.holds(VALIDATION)):
         return
     asked = _Listener(teacher, store.record)
+    batches = parts.build_evaluation_loader(config, splits.validation, processes)
     score, _ = score_teacher(
         asked,
-        errors.watch("validation", parts.build_evaluation_loader(config, splits.validation, processes)),
+        processes.busy_over("asks the teacher", errors.watch("validation", batches)),
         classes=len(splits.validation.classes),
         total=len(splits.validation),
         processes=processes,
@@ -258,7 +289,7 @@ def fill_validation(
     store.write_piece(VALIDATION, positions, asked.columns())
     errors.tell()
     processes.wait()
-    on_main(processes, lambda: store.finish(VALIDATION, score))
+    on_main(processes, lambda: store.finish(VALIDATION, score), f"joins {VALIDATION} of {store.folder}")
 
 
 class _Listener:
@@ -298,7 +329,8 @@ def fill_epoch(
 ) -> None:
     """Ask for what an epoch still lacks, each process its share of blocks."""
     processes.wait()
-    missing: np.ndarray = processes.share(store.missing(epoch_part(epoch)) if processes.is_main else None)
+    part = epoch_part(epoch)
+    missing: Any = processes.share(on_main(processes, lambda: store.missing(part), f"looks what {part} lacks"))
     block = batch_size + batch_size % 2
     starts = range(processes.rank * block, len(missing), processes.count * block)
     if len(starts):
@@ -311,7 +343,7 @@ def fill_epoch(
     recorder.flush()
     errors.tell()
     processes.wait()
-    on_main(processes, lambda: store.finish(epoch_part(epoch)))
+    on_main(processes, lambda: store.finish(part), f"joins {part} of {store.folder}")
 
 
 def open_store(folder: str) -> LabelStore:

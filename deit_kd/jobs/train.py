@@ -24,7 +24,7 @@ def train(config: Config) -> dict[str, Any]:
     processes = start(config.train.device, config.train.timeout_seconds)
     try:
         run = prepare(config, processes)
-        with claimed(run):
+        with claimed(run.folder, processes):
             heads = _learn(run)
             if config.evaluate.report:
                 # Imported here so that training need not wait for the plotting library.

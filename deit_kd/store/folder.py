@@ -137,6 +137,11 @@ class LabelStore:
         return epoch
 
     @property
+    def parts(self) -> list[str]:
+        """The names of the parts that are there as a whole: the validation set's, and the epochs without a gap."""
+        return [part for part in (VALIDATION, *map(epoch_part, range(self.epochs))) if self.holds(part)]
+
+    @property
     def bytes_on_disk(self) -> int:
         """Size of all files."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())

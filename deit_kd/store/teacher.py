@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +22,13 @@ class StoredTeacher:
     Args:
         store: that holds the epochs of the views.
         epochs: how many of them a run cycles.
+        verify: compares the checksum of a part before it is first read; unless set, all of them have been.
     """
 
-    def __init__(self, store: LabelStore, epochs: int) -> None:
+    def __init__(self, store: LabelStore, epochs: int, verify: Callable[[str], None] = lambda part: None) -> None:
         self.store = store
+        self._verify = verify
+        self._verified: set[int] = set()
         self.facts: dict[str, Any] = {**store.manifest["teacher"], "store": store.digest, "view_epochs": epochs}
 
     def lines(self, role: str = "teacher") -> list[str]:
@@ -35,11 +39,15 @@ class StoredTeacher:
         """Answer the views of `batch` with logits [B, C] in fp32, on the device of its images.
 
         Raises:
-            InputError: a view is not in the store, or one that `batch` lacks is.
+            InputError: a view is not in the store, or one that `batch` lacks is, or a part is damaged.
         """
         if batch.view_ids is None:
             raise InputError("teacher.store: only views of the training loader can be answered, which have view_ids")
-        records = self.store.find(batch.view_ids.cpu())
+        view_ids = batch.view_ids.cpu()
+        for epoch in set(view_ids[:, 0].tolist()) - self._verified:
+            self._verify(epoch_part(epoch))
+            self._verified.add(epoch)
+        records = self.store.find(view_ids)
         self.store.expect_missing(batch.missing_ids())
         device = batch.images.device
         logits = self.store.record.decode({name: c.to(device, non_blocking=True) for name, c in records.items()})
