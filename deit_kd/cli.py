@@ -41,7 +41,7 @@ def _evaluate(arguments: Arguments) -> None:
     parser.add_argument("source", type=str, help="a run, an exported folder, a file of weights or a timm model")
     parser.add_argument("--split", type=str, default="validation", help="train, validation or a folder under data.root")
     parser.add_argument("--against", type=str, default=None, help="a second student to compare with")
-    parser.add_argument("--to", type=str, default=None, help="folder for the files; RUN/eval/<split> unless set")
+    parser.add_argument("--to", type=str, default=None, help="folder for the files; RUN/eval/<split> or one beside it")
     parser.add_argument("--diagnose", type=bool, default=False, help="look at tokens, layers and attention, too")
     parser.add_argument("--images", type=list[str], default=[], help="names of the images to show then")
     if _asks_for_help(arguments):

@@ -147,8 +147,8 @@ def test_eval_scores_other_photos_and_another_fusion(finished: Finished, photos_
         if int(path.stem) >= 2:
             path.unlink()
     arguments = ["--data.root", str(root), "--evaluate.fusion", "logits", "--evaluate.batch_size", "4"]
-    assert main(["eval", str(finished.folder), *arguments]) == 0
-    assert evaluated(finished.folder)["n"] == 6
+    assert main(["eval", str(finished.folder), *arguments, "--to", str(tmp_path / "to")]) == 0
+    assert json.loads((tmp_path / "to" / "heads.json").read_text())["n"] == 6
 
 
 def test_eval_scores_the_training_split(finished: Finished) -> None:

@@ -142,13 +142,6 @@ def test_a_teacher_that_is_named_after_a_run_without_one_is_asked(
     assert heads["disagreement"]["names"] == ["truth", "cls", "teacher"]
 
 
-def test_images_that_timm_fits_rather_than_crops_are_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["eval", "eva02_base_patch14_448.mim_in22k_ft_in22k_in1k", "--data.root", str(tmp_path)]) == 2
-    assert "does not crop but fits (squash)" in capsys.readouterr().out
-
-
 def test_predictions_have_a_row_for_every_image(runs: Path, tmp_path: Path) -> None:
     heads = evaluate(tmp_path, str(runs / "distilled"))
     table = parquet.read_table(tmp_path / "predictions.parquet")

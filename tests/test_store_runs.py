@@ -563,8 +563,9 @@ def test_a_teacher_that_is_named_is_asked_instead_of_the_runs_store(home: Home, 
     run = tmp_path / "run"
     home.train(run, **{"teacher.store": hard, "train.epochs": 1})
     other = shutil.copytree(home.teacher, tmp_path / "teacher")
-    assert main(["eval", str(run), "--teacher.checkpoint", str(other)]) == 0
-    assert "teacher" in evaluated(run)["reliability"]  # which a store of hard labels cannot tell
+    assert main(["eval", str(run), "--teacher.checkpoint", str(other), "--to", str(tmp_path / "to")]) == 0
+    heads = json.loads((tmp_path / "to" / "heads.json").read_text())
+    assert "teacher" in heads["reliability"]  # which a store of hard labels cannot tell
 
 
 def test_a_stored_run_is_reported_with_its_teacher(home: Home, hard: Path, tmp_path: Path, no_teacher: None) -> None:

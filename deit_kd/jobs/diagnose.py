@@ -42,6 +42,7 @@ GALLERY = 8
 
 DIAGNOSIS_FILE = "diagnosis.json"
 ATTENTION_FOLDER = "attention"
+PICTURES = ("gallery", "disputed")  # what their names begin with
 
 
 @dataclass(frozen=True)
@@ -273,10 +274,21 @@ def write_diagnosis(folder: Path, diagnosis: Diagnosis) -> None:
     """Write ``diagnosis.json`` and, in ``attention/``, each image beside the attention that it gets."""
     write_json(folder / DIAGNOSIS_FILE, diagnosis.numbers)
     (folder / ATTENTION_FOLDER).mkdir(exist_ok=True)
-    for kind, portraits in (("gallery", diagnosis.gallery), ("disputed", diagnosis.disputed)):
+    for kind, portraits in zip(PICTURES, (diagnosis.gallery, diagnosis.disputed), strict=True):
         for number, portrait in enumerate(portraits, start=1):
             strip = image_png(side_by_side(list(portrait.panels().values())))
             write_atomically(folder / ATTENTION_FOLDER / f"{kind}-{number}.png", strip)
+
+
+def remove_diagnosis(folder: Path) -> None:
+    """Remove what `write_diagnosis` wrote, and nothing else."""
+    (folder / DIAGNOSIS_FILE).unlink(missing_ok=True)
+    pictures = folder / ATTENTION_FOLDER
+    for kind in PICTURES:
+        for picture in pictures.glob(f"{kind}-*.png"):
+            picture.unlink()
+    if pictures.is_dir() and not any(pictures.iterdir()):
+        pictures.rmdir()
 
 
 def tell_diagnosis(diagnosis: Diagnosis) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,17 @@ from torch import Tensor
 
 from deit_kd.config import Config
 from deit_kd.distributed import finish, start
-from deit_kd.files import write_atomically, write_json
+from deit_kd.files import read_json, write_atomically, write_json
 from deit_kd.jobs.diagnose import (
     ATTENTION_FOLDER,
     DIAGNOSIS_FILE,
     diagnose,
+    remove_diagnosis,
     tell_diagnosis,
     write_diagnosis,
 )
-from deit_kd.jobs.examine import Examination, examine, examine_other, first_reason, judge_heads
-from deit_kd.jobs.sources import Source, open_source
+from deit_kd.jobs.examine import Examination, examine, examine_other, first_reason, is_as_trained, judge_heads
+from deit_kd.jobs.sources import open_source
 from deit_kd.metrics import every_head
 from deit_kd.tracking import HEADS_FILE, console, print_comparison, print_scores, say
 
@@ -45,7 +48,7 @@ def evaluate_source(
         config: what `text` stands for, with what a person overrode.
         split: ``train``, ``validation``, or another folder under ``data.root`` (``.`` is the root itself).
         against: a second student, in the same words as `text`.
-        folder: where the files go; None is ``RUN/eval/<split>``, or ``runs/eval/<name>-<split>``.
+        folder: where the files go; None is what `default_folder` says.
         look_inside: write ``diagnosis.json`` and the images with the tokens' attention, too; see `diagnose`.
         images: which images to show then; the most interesting ones unless set.
 
@@ -64,7 +67,7 @@ def evaluate_source(
         heads = judge_heads(examination, others)
         if processes.is_main:
             diagnosis = diagnose(examination, images or []) if look_inside else None
-            folder = folder or default_folder(source, split)
+            folder = folder or default_folder(examination, heads)
             write_evaluation(folder, examination, heads)
             tell(heads, examination, folder)
             if diagnosis is not None:
@@ -76,21 +79,46 @@ def evaluate_source(
         finish()
 
 
-def default_folder(source: Source, split: str) -> Path:
-    """Return where the files of an evaluation go."""
-    split = "root" if split == "." else split.replace("/", "-")
+def default_folder(examination: Examination, heads: dict[str, Any]) -> Path:
+    """Return where the files of an evaluation go: to ``RUN/eval/<split>``, or to ``runs/eval/<name>-<split>``.
+
+    A run's is kept for its own photos, seen as it sees them, and its own teacher; any other source's for what was
+    evaluated there first. Whatever else is evaluated has a folder with its photos' root and a hash in the name.
+    """
+    source, split = examination.source, examination.split
+    name = "root" if split == "." else split.replace("/", "-")
     if source.checkpoint is not None:
-        split += f"-{source.checkpoint.stem}"
-    return EVALUATIONS / f"{source.name}-{split}" if source.run is None else source.run / "eval" / split
+        name += f"-{source.checkpoint.stem}"
+    folder = EVALUATIONS / f"{source.name}-{name}" if source.run is None else source.run / "eval" / name
+    what = {"fusion": heads["fusion"], **heads["evaluated"]}
+    if source.run is None:
+        is_own = not (folder / HEADS_FILE).is_file() or _without_root(_evaluated_in(folder)) == _without_root(what)
+    else:
+        is_own = is_as_trained(examination)
+    if is_own:
+        return folder
+    digest = hashlib.blake2b(json.dumps(_without_root(what), sort_keys=True).encode(), digest_size=4).hexdigest()
+    return folder.with_name(f"{folder.name}-{Path(what['root']).name}-{digest}")
+
+
+def _evaluated_in(folder: Path) -> dict[str, Any]:
+    heads = read_json(folder / HEADS_FILE, dict[str, Any])
+    return {"fusion": heads.get("fusion"), **heads.get("evaluated", {})}
+
+
+def _without_root(what: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells one evaluation from another: photos that were moved are the same."""
+    return {key: value for key, value in what.items() if key != "root"}
 
 
 def write_evaluation(folder: Path, examination: Examination, heads: dict[str, Any]) -> None:
-    """Write ``heads.json`` and ``predictions.parquet``.
+    """Write ``heads.json`` and ``predictions.parquet``; the diagnosis of an earlier evaluation goes.
 
     The table has a row for each readable image: ``path``, ``label``, by head ``<head>_top5`` (classes, best first)
     and ``<head>_top5_probability``, and ``teacher_top1``.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    remove_diagnosis(folder)
     write_json(folder / HEADS_FILE, heads)
     answers, photos = examination.answers, examination.photos
     classes = photos.classes

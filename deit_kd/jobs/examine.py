@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from deit_kd.jobs import parts
 from deit_kd.jobs.sources import Source, check_classes, load_student
 from deit_kd.jobs.stored import StoredAnswers, stored_validation
 from deit_kd.metrics import judge
-from deit_kd.models import choose_attention
+from deit_kd.models import choose_attention, tensors_hash
 from deit_kd.students import TimmStudent
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.tracking import read_head_scores, say
@@ -30,6 +31,7 @@ class Examination:
 
     source: Source
     config: Config
+    split: str
     processes: Processes
     photos: Photos
     student: TimmStudent
@@ -89,7 +91,7 @@ def examine(source: Source, config: Config, split: str, processes: Processes) ->
         logits = None if stored.logits is None else stored.logits[answers.indices]
         answers = answers._replace(teacher_predictions=stored.predictions[answers.indices], teacher_logits=logits)
     score = None if stored is None or unreadable else stored.score
-    return Examination(source, config, processes, photos, student, network, score, answers, unreadable)
+    return Examination(source, config, split, processes, photos, student, network, score, answers, unreadable)
 
 
 def _noting(batches: Iterable[Batch], unreadable: dict[int, str]) -> Iterator[Batch]:
@@ -170,6 +172,45 @@ def examine_other(source: Source, first: Examination, split: str, processes: Pro
     return examine(source, config, split, processes).predictions()
 
 
+SEEN = {"image_size", "crop_fraction", "crop_mode", "interpolation", "mean", "std"}  # of the section data
+
+
+def evaluated(examination: Examination) -> dict[str, Any]:
+    """Return what was evaluated: photos, how they were seen, whose weights, and whom they were compared with."""
+    config, network = examination.config, examination.teacher
+    teacher: dict[str, Any] | None = None
+    if network is not None:
+        teacher = {"name": network.facts.get("name"), "weights": tensors_hash(network.state_dict())}
+    elif examination.answers.teacher_predictions is not None:
+        teacher = {"store": config.teacher.store}
+    root = config.data.root
+    return {
+        "root": config.data.name if root is None else str(Path(root).expanduser().absolute()),
+        "split": examination.split,
+        "photos": examination.photos.digest(),
+        "seen": config.data.model_dump(mode="json", include=SEEN),
+        "student": tensors_hash(examination.student.state_dict()),
+        "teacher": teacher,
+    }
+
+
+def is_as_trained(examination: Examination) -> bool:
+    """Return whether a run is evaluated on its own photos, as it sees them, with its own teacher and fusion."""
+    source, config = examination.source, examination.config
+    if source.run is None:
+        return False
+    own = _own_config(source)
+    digest = source.facts["data"].get(examination.split)
+    same_photos = config.data.root == own.data.root if digest is None else examination.photos.digest() == digest
+
+    def how(config: Config) -> tuple[Any, ...]:
+        seen, teacher = config.data.model_dump(include=SEEN), config.teacher
+        eyes = teacher.image_size, teacher.mean, teacher.std, teacher.args, teacher.class_map, teacher.label_set
+        return config.student, seen, config.evaluate.fusion, teacher.store, eyes, _whose(teacher)
+
+    return same_photos and how(config) == how(own)
+
+
 def judge_heads(examination: Examination, others: dict[str, Tensor]) -> dict[str, Any]:
     """Return what the evaluation's ``heads.json`` holds: that of a training run, and all that `judge` finds."""
     config, source, answers = examination.config, examination.source, examination.answers
@@ -190,6 +231,7 @@ def judge_heads(examination: Examination, others: dict[str, Tensor]) -> dict[str
         "weights": weights,
         "fusion": config.evaluate.fusion,
         "student": source.name,
+        "evaluated": evaluated(examination),
         "classes": list(examination.photos.classes),
         "unreadable": {examination.photos.names[index]: reason for index, reason in examination.unreadable.items()},
         **judged,

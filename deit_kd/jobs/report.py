@@ -27,7 +27,7 @@ from deit_kd.figures import (
 )
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import InputError
-from deit_kd.jobs.curves import charts_of, names_of, read_records, rows_of, troubles_of
+from deit_kd.jobs.curves import Records, charts_of, names_of, read_records, rows_of, troubles_of
 from deit_kd.jobs.diagnose import Diagnosis, Portrait, diagnose, write_diagnosis
 from deit_kd.jobs.evaluate import write_evaluation
 from deit_kd.jobs.examine import Examination, examine, judge_heads
@@ -100,29 +100,34 @@ def write_report(folders: list[Path], folder: Path | None, processes: Processes)
     sources = {name: _open_run(run) for name, run in names.items()}
     records = {name: read_records(run) for name, run in names.items()}
     examinations = {name: _examine(source, processes) for name, source in sources.items()}
-    page = folder / REPORT_FILE
-    if processes.is_main:
-        seen = [
-            _see(name, folder if len(names) == 1 else folder / name, examinations, troubles_of(records[name]))
-            for name in names
-        ]
-        charts = charts_of(records)
-        figures = Figures(folder)
-        curves = [figures.add(name, line_charts([chart]), rows_of(chart)) for name, chart in charts.items()]
-        tokens = {run.name: run.diagnosis.numbers["tokens"] for run in seen if run.diagnosis.numbers["tokens"]}
-        if tokens:
-            caption = "After every block, mean and spread over images. In the paper: .06 at the input, .93 at the end."
-            curves.append(figures.add("tokens", token_chart(tokens), tokens, caption))
-        html = _template().render(
-            title=" · ".join(names),
-            runs=[_section(run, figures, len(seen) > 1) for run in seen],
-            heads=HEADS,
-            curves=curves,
-        )
-        write_atomically(page, html.encode())
-        say(f"report: {page}")
-    processes.wait()
-    return page
+    try:
+        if processes.is_main:
+            _draw(folder, examinations, records)
+    finally:
+        processes.wait()  # the others do, whatever becomes of the page
+    return folder / REPORT_FILE
+
+
+def _draw(folder: Path, examinations: Mapping[str, Examination], records: Mapping[str, Records]) -> None:
+    seen = [
+        _see(name, folder if len(examinations) == 1 else folder / name, examinations, troubles_of(records[name]))
+        for name in examinations
+    ]
+    charts = charts_of(records)
+    figures = Figures(folder)
+    curves = [figures.add(name, line_charts([chart]), rows_of(chart)) for name, chart in charts.items()]
+    tokens = {run.name: run.diagnosis.numbers["tokens"] for run in seen if run.diagnosis.numbers["tokens"]}
+    if tokens:
+        caption = "After every block, mean and spread over images. In the paper: .06 at the input, .93 at the end."
+        curves.append(figures.add("tokens", token_chart(tokens), tokens, caption))
+    html = _template().render(
+        title=" · ".join(examinations),
+        runs=[_section(run, figures, len(seen) > 1) for run in seen],
+        heads=HEADS,
+        curves=curves,
+    )
+    write_atomically(folder / REPORT_FILE, html.encode())
+    say(f"report: {folder / REPORT_FILE}")
 
 
 def _open_run(folder: Path) -> Source:

@@ -7,12 +7,15 @@ from typing import Any
 
 from deit_kd.config import Config
 from deit_kd.distributed import finish, start
+from deit_kd.files import refusal
+from deit_kd.interfaces import InputError
 from deit_kd.jobs.fit import guide_config, is_unfitted, online_teacher, unfitted_teacher
 from deit_kd.jobs.lesson import Lesson, match_features
 from deit_kd.jobs.prepared import Run
 from deit_kd.jobs.run import claimed, execute, prepare
 from deit_kd.jobs.stored import recording, stored_teacher
 from deit_kd.teachers import FrozenTeacher, NetworkTeacher
+from deit_kd.tracking import say
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -27,13 +30,25 @@ def train(config: Config) -> dict[str, Any]:
         with claimed(run.folder, processes):
             heads = _learn(run)
             if config.evaluate.report:
-                # Imported here so that training need not wait for the plotting library.
-                from deit_kd.jobs.report import write_report
-
-                write_report([run.folder], None, processes)
+                _report(run)
         return heads
     finally:
         finish()
+
+
+def _report(run: Run) -> None:
+    """Write the report of a finished run, which stays whole where that fails, whatever the reason."""
+    try:
+        # Imported here so that training need not wait for the plotting library.
+        from deit_kd.jobs.report import write_report
+
+        write_report([run.folder], None, run.processes)
+    except Exception as error:
+        told = (refusal(error) if isinstance(error, OSError) else error) or error
+        reason = str(told) if isinstance(told, InputError) else f"{type(told).__name__}: {told}"
+        if run.processes.is_main:
+            reason = " ".join(reason.split())
+            say(f"warning: the run is whole, but its report failed ({reason}); deit-kd report {run.folder} tries again")
 
 
 def _learn(run: Run) -> dict[str, Any]:
