@@ -35,7 +35,8 @@ def signal_in_evaluation(number: int) -> Iterator[None]:
 
     def look(module: nn.Module, inputs: Any) -> None:
         nonlocal sent
-        if isinstance(module, TimmStudent) and not module.training and len(inputs[0]) > 1 and not sent:
+        evaluating = isinstance(module, TimmStudent) and not module.training and bool(inputs[0].any())
+        if evaluating and not sent:  # and not built, when a blank image is shown
             sent = True
             os.kill(os.getpid(), number)
 
