@@ -164,18 +164,21 @@ def _runs_given(parser: ArgumentParser, arguments: Arguments) -> dict[str, Any]:
 def _data(arguments: Arguments) -> int:
     parser = build_parser("deit-kd data")
     parser.add_argument("action", choices=["check"], help="read every photo of a tree once")
-    parser.add_argument("root", type=str, help="folder with one folder of images for each class")
+    parser.add_argument("root", type=str, nargs="?", default=None, help="folder of the photos; data.root unless named")
     parser.add_argument("--json", type=str, default=None, help="file for the findings")
     config, others = parse_config(arguments, parser)
     json_file = _named_file("--json", others["json"])
-    photos_root(others["root"])
-    config = config.model_copy(
-        update={"data": config.data.model_copy(update={"name": "folder", "root": others["root"]})}
-    )
+    root = others["root"] or config.data.root
+    photos_root(root)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"name": "folder", "root": root})})
     from deit_kd.jobs.data import available_cores, check_data
     from deit_kd.jobs.parts import build_splits
 
-    return 0 if check_data(build_splits(config), available_cores(), json_file) else 1
+    splits, share = build_splits(config), config.data.validation_fraction
+    if splits.validation.root == splits.train.root and config.data.folds is None:
+        # Without its recipe, another share would be checked than the one that is trained with.
+        print(f"validation: {100 * share:g} % of each class (data.validation_fraction; --config takes a recipe's)")
+    return 0 if check_data(splits, available_cores(), json_file) else 1
 
 
 def _store(arguments: Arguments) -> None:

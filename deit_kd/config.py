@@ -746,6 +746,8 @@ def _one_line(message: str) -> str:
 
 
 def _nearest_key(key: str) -> str:
-    keys = [known for known in known_keys() if known != key]
-    by_path = nearest(key, keys)
-    return by_path or nearest(key.rsplit(".", 1)[-1], [known.rsplit(".", 1)[-1] for known in keys])
+    keys, last = known_keys(), key.rsplit(".", 1)[-1]
+    elsewhere = [known for known in keys if known.rsplit(".", 1)[-1] == last and known != key]
+    if elsewhere:
+        return nearest(key, elsewhere) or f" (nearest: {', '.join(elsewhere[:3])})"
+    return nearest(key, keys) or nearest(last, {known.rsplit(".", 1)[-1] for known in keys})

@@ -30,8 +30,8 @@ class Stopped(BaseException):
 
 
 def nearest(value: str, known: Iterable[str]) -> str:
-    """Return `` (nearest: a, b)`` for the known names most like `value`, or an empty string."""
-    close = difflib.get_close_matches(value, list(known), n=3, cutoff=0.5)
+    """Return `` (nearest: a, b)`` for the known names most like `value` but itself, or an empty string."""
+    close = difflib.get_close_matches(value, [name for name in known if name != value], n=3, cutoff=0.5)
     return f" (nearest: {', '.join(close)})" if close else ""
 
 

@@ -228,6 +228,34 @@ def test_any_difference_fits_anew_and_is_named(
     assert len(list(teachers.iterdir())) == 2
 
 
+def test_a_fit_that_goes_on_is_not_called_anew(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teachers = shutil.copytree(finished.teachers, tmp_path / "teachers")
+    (fitted,) = (path for path in teachers.iterdir() if path.is_dir())
+    other = shutil.copytree(fitted, teachers / "test_resnet-another")
+    key = json.loads((other / "teacher_key.json").read_text())
+    (other / "teacher_key.json").write_text(json.dumps({**key, "seed": 7}))
+    for file in ("heads.json", "teacher_key.json"):
+        (fitted / file).unlink()
+    options = ["--data.workers", "0", "--teacher.fit.folder", str(teachers)]
+    said = train_again(finished, tmp_path / "run", capsys, *options)
+    assert "teacher: fitting test_resnet goes on\n" in said
+    assert "anew" not in said
+
+
+def test_a_fit_that_is_refused_speaks_of_its_own_folder(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (fitted,) = (path for path in finished.teachers.iterdir() if path.is_dir())
+    taken = tmp_path / "teachers" / fitted.name
+    taken.mkdir(parents=True)
+    (taken / "thesis.tex").write_text("precious")
+    options = ["--teacher.fit.folder", str(tmp_path / "teachers"), "--output", str(tmp_path / "run")]
+    assert main(["train", *finished.arguments, *options]) == 2
+    assert f"teacher.fit.folder: {taken} holds something that is no run" in capsys.readouterr().err
+
+
 def test_other_photos_fit_anew(finished: Finished, photos_root: Path, tmp_path: Path, capsys: Any) -> None:
     root = shutil.copytree(photos_root, tmp_path / "photos")
     (root / "train" / "dots" / "000.png").rename(root / "train" / "dots" / "renamed.png")

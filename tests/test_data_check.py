@@ -59,3 +59,27 @@ def test_the_same_file_twice_is_found(tree: Path, split: str, kind: str, code: i
 def test_a_missing_tree_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "check", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("error: data.root: ")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "percent", "held_out"), [("seed: 0", 20, None), ("data: {validation_fraction: 0.5}", 50, 6)]
+)
+def test_the_recipe_says_how_many_are_held_out(
+    tree: Path, capsys: pytest.CaptureFixture[str], recipe: str, percent: int, held_out: int | None
+) -> None:
+    for photo in tree.glob("validation/*/*.png"):
+        photo.rename(tree / "train" / photo.parent.name / f"more-{photo.name}")
+    shutil.rmtree(tree / "validation")
+    file, findings = tree.parent / "recipe.yaml", tree.parent / "findings.json"
+    file.write_text(recipe)
+    assert main(["data", "check", str(tree), "--config", str(file), "--json", str(findings)]) == 0
+    counts = json.loads(findings.read_text())["counts"]
+    assert held_out in (None, sum(counts["validation"].values()))
+    assert f"validation: {percent} % of each class (data.validation_fraction" in capsys.readouterr().out
+
+
+def test_the_recipe_may_name_the_photos(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", "--data.root", str(tree)]) == 0
+    assert "6 training and 6 validation images" in capsys.readouterr().out
+    assert main(["data", "check"]) == 2
+    assert "data.root: is not set" in capsys.readouterr().err

@@ -23,6 +23,7 @@ KEY_FILE = "teacher_key.json"
 
 # Keys of a run that fits a teacher, and where the recipe has them.
 _KEYS = (
+    (r"output: ", "teacher.fit.folder: "),
     (r"student\.drop_path", "teacher.fit.drop_path"),
     (r"student\.", "teacher."),
     (r"train\.(batch_size|epochs|ema_decay)", r"teacher.fit.\1"),
@@ -49,7 +50,8 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
         except InputError as error:
             raise InputError(_in_the_recipes_keys(str(error))) from error
         if processes.is_main:
-            say(f"teacher: fitting {config.teacher.name}{_why(key, folder)}")
+            how = _why(key, folder) if run.checkpoint is None else " goes on"
+            say(f"teacher: fitting {config.teacher.name}{how}")
         execute(run)
         on_main(processes, lambda: write_json(folder / KEY_FILE, key))
     return folder
