@@ -273,6 +273,11 @@ class TeacherSection(SoleTeacher):
     compile: bool = False
     """run it through torch.compile"""
 
+    @property
+    def reads_store(self) -> bool:
+        """Whether a label store answers in the network's place."""
+        return self.store is not None and self.store_mode == "read"
+
 
 class ScheduleSection(Section):
     """A number that changes over the run; places are shares of it."""
@@ -542,7 +547,7 @@ class Config(Section):
             raise ValueError("guide: is set, but no term of distill.terms compares features; add one, or unset it")
         if self.distill.needs_features and not self.guide.is_named:
             answers_alone = "several teachers give" if teacher.members else "a label store gives"
-            if teacher.members or (teacher.store is not None and teacher.store_mode == "read"):
+            if teacher.members or (teacher.reads_store and not teacher.is_named):
                 raise ValueError(
                     f"distill.terms: features are compared, but {answers_alone} answers alone; add an online guide "
                     "(guide.name, and guide.checkpoint or guide.fit.epochs)"

@@ -120,8 +120,11 @@ def test_a_stored_teacher_with_an_online_guide_is_both_online(
     recorded = guided(photos_root, tmp_path / "recorded", whole.teachers, **record)
     assert main(["train", *recorded]) == 0
     assert_same_run(tmp_path / "recorded", whole.folder)
+    # The recipe's own teacher gives the maps, as a guide that is named does.
+    assert main(["train", *guided(photos_root, tmp_path / "read", whole.teachers, teacher__store=store)]) == 0
     guide = {"guide__name": "test_resnet", "guide__checkpoint": str(whole.teachers / "seed-0"), "guide__min_top1": 0}
-    assert main(["train", *guided(photos_root, tmp_path / "read", whole.teachers, teacher__store=store, **guide)]) == 0
+    assert main(["train", *guided(photos_root, tmp_path / "named", whole.teachers, teacher__store=store, **guide)]) == 0
+    assert_same_run(tmp_path / "read", tmp_path / "named")
     online, read = steps(whole.folder), steps(tmp_path / "read")
     for here, there in zip(online, read, strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-3)  # stored logits are fp16
@@ -185,7 +188,10 @@ def test_a_wrong_stage_is_told_before_a_teacher_is_fitted(
         ({"distill__terms": [{**GUIDE, "grid": 3}]}, "cannot be averaged to one of 3 x 3"),
         ({"distill__terms": [{**GUIDE, "loss": "huber"}]}, "loss does not act on a term of kind guide"),
         ({"distill__terms": [], "guide__name": "test_resnet"}, "no term of distill.terms compares features"),
-        ({"teacher__store": "store"}, "a label store gives answers alone; add an online guide"),
+        (
+            {"teacher__store": "store", "teacher__checkpoint": None, "teacher__name": None},
+            "a label store gives answers alone; add an online guide",
+        ),
         (
             {"teacher__checkpoint": None, "teacher__name": None, "teacher__members": [{"name": "test_resnet"}]},
             "several teachers give answers alone; add an online guide",

@@ -13,12 +13,13 @@ README = REPOSITORY / "README.md"
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="there is no README.md")
 
 
-def test_the_example_of_an_own_loop_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = README.read_text().partition("In your own loop")[2]
+@pytest.mark.parametrize("page", ["README.md", "docs/distillation.md"])
+def test_the_example_of_an_own_loop_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (REPOSITORY / page).read_text().partition("In your own loop")[2]
     example = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert example is not None, "the README has no python block under 'In your own loop'"
+    assert example is not None, f"{page} has no python block under 'In your own loop'"
     monkeypatch.chdir(tmp_path)
-    exec(compile(example[1], "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(example[1], page, "exec"), {"__name__": "readme"})
 
 
 def test_recipes_that_the_readme_names_are_there() -> None:

@@ -81,10 +81,13 @@ def dry_run(config: Config) -> Needs:
 
 def _lesson(run: Run) -> Lesson:
     config = run.config
-    pairs = (("teacher", config, config.distill.has_token), ("guide", guide_config(config), config.guide.is_named))
-    for role, recipe, is_asked in pairs:
-        reads = recipe.teacher.store is not None and recipe.teacher.store_mode == "read"
-        if is_asked and not reads and is_unfitted(recipe, run.splits) and run.processes.is_main:
+    for role, recipe in (
+        ("teacher", config if config.distill.needs_teacher else None),
+        ("guide", guide_config(config)),
+    ):
+        if recipe is None or recipe.teacher.reads_store:
+            continue
+        if is_unfitted(recipe, run.splits) and run.processes.is_main:
             say(
                 f"{role}: {recipe.teacher.name} is not fitted yet, which {recipe.teacher.fit.epochs} epochs will do "
                 "first, not counted here; unfitted weights stand in for it"

@@ -81,8 +81,17 @@ def online_teacher(config: Config, processes: Processes, splits: Splits) -> tupl
         return parts.build_teacher(config, splits.train.classes, processes, checkpoint), checkpoint
 
 
-def guide_config(config: Config) -> Config:
-    """Return the recipe with its guide in the teacher's place, so that both are fitted and found alike."""
+def guide_config(config: Config) -> Config | None:
+    """Return the recipe with its guide in the teacher's place, so that both are fitted and found alike.
+
+    Where a label store answers and the recipe names no other guide, that is the teacher's own network. None where the
+    teacher gives the features with its answers, or none are compared.
+    """
+    if not config.distill.needs_features:
+        return None
+    if not config.guide.is_named:
+        online = config.teacher.model_copy(update={"store": None})
+        return config.model_copy(update={"teacher": online}) if config.teacher.reads_store else None
     guide = {name: getattr(config.guide, name) for name in type(config.guide).model_fields}
     own = {name: getattr(config.teacher, name) for name in ("precision", "channels_last", "compile")}
     return config.model_copy(update={"teacher": TeacherSection(**guide, **own), "guide": Guide()})

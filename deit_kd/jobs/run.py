@@ -305,11 +305,15 @@ def _meet_teacher(run: Run, lesson: Lesson) -> tuple[dict[str, Any] | None, Tens
         return None, None
     if lesson.answers is None:
         assert lesson.guide is not None
-        return _met(run, "guide", lesson.guide, lesson.guide_source, run.config.guide)
+        return _met(run, "guide", lesson.guide, lesson.guide_source, _guide_section(run.config))
     facts, predictions = _met(run, "teacher", lesson.answers, lesson.source, run.config.teacher)
     if lesson.guide is not None:
-        facts["guide"], _ = _met(run, "guide", lesson.guide, lesson.guide_source, run.config.guide)
+        facts["guide"], _ = _met(run, "guide", lesson.guide, lesson.guide_source, _guide_section(run.config))
     return facts, predictions
+
+
+def _guide_section(config: Config) -> TeacherSection | Guide:
+    return config.guide if config.guide.is_named else config.teacher
 
 
 def _met(

@@ -71,17 +71,17 @@ def ready_lesson(run: Run, may_fit: bool = True) -> Lesson:
     """
     config, splits, processes = run.config, run.splits, run.processes
     distill, guide = config.distill, guide_config(config)
-    if may_fit and distill.needs_features and is_unfitted(guide if config.guide.is_named else config, splits):
+    if may_fit and distill.needs_features and is_unfitted(guide or config, splits):
         match_features(run, ready_lesson(run, may_fit=False))  # a wrong stage is told before hours of fitting
     lesson = Lesson()
-    if distill.has_token or (distill.needs_features and not config.guide.is_named):
-        if config.teacher.store is not None and config.teacher.store_mode == "read":
+    if distill.has_token or (distill.needs_features and guide is None):
+        if config.teacher.reads_store:
             lesson = Lesson(stored_teacher(run), config.teacher.store)
         elif is_unfitted(config, splits) and not may_fit:
             lesson = Lesson(unfitted_teacher(config, run.classes, processes))
         else:
             lesson = Lesson(*online_teacher(config, processes, splits))
-    if distill.needs_features and config.guide.is_named:
+    if guide is not None:
         if is_unfitted(guide, splits) and not may_fit:
             network, source = unfitted_teacher(guide, run.classes, processes), None
         else:
