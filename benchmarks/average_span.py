@@ -18,8 +18,9 @@ from deit_kd.config import Config, parse_config
 from deit_kd.distributed import finish, start
 from deit_kd.engine import StepResult, evaluate, train
 from deit_kd.jobs.bench import print_markdown
+from deit_kd.jobs.lesson import connect
 from deit_kd.jobs.run import build_trainer, prepare
-from deit_kd.jobs.train import ready_teacher
+from deit_kd.jobs.train import ready_lesson
 from deit_kd.optim import WeightAverage
 
 HEADS = ("cls", "dist", "fused")
@@ -30,7 +31,9 @@ def scores_by_share(config: Config, shares: list[float]) -> tuple[int, dict[str,
     processes = start(config.train.device)
     try:
         run = prepare(config, processes)
-        trainer = build_trainer(run, ready_teacher(run)[0])
+        lesson = ready_lesson(run)
+        run = connect(run, lesson)
+        trainer = build_trainer(run, lesson)
         steps = run.loader.total_steps
         averages = {share: WeightAverage(run.student, 1 - 1 / max(1.0, share * steps)) for share in shares if share}
 

@@ -70,6 +70,13 @@ def test_records_of_all_logits_lose_less_than_those_of_one(photos_root: Path, tm
     assert rows["all"] < 1e-4 < rows["1"]
 
 
+def test_spans_of_an_average_are_compared_in_one_run(photos_root: Path, tmp_path: Path, program: Program) -> None:
+    printed = program("average_span", *tiny(photos_root, tmp_path / "run"), "--shares", "0.5")
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in printed.splitlines() if "%" in line]
+    assert [row[:3] for row in rows[-2:]] == [["0 %", "0", "none"], ["50 %", "3", "0.66667"]]
+    assert not (tmp_path / "run").exists()
+
+
 def test_heads_are_compared_over_seeds(runs: Path, tmp_path: Path, program: Program) -> None:
     for run, name in (("plain", "none-0"), ("distilled", "hard-0")):
         shutil.copytree(runs / run, tmp_path / name)
