@@ -42,8 +42,9 @@ from deit_kd.jobs import parts
 from deit_kd.jobs.bench import print_rates
 from deit_kd.jobs.fit import fitted_teacher
 from deit_kd.jobs.timed import ONLINE, SETTLING_STEPS, STEP, STORED, Clock, open_parts, some_photos
-from deit_kd.models import load_weights, size_argument
+from deit_kd.models import size_argument
 from deit_kd.openmp import SPIN_COUNT
+from deit_kd.origins import open_origin
 from deit_kd.tracking import say
 
 TIMMS_LOOP, TIMMS_STEP = "timm: loop, teacher online", "timm: student's step"
@@ -192,10 +193,10 @@ def timms_teacher(config: Config, classes: int, processes: Processes, splits: An
         return timm.create_model(section.name, num_classes=classes, **section.args)
     checkpoint = str(fitted_teacher(config, processes, splits)) if section.fit.epochs else section.checkpoint
     assert checkpoint is not None
-    weights = load_weights("teacher.checkpoint", checkpoint)
+    weights = open_origin("teacher.checkpoint", checkpoint)
     name = section.name or weights.architecture
     assert name is not None
-    teacher = timm.create_model(name, num_classes=classes, **{**weights.build_arguments, **section.args})
+    teacher = timm.create_model(name, num_classes=classes, **{**weights.arguments_of(name), **section.args})
     teacher.load_state_dict(weights.state)
     return teacher
 

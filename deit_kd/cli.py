@@ -49,9 +49,9 @@ def _evaluate(arguments: Arguments) -> None:
     source = _first_argument(arguments, parser)
     _check_evaluation(read_options(arguments, parser))
     from deit_kd.jobs.evaluate import evaluate_source
-    from deit_kd.jobs.sources import open_source
+    from deit_kd.jobs.sources import open_source, options_before
 
-    recipe = open_source(source).recipe
+    recipe = options_before(open_source(source), arguments[1:])
     config, others = parse_config([source, *recipe, *arguments[1:]], parser)
     evaluate_source(
         source,
@@ -109,11 +109,15 @@ def _export(arguments: Arguments) -> None:
     parser = _run_parser("deit-kd export")
     parser.add_argument("--format", type=str, required=True, help="timm, local-dir, transformers, onnx or torch-export")
     parser.add_argument("--to", type=str, default=None, help="folder to write; RUN/export/FORMAT unless set")
-    folder, arguments = _with_recipe_of_run(arguments, parser)
-    config, others = parse_config(arguments, parser)
-    from deit_kd.jobs.export import export_run
+    if _asks_for_help(arguments):
+        parse_config(arguments, parser)
+    named = _first_argument(arguments, parser)
+    from deit_kd.jobs.export import export_student
+    from deit_kd.jobs.sources import open_source
 
-    export_run(folder, config, others["format"], None if others["to"] is None else Path(others["to"]))
+    source = open_source(named)
+    config, others = parse_config([named, *source.recipe, *arguments[1:]], parser)
+    export_student(source, config, others["format"], None if others["to"] is None else Path(others["to"]))
 
 
 def _bench(arguments: Arguments) -> None:

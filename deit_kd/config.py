@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,7 +168,7 @@ class StudentSection(Section):
     pretrained: bool = False
     """start from timm's weights"""
     checkpoint: str | None = None
-    """start from these weights: a run, a timm local-dir, .safetensors (timm's, transformers') or .pth"""
+    """start from these weights: a run or a file in it, a timm local-dir, transformers', .safetensors or .pth"""
     token: Literal["cls", "scratch"] = "cls"
     """what a token that the weights lack starts from: their class token with small noise, or nothing"""
     new_heads: bool = False
@@ -209,7 +210,7 @@ class TeacherNetwork(Section):
     pretrained: bool = False
     """timm's weights, head included"""
     checkpoint: str | None = None
-    """weights from a run (its student; RUN:teacher is its teacher), a timm local-dir, .safetensors or .pth"""
+    """weights of a run or a file in it (RUN:teacher is its teacher), a local-dir, transformers', .safetensors, .pth"""
     random_weights: bool = False
     """no weights at all: for benchmarks and tests"""
     class_map: str | None = None
@@ -612,6 +613,14 @@ def _keys_of(section: Section, prefix: str = "") -> Iterator[tuple[str, FieldInf
             yield from _keys_of(value, f"{prefix}{name}.")
         else:
             yield prefix + name, field, value
+
+
+def as_options(section: Section, prefix: str) -> list[str]:
+    """Return every key of a section with its value, as they are typed on a command line."""
+    options = []
+    for path, _, value in _keys_of(section, prefix):
+        options += [f"--{path}", value if isinstance(value, str) else json.dumps(value)]
+    return options
 
 
 def load_recipe(text: str) -> Any:

@@ -7,14 +7,13 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated, Any
 
 import timm
 import torch
-from pydantic import ConfigDict, Field, with_config
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import set_fused_attn
@@ -22,40 +21,14 @@ from timm.models import is_model_in_modules, save_for_hf
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
-from typing_extensions import TypedDict
 
-from deit_kd.files import read_json
 from deit_kd.interfaces import InputError, nearest
 from deit_kd.tokens import complete_distilled_vit, graft, has_second_head
-from deit_kd.weights import classifier_names, fit_weights, holds_distillation_token, to_timm_names
+from deit_kd.weights import classifier_names, to_timm_names
 
-STUDENT_FOLDER = "student"  # of a run: its weights in timm's local-dir layout
 LEAST_TORCH = "2.10"  # older ones can be made to run code, weights_only or not: CVE-2026-24747
 Pixels = Annotated[int, Field(gt=0, le=2**14)]
 Statistics = tuple[float, float, float]
-
-
-@with_config(ConfigDict(extra="allow"))
-class Eyes(TypedDict, total=False):
-    """How images reach a model, as timm's ``pretrained_cfg`` and ``config.json`` say it."""
-
-    input_size: tuple[int, Pixels, Pixels]
-    mean: Statistics
-    std: Statistics
-    interpolation: str
-    crop_pct: Annotated[float, Field(gt=0)]
-    num_classes: Annotated[int, Field(ge=0)]
-    label_names: list[str] | dict[str, str] | None
-
-
-class LocalDir(Eyes, total=False):
-    """What we read of the ``config.json`` beside weights: timm's, or transformers'."""
-
-    architecture: str
-    model_args: dict[str, Any]
-    model_type: str | None
-    id2label: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], str]
-    pretrained_cfg: Eyes
 
 
 def choose_attention(choice: str, device: torch.device) -> None:
@@ -103,6 +76,11 @@ def distilled_twin(name: str) -> str:
     return f"{stem}_distilled_{size}"
 
 
+def is_kin(name: str, other: str) -> bool:
+    """Return whether two names are of one architecture, whatever their tags, and with or without a second head."""
+    return plain_twin(name.split(".")[0]) == plain_twin(other.split(".")[0])
+
+
 def size_argument(name: str, image_size: int) -> dict[str, int]:
     """Return what tells ``timm.create_model`` the image size; nothing where the model takes any size."""
     pretrained_cfg = timm.get_pretrained_cfg(name)
@@ -124,6 +102,19 @@ RESERVED_ARGUMENTS = {
     "pretrained": "set it in the section itself",
     "pretrained_cfg": "name a pretrained tag, or a checkpoint",
     "pretrained_cfg_overlay": "name a pretrained tag, or a checkpoint",
+}
+
+
+# What a pretrained_cfg says about a network, whatever its weights are.
+OF_THE_ARCHITECTURE = {
+    "architecture",
+    "classifier",
+    "first_conv",
+    "fixed_input_size",
+    "input_size",
+    "min_input_size",
+    "num_classes",
+    "pool_size",
 }
 
 
@@ -210,30 +201,7 @@ def _created(key: str, name: str, cure: str, **kwargs: Any) -> nn.Module:
     return model
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A state dict under timm's names, and what is known about the model that it belongs to."""
-
-    state: dict[str, Tensor]
-    source: str
-    architecture: str | None = None
-    model_args: dict[str, Any] = field(default_factory=dict)
-    label_names: tuple[str, ...] | None = None
-    pretrained_cfg: dict[str, Any] = field(default_factory=dict)  # input_size, mean, std, interpolation, license, …
-
-    @property
-    def has_distillation_token(self) -> bool:
-        """Whether they are of a model with a distillation token; a second head alone may read the same features."""
-        return holds_distillation_token(self.state)
-
-    @property
-    def build_arguments(self) -> dict[str, Any]:
-        """What ``timm.create_model`` needs to build the model again, beside its size, classes and weights."""
-        # A folder that says where weights are does not choose them.
-        return {key: value for key, value in self.model_args.items() if key not in RESERVED_ARGUMENTS}
-
-
-def pretrained_weights(key: str, name: str) -> Weights:
+def published_state(key: str, name: str) -> dict[str, Tensor]:
     """Return timm's own weights of a pretrained tag, as they were published.
 
     The model is built as the tag describes it, so that timm loads all of it. A head that comes out as it was
@@ -254,7 +222,7 @@ def pretrained_weights(key: str, name: str) -> Weights:
         weight = f"{head}.weight"
         if weight in state and torch.equal(state[weight], drawn[weight]):
             del state[weight]
-    return Weights(state, f"timm's {name}", name, pretrained_cfg=dict(getattr(model, "pretrained_cfg", {})))
+    return state
 
 
 def _check_patches(key: str, model: nn.Module, image_size: int | None) -> None:
@@ -274,56 +242,12 @@ def _check_patches(key: str, model: nn.Module, image_size: int | None) -> None:
             )
 
 
-def weights_file(key: str, path: str | Path) -> Path:
-    """Find the weights that `path` names: a file, a timm local-dir, or a run folder of ours.
-
-    Raises:
-        InputError: there are none.
-    """
-    place = Path(str(path).removeprefix("local-dir:")).expanduser()
-    for candidate in (place, place / "model.safetensors", place / STUDENT_FOLDER / "model.safetensors"):
-        if candidate.is_file():
-            return candidate
-    raise InputError(f"{key}: {path} holds no weights; name a .safetensors or .pth file, a local-dir or a finished run")
-
-
-def load_weights(key: str, path: str | Path) -> Weights:
-    """Read the weights at `path`, and what was saved beside them; ``.pth`` only with ``weights_only=True``.
+def read_state(key: str, file: Path) -> dict[str, Tensor]:
+    """Return the state dict of a file under timm's names; ``.pth`` is read with ``weights_only=True`` alone.
 
     Raises:
         InputError: the file cannot be read, or is something else.
     """
-    file = weights_file(key, path)
-    state = _timm_state(key, file)
-    config = saved_config(file.parent)
-    pretrained_cfg = config.get("pretrained_cfg", {})
-    names = config.get("label_names", pretrained_cfg.get("label_names"))
-    if "id2label" in config:  # transformers'
-        names = [config["id2label"][number] for number in sorted(config["id2label"], key=int)]
-        if names == [f"LABEL_{number}" for number in range(len(names))]:
-            names = None
-    return Weights(
-        state,
-        str(path),
-        config.get("architecture"),
-        config.get("model_args", {}),
-        tuple(names) if isinstance(names, list) else None,
-        dict(pretrained_cfg),
-    )
-
-
-def saved_config(folder: Path) -> LocalDir:
-    """Return the ``config.json`` of a local-dir or a transformers folder; empty where there is none.
-
-    Raises:
-        InputError: it is no JSON, or says something else than such a file does.
-    """
-    file = folder / "config.json"
-    config: LocalDir = read_json(file, LocalDir) if file.is_file() else {}
-    return config
-
-
-def _timm_state(key: str, file: Path) -> dict[str, Tensor]:
     try:
         return to_timm_names(_load_state(key, file))
     except (KeyError, RuntimeError) as error:  # a third of a query, key and value is missing, or of another shape
@@ -371,29 +295,8 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def open_model(key: str, path: str | Path) -> nn.Module:
-    """Build the model that a local-dir describes, a grafted one too, with all of its weights.
-
-    Raises:
-        InputError: there is no such folder, it does not say what it holds, or the weights do not fit.
-    """
-    weights = load_weights(key, path)
-    if weights.architecture is None:
-        raise InputError(f"{key}: {path} has no config.json that names its architecture; name a timm local-dir")
-    model = create_model(
-        key,
-        weights.architecture,
-        image_size=(weights.pretrained_cfg.get("input_size") or (None,))[-1],
-        distillation_token=weights.has_distillation_token,
-        num_classes=weights.pretrained_cfg.get("num_classes", len(weights.label_names or ())),
-        **weights.build_arguments,
-    )
-    fit_weights(key, model, weights.state, source=weights.source, whole=True)
-    return model
-
-
 def save_local_dir(
-    model: nn.Module,
+    model: Any,
     folder: Path,
     *,
     model_args: dict[str, Any],
@@ -407,20 +310,23 @@ def save_local_dir(
 ) -> None:
     """Save `model` so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` answers the same.
 
-    The folder appears whole or not at all; one that is there is replaced.
+    What timm knows about the architecture's published weights (tag, licence, crop) is not said of these. The folder
+    appears whole or not at all; one that is there is replaced.
     """
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    plain.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key in OF_THE_ARCHITECTURE}
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         save_for_hf(
-            copy.deepcopy(model).to(memory_format=torch.contiguous_format),
+            plain,
             str(aside),
             model_config={"num_classes": len(classes), "label_names": list(classes)},
             data_config={
                 "input_size": (3, image_size, image_size),
                 "mean": mean,
                 "std": std,
-                "interpolation": interpolation,
+                "interpolation": "bicubic" if interpolation == "random" else interpolation,
                 "crop_pct": crop_fraction,
                 "crop_mode": crop_mode,
             },

@@ -31,9 +31,16 @@ def photos_root(root: str | None) -> Path:
     return top
 
 
+def path_of(name: str) -> Path:
+    """Return the path in the name of weights: a folder or a file, ``local-dir:PATH`` or ``RUN:teacher``."""
+    while name.endswith(TEACHER_OF_RUN):
+        name = name.removesuffix(TEACHER_OF_RUN)
+    return Path(name.removeprefix(LOCAL_DIR)).expanduser()
+
+
 def check_source(text: str) -> None:
     """Raise an InputError where a student is named by a path and nothing is there; a timm model has no path."""
-    path = Path(text.removeprefix(LOCAL_DIR)).expanduser()
+    path = path_of(text)
     is_path = text.startswith(LOCAL_DIR) or "/" in text or path.suffix in (".pth", ".safetensors")
     if is_path and not path.exists():
         raise InputError(f"{text}: is not there; name a run, an exported folder, a file of weights or a timm model")
@@ -56,5 +63,4 @@ def check_training(config: Config) -> None:
                     check_there(f"{key}.class_map", network.class_map, "name a CSV or JSON file")
     for key, path in weights.items():
         if path is not None:
-            place = path.removeprefix(LOCAL_DIR).removesuffix(TEACHER_OF_RUN)
-            check_there(key, place, "name a .safetensors or .pth file, a local-dir or a finished run")
+            check_there(key, str(path_of(path)), "name a .safetensors or .pth file, a local-dir or a finished run")

@@ -16,85 +16,29 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, with_config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
-from typing_extensions import NotRequired, TypedDict
 
 from deit_kd.distributed import Processes
-from deit_kd.files import read_json, write_atomically
+from deit_kd.files import write_atomically
 from deit_kd.interfaces import Batch, InputError, printable
+from deit_kd.run_folder import CHECKPOINTS as CHECKPOINTS
+from deit_kd.run_folder import CONFIG_FILE as CONFIG_FILE
+from deit_kd.run_folder import FACTS_FILE as FACTS_FILE
+from deit_kd.run_folder import HEADS_FILE as HEADS_FILE
+from deit_kd.run_folder import Facts as Facts
+from deit_kd.run_folder import HeadScores as HeadScores
+from deit_kd.run_folder import ScoreRecord as ScoreRecord
+from deit_kd.run_folder import TeacherFacts as TeacherFacts
+from deit_kd.run_folder import read_facts as read_facts
+from deit_kd.run_folder import read_head_scores as read_head_scores
 
-CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 DATA_ERRORS_FILE = "data_errors.jsonl"  # views that are missing, since their photos cannot be read
-HEADS_FILE = "heads.json"
-FACTS_FILE = "run.json"  # what a run was made from: photos, classes, teacher
-CHECKPOINTS = "checkpoints"
 SECONDS_BETWEEN_LINES = 30
-
-
-@with_config(ConfigDict(extra="allow"))
-class ScoreRecord(TypedDict):
-    """What a head or a teacher scored."""
-
-    top1: float
-    top5: float | None
-    nll: float
-
-
-@with_config(ConfigDict(extra="allow"))
-class TeacherFacts(TypedDict):
-    """What a run learned from."""
-
-    name: str
-    source: str | None
-    score: ScoreRecord
-    view_epochs: NotRequired[int]
-    members: NotRequired[list[dict[str, Any]]]
-
-
-@with_config(ConfigDict(extra="allow"))
-class Facts(TypedDict):
-    """What ``run.json`` holds."""
-
-    classes: list[str]
-    data: dict[str, str]
-    views: NotRequired[int]
-    teacher: TeacherFacts | None
-
-
-@with_config(ConfigDict(extra="allow"))
-class HeadScores(TypedDict):
-    """What the ``heads.json`` of a run holds."""
-
-    n: int
-    weights: str
-    heads: dict[str, ScoreRecord | None]
-    teacher: ScoreRecord | None
-
-
-def read_facts(folder: Path) -> Facts:
-    """Return what the run in `folder` was made from.
-
-    Raises:
-        InputError: there is no such run.
-    """
-    facts: Facts = read_json(folder / FACTS_FILE, Facts)
-    return facts
-
-
-def read_head_scores(folder: Path) -> HeadScores:
-    """Return what the finished run in `folder` scored.
-
-    Raises:
-        InputError: there is no such run.
-    """
-    scores: HeadScores = read_json(folder / HEADS_FILE, HeadScores)
-    return scores
 
 
 def next_free_folder(parent: Path, recipe: str) -> Path:

@@ -20,7 +20,7 @@ from deit_kd.cli import main
 from deit_kd.data.downloads import cifar10
 from deit_kd.interfaces import InputError, printable
 from deit_kd.jobs.sources import open_source
-from deit_kd.models import load_weights, open_model
+from deit_kd.origins import open_model, open_origin
 from deit_kd.store import LabelStore, epoch_part
 from tests.conftest import CLASSES, Finished, snapshot, tiny, write_photos
 from tests.test_bad_input import refused
@@ -66,7 +66,7 @@ def test_a_pickle_given_as_weights_does_not_run(tmp_path: Path, ran: Path, place
     file = malicious(tmp_path / place, ran, kind)
     for given in {file, file.parents[1]} if place.startswith("run/") else {file}:
         with pytest.raises(InputError):
-            load_weights("key", given)
+            assert open_origin("key", given).state
     assert not ran.exists()
 
 
@@ -119,21 +119,21 @@ def test_an_old_torch_opens_no_pth(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     save_file({"x": torch.ones(1)}, tmp_path / "weights.safetensors")
     monkeypatch.setattr(torch, "__version__", TorchVersion(torch_version))
     with pytest.raises(InputError, match=r"CVE-2026-24747\); save it as \.safetensors, or upgrade to torch 2\.10"):
-        load_weights("key", tmp_path / "weights.pth")
-    assert load_weights("key", tmp_path / "weights.safetensors").state
+        assert open_origin("key", tmp_path / "weights.pth").state
+    assert open_origin("key", tmp_path / "weights.safetensors").state
 
 
 @pytest.mark.parametrize("torch_version", ["2.10.0", "2.15.0+cu132", "3.0"])
 def test_a_newer_torch_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch_version: str) -> None:
     torch.save({"x": torch.ones(1)}, tmp_path / "weights.pth")
     monkeypatch.setattr(torch, "__version__", TorchVersion(torch_version))
-    assert load_weights("key", tmp_path / "weights.pth").state
+    assert open_origin("key", tmp_path / "weights.pth").state
 
 
 def test_one_number_that_poses_as_a_terabyte_is_refused(tmp_path: Path) -> None:
     torch.save({"head.weight": torch.ones(1).expand(2**38)}, tmp_path / "weights.pth")
     with pytest.raises(InputError, match="holds no state dict"):
-        load_weights("key", tmp_path / "weights.pth")
+        assert open_origin("key", tmp_path / "weights.pth").state
 
 
 HEADERS = [
@@ -152,7 +152,7 @@ HEADERS = [
 def test_a_header_that_claims_too_much_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "weights.safetensors").write_bytes(content)
     with pytest.raises(InputError, match="cannot be read as weights"):
-        load_weights("key", tmp_path / "weights.safetensors")
+        assert open_origin("key", tmp_path / "weights.safetensors").state
 
 
 def test_the_folder_of_weights_does_not_choose_other_weights(finished: Finished, tmp_path: Path, ran: Path) -> None:

@@ -175,6 +175,79 @@ def test_a_mapping_from_excel_is_read(tmp_path: Path, name, text):
     assert mapped(("cat", "dog"), file=file).columns == [[281], [1]]
 
 
+NUMERALS = tuple(sorted(map(str, range(1, 13)), key=str))  # "1", "10", "11", "12", "2", …: what a tree of folders gives
+
+
+def numbered(tmp_path: Path, entry, labels=NUMERALS):
+    """Return the columns of a class that a file gives `entry`, of a teacher whose labels are numbers."""
+    file = tmp_path / "map.json"
+    file.write_text(json.dumps({"a": entry}))
+    fields = {"classes": ("a",), "columns": len(labels), "label_names": labels, "timm_tag": False, "label_set": None}
+    return build_class_map(**fields, file=str(file)).columns[0]
+
+
+@pytest.mark.parametrize("entry", [5, "5", [1, 5]])
+def test_a_number_that_is_another_columns_label_is_refused(tmp_path: Path, entry):
+    reason = "is the label of column 8 and the number of another; write label:5 or column:5"
+    with pytest.raises(InputError, match="the label of column|" + reason):
+        numbered(tmp_path, entry)
+
+
+@pytest.mark.parametrize(
+    ("entry", "column"),
+    [("label:5", 8), ("column:5", 5), ("12", 3), ("0", 0), (0, 0)],
+)
+def test_a_label_comes_before_a_number(tmp_path: Path, entry, column):
+    """There is no column 12, and no label 0."""
+    assert numbered(tmp_path, entry) == [column]
+
+
+def test_a_number_may_be_its_own_columns_label(tmp_path: Path):
+    assert numbered(tmp_path, 3, labels=tuple(map(str, range(5)))) == [3]
+
+
+def test_numbers_with_zeros_are_labels_too(tmp_path: Path):
+    with pytest.raises(InputError, match="label of column 0"):
+        numbered(tmp_path, 1, labels=("001", "002", "003"))
+
+
+def test_a_class_that_stands_twice_in_json_is_refused(tmp_path: Path):
+    file = tmp_path / "map.json"
+    file.write_text('{"a": 1, "b": 2, "a": 3}')
+    with pytest.raises(InputError, match="'a' stands twice"):
+        mapped(("a", "b"), file=file)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("map.json", '{"cat": 1, "dog": 2, "dgo": 3}'), ("map.csv", "class,teacher\ncat,1\ndog,2\ndgo,3\n")],
+)
+def test_a_row_for_a_class_that_is_not_there_is_refused(tmp_path: Path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=r"maps 'dgo', which is no class of the dataset \(nearest: dog\)"):
+        mapped(("cat", "dog"), file=tmp_path / name)
+
+
+def test_the_printed_map_says_what_a_wordnet_id_stands_for(tmp_path: Path):
+    """Whoever means the animal sees that column 673 is a computer's mouse."""
+    file = tmp_path / "map.json"
+    file.write_text('{"mouse": 673}')
+    frozen = teacher(random_weights=True, label_set="imagenet-1k", classes=("mouse",), class_map=str(file))
+    assert "teacher: mouse <- 673 n03793489 (mouse, computer mouse)" in frozen.lines()
+
+
+def test_columns_without_names_are_told(tmp_path: Path):
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "t.pth")
+    frozen = teacher(checkpoint=str(tmp_path / "t.pth"), classes=("a", "b", "c"))
+    assert any("have no names and are taken in the order of the classes" in line for line in frozen.lines())
+
+
+def test_numbers_out_of_order_do_not_name_columns_without_names():
+    with pytest.raises(InputError, match="the dataset's numbers are not in order \\(class 1 is '10'\\)"):
+        mapped(NUMERALS, columns=12, label_set=None)
+    assert mapped(("1", "2", "3"), columns=3, label_set=None) is None
+
+
 def test_own_labels_that_are_the_same_twice_are_refused(tmp_path: Path):
     fields = {"columns": 4, "label_names": ("crane", "dog", "cat", "crane"), "timm_tag": False, "label_set": None}
     with pytest.raises(InputError, match="columns 0 and 3; write the number"):

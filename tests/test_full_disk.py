@@ -15,7 +15,8 @@ import pytest
 from deit_kd.cli import main
 from deit_kd.exports import FORMATS, missing_libraries
 from deit_kd.interfaces import InputError
-from deit_kd.models import load_weights, save_local_dir
+from deit_kd.models import save_local_dir
+from deit_kd.origins import open_origin
 from tests.conftest import CLASSES, MEAN, STD, STUDENT_ARGS, Finished, snapshot, tiny, tiny_student
 from tests.test_bad_input import refused
 from tests.test_resume import assert_same_end, copied, newest_two
@@ -120,7 +121,7 @@ def test_a_student_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> No
     with largest_file(20_000), pytest.raises(InputError, match="cannot be written"):
         save_student(tmp_path / "student", 1)
     assert snapshot(tmp_path) == before
-    assert load_weights("key", tmp_path / "student").state
+    assert open_origin("key", tmp_path / "student").state
 
 
 @pytest.fixture

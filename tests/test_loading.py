@@ -14,8 +14,9 @@ from timm.layers import resample_abs_pos_embed
 
 from deit_kd import InputError, TimmStudent
 from deit_kd.layouts import from_transformers, to_transformers
-from deit_kd.models import load_weights, save_local_dir
+from deit_kd.models import save_local_dir
 from deit_kd.optim import build_optimizer, build_schedule
+from deit_kd.origins import open_origin
 from deit_kd.students import build_student
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -177,9 +178,10 @@ def test_new_class_count_draws_both_heads_anew(tmp_path: Path):
 
 def test_heads_of_other_classes_are_drawn_anew_even_where_they_fit(tmp_path: Path):
     path = saved(tmp_path, source(DISTILLED).state_dict(), "local-dir")
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": DISTILLED, "label_names": list("vwxyz")}))
+    said = {"architecture": DISTILLED, "model_args": TINY}
+    (tmp_path / "config.json").write_text(json.dumps({**said, "label_names": list("vwxyz")}))
     assert "head.weight" in student(checkpoint=path).account.initialised
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": DISTILLED, "label_names": list(CLASSES)}))
+    (tmp_path / "config.json").write_text(json.dumps({**said, "label_names": list(CLASSES)}))
     assert "head.weight" in student(checkpoint=path).account.loaded
 
 
@@ -298,13 +300,11 @@ def test_local_dir_says_what_the_student_saw(tmp_path: Path):
         interpolation="bilinear",
         crop_fraction=1.0,
     )
-    weights = load_weights("student.checkpoint", tmp_path / "student")
-    assert weights.label_names == CLASSES
-    assert weights.architecture == DISTILLED
-    assert weights.model_args["patch_size"] == 8
-    assert weights.pretrained_cfg["input_size"] == (3, 32, 32)
-    assert weights.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
-    assert weights.pretrained_cfg["interpolation"] == "bilinear"
+    origin = open_origin("student.checkpoint", tmp_path / "student")
+    assert origin.classes == CLASSES
+    assert origin.architecture == DISTILLED
+    assert origin.model_args["patch_size"] == 8
+    assert origin.preprocessing[:5] == (32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", 1.0)
 
 
 @pytest.mark.parametrize(

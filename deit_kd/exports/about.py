@@ -24,7 +24,7 @@ class About:
         interpolation: of the evaluation's resize.
         crop_fraction: of the evaluation's crop.
         fusion: of the two heads, ``softmax`` or ``logits``.
-        heads: what ``heads.json`` holds.
+        heads: what ``heads.json`` holds; None where it was not scored.
         teacher: what ``run.json`` holds of the teacher; None where there was none.
         data: a line about the photos.
         recipe: the run's ``config.yaml``.
@@ -40,7 +40,7 @@ class About:
     interpolation: str
     crop_fraction: float
     fusion: str
-    heads: Mapping[str, Any]
+    heads: Mapping[str, Any] | None
     teacher: Mapping[str, Any] | None
     data: str
     recipe: str
@@ -48,11 +48,6 @@ class About:
 
     def card(self, format_name: str, how_to_load: str) -> str:
         """Return the model card, in Markdown."""
-        scores = [
-            f"| {f'fused ({self.fusion})' if head == 'fused' else head} | {score['top1']:.2f} | {score['nll']:.4f} |"
-            for head, score in {**self.heads["heads"], "teacher": self.heads["teacher"]}.items()
-            if score is not None
-        ]
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", self.recipe)), default=0))
         return "\n".join(
             [
@@ -65,12 +60,7 @@ class About:
                 f"{self.crop_mode})",
                 *(f"- Teacher: {line}" for line in self._teacher_lines()),
                 "",
-                f"## Scores on {self.heads['n']} validation images ({self.heads['weights']} weights)",
-                "",
-                "| head | top-1 % | NLL |",
-                "|---|---|---|",
-                *scores,
-                "",
+                *self._score_lines(),
                 "## Classes",
                 "",
                 *(f"{label}. {_text(name)}" for label, name in enumerate(self.classes)),
@@ -83,6 +73,23 @@ class About:
                 "",
             ]
         )
+
+    def _score_lines(self) -> list[str]:
+        if self.heads is None:
+            return []
+        return [
+            f"## Scores on {self.heads['n']} validation images ({self.heads['weights']} weights)",
+            "",
+            "| head | top-1 % | NLL |",
+            "|---|---|---|",
+            *(
+                f"| {f'fused ({self.fusion})' if head == 'fused' else head} | {score['top1']:.2f} "
+                f"| {score['nll']:.4f} |"
+                for head, score in {**self.heads["heads"], "teacher": self.heads["teacher"]}.items()
+                if score is not None
+            ),
+            "",
+        ]
 
     def _teacher_lines(self) -> list[str]:
         if self.teacher is None:

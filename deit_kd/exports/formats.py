@@ -189,7 +189,7 @@ def read(folder, images):
     return [model.head(features[:, 0]), model.head_dist(features[:, 1])]
 """
 _READ_OURS = """
-from deit_kd.models import open_model
+from deit_kd.origins import open_model
 from deit_kd.tokens import read_heads
 def read(folder, images):
     return [logits for logits in read_heads(open_model("folder", folder).eval(), images) if logits is not None]
@@ -222,7 +222,8 @@ FORMATS: dict[str, Format] = {
     ),
     "local-dir": Format(
         _write_local_dir,
-        'deit_kd loads it: `deit_kd.models.open_model("folder", FOLDER)`, or `student.checkpoint: FOLDER` in a recipe.',
+        'deit_kd loads it: `deit_kd.origins.open_model("folder", FOLDER)`, or `student.checkpoint: FOLDER` in a '
+        "recipe.",
         _READ_OURS,
     ),
     "transformers": Format(

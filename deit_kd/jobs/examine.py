@@ -20,9 +20,10 @@ from deit_kd.jobs.sources import Source, check_classes, load_student
 from deit_kd.jobs.stored import StoredAnswers, stored_validation
 from deit_kd.metrics import judge
 from deit_kd.models import choose_attention, tensors_hash
+from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.students import TimmStudent
 from deit_kd.teachers import NetworkTeacher
-from deit_kd.tracking import read_head_scores, say
+from deit_kd.tracking import say
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,14 @@ def _teacher(
     try:
         if section.store is not None and (source.run is None or ("store" in of_the_run and not is_another)):
             return stored_validation(config, photos)
-        checkpoint = section.checkpoint if is_another else section.checkpoint or of_the_run.get("source")
-        # What was fitted from timm's weights is no longer theirs. A compiled network does not call the hooks that its
-        # layers are recorded by.
-        changes = {"pretrained": section.pretrained and checkpoint is None, "compile": False}
+        checkpoint, changes = section.checkpoint, {"compile": False}  # a compiled network calls no hooks of its layers
+        if not (is_another or source.run is None or section.members or section.random_weights):
+            # The run's record says how its teacher answered; what is still to be said was typed.
+            own = _own_config(source).teacher
+            checkpoint = f"{source.run}{TEACHER_OF_RUN}"
+            described = ("pretrained", "label_set", "class_map", "args", "image_size", "mean", "std")
+            default = TeacherSection()
+            changes |= {key: getattr(default, key) for key in described if getattr(section, key) == getattr(own, key)}
         config = config.model_copy(update={"teacher": section.model_copy(update=changes)})
         return parts.build_teacher(config, photos.classes, processes, checkpoint)
     except InputError as error:
@@ -214,7 +219,7 @@ def is_as_trained(examination: Examination) -> bool:
 def judge_heads(examination: Examination, others: dict[str, Tensor]) -> dict[str, Any]:
     """Return what the evaluation's ``heads.json`` holds: that of a training run, and all that `judge` finds."""
     config, source, answers = examination.config, examination.source, examination.answers
-    weights = "given" if source.run is None else read_head_scores(source.run)["weights"]
+    weights = "given" if source.run is None else "model" if config.train.ema_decay == 0 else "ema"
     judged = judge(
         answers.output,
         answers.labels,

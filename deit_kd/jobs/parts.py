@@ -9,21 +9,19 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 
 from deit_kd import data
-from deit_kd.config import Config, Guide, TeacherNetwork, TeacherSection, TermSection, as_schedule, read_recipe
+from deit_kd.config import Config, Guide, TeacherNetwork, TeacherSection, TermSection, as_schedule
 from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
-from deit_kd.files import checked
-from deit_kd.interfaces import Batch, InputError
+from deit_kd.interfaces import Batch
 from deit_kd.losses import FeatureTerm, LogitTerm, Objective, Shapes, Term, guide_links, pooled_links
 from deit_kd.optim import build_optimizer, scaled_lr
 from deit_kd.optim import build_schedule as build_cosine_schedule
-from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.students import Connectors, TimmStudent
 from deit_kd.students import build_student as build_timm_student
 from deit_kd.teachers import EnsembleTeacher, FrozenTeacher, NetworkTeacher
 from deit_kd.teachers import build_teacher as build_frozen_teacher
-from deit_kd.tracking import CONFIG_FILE, DataErrors, read_facts
+from deit_kd.tracking import DataErrors
 
 
 def build_splits(config: Config) -> Splits:
@@ -232,8 +230,13 @@ def build_evaluation_loader(
     )
 
 
-def build_student(config: Config, classes: tuple[str, ...], checkpoint: str | None = None) -> TimmStudent:
-    """Return the recipe's student, with its first weights, or with all of its own from `checkpoint`."""
+def build_student(
+    config: Config, classes: tuple[str, ...], checkpoint: str | None = None, whole: bool = False
+) -> TimmStudent:
+    """Return the recipe's student with its first weights or, if `whole`, with all of its own.
+
+    `checkpoint` is where these are, unless the recipe's section says it.
+    """
     section = config.student
     return build_timm_student(
         name=section.name,
@@ -245,10 +248,10 @@ def build_student(config: Config, classes: tuple[str, ...], checkpoint: str | No
         image_size=config.data.image_size,
         distilled=config.distill.has_token,
         token=section.token,
-        new_heads=section.new_heads and checkpoint is None,
+        new_heads=section.new_heads,
         freeze=section.freeze,
         channels_last=section.channels_last,
-        whole=checkpoint is not None,
+        whole=whole,
         seed=config.seed,
     )
 
@@ -279,44 +282,10 @@ def build_teacher(
     return _build_network(config, section, classes, processes, checkpoint)
 
 
-def teacher_of_run(network: TeacherNetwork, folder: Path) -> TeacherNetwork:
-    """Return `network` with name, weights and eyes of the teacher that the run in `folder` learned from.
-
-    Raises:
-        InputError: there is no such run, or it learned from none, from several or from random weights.
-    """
-    facts = read_facts(folder)["teacher"]
-    try:
-        theirs: TeacherSection = checked(read_recipe(folder / CONFIG_FILE).get("teacher"), TeacherSection)
-    except ValueError as error:
-        raise InputError(f"{folder / CONFIG_FILE}: teacher.{error}; name a run of deit_kd") from error
-    if facts is None or theirs.members or theirs.random_weights:
-        found = "no teacher" if facts is None else "several teachers" if theirs.members else "random weights"
-        raise InputError(f"teacher.checkpoint: {folder} learned from {found}; name the weights of one")
-    return network.model_copy(
-        update={
-            "name": theirs.name,
-            "pretrained": facts["source"] is None and theirs.pretrained,
-            "checkpoint": facts["source"],
-            "label_set": network.label_set or theirs.label_set,
-            "args": theirs.args,
-            "image_size": network.image_size or theirs.image_size,
-            "mean": network.mean or theirs.mean,
-            "std": network.std or theirs.std,
-        }
-    )
-
-
 def _build_network(
     config: Config, network: TeacherNetwork, classes: tuple[str, ...], processes: Processes, checkpoint: str | None
 ) -> FrozenTeacher:
-    section, asked = config.teacher, set()
-    while checkpoint is not None and checkpoint.endswith(TEACHER_OF_RUN):
-        if checkpoint in asked:
-            raise InputError(f"teacher.checkpoint: {checkpoint} learned from itself, it says; name another run")
-        asked.add(checkpoint)
-        network = teacher_of_run(network, Path(checkpoint.removesuffix(TEACHER_OF_RUN)))
-        checkpoint = network.checkpoint
+    section = config.teacher
     return build_frozen_teacher(
         name=network.name,
         # A teacher that is fitted starts from timm's weights, and its checkpoint holds what became of them.

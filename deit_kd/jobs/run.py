@@ -24,9 +24,10 @@ from deit_kd.jobs.course import Course
 from deit_kd.jobs.lesson import Answers, Lesson, build_distiller, connect
 from deit_kd.jobs.prepared import AfterEpoch, Run
 from deit_kd.jobs.progress import Progress
-from deit_kd.models import STUDENT_FOLDER, choose_attention, save_local_dir, tensors_hash
+from deit_kd.models import choose_attention, save_local_dir, tensors_hash
 from deit_kd.optim import WeightAverage
 from deit_kd.randomness import VIEWS_VERSION
+from deit_kd.run_folder import STUDENT_FOLDER
 from deit_kd.stopping import Watch
 from deit_kd.store import RecordingTeacher, StoredTeacher
 from deit_kd.teachers import check_columns, check_score

@@ -5,65 +5,30 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import timm
-from pydantic import ConfigDict, PositiveInt, with_config
-from timm.data import ImageNetInfo, resolve_data_config
-from typing_extensions import NotRequired, TypedDict
+from timm.data.constants import DEFAULT_CROP_PCT
 
-from deit_kd.config import Config
+from deit_kd.config import IMAGENET_MEAN, IMAGENET_STD, Config, TeacherSection, as_options
 from deit_kd.distributed import Processes
-from deit_kd.files import read_json
 from deit_kd.interfaces import InputError
 from deit_kd.jobs import parts
-from deit_kd.models import (
-    STUDENT_FOLDER,
-    Pixels,
-    Statistics,
-    Weights,
-    check_known,
-    is_distilled_name,
-    load_weights,
-    saved_config,
+from deit_kd.models import is_distilled_name
+from deit_kd.origins import (
+    Origin,
+    Preprocessing,
+    imagenet_names,
+    open_origin,
+    open_published,
 )
-from deit_kd.places import LOCAL_DIR, check_source
+from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN, check_source
+from deit_kd.run_folder import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, STUDENT_FOLDER, read_facts, run_of
 from deit_kd.students import TimmStudent
-from deit_kd.tracking import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, read_facts
+from deit_kd.tracking import say
 
-WORDNET_ID = re.compile(r"n\d{8}")  # how timm calls the classes of its ImageNet models
-
-
-@with_config(ConfigDict(extra="allow"))
-class TransformersConfig(TypedDict):
-    """What we read of the ``config.json`` of transformers' DeiT or ViT."""
-
-    patch_size: Pixels
-    image_size: Pixels
-    hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    intermediate_size: PositiveInt
-    qkv_bias: NotRequired[bool]
-
-
-class Edges(TypedDict, total=False):
-    """A size as transformers writes it: one of these."""
-
-    shortest_edge: Pixels
-    height: Pixels
-
-
-@with_config(ConfigDict(extra="allow"))
-class Preprocessor(TypedDict):
-    """What we read of a ``preprocessor_config.json``."""
-
-    image_mean: Statistics
-    image_std: Statistics
-    do_center_crop: NotRequired[bool]
-    resample: NotRequired[int]
-    crop_size: NotRequired[Pixels | Edges]
-    size: NotRequired[Pixels | Edges]
+WORDNET_ID = re.compile(r"n[0-9]{8}")  # how timm calls the classes of its ImageNet models
+NUMBER = re.compile(r"[0-9]{1,9}")
+HEADS = ("head.weight", "fc.weight", "classifier.weight", "head.fc.weight")  # where most of timm's models have one
 
 
 class Source(NamedTuple):
@@ -71,10 +36,14 @@ class Source(NamedTuple):
 
     name: str  # as a person calls it
     recipe: list[str]  # the options that it stands for; what is typed after it overrides them
-    classes: tuple[str, ...] | None  # None where only their count is known
-    class_count: int | None  # None where only the weights know it
-    run: Path | None  # None for anything but a run
+    origin: Origin
+    run: Path | None = None  # None for anything but a run
     checkpoint: Path | None = None  # of the run, to be read instead of the student that it ended with
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """What it answers with; None where only their count is known, or nothing."""
+        return self.origin.classes
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -88,153 +57,143 @@ def open_source(text: str) -> Source:
     Raises:
         InputError: it is none of these, or a run that is not finished.
     """
-    path = Path(text.removeprefix(LOCAL_DIR)).expanduser()
-    if (path / CONFIG_FILE).is_file():
-        return _from_run(path)
-    if (path / "config.json").is_file():
-        return _from_local_dir(path)
-    if path.is_dir():
-        raise InputError(f"{text}: is no run (it has no {CONFIG_FILE}) and no exported folder (no config.json)")
-    if path.is_file() and path.parent.name == CHECKPOINTS and (path.parent.parent / CONFIG_FILE).is_file():
-        run = _from_run(path.parent.parent)
-        return run._replace(name=f"{run.name}-{path.stem}", checkpoint=path)
-    if path.is_file():
-        return _from_file(path)
     check_source(text)
-    return _from_timm(text)
+    if text.endswith(TEACHER_OF_RUN):
+        return _from_weights(text, Path(text))
+    path = Path(text.removeprefix(LOCAL_DIR)).expanduser()
+    if not path.exists():
+        return _from_timm(text)
+    run, is_checkpoint = run_of(path), path.is_file() and path.resolve().parent.name == CHECKPOINTS
+    if run is not None and (is_checkpoint or (path / CONFIG_FILE).is_file()):
+        return _from_run(text, run, path if is_checkpoint else None)
+    if run is None and path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{text}: is no run (it has no {CONFIG_FILE}) and no exported folder (no config.json)")
+    return _from_weights(text, path)
 
 
-def _from_run(folder: Path) -> Source:
-    if not (folder / HEADS_FILE).is_file():
-        raise InputError(f"{folder}: is no finished run (it has no {HEADS_FILE}); finish it with --resume auto")
-    classes = tuple(read_facts(folder)["classes"])
-    recipe = ["--config", str(folder / CONFIG_FILE), "--teacher.fit.epochs", "0"]  # it is fitted by now
-    return Source(folder.resolve().name, recipe, classes, len(classes), folder)
+def _from_run(text: str, run: Path, checkpoint: Path | None) -> Source:
+    if checkpoint is None and not (run / HEADS_FILE).is_file():
+        raise InputError(
+            f"{run}: is no finished run (it has no {HEADS_FILE}); name one of its {CHECKPOINTS}, or finish it with "
+            "--resume auto"
+        )
+    recipe = ["--config", str(run / CONFIG_FILE), "--teacher.fit.epochs", "0"]  # it is fitted by now
+    name = run.resolve().name if checkpoint is None else f"{run.resolve().name}-{checkpoint.stem}"
+    return Source(name, recipe, open_origin("eval", text), run, checkpoint)
 
 
-def _from_local_dir(folder: Path) -> Source:
-    saved, weights = saved_config(folder), load_weights("eval", folder)
-    if saved.get("model_type") in ("deit", "vit"):
-        return _from_transformers(folder, weights)
-    if weights.architecture is None:
-        raise InputError(f"{folder}: config.json names no timm architecture; export it as a timm local-dir")
-    cfg: dict[str, Any] = {
-        **saved.get("pretrained_cfg", {}),
-        **saved,
-    }  # a run writes what it trained with beside timm's defaults
-    recipe = [
-        *("--student.name", weights.architecture),
-        *("--student.checkpoint", str(folder)),
-        *("--student.args", json.dumps(weights.build_arguments)),
-        *_kind(weights.has_distillation_token),
-        *_input_of(cfg),
-    ]
-    name = folder.resolve().parent.name if folder.name == STUDENT_FOLDER else folder.resolve().name
-    return Source(name, recipe, weights.label_names, cfg.get("num_classes"), None)
-
-
-def _from_transformers(folder: Path, weights: Weights) -> Source:
-    seen_file = folder / "preprocessor_config.json"
-    if not seen_file.is_file():
-        raise InputError(f"{folder}: has no {seen_file.name}, which says how images are seen; save its processor there")
-    saved: TransformersConfig = read_json(folder / "config.json", TransformersConfig)
-    seen: Preprocessor = read_json(seen_file, Preprocessor)
-    distilled = weights.has_distillation_token
-    if "head.weight" not in weights.state:
-        raise InputError(f"{folder}: its weights have no classifier; name a student that was trained to classify")
-    arguments = {
-        "patch_size": saved["patch_size"],
-        "embed_dim": saved["hidden_size"],
-        "depth": saved["num_hidden_layers"],
-        "num_heads": saved["num_attention_heads"],
-        "mlp_ratio": saved["intermediate_size"] / saved["hidden_size"],
-        "qkv_bias": saved.get("qkv_bias", True),
-    }
-    cfg = {
-        "input_size": (3, saved["image_size"], saved["image_size"]),
-        "mean": seen["image_mean"],
-        "std": seen["image_std"],
-        "crop_pct": _edge(seen_file, seen, "crop_size") / _edge(seen_file, seen, "size")
-        if seen.get("do_center_crop", False)  # a ViT's processor knows no crop
-        else 1.0,
-        "interpolation": "bilinear" if seen.get("resample") == 2 else "bicubic",  # as Pillow counts them
-    }
-    recipe = [
-        # Any of timm's names would do, since the arguments say everything.
-        *("--student.name", "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224"),
-        *("--student.checkpoint", str(folder)),
-        *("--student.args", json.dumps(arguments)),
-        *_kind(distilled),
-        *_input_of(cfg),
-    ]
-    return Source(folder.resolve().name, recipe, weights.label_names, len(weights.state["head.weight"]), None)
-
-
-def _edge(file: Path, seen: Preprocessor, key: Literal["crop_size", "size"]) -> int:
-    size: int | Edges = seen.get(key, Edges())
-    edge = size if isinstance(size, int) else size.get("shortest_edge", size.get("height"))
-    if edge is None:
-        raise InputError(f"{file}: {key} has neither shortest_edge nor height; save its processor anew")
-    return edge
-
-
-def _from_file(file: Path) -> Source:
-    weights = load_weights("eval", file)
-    heads = [tensor for name, tensor in weights.state.items() if name in ("head.weight", "fc.weight") and tensor.ndim]
-    recipe = [*("--student.checkpoint", str(file)), *_kind(weights.has_distillation_token)]
-    return Source(file.stem, recipe, None, len(heads[0]) if heads else None, None)
+def _from_weights(text: str, path: Path) -> Source:
+    origin = open_origin("eval", text)
+    if path.is_dir() and origin.architecture is None:
+        raise InputError(f"{text}: config.json names no timm architecture; export it as a timm local-dir")
+    if origin.layer_norm_eps is not None and origin.preprocessing.mean is None:
+        raise InputError(
+            f"{text}: has no preprocessor_config.json, which says how images are seen; save its processor there"
+        )
+    if origin.columns is not None:
+        raise InputError(f"{text}: answers through a class map; name it as the --teacher.checkpoint of a student")
+    place = path.resolve()
+    name = place.parent.name if place.name == STUDENT_FOLDER else place.name if place.is_dir() else place.stem
+    return Source(name.replace(":", "-"), _options(text, origin), origin)
 
 
 def _from_timm(name: str) -> Source:
-    check_known("eval", name)
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is None or not cfg.has_weights:
-        raise InputError(f"{name}: timm has no weights of it; name a tag that has some, or a run")
-    classes = ImageNetInfo("imagenet-1k").label_names() if cfg.num_classes == 1000 else None
+    origin = open_published("eval", name)
     recipe = [*("--student.name", name), *("--student.pretrained", "true"), *_kind(is_distilled_name(name))]
-    known = None if classes is None else tuple(classes)
-    return Source(name, [*recipe, *_input_of(cfg.to_dict())], known, cfg.num_classes, None)
+    return Source(name, [*recipe, *_input_of(origin.preprocessing)], origin)
+
+
+def _options(text: str, origin: Origin) -> list[str]:
+    """Return the options that weights stand for, as far as they say what they are."""
+    options = ["--student.checkpoint", text, *_kind(origin.is_distilled)]
+    if origin.architecture is None:
+        return options
+    arguments = json.dumps(origin.model_args)
+    return [
+        *("--student.name", origin.architecture, "--student.args", arguments),
+        *options,
+        *_input_of(origin.preprocessing),
+    ]
+
+
+def options_before(source: Source, typed: list[str]) -> list[str]:
+    """Return the options that a source stands for; where another teacher is typed, nothing of its own teacher's."""
+    is_another = any(option.partition("=")[0] == "--teacher.checkpoint" for option in typed)
+    return [*source.recipe, *as_options(TeacherSection(), "teacher.")] if is_another else source.recipe
 
 
 def _kind(distilled: bool) -> list[str]:
     return ["--distill.kind", "hard" if distilled else "none", "--student.drop_path", "0"]
 
 
-def _input_of(cfg: dict[str, Any]) -> list[str]:
-    seen = resolve_data_config(pretrained_cfg=cfg)
+def _input_of(seen: Preprocessing) -> list[str]:
+    """Return the options of what reaches a network; what it does not say is timm's."""
     return [
-        *("--data.image_size", str(seen["input_size"][-1])),
-        *("--data.mean", json.dumps(list(seen["mean"]))),
-        *("--data.std", json.dumps(list(seen["std"]))),
-        *("--data.crop_fraction", str(seen["crop_pct"])),
-        *("--data.crop_mode", seen["crop_mode"]),
-        *("--data.interpolation", seen["interpolation"]),
+        *("--data.image_size", str(seen.image_size or 224)),
+        *("--data.mean", json.dumps(list(seen.mean or IMAGENET_MEAN))),
+        *("--data.std", json.dumps(list(seen.std or IMAGENET_STD))),
+        *("--data.crop_fraction", str(seen.crop_fraction or DEFAULT_CROP_PCT)),
+        *("--data.crop_mode", seen.crop_mode or "center"),
+        *("--data.interpolation", seen.interpolation or "bicubic"),
     ]
 
 
 def check_classes(source: Source, ours: tuple[str, ...]) -> None:
     """Refuse photos of other classes than the student's, or in another order.
 
+    Names are compared one by one, numbers as numbers. A 1000-way head of ImageNet that carries no names of its own
+    is taken by its count, with a warning, where the folders have names that are no WordNet ids.
+
     Raises:
-        InputError: with the first class that differs.
+        InputError: with the first class that differs, or where nothing says what the student answers with.
     """
-    theirs = source.classes
-    folders_have_own_names = not any(map(WORDNET_ID.fullmatch, ours))
-    if theirs is None or (all(map(WORDNET_ID.fullmatch, theirs)) and folders_have_own_names):
-        if source.class_count not in (None, len(ours)):
+    theirs, count = source.classes, _class_count(source)
+    is_imagenet = count == 1000 and (theirs is None or source.origin.is_published)
+    if is_imagenet and len(ours) == 1000 and not any(map(WORDNET_ID.fullmatch, ours)):
+        if not all(map(NUMBER.fullmatch, ours)):
+            say(f"warning: {source.name} answers in ImageNet's 1000 classes, and the folders are taken in their order")
+            return
+        theirs = tuple(map(str, range(1000)))
+    elif is_imagenet:
+        theirs = imagenet_names(1000)
+    if theirs is None:
+        if count not in (None, len(ours)):
             raise InputError(
-                f"data.root: {source.name} answers in {source.class_count} classes, the data have {len(ours)}; name "
-                "photos of its classes"
+                f"data.root: {source.name} answers in {count} classes, the data have {len(ours)}; name photos of its "
+                "classes"
             )
-        return
+        raise InputError(
+            f"{source.name}: nothing says which classes it answers with, and their count does not tell; write "
+            '{"label_names": ["…", …]} in the order of its head into config.json beside its weights'
+        )
     for position in range(max(len(theirs), len(ours))):
-        there = repr(theirs[position]) if position < len(theirs) else "nothing"
-        here = repr(ours[position]) if position < len(ours) else "nothing"
-        if there != here:
+        there = theirs[position] if position < len(theirs) else None
+        here = ours[position] if position < len(ours) else None
+        if there is None or here is None or not _is_same(there, here):
             raise InputError(
                 f"data.root: {source.name} answers in {len(theirs)} classes, the data have {len(ours)}; class "
-                f"{position} is {there} there and {here} here. Name photos of the same classes, in this order"
+                f"{position} is {_quoted(there)} there and {_quoted(here)} here. Name photos of the same classes, in "
+                "this order"
             )
+
+
+def _class_count(source: Source) -> int | None:
+    """Return how many classes a student answers with; None where nobody knows its head."""
+    known = source.origin.class_count
+    if known is not None or source.origin.is_published:
+        return known
+    heads = [source.origin.state[name] for name in HEADS if name in source.origin.state]
+    return len(heads[0]) if heads and heads[0].ndim else None
+
+
+def _is_same(there: str, here: str) -> bool:
+    if NUMBER.fullmatch(there) and NUMBER.fullmatch(here):
+        return int(there) == int(here)
+    return there == here
+
+
+def _quoted(name: str | None) -> str:
+    return "nothing" if name is None else repr(name)
 
 
 def load_student(source: Source, config: Config, classes: tuple[str, ...], processes: Processes) -> TimmStudent:
@@ -243,9 +202,8 @@ def load_student(source: Source, config: Config, classes: tuple[str, ...], proce
     Raises:
         InputError: its weights cannot be had, or are another model's.
     """
-    own = None if source.run is None else str(source.checkpoint or source.run / STUDENT_FOLDER)
-    checkpoint = own or config.student.checkpoint
-    student = parts.build_student(config, classes, checkpoint=checkpoint)
+    own = None if source.run is None else str(source.checkpoint or source.run)
+    student = parts.build_student(config, classes, checkpoint=own, whole=True)
     account = student.account
     if account is None or account.initialised or account.derived:
         new = "all of it" if account is None else ", ".join([*account.initialised, *account.derived])

@@ -21,7 +21,8 @@ from deit_kd.interfaces import Batch, InputError, TeacherOutput
 from deit_kd.jobs import parts
 from deit_kd.jobs.fit import teacher_folder
 from deit_kd.jobs.prepared import AfterEpoch, Run
-from deit_kd.models import load_weights, tensors_hash
+from deit_kd.models import tensors_hash
+from deit_kd.origins import open_origin
 from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.store import (
@@ -426,8 +427,7 @@ def weights_hash(teacher: NetworkTeacher | None, checkpoint: str | None) -> str:
     if checkpoint is None or checkpoint.endswith(TEACHER_OF_RUN):
         assert teacher is not None
         return tensors_hash(teacher.state_dict())
-    state = load_weights("teacher.checkpoint", checkpoint).state
-    return tensors_hash({name: state[name] for name in sorted(state)})
+    return open_origin("teacher.checkpoint", checkpoint).digest
 
 
 def libraries_in_use() -> dict[str, str]:

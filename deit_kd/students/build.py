@@ -8,21 +8,20 @@ from torch import nn
 
 from deit_kd.interfaces import InputError
 from deit_kd.models import (
-    Weights,
     check_answer,
     check_arguments,
     check_known,
     create_model,
     distilled_twin,
-    load_weights,
     plain_twin,
-    pretrained_weights,
     size_argument,
 )
+from deit_kd.origins import Origin, open_origin, open_published
 from deit_kd.randomness import seed_initialisation
 from deit_kd.students.heads import TimmStudent
 from deit_kd.tokens import has_distillation_token
-from deit_kd.weights import fit_weights
+from deit_kd.twins import refuse_other_twin, set_layer_norm_eps
+from deit_kd.weights import Account, fit_weights
 
 _PATCH_EMBEDDING = ("patch_embed.",)
 _HEADS = ("head.", "head_dist.", "fc_norm.", "fc_norm_dist.")
@@ -53,8 +52,7 @@ def build_student(
             that a token is grafted onto; without it any model, where a name with a distillation token builds its
             plain twin (no token, no second head).
         pretrained: start from timm's weights.
-        checkpoint: start from these weights instead: a run, a local-dir, ``.safetensors`` (timm's or
-            transformers') or ``.pth``.
+        checkpoint: start from these weights instead, see `open_origin`.
         args: handed to ``timm.create_model`` (patch_size, embed_dim, depth, …).
         drop_path: rate of stochastic depth.
         classes: the dataset's class names, in label order.
@@ -78,7 +76,10 @@ def build_student(
     if pretrained and checkpoint is not None:
         raise InputError(f"student.checkpoint: {checkpoint} and student.pretrained exclude each other; unset one")
     architecture = distilled_twin(name) if distilled else plain_twin(name)
-    weights = _weights(name, pretrained, checkpoint)
+    key = "student.pretrained" if checkpoint is None else "student.checkpoint"
+    origin = open_origin(key, checkpoint) if checkpoint is not None else None
+    if pretrained:
+        origin = open_published(key, name)
     seed_initialisation("student", seed)
     backbone = create_model(
         "student.name",
@@ -95,17 +96,9 @@ def build_student(
             "the same features); use a deit_*_distilled, pit_* or vit_* model, or set distill.kind none"
         )
     account = None
-    if weights is not None:
-        other_classes = weights.label_names is not None and weights.label_names != classes
-        account = fit_weights(
-            "student.checkpoint" if checkpoint is not None else "student.pretrained",
-            backbone,
-            weights.state,
-            source=weights.source,
-            new_heads=new_heads or other_classes,
-            token=token,
-            whole=whole,
-        )
+    if origin is not None:
+        other_classes = origin.classes is not None and (origin.classes != classes or origin.columns is not None)
+        account = _fit(key, backbone, origin, architecture, args, image_size, whole, new_heads or other_classes, token)
     student = TimmStudent(
         backbone,
         model_args={**size_argument(architecture, image_size), **args},
@@ -118,10 +111,24 @@ def build_student(
     return student.train()
 
 
-def _weights(name: str, pretrained: bool, checkpoint: str | None) -> Weights | None:
-    if checkpoint is not None:
-        return load_weights("student.checkpoint", checkpoint)
-    return pretrained_weights("student.pretrained", name) if pretrained else None
+def _fit(
+    key: str,
+    backbone: nn.Module,
+    origin: Origin,
+    architecture: str,
+    args: dict[str, Any],
+    image_size: int,
+    whole: bool,
+    new_heads: bool,
+    token: str,
+) -> Account:
+    account = fit_weights(
+        key, backbone, origin.state, source=origin.name, new_heads=new_heads, token=token, whole=whole
+    )
+    if origin.layer_norm_eps is not None and whole:
+        set_layer_norm_eps(backbone, origin.layer_norm_eps)
+    refuse_other_twin(key, backbone, origin, architecture, args, image_size)
+    return account
 
 
 def _freeze(backbone: nn.Module, what: str) -> None:

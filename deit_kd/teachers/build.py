@@ -9,19 +9,19 @@ import torch
 
 from deit_kd.interfaces import InputError
 from deit_kd.models import (
-    Weights,
     check_answer,
     check_arguments,
     check_known,
     create_model,
-    load_weights,
+    is_kin,
     plain_twin,
-    pretrained_weights,
 )
+from deit_kd.origins import Origin, open_origin, open_published
 from deit_kd.randomness import seed_initialisation
 from deit_kd.teachers.class_map import build_class_map, label_set_names
 from deit_kd.teachers.frozen import FrozenTeacher, FusedHeads, Statistics
 from deit_kd.tokens import has_distillation_token
+from deit_kd.twins import refuse_other_twin, set_layer_norm_eps
 from deit_kd.weights import fit_weights
 
 SOURCES = "teacher.pretrained, teacher.checkpoint and teacher.fit.epochs"
@@ -51,14 +51,12 @@ def build_teacher(
 ) -> FrozenTeacher:
     """Build the frozen teacher; nothing of its head is ever new, but with `random_weights`.
 
-    Its size and normalisation are the recipe's, else those that its pretrained config or the ``config.json``
-    beside its checkpoint tells, else the student's.
+    Its size and normalisation are the recipe's, else those that its origin tells, else the student's.
 
     Args:
-        name: a timm name; None is what the checkpoint's ``config.json`` names.
+        name: a timm name; None is what the checkpoint says.
         pretrained: use timm's own weights, head included.
-        checkpoint: use these weights: a run, a local-dir, ``.safetensors`` or ``.pth``. A distilled student
-            teaches through its fused heads.
+        checkpoint: use these weights, see `open_origin`. A distilled student teaches through its fused heads.
         random_weights: use none; for benchmarks and tests.
         label_set: what the columns of weights without names are, see `build_class_map`.
         class_map: a CSV or JSON file of the dataset's classes and the teacher's columns.
@@ -81,40 +79,50 @@ def build_teacher(
             class of the dataset has no column.
     """
     check_arguments("teacher.args", args)
-    weights = _weights(name, pretrained, checkpoint, random_weights, label_set)
-    architecture = name or weights.architecture
-    if architecture is None:
-        raise InputError(f"teacher.name: is not set, and {weights.source} does not say; name a timm model")
-    if weights.state and not weights.has_distillation_token:
-        architecture = plain_twin(architecture)  # what a plain run of that name has trained
-    known = weights.pretrained_cfg
-    size = image_size or int((known.get("input_size") or (3, student_image_size))[-1])
-    arguments = {**_saved_arguments(architecture, weights), **args}
+    origin = _origin(name, pretrained, checkpoint, random_weights)
+    notes: list[str] = []
+    if origin.record is not None and name is not None and not is_kin(name, str(origin.architecture)):
+        notes.append(f"teacher.name: {name} is left aside, since {origin.name} is a {origin.architecture}")
+        name, args = None, {}
+    architecture = _architecture(name, origin)
+    size = image_size or origin.preprocessing.image_size or student_image_size
+    arguments = {**origin.arguments_of(architecture), **args}
+    label_names = None if origin.is_published else origin.classes
+    if random_weights and label_set is not None:
+        label_names = label_set_names(label_set)
+    columns = len(label_names or classes) if random_weights else _columns(architecture, origin)
     seed_initialisation("teacher", seed)
-    columns = _columns(architecture, weights, len(classes))
     network = create_model(
         "teacher.name",
         architecture,
         image_size=size,
-        distillation_token=weights.has_distillation_token,
+        distillation_token=not random_weights and origin.is_distilled,
         num_classes=columns,
         **arguments,
     )
     if not random_weights:
-        fit_weights("teacher", network, weights.state, source=weights.source, whole=True)
+        fit_weights("teacher", network, origin.state, source=origin.name, whole=True)
+        if origin.layer_norm_eps is not None:
+            set_layer_norm_eps(network, origin.layer_norm_eps)
+        refuse_other_twin("teacher.args", network, origin, architecture, arguments, size)
     network.eval()
     check_answer("teacher", architecture, lambda images: [network(images)], size, columns)
     mapping = build_class_map(
         classes=classes,
         columns=columns,
-        label_names=weights.label_names,
+        label_names=label_names,
+        label_columns=origin.columns,
+        column_labels=origin.labels,
         timm_tag=pretrained,
         label_set=label_set,
         file=class_map,
     )
-    own_mean: Statistics = mean or tuple(known.get("mean", student_mean))
-    own_std: Statistics = std or tuple(known.get("std", student_std))
-    interpolation = "bilinear" if known.get("interpolation") == "bilinear" else "bicubic"
+    if mapping is None and label_names is None and not random_weights:
+        notes.append(f"warning: the columns of {origin.name} have no names and are taken in the order of the classes")
+    known = origin.preprocessing
+    own_mean: Statistics = mean or known.mean or student_mean
+    own_std: Statistics = std or known.std or student_std
+    interpolation = "bilinear" if known.interpolation == "bilinear" else "bicubic"
     return FrozenTeacher(
         FusedHeads(network) if has_distillation_token(network) else network,
         student_mean=student_mean,
@@ -127,10 +135,13 @@ def build_teacher(
         channels_last=channels_last,
         compiled=compiled,
         class_map=mapping,
+        notes=notes,
         facts={
             "name": architecture,
-            "origin": weights.source,
-            "licence": known.get("license") if pretrained else None,
+            "origin": origin.name,
+            "licence": origin.licence,
+            "args": arguments,
+            "digest": None if random_weights else origin.digest,
             "image_size": size,
             "mean": list(own_mean),
             "std": list(own_std),
@@ -140,13 +151,7 @@ def build_teacher(
     ).to(device)
 
 
-def _weights(
-    name: str | None,
-    pretrained: bool,
-    checkpoint: str | None,
-    random_weights: bool,
-    label_set: str | None,
-) -> Weights:
+def _origin(name: str | None, pretrained: bool, checkpoint: str | None, random_weights: bool) -> Origin:
     sources = [
         source
         for source, given in (
@@ -162,31 +167,28 @@ def _weights(
         given = " and ".join(sources) if sources else "nothing"
         raise InputError(f"teacher.name: {name!r} has {given} to take its weights from; set one of {SOURCES}")
     if checkpoint is not None:
-        return load_weights("teacher.checkpoint", checkpoint)
+        return open_origin("teacher.checkpoint", checkpoint)
     assert name is not None
-    if pretrained:
-        return pretrained_weights("teacher.pretrained", name)
-    return Weights({}, "random weights", label_names=None if label_set is None else label_set_names(label_set))
+    return open_published("teacher.pretrained", name) if pretrained else Origin("random weights", dict)
 
 
-def _saved_arguments(architecture: str, weights: Weights) -> dict[str, Any]:
-    """Return how the weights' own model was built, where they are of this architecture."""
-    if weights.architecture is None or weights.architecture.split(".")[0] != architecture.split(".")[0]:
-        return {}
-    return weights.build_arguments
+def _architecture(name: str | None, origin: Origin) -> str:
+    """Return timm's name of the network, without a token that the weights do not have."""
+    architecture = name or origin.architecture
+    if architecture is None:
+        raise InputError(f"teacher.name: is not set, and {origin.name} does not say; name a timm model")
+    return architecture if origin.is_distilled or not origin.state else plain_twin(architecture)
 
 
-def _columns(architecture: str, weights: Weights, classes: int) -> int:
+def _columns(architecture: str, origin: Origin) -> int:
     """Return how many outputs the head of the weights has."""
-    if not weights.state:
-        return len(weights.label_names or ()) or classes
     check_known("teacher.name", architecture)
     classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None)
     heads = [f"{name}.weight" for name in ((classifier,) if isinstance(classifier, str) else classifier or ())]
-    found = [weights.state[head].shape[0] for head in heads if head in weights.state and weights.state[head].ndim]
+    found = [origin.state[head].shape[0] for head in heads if head in origin.state and origin.state[head].ndim]
     if not found:
         raise InputError(
-            f"teacher: {weights.source} has no head ({', '.join(heads) or 'timm names none'}), and a teacher's head is "
+            f"teacher: {origin.name} has no head ({', '.join(heads) or 'timm names none'}), and a teacher's head is "
             "never made up; use weights that were trained to classify"
         )
     return int(found[0])

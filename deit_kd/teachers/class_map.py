@@ -5,17 +5,22 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from deit_kd.interfaces import InputError, nearest
+from deit_kd.origins import imagenet_names
 
-COLUMN = re.compile(r"\d{1,9}")
+COLUMN = re.compile(r"[0-9]{1,9}")
+WORDNET_ID = re.compile(r"n[0-9]{8}")
+LABEL, NUMBER = "label:", "column:"  # before an entry of a mapping file that could be either
+PREFIXES = (LABEL, NUMBER)
 LABEL_SETS = (
     "imagenet-1k",
     "imagenet-12k",
@@ -35,16 +40,16 @@ class ClassMap(nn.Module):
 
     Args:
         columns: of each class, in the dataset's order.
-        labels: the teacher's names of all its M columns, or None where nothing is known about them.
+        labels: the teacher's names of its columns, by column, as far as they are known.
     """
 
     _index: Tensor
     _padding: Tensor
 
-    def __init__(self, columns: Sequence[Sequence[int]], labels: Sequence[str] | None = None) -> None:
+    def __init__(self, columns: Sequence[Sequence[int]], labels: Mapping[int, str] | None = None) -> None:
         super().__init__()
         self.columns = [list(group) for group in columns]
-        self.labels = labels
+        self.labels = dict(labels or {})
         widest = max(len(group) for group in self.columns)
         index = torch.tensor([[*group, *[group[0]] * (widest - len(group))] for group in self.columns])  # [C, G]
         padding = torch.tensor([[place >= len(group) for place in range(widest)] for group in self.columns])
@@ -59,9 +64,31 @@ class ClassMap(nn.Module):
     def record(self, classes: Sequence[str]) -> dict[str, list[Any]]:
         """Return ``{class: [[column, label], …]}``, as ``run.json`` keeps it."""
         return {
-            name: [[column, None if self.labels is None else self.labels[column]] for column in group]
+            name: [[column, self.labels.get(column)] for column in group]
             for name, group in zip(classes, self.columns, strict=True)
         }
+
+
+def described(label: str | None) -> str:
+    """Return a column's label for a person: a WordNet id with what it stands for, which a bare id hides."""
+    description = None if label is None else _description(label)
+    return label or "" if description is None else f"{label} ({description})"
+
+
+def _description(label: str) -> str | None:
+    """Return what a WordNet id stands for; None for any other label."""
+    if not WORDNET_ID.fullmatch(label):
+        return None
+    try:
+        description: str = _imagenet().label_name_to_description(label)
+    except KeyError:  # none of ImageNet's
+        return None
+    return description
+
+
+@cache
+def _imagenet() -> ImageNetInfo:
+    return ImageNetInfo("imagenet-22k")
 
 
 def build_class_map(
@@ -72,45 +99,59 @@ def build_class_map(
     timm_tag: bool,
     label_set: str | None,
     file: str | None,
+    label_columns: tuple[tuple[int, ...], ...] | None = None,
+    column_labels: Mapping[int, str] | None = None,
 ) -> ClassMap | None:
     """Return the map from a teacher's columns to the dataset's classes; None where they are the same.
 
-    The teacher's columns are named by its checkpoint's own `label_names`, else by `label_set`, else, for timm's
-    own pretrained tags alone, by what timm knows about ImageNet: a person's 1000-class teacher is not ImageNet.
-    A class takes the column of its own name (for ImageNet: its WordNet id), or what `file` says of it.
+    The teacher's columns are named by its own `label_names`, else by `label_set`, else, for timm's own pretrained
+    tags alone, by what timm knows about ImageNet: a person's 1000-class teacher is not ImageNet. A class takes the
+    columns of its own name (for ImageNet: its WordNet id), or what `file` says of it. Columns without names are
+    taken in the order of the classes, unless the classes are numbers in another order.
 
     Args:
         classes: the dataset's class names, in label order.
         columns: M, outputs of the teacher's head.
-        label_names: saved beside the teacher's weights.
+        label_names: what the teacher answers with.
         timm_tag: whether the weights are timm's own.
         label_set: one of `LABEL_SETS`, of weights that carry no names.
         file: CSV or JSON, see `read_mapping`.
+        label_columns: the columns of each of `label_names`; None is one each, in order.
+        column_labels: further names of single columns, where `label_columns` are given.
 
     Raises:
         InputError: a class has no column, the columns have no names, or two classes share a column.
     """
-    labels = _label_names(columns, label_names, timm_tag, label_set)
-    if file is not None:
-        return _from_entries(classes, read_mapping(file), columns, labels, file)
-    if labels == classes or (labels is None and columns == len(classes) and not timm_tag):
+    names = _label_names(columns, label_names, label_columns, timm_tag, label_set)
+    if names is None and file is None:
+        _check_order(classes, columns, timm_tag)
         return None
-    if labels is None:
-        raise InputError(
-            f"teacher: its {columns} columns have no names, and the dataset has {len(classes)} classes; give "
-            "teacher.class_map a CSV or JSON of class and column, or set teacher.label_set if they are ImageNet's"
-        )
-    return _from_entries(classes, {name: [name] for name in classes if name in set(labels)}, columns, labels, None)
+    groups = label_columns or tuple((column,) for column in range(columns))
+    if file is None and names == classes and groups == tuple((column,) for column in range(columns)):
+        return None
+    places = _Places(columns, dict(column_labels or {}), names, groups, file)
+    if file is not None:
+        entries = read_mapping(file)
+        _check_classes_of_file(classes, entries, file)
+    else:
+        entries = {name: [f"{LABEL}{name}"] for name in classes if name in set(names or ())}
+    return _from_entries(classes, entries, places, file)
 
 
 def _label_names(
-    columns: int, label_names: tuple[str, ...] | None, timm_tag: bool, label_set: str | None
+    columns: int,
+    label_names: tuple[str, ...] | None,
+    label_columns: tuple[tuple[int, ...], ...] | None,
+    timm_tag: bool,
+    label_set: str | None,
 ) -> tuple[str, ...] | None:
     if label_names is not None:
-        if len(label_names) != columns:
+        if label_columns is None and len(label_names) != columns:
             raise InputError(
                 f"teacher: {len(label_names)} class names lie beside weights of {columns} columns; repair config.json"
             )
+        if label_columns is not None and max(column for group in label_columns for column in group) >= columns:
+            raise InputError(f"teacher: its record names a column that weights of {columns} columns do not have")
         return label_names
     if label_set is not None:
         known = label_set_names(label_set)
@@ -119,8 +160,32 @@ def _label_names(
                 f"teacher.label_set: {label_set} has {len(known)} classes, the teacher's head {columns}; name its own"
             )
         return known
-    subset = infer_imagenet_subset({"num_classes": columns}) if timm_tag else None
-    return None if subset is None else tuple(ImageNetInfo(subset).label_names())
+    return imagenet_names(columns) if timm_tag else None
+
+
+def _check_order(classes: tuple[str, ...], columns: int, timm_tag: bool) -> None:
+    """Refuse columns without names that cannot be counted on to be the classes in their order."""
+    cure = "give teacher.class_map a CSV or JSON of class and column"
+    if timm_tag or columns != len(classes):
+        raise InputError(
+            f"teacher: its {columns} columns have no names, and the dataset has {len(classes)} classes; {cure}, or set "
+            "teacher.label_set if they are ImageNet's"
+        )
+    if all(COLUMN.fullmatch(name) for name in classes) and list(classes) != sorted(classes, key=int):
+        place = next(i for i, name in enumerate(sorted(classes, key=int)) if classes[i] != name)
+        raise InputError(
+            f"teacher: its columns have no names, and the dataset's numbers are not in order (class {place} is "
+            f"{classes[place]!r}); {cure}"
+        )
+
+
+def _check_classes_of_file(classes: tuple[str, ...], entries: Mapping[str, Any], file: str) -> None:
+    unknown = [name for name in entries if name not in set(classes)]
+    if unknown:
+        raise InputError(
+            f"teacher.class_map: {file} maps {unknown[0]!r}, which is no class of the dataset"
+            f"{nearest(unknown[0], classes)}; correct it, or leave it out"
+        )
 
 
 def label_set_names(label_set: str) -> tuple[str, ...]:
@@ -134,19 +199,19 @@ def label_set_names(label_set: str) -> tuple[str, ...]:
     return tuple(ImageNetInfo(label_set).label_names())
 
 
-def read_mapping(file: str) -> dict[str, list[int | str]]:
+def read_mapping(file: str) -> dict[str, list[str]]:
     """Read a mapping file: for each dataset class one or several columns, WordNet ids or labels of the teacher.
 
     JSON is an object ``{"cat": [281, "n02123159", "Persian cat"], "tench": 0}``; CSV has the header
     ``class,teacher`` and one row for each column, so that a class with several columns has several rows.
 
     Raises:
-        InputError: the file is missing or is neither.
+        InputError: the file is missing, is neither, or names a class twice.
     """
     path = Path(file).expanduser()
     try:
         if path.suffix == ".json":
-            loaded = json.loads(path.read_text(encoding="utf-8-sig"))
+            loaded = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
             pairs = [(name, entry) for name, value in loaded.items() for entry in _as_list(value)]
         else:
             # Excel's begin with a mark of their bytes' order.
@@ -161,16 +226,33 @@ def read_mapping(file: str) -> dict[str, list[int | str]]:
                 )
     except OSError as error:
         raise InputError(f"teacher.class_map: {file} cannot be read ({error.strerror}); name a CSV or JSON") from error
+    except _Twice as error:
+        raise InputError(
+            f"teacher.class_map: {str(error)!r} stands twice in {file}; give a class its columns as one list"
+        ) from error
     except (ValueError, KeyError, AttributeError, RecursionError, csv.Error) as error:
         raise InputError(
             f'teacher.class_map: {file} is no mapping; write JSON {{"class": column, …}} or CSV class,teacher'
         ) from error
-    mapping: dict[str, list[int | str]] = {}
+    mapping: dict[str, list[str]] = {}
     for name, entry in pairs:
         if isinstance(entry, bool) or not isinstance(entry, int | str):
             raise InputError(f"teacher.class_map: {entry!r} of {name!r} in {file} is no column, WordNet id or label")
-        mapping.setdefault(name, []).append(int(entry) if COLUMN.fullmatch(str(entry)) else str(entry))
+        mapping.setdefault(name, []).append(str(entry))
     return mapping
+
+
+class _Twice(Exception):
+    """A key of JSON that stands twice, of which a reader keeps one."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _Twice(name)
+        found[name] = value
+    return found
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -178,13 +260,8 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _from_entries(
-    classes: tuple[str, ...],
-    entries: dict[str, list[int | str]],
-    columns: int,
-    labels: tuple[str, ...] | None,
-    file: str | None,
+    classes: tuple[str, ...], entries: Mapping[str, Sequence[str]], places: _Places, file: str | None
 ) -> ClassMap:
-    places = _Places(columns, labels, file)
     unmapped = [name for name in classes if not entries.get(name)]
     if unmapped:
         raise InputError(
@@ -192,7 +269,7 @@ def _from_entries(
             f"{', '.join(name + places.nearest(name) for name in unmapped[:10])}{' …' if len(unmapped) > 10 else ''}; "
             + (f"add them to {file}" if file else "map them with teacher.class_map, a CSV or JSON file")
         )
-    groups = [sorted({places.find(name, entry) for entry in entries[name]}) for name in classes]
+    groups = [sorted({column for entry in entries[name] for column in places.find(name, entry)}) for name in classes]
     owner: dict[int, str] = {}
     for name, group in zip(classes, groups, strict=True):
         for column in group:
@@ -202,44 +279,81 @@ def _from_entries(
                     "the teacher cannot tell these classes apart: merge them, or map them to different columns"
                 )
             owner[column] = name
-    return ClassMap(groups, labels)
+    return ClassMap(groups, places.labels)
 
 
 class _Places:
-    """Finds a teacher's column by number, by name, or by a word that describes the name's WordNet id."""
+    """Finds a teacher's columns by number, by name, or by a word that describes the name's WordNet id.
 
-    def __init__(self, columns: int, labels: tuple[str, ...] | None, file: str | None) -> None:
+    Args:
+        columns: M.
+        labels: names of single columns, by column.
+        names: what the teacher answers with, or None.
+        groups: the columns of each of `names`.
+        file: of the entries, for errors.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        labels: dict[int, str],
+        names: tuple[str, ...] | None,
+        groups: Sequence[tuple[int, ...]],
+        file: str | None,
+    ) -> None:
         self._columns, self._file = columns, file
-        self._by_name: dict[str, list[int]] = {}
-        self._by_word: dict[str, list[int]] = {}
-        are_wordnet = labels is not None and all(re.fullmatch(r"n\d{8}", name) for name in labels)
-        info = ImageNetInfo() if are_wordnet else None
-        for column, name in enumerate(labels or ()):
-            self._by_name.setdefault(name, []).append(column)
-            description = name if info is None else info.label_name_to_description(name)
+        named = list(zip(names or (), groups, strict=False))
+        self.labels = {group[0]: name for name, group in named if len(group) == 1} | labels
+        self._by_name: dict[str, set[tuple[int, ...]]] = {}
+        self._by_word: dict[str, set[tuple[int, ...]]] = {}
+        self._by_number: dict[int, set[tuple[int, ...]]] = {}
+        known = set(names or ())
+        for name, group in [*named, *((name, (column,)) for column, name in labels.items() if name not in known)]:
+            self._by_name.setdefault(name, set()).add(group)
+            if COLUMN.fullmatch(name):
+                self._by_number.setdefault(int(name), set()).add(group)
+            description = _description(name) or name
             for word in {_plain(word) for word in (description, *description.split(","))}:
-                self._by_word.setdefault(word, []).append(column)
+                self._by_word.setdefault(word, set()).add(group)
 
-    def find(self, name: str, entry: int | str) -> int:
-        """Return the column that `entry` names.
+    def find(self, name: str, entry: str) -> tuple[int, ...]:
+        """Return the columns that `entry` names: a label, else a number.
 
         Raises:
-            InputError: none is, or several are.
+            InputError: none is, several are, or the entry is a label of one column and the number of another.
         """
-        if isinstance(entry, int):
-            if not 0 <= entry < self._columns:
-                raise InputError(
-                    f"teacher.class_map: column {entry} of {name!r} in {self._file} is not below {self._columns}"
-                )
-            return entry
-        found = self._by_name.get(entry) or self._by_word.get(_plain(entry), [])
+        if entry.startswith(PREFIXES):
+            prefix, entry = entry[: entry.index(":") + 1], entry.partition(":")[2]
+            return self._labelled(name, entry) if prefix == LABEL else (self._numbered(name, entry),)
+        if not COLUMN.fullmatch(entry):
+            return self._labelled(name, entry)
+        labelled = self._by_name.get(entry) or self._by_number.get(int(entry), set())
+        if not labelled:
+            return (self._numbered(name, entry),)
+        if len(labelled) == 1 and (int(entry) >= self._columns or (int(entry),) in labelled):
+            return next(iter(labelled))
+        others = " and ".join(str(group[0]) for group in sorted(labelled))
+        raise InputError(
+            f"teacher.class_map: {entry} of {name!r} in {self._file} is the label of column {others} and the number of "
+            f"another; write {LABEL}{entry} or {NUMBER}{entry}"
+        )
+
+    def _numbered(self, name: str, entry: str) -> int:
+        if not COLUMN.fullmatch(entry) or int(entry) >= self._columns:
+            raise InputError(
+                f"teacher.class_map: column {entry} of {name!r} in {self._file} is not below {self._columns}"
+            )
+        return int(entry)
+
+    def _labelled(self, name: str, entry: str) -> tuple[int, ...]:
+        found = sorted(self._by_name.get(entry) or self._by_word.get(_plain(entry), set()))
         if len(found) == 1:
             return found[0]
         if found:
             where = f" in {self._file}" if self._file else ", its own,"
             raise InputError(
                 f"teacher.class_map: {entry!r} of {name!r}{where} is the name of columns "
-                f"{' and '.join(map(str, found))}; write the number"
+                f"{' and '.join(str(group[0]) for group in found)}; write the number"
             )
         raise InputError(
             f"teacher.class_map: the teacher has no {entry!r}, which {self._file} gives {name!r}{self.nearest(entry)}"

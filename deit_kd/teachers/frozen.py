@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from deit_kd.features import Features, answer_with_features, check_layers, layer_names
 from deit_kd.interfaces import Batch, TeacherOutput
-from deit_kd.teachers.class_map import ClassMap
+from deit_kd.teachers.class_map import ClassMap, described
 from deit_kd.tokens import heads_of
 
 Statistics = tuple[float, float, float]
@@ -65,6 +65,7 @@ class FrozenTeacher(nn.Module):
         class_map: turns the network's columns into the dataset's classes; None where they are the same.
         interpolation: of the resize, ``bicubic`` or ``bilinear``; the whole view is resized, nothing is cropped.
         facts: what a run records about this teacher.
+        notes: further lines for a person.
     """
 
     _gain: Tensor
@@ -85,6 +86,7 @@ class FrozenTeacher(nn.Module):
         class_map: ClassMap | None = None,
         interpolation: str = "bicubic",
         facts: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -94,6 +96,7 @@ class FrozenTeacher(nn.Module):
         self._has_head = getattr(backbone_of(network), "num_classes", 1) != 0
         self._map = class_map
         self.facts = dict(facts or {})
+        self._notes = tuple(notes)
         self._image_size = image_size
         self._interpolation = interpolation
         self._dtype = dtype
@@ -109,11 +112,11 @@ class FrozenTeacher(nn.Module):
     def lines(self, role: str = "teacher") -> list[str]:
         """Return what a person is told about its eyes and its class map."""
         seen = "the student's size" if self._image_size is None else f"{self._image_size} px"
-        lines = [f"{role}: {self.facts.get('name', type(self.network).__name__)} sees {seen}"]
+        lines = [f"{role}: {self.facts.get('name', type(self.network).__name__)} sees {seen}", *self._notes]
         columns = self.facts.get("class_map") or {}
         for name, group in list(columns.items())[:LONGEST_LIST]:
             lines.append(
-                f"{role}: {name} <- " + ", ".join(f"{column} {label or ''}".rstrip() for column, label in group)
+                f"{role}: {name} <- " + ", ".join(f"{column} {described(label)}".rstrip() for column, label in group)
             )
         if len(columns) > LONGEST_LIST:
             lines.append(f"{role}: … {len(columns) - LONGEST_LIST} more classes in run.json")

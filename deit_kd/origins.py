@@ -1,0 +1,477 @@
+"""Weights by any name that a person gives them, with all that is known about the network that they belong to.
+
+A run, its teacher (``RUN:teacher``), a file inside a run, a local-dir of timm's, a folder of transformers', a file of
+weights and a pretrained tag of timm's are opened here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import timm
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, with_config
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import Tensor, nn
+from typing_extensions import NotRequired, TypedDict
+
+from deit_kd.config import Config, read_recipe
+from deit_kd.files import checked, read_json
+from deit_kd.interfaces import InputError
+from deit_kd.models import (
+    RESERVED_ARGUMENTS,
+    Pixels,
+    Statistics,
+    check_known,
+    create_model,
+    distilled_twin,
+    plain_twin,
+    published_state,
+    read_state,
+    tensors_hash,
+)
+from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN
+from deit_kd.run_folder import CONFIG_FILE, STUDENT_FOLDER, read_facts, run_of
+from deit_kd.weights import fit_weights, holds_distillation_token
+
+WEIGHTS_FILE = "model.safetensors"
+Numbered = dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], str]  # names by the column of a head
+ACTIVATIONS = {"gelu": None, "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"} | {
+    name: name for name in ("quick_gelu", "relu", "silu")
+}  # transformers' names of what timm has; None is what a ViT has unless told
+
+
+class Preprocessing(NamedTuple):
+    """How images reach a network; None where its origin does not say."""
+
+    image_size: int | None = None  # pixels
+    mean: Statistics | None = None
+    std: Statistics | None = None
+    interpolation: str | None = None
+    crop_fraction: float | None = None
+    crop_mode: str | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Weights that were named, and what is known about their network; None where nothing is.
+
+    Args:
+        name: as a person calls them.
+        read: returns their state dict under timm's names, see `state`.
+        architecture: timm's name.
+        model_args: what ``timm.create_model`` needs beside name, size and classes.
+        classes: what the network answers with, in order.
+        columns: the columns of its head that speak for each of `classes`; None is one each, in order.
+        labels: names of single columns, where `columns` are given.
+        class_count: how many classes it answers with.
+        preprocessing: how images reach it.
+        layer_norm_eps: of its LayerNorms, where it is not the architecture's.
+        licence: of the weights.
+        record: the run whose record describes them.
+        is_published: whether they are timm's own.
+    """
+
+    name: str
+    read: Callable[[], dict[str, Tensor]] = field(repr=False, compare=False)
+    architecture: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] | None = None
+    columns: tuple[tuple[int, ...], ...] | None = None
+    labels: Mapping[int, str] = field(default_factory=dict)
+    class_count: int | None = None
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    layer_norm_eps: float | None = None
+    licence: str | None = None
+    record: Path | None = None
+    is_published: bool = False
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """The state dict under timm's names, read once; raises an InputError where it cannot be."""
+        return self.read()
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of `state`."""
+        return tensors_hash({name: self.state[name] for name in sorted(self.state)})
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the network has a distillation token; a second head alone may read the same features."""
+        return holds_distillation_token(self.state)
+
+    def arguments_of(self, architecture: str) -> dict[str, Any]:
+        """Return how the network was built, if it is of this architecture."""
+        same = self.architecture is not None and self.architecture.split(".")[0] == architecture.split(".")[0]
+        return dict(self.model_args) if same else {}
+
+
+def open_origin(key: str, name: str | Path, asked: frozenset[str] = frozenset()) -> Origin:
+    """Find out what `name` stands for: a run, its teacher, a file or folder inside it, a folder or a file of weights.
+
+    Args:
+        key: the recipe's key, which errors begin with.
+        name: a path, ``local-dir:PATH`` or ``RUN:teacher``.
+        asked: teachers of runs that were followed to get here.
+
+    Raises:
+        InputError: there are no such weights, or what lies beside them cannot be read.
+    """
+    text = str(name)
+    if text.endswith(TEACHER_OF_RUN):
+        return _teacher_of(key, text, asked)
+    place = Path(text.removeprefix(LOCAL_DIR)).expanduser()
+    run = run_of(place)
+    if run is not None:
+        return _student_of(key, text, place, run)
+    for file in (place, place / WEIGHTS_FILE, place / STUDENT_FOLDER / WEIGHTS_FILE):
+        if file.is_file():
+            return _described_beside(key, text, file)
+    raise InputError(f"{key}: {text} holds no weights; name a .safetensors or .pth file, a local-dir or a run")
+
+
+def open_published(key: str, name: str) -> Origin:
+    """Return timm's own weights of a pretrained tag; they are fetched when their state is asked for.
+
+    Raises:
+        InputError: timm has no such model, or no weights of it.
+    """
+    check_known(key, name)
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        raise InputError(f"{key}: timm has no weights of {name}; name a tag that has some, or a checkpoint")
+    return Origin(
+        name=f"timm's {name}",
+        read=lambda: published_state(key, name),
+        architecture=name,
+        classes=imagenet_names(cfg.num_classes),
+        class_count=cfg.num_classes,
+        preprocessing=_preprocessing(cfg.to_dict()),
+        licence=cfg.license,
+        is_published=True,
+    )
+
+
+def imagenet_names(classes: int) -> tuple[str, ...] | None:
+    """Return the WordNet ids of the only ImageNet that has so many classes; None where there is none."""
+    subset = infer_imagenet_subset({"num_classes": classes})
+    return None if subset is None else tuple(ImageNetInfo(subset).label_names())
+
+
+def open_model(key: str, path: str | Path) -> nn.Module:
+    """Build the model that a local-dir describes, a grafted one too, with all of its weights.
+
+    Raises:
+        InputError: there is no such folder, it does not say what it holds, or the weights do not fit.
+    """
+    origin = open_origin(key, path)
+    if origin.architecture is None:
+        raise InputError(f"{key}: {path} has no config.json that names its architecture; name a timm local-dir")
+    model = create_model(
+        key,
+        origin.architecture,
+        image_size=origin.preprocessing.image_size,
+        distillation_token=origin.is_distilled,
+        num_classes=origin.class_count or 0,
+        **origin.model_args,
+    )
+    fit_weights(key, model, origin.state, source=origin.name, whole=True)
+    return model
+
+
+# A run, and what it learned from.
+
+
+def recipe_of(run: Path) -> Config:
+    """Return the recipe that the run in a folder was made with.
+
+    Raises:
+        InputError: it cannot be read, or is none of ours.
+    """
+    try:
+        recipe: Config = checked(read_recipe(run / CONFIG_FILE), Config)
+    except ValueError as error:
+        raise InputError(f"{run / CONFIG_FILE}: {error}; name a run of deit_kd") from error
+    return recipe
+
+
+def _student_of(key: str, name: str, place: Path, run: Path) -> Origin:
+    file = place if place.is_file() else run / STUDENT_FOLDER / WEIGHTS_FILE
+    if not place.exists():
+        raise InputError(f"{key}: {name} is not there; name a run, or a file in its checkpoints")
+    if not file.is_file():
+        raise InputError(
+            f"{key}: {name} holds no weights, since the run is not finished; name one of its checkpoints, or finish it "
+            "with --resume auto"
+        )
+    recipe, classes = recipe_of(run), tuple(read_facts(run)["classes"])
+    data, student = recipe.data, recipe.student
+    if student.name is None:
+        raise InputError(f"{key}: {run / CONFIG_FILE} names no student; name a run of deit_kd")
+    architecture = distilled_twin(student.name) if recipe.distill.has_token else plain_twin(student.name)
+    return Origin(
+        name=name,
+        read=lambda: read_state(key, file),
+        architecture=architecture.split(".")[0],
+        model_args=_plain(student.args),
+        classes=classes,
+        class_count=len(classes),
+        preprocessing=Preprocessing(
+            data.image_size,
+            data.mean,
+            data.std,
+            _not_random(data.interpolation),
+            data.crop_fraction,
+            data.crop_mode,
+        ),
+        record=run,
+    )
+
+
+def _teacher_of(key: str, name: str, asked: frozenset[str]) -> Origin:
+    """Return what a run learned from, as its record describes it: names, columns and preprocessing together."""
+    run, asked = _run_of_student(key, name.removesuffix(TEACHER_OF_RUN), asked), _asking(key, name, asked)
+    record, section = read_facts(run), recipe_of(run).teacher
+    facts = record["teacher"]
+    if facts is None or section.members or section.random_weights or "store" in facts:
+        found = (
+            "no teacher" if facts is None
+            else "several teachers" if section.members
+            else "random weights" if section.random_weights
+            else "a label store"
+        )  # fmt: skip
+        raise InputError(f"{key}: {run} learned from {found}; name the weights of one")
+    source, known = facts["source"], facts.get("digest")
+    if source is None and section.name is not None:
+        weights = open_published(key, section.name)
+    else:
+        weights = open_origin(key, str(source), asked)
+
+    def read() -> dict[str, Tensor]:
+        if known not in (None, weights.digest):
+            raise InputError(
+                f"{key}: {weights.name} holds other weights than when {run} learned from it; name the old ones"
+            )
+        return weights.state
+
+    classes, mapping = tuple(record["classes"]), facts.get("class_map")
+    if mapping is not None and mapping.keys() != set(classes):
+        raise InputError(f"{key}: {run}'s record maps other classes than its own; name the weights themselves")
+    groups = None if mapping is None else [mapping[name] for name in classes]
+    return Origin(
+        name=name,
+        read=read,
+        architecture=facts["name"],
+        model_args=_plain(facts.get("args", {**weights.arguments_of(facts["name"]), **section.args})),
+        classes=classes,
+        columns=None if groups is None else tuple(tuple(column for column, _ in group) for group in groups),
+        labels={column: label for group in groups or () for column, label in group if label is not None},
+        class_count=len(classes),
+        preprocessing=Preprocessing(
+            facts.get("image_size"), facts.get("mean"), facts.get("std"), facts.get("interpolation")
+        ),
+        layer_norm_eps=weights.layer_norm_eps,
+        licence=weights.licence,
+        record=run,
+    )
+
+
+def _run_of_student(key: str, name: str, asked: frozenset[str]) -> Path:
+    """Return the run whose student is called `name`; of ``RUN:teacher``, the run that made what RUN learned from."""
+    if name.endswith(TEACHER_OF_RUN):
+        facts = read_facts(_run_of_student(key, name.removesuffix(TEACHER_OF_RUN), asked))["teacher"]
+        source = None if facts is None else facts["source"]
+        if source is not None:
+            return _run_of_student(key, source, _asking(key, name, asked))
+    run = run_of(Path(name.removeprefix(LOCAL_DIR)))
+    if run is None or name.endswith(TEACHER_OF_RUN):
+        raise InputError(f"{key}: {name} is no run, and has no teacher; name a run")
+    return run
+
+
+def _asking(key: str, name: str, asked: frozenset[str]) -> frozenset[str]:
+    if name in asked:
+        raise InputError(f"{key}: {name} learned from itself, it says; name another run")
+    return asked | {name}
+
+
+# Folders and files of anybody's.
+
+
+@with_config(ConfigDict(extra="allow"))
+class Eyes(TypedDict, total=False):
+    """How images reach a model, as timm's ``pretrained_cfg`` and ``config.json`` say it."""
+
+    input_size: tuple[int, Pixels, Pixels]
+    mean: Statistics
+    std: Statistics
+    interpolation: str
+    crop_pct: Annotated[float, Field(gt=0)]
+    crop_mode: str
+    num_classes: Annotated[int, Field(ge=0)]
+    label_names: list[str] | Numbered | None
+
+
+class LocalDir(Eyes, total=False):
+    """What we read of the ``config.json`` beside weights: timm's, or transformers'."""
+
+    architecture: str
+    model_args: dict[str, Any]
+    model_type: str | None
+    id2label: Numbered
+    pretrained_cfg: Eyes
+
+
+@with_config(ConfigDict(extra="allow"))
+class TransformersConfig(TypedDict):
+    """What we read of the ``config.json`` of transformers' DeiT or ViT."""
+
+    patch_size: Pixels
+    image_size: Pixels
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    intermediate_size: PositiveInt
+    qkv_bias: NotRequired[bool]
+    hidden_act: NotRequired[str]
+    layer_norm_eps: NotRequired[PositiveFloat]
+
+
+class Edges(TypedDict, total=False):
+    """A size as transformers writes it: one of these."""
+
+    shortest_edge: Pixels
+    height: Pixels
+
+
+@with_config(ConfigDict(extra="allow"))
+class Preprocessor(TypedDict):
+    """What we read of a ``preprocessor_config.json``."""
+
+    image_mean: Statistics
+    image_std: Statistics
+    do_center_crop: NotRequired[bool]
+    resample: NotRequired[int]
+    crop_size: NotRequired[Pixels | Edges]
+    size: NotRequired[Pixels | Edges]
+
+
+def _described_beside(key: str, name: str, file: Path) -> Origin:
+    """Return the weights of a file, described by the ``config.json`` beside it where there is one."""
+    config_file = file.parent / "config.json"
+    saved: LocalDir = read_json(config_file, LocalDir) if config_file.is_file() else {}
+    classes, columns = _named_columns(saved)
+    count = saved.get("num_classes", saved.get("pretrained_cfg", {}).get("num_classes"))
+    if saved.get("model_type") in ("deit", "vit"):
+        return _from_transformers(key, name, file, classes, columns)
+    return Origin(
+        name=name,
+        read=lambda: read_state(key, file),
+        architecture=saved.get("architecture"),
+        model_args=_plain(saved.get("model_args", {})),
+        classes=classes,
+        columns=columns,
+        class_count=len(classes) if classes is not None else count,
+        preprocessing=_preprocessing({**saved.get("pretrained_cfg", {}), **saved}),
+    )
+
+
+def _named_columns(saved: LocalDir) -> tuple[tuple[str, ...] | None, tuple[tuple[int, ...], ...] | None]:
+    """Return the names of a head's columns and, where not every column has one, which of them have."""
+    names: list[str] | Numbered | None = saved.get("label_names") or saved.get("pretrained_cfg", {}).get("label_names")
+    names = saved.get("id2label") or names
+    if not names:
+        return None, None
+    by_column = {int(column): name for column, name in (names.items() if isinstance(names, dict) else enumerate(names))}
+    columns = sorted(by_column)
+    if "id2label" in saved and all(by_column[column] == f"LABEL_{column}" for column in columns):
+        return None, None  # what transformers writes where nobody named them
+    is_whole = columns == list(range(len(columns)))
+    return tuple(by_column[column] for column in columns), None if is_whole else tuple((c,) for c in columns)
+
+
+def _from_transformers(
+    key: str,
+    name: str,
+    file: Path,
+    classes: tuple[str, ...] | None,
+    columns: tuple[tuple[int, ...], ...] | None,
+) -> Origin:
+    config_file = file.parent / "config.json"
+    saved: TransformersConfig = read_json(config_file, TransformersConfig)
+    act = saved.get("hidden_act", "gelu")
+    if act not in ACTIVATIONS:
+        raise InputError(f"{key}: {config_file}: timm has no activation {act!r} (hidden_act); name other weights")
+    arguments = {
+        "patch_size": saved["patch_size"],
+        "embed_dim": saved["hidden_size"],
+        "depth": saved["num_hidden_layers"],
+        "num_heads": saved["num_attention_heads"],
+        "mlp_ratio": saved["intermediate_size"] / saved["hidden_size"],
+        "qkv_bias": saved.get("qkv_bias", True),
+        **({} if ACTIVATIONS[act] is None else {"act_layer": ACTIVATIONS[act]}),
+    }
+    state = read_state(key, file)
+    return Origin(
+        name=name,
+        read=lambda: state,
+        # Any of timm's names would do, since the arguments say everything.
+        architecture="deit_tiny_distilled_patch16_224" if holds_distillation_token(state) else "deit_tiny_patch16_224",
+        model_args=arguments,
+        classes=classes,
+        columns=columns,
+        class_count=len(state["head.weight"]) if "head.weight" in state else None,
+        preprocessing=_preprocessor(file.parent / "preprocessor_config.json", saved["image_size"]),
+        layer_norm_eps=saved.get("layer_norm_eps", 1e-12),
+    )
+
+
+def _preprocessor(file: Path, image_size: int) -> Preprocessing:
+    if not file.is_file():
+        return Preprocessing(image_size)
+    seen: Preprocessor = read_json(file, Preprocessor)
+    size = seen.get("size")
+    return Preprocessing(
+        image_size=image_size,
+        mean=seen["image_mean"],
+        std=seen["image_std"],
+        interpolation="bilinear" if seen.get("resample") == 2 else "bicubic",  # as Pillow counts them
+        # A ViT's processor knows no crop.
+        crop_fraction=_edge(file, seen, "crop_size") / _edge(file, seen, "size") if seen.get("do_center_crop") else 1.0,
+        crop_mode="squash" if isinstance(size, dict) and "height" in size else "center",
+    )
+
+
+def _edge(file: Path, seen: Preprocessor, key: Literal["crop_size", "size"]) -> int:
+    size: int | Edges = seen.get(key, Edges())
+    edge = size if isinstance(size, int) else size.get("shortest_edge", size.get("height"))
+    if edge is None:
+        raise InputError(f"{file}: {key} has neither shortest_edge nor height; save its processor anew")
+    return edge
+
+
+def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what says how a network is built: a folder that says where weights are does not choose them."""
+    return {name: value for name, value in arguments.items() if name not in RESERVED_ARGUMENTS}
+
+
+def _preprocessing(cfg: Mapping[str, Any]) -> Preprocessing:
+    """Return what a ``pretrained_cfg`` of timm's says."""
+    size = cfg.get("input_size")
+    return Preprocessing(
+        image_size=None if size is None else size[-1],
+        mean=cfg.get("mean"),
+        std=cfg.get("std"),
+        interpolation=_not_random(cfg.get("interpolation")),
+        crop_fraction=cfg.get("crop_pct"),
+        crop_mode=cfg.get("crop_mode"),
+    )
+
+
+def _not_random(interpolation: str | None) -> str | None:
+    """Return how images are resized to be scored, where views are resized one way or another."""
+    return "bicubic" if interpolation == "random" else interpolation

@@ -1,0 +1,99 @@
+"""What lies in the folder of a run, and which run a path belongs to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import NotRequired, TypedDict
+
+from deit_kd.files import read_json
+
+CONFIG_FILE = "config.yaml"
+HEADS_FILE = "heads.json"
+FACTS_FILE = "run.json"  # what a run was made from: photos, classes, teacher
+CHECKPOINTS = "checkpoints"
+STUDENT_FOLDER = "student"  # its weights in timm's local-dir layout
+
+
+@with_config(ConfigDict(extra="allow"))
+class ScoreRecord(TypedDict):
+    """What a head or a teacher scored."""
+
+    top1: float
+    top5: float | None
+    nll: float
+
+
+@with_config(ConfigDict(extra="allow"))
+class TeacherFacts(TypedDict):
+    """What a run learned from."""
+
+    name: str
+    source: str | None
+    score: ScoreRecord
+    view_epochs: NotRequired[int]
+    members: NotRequired[list[dict[str, Any]]]
+    args: NotRequired[dict[str, Any]]
+    image_size: NotRequired[int]
+    mean: NotRequired[tuple[float, float, float]]
+    std: NotRequired[tuple[float, float, float]]
+    interpolation: NotRequired[str]
+    class_map: NotRequired[dict[str, list[tuple[int, str | None]]] | None]
+    digest: NotRequired[str | None]  # of the weights as they were read
+    store: NotRequired[str]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Facts(TypedDict):
+    """What ``run.json`` holds."""
+
+    classes: list[str]
+    data: dict[str, str]
+    views: NotRequired[int]
+    teacher: TeacherFacts | None
+
+
+@with_config(ConfigDict(extra="allow"))
+class HeadScores(TypedDict):
+    """What the ``heads.json`` of a run holds."""
+
+    n: int
+    weights: str
+    heads: dict[str, ScoreRecord | None]
+    teacher: ScoreRecord | None
+
+
+def read_facts(folder: Path) -> Facts:
+    """Return what the run in `folder` was made from.
+
+    Raises:
+        InputError: there is no such run.
+    """
+    facts: Facts = read_json(folder / FACTS_FILE, Facts)
+    return facts
+
+
+def read_head_scores(folder: Path) -> HeadScores:
+    """Return what the finished run in `folder` scored.
+
+    Raises:
+        InputError: there is no such run.
+    """
+    scores: HeadScores = read_json(folder / HEADS_FILE, HeadScores)
+    return scores
+
+
+def run_of(path: Path) -> Path | None:
+    """Return the run that `path` is the folder, the student or a checkpoint of; None where it is none of these."""
+    for place in (path.expanduser(), path.expanduser().resolve()):
+        above = [place]
+        if place.name == STUDENT_FOLDER:
+            above.append(place.parent)
+        if place.parent.name in (CHECKPOINTS, STUDENT_FOLDER):
+            above.append(place.parent.parent)
+        for folder in above:
+            if (folder / CONFIG_FILE).is_file():
+                return folder
+    return None
