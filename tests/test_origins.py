@@ -400,7 +400,7 @@ def test_photos_of_other_classes_are_refused(tmp_path: Path, source: Any, classe
 
 def test_numbers_are_the_same_with_and_without_zeros(tmp_path: Path) -> None:
     root = write_photos(tmp_path / "photos", {"train": 2, "validation": 2}, ("0", "1", "2"))
-    assert main(["train", *tiny(root, tmp_path / "run")]) == 0
+    assert main(["train", *tiny(root, tmp_path / "run", train__batch_size=6)]) == 0
     check_classes(open_source(str(tmp_path / "run")), ("00", "01", "02"))
     with pytest.raises(InputError, match="class 1 is '1' there and '2' here"):
         check_classes(open_source(str(tmp_path / "run")), ("0", "2", "1"))
