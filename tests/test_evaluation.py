@@ -45,12 +45,15 @@ def local_dir(runs: Path) -> list[str]:
 
 
 def deit_file(runs: Path) -> list[str]:
-    file = runs / "distilled.pth"
+    folder = runs / "deit"
+    folder.mkdir()
+    saved = json.loads((runs / "distilled/student/config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"label_names": saved["label_names"]}))  # else nobody knows them
     model = timm.create_model(f"local-dir:{runs / 'distilled/student'}", pretrained=True)
-    torch.save({"model": model.state_dict()}, file)
+    torch.save({"model": model.state_dict()}, folder / "distilled.pth")
     args = '{"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}'
     shape = ["--student.name", "deit_tiny_distilled_patch16_224", "--student.args", args]
-    return [str(file), *shape, "--data.crop_fraction", "1"]
+    return [str(folder / "distilled.pth"), *shape, "--data.crop_fraction", "1"]
 
 
 def transformers_folder(runs: Path) -> list[str]:
