@@ -13,7 +13,7 @@ from deit_kd.config import Config, Guide, TeacherNetwork, TeacherSection, TermSe
 from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
-from deit_kd.interfaces import Batch
+from deit_kd.interfaces import Batch, InputError
 from deit_kd.losses import FeatureTerm, LogitTerm, Objective, Shapes, Term, guide_links, pooled_links
 from deit_kd.optim import build_optimizer, scaled_lr
 from deit_kd.optim import build_schedule as build_cosine_schedule
