@@ -19,7 +19,8 @@ def layer_names(model: nn.Module) -> list[str]:
     if not hasattr(model, "forward_intermediates"):
         return []
     info: Any = getattr(model, "feature_info", None) or []
-    return [stage["module"] for stage in getattr(info, "info", info)]
+    names = [stage["module"] for stage in getattr(info, "info", info)]
+    return names if len(set(names)) == len(names) else []  # coat calls three of its layers the same
 
 
 def check_layers(key: str, model: nn.Module, names: Sequence[str]) -> None:
@@ -58,6 +59,10 @@ def answer_with_features(
         known = layer_names(model)
         places = sorted(known.index(name) for name in layers)
         last, maps = network.forward_intermediates(images, indices=places, output_fmt="NCHW")
+        if len(maps) != len(places):  # crossvit has two branches
+            raise InputError(
+                f"distill.terms: {type(model).__name__} does not hand out its layers one by one; name another"
+            )
         features = {known[place]: found for place, found in zip(places, maps, strict=True)}
     else:
         last = network.forward_features(images)

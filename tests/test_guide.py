@@ -10,11 +10,11 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deit_kd import Batch, Distiller, FrozenTeacher, InputError, Objective, TimmStudent
-from deit_kd.features import POOLED, layer_names, shapes
+from deit_kd.features import POOLED, answer_with_features, check_layers, layer_names, shapes
 from deit_kd.interfaces import Link, StudentOutput, TeacherOutput
 from deit_kd.losses import (
     FeatureTerm,
@@ -351,6 +351,18 @@ def test_a_teachers_answer_is_the_same_when_it_is_asked_for_features(name: str, 
     assert len(found[POOLED]) == 1
     teacher.ask_for(())
     assert teacher(one_batch()).features is None
+
+
+@pytest.mark.parametrize(("name", "side"), [("coat_tiny", 224), ("crossvit_tiny_240", 240)])
+def test_layers_without_names_of_their_own_are_refused(name: str, side: int) -> None:
+    model = timm.create_model(name, num_classes=3).eval()
+    if not layer_names(model):
+        with pytest.raises(InputError, match="has no layer"):
+            check_layers("teacher", model, ["serial_blocks1"])
+        return
+    images, head, pool = one_batch(1, side).images, model.forward_head, nn.Identity()
+    with pytest.raises(InputError, match="one by one"):
+        answer_with_features(model, images, layer_names(model)[:1], head=head, pool=pool)
 
 
 def test_a_layer_that_does_not_exist_is_refused_with_the_nearest() -> None:

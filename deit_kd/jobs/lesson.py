@@ -114,13 +114,15 @@ def match_features(run: Run, lesson: Lesson) -> Objective:
         return parts.build_objective(run.config, {}, {})
     size = run.config.data.image_size
     blank = torch.zeros(1, 3, size, size, device=run.processes.device)
-    own, theirs = _student_shapes(run.student, blank), _teacher_shapes(lesson.feature_giver, blank)
+    with_maps = any(term.kind == "guide" for term in run.config.distill.terms)
+    own = _student_shapes(run.student, blank, with_maps)
+    theirs = _teacher_shapes(lesson.feature_giver, blank, with_maps)
     return parts.build_objective(run.config, own, theirs)
 
 
 @torch.no_grad()
-def _student_shapes(student: TimmStudent, image: torch.Tensor) -> dict[str, torch.Size]:
-    names = [*layer_names(student.backbone), POOLED]
+def _student_shapes(student: TimmStudent, image: torch.Tensor, with_maps: bool) -> dict[str, torch.Size]:
+    names = [*(layer_names(student.backbone) if with_maps else ()), POOLED]
     if not isinstance(getattr(student.backbone, "patch_drop", nn.Identity()), nn.Identity):
         raise InputError("distill.terms: a student that drops patches has no maps to compare; unset patch_drop_rate")
     was_training = student.training
@@ -131,11 +133,11 @@ def _student_shapes(student: TimmStudent, image: torch.Tensor) -> dict[str, torc
     return shapes(output.features or {})
 
 
-def _teacher_shapes(giver: FrozenTeacher, image: torch.Tensor) -> dict[str, torch.Size]:
+def _teacher_shapes(giver: FrozenTeacher, image: torch.Tensor, with_maps: bool) -> dict[str, torch.Size]:
     batch = Batch(image, image.new_zeros(1, 1), torch.zeros(1, dtype=torch.long, device=image.device))
     giver.ask_for(())
     plain = giver(batch)
-    giver.ask_for([*giver.layer_names(), POOLED])
+    giver.ask_for([*(giver.layer_names() if with_maps else ()), POOLED])
     output = giver(batch)
     _check_same("the teacher", plain, output)
     giver.ask_for(())
