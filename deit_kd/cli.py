@@ -78,7 +78,13 @@ def _predict(arguments: Arguments) -> None:
     parser.add_argument("files", type=str, nargs="+", help="images")
     parser.add_argument("--head", choices=["cls", "dist", "fused", "all"], default="fused", help="whose answer")
     parser.add_argument("--csv", type=str, default=None, help="file to write; standard output unless set")
-    folder, arguments = _with_recipe_of_run(arguments, parser)
+    if arguments and arguments[0].endswith(".onnx") and not _asks_for_help(arguments):
+        from deit_kd.jobs.predict import recipe_of_model
+
+        folder = Path(arguments[0])
+        arguments = [arguments[0], *recipe_of_model(folder), *arguments[1:]]
+    else:
+        folder, arguments = _with_recipe_of_run(arguments, parser)
     config, others = parse_config(arguments, parser)
     from deit_kd.jobs.predict import predict
 
@@ -109,15 +115,22 @@ def _export(arguments: Arguments) -> None:
     parser = _run_parser("deit-kd export")
     parser.add_argument("--format", type=str, required=True, help="timm, local-dir, transformers, onnx or torch-export")
     parser.add_argument("--to", type=str, default=None, help="folder to write; RUN/export/FORMAT unless set")
+    parser.add_argument("--outputs", type=str, nargs="+", default=None, help="of cls, dist and fused; all unless set")
+    parser.add_argument("--opset", type=int, default=18, help="of ONNX, 18 to 23")
+    parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="of an ONNX's or .pt2's weights")
+    parser.add_argument("--dynamic_size", type=bool, default=False, help="whether images may have another size")
     if _asks_for_help(arguments):
         parse_config(arguments, parser)
     named = _first_argument(arguments, parser)
+    from deit_kd.exports import Choices
     from deit_kd.jobs.export import export_student
     from deit_kd.jobs.sources import open_source
 
     source = open_source(named)
     config, others = parse_config([named, *source.recipe, *arguments[1:]], parser)
-    export_student(source, config, others["format"], None if others["to"] is None else Path(others["to"]))
+    outputs = None if others["outputs"] is None else tuple(others["outputs"])
+    choices = Choices(outputs, others["opset"], others["dynamic_size"], others["precision"])
+    export_student(source, config, others["format"], None if others["to"] is None else Path(others["to"]), choices)
 
 
 def _bench(arguments: Arguments) -> None:

@@ -31,18 +31,19 @@ def is_transformers(state: dict[str, Tensor]) -> bool:
 
 
 def to_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return timm's tensors of a distilled ViT under the names that are published on the hub.
+    """Return timm's tensors of a ViT, distilled or not, under the names that are published on the hub.
 
     The pieces of a fused ``qkv`` become query, key and value.
     """
+    family, heads = ("deit", _HEADS) if "dist_token" in state else ("vit", {"head": "classifier"})
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         block = re.fullmatch(r"blocks\.(\d+)\.(.+?)\.(weight|bias)", name)
         if block is None:
-            renamed[_renamed(name, {k: f"deit.{v}" for k, v in _TOP.items()} | _HEADS)] = tensor
+            renamed[_renamed(name, {k: f"{family}.{v}" for k, v in _TOP.items()} | heads)] = tensor
             continue
         number, part, kind = block.groups()
-        prefix = f"deit.encoder.layer.{number}"
+        prefix = f"{family}.encoder.layer.{number}"
         if part == "attn.qkv":
             for piece, third in zip(_QKV, tensor.chunk(3), strict=True):
                 renamed[f"{prefix}.attention.attention.{piece}.{kind}"] = third.contiguous()

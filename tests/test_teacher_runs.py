@@ -245,7 +245,10 @@ def test_runs_student_leaves_for_timm(assistant, tmp_path):
     ("options", "reason"),
     [
         (["--format", "tim"], "use one of timm, local-dir, transformers, onnx, torch-export (nearest: timm)"),
-        (["--format", "transformers"], "cannot hold this student: it has no distillation token"),
+        (
+            ["--format", "transformers", "--precision", "fp16"],
+            "transformers has no choice of outputs, precision or size",
+        ),
         (["--format", "timm", "--to", "HERE"], "is there already"),
     ],
 )

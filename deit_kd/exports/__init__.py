@@ -2,7 +2,22 @@
 
 from deit_kd.exports.about import About
 from deit_kd.exports.compare import export, missing_libraries, read_again, write
-from deit_kd.exports.distilled_vit import CannotHold
 from deit_kd.exports.formats import FORMATS
+from deit_kd.exports.opened import OpenedModel, open_exported
+from deit_kd.exports.plain_vit import CannotHold
+from deit_kd.exports.traced import HEADS, OPSET, Choices
 
-__all__ = ["FORMATS", "About", "CannotHold", "export", "missing_libraries", "read_again", "write"]
+__all__ = [
+    "FORMATS",
+    "HEADS",
+    "OPSET",
+    "About",
+    "CannotHold",
+    "Choices",
+    "OpenedModel",
+    "export",
+    "missing_libraries",
+    "open_exported",
+    "read_again",
+    "write",
+]

@@ -29,6 +29,7 @@ class About:
         data: a line about the photos.
         recipe: the run's ``config.yaml``.
         crop_mode: of the evaluation's resize, ``center``, ``border`` or ``squash``.
+        temperature: by head, where an evaluation has fitted it; no output is divided by it.
     """
 
     architecture: str
@@ -45,6 +46,22 @@ class About:
     data: str
     recipe: str
     crop_mode: str = "center"
+    temperature: Mapping[str, float] | None = None
+
+    def for_deployment(self) -> dict[str, Any]:
+        """Return, as JSON, all that a program needs to feed the model and to read its answers."""
+        return {
+            "architecture": self.architecture,
+            "classes": list(self.classes),
+            "image_size": self.image_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+            "crop_fraction": self.crop_fraction,
+            "crop_mode": self.crop_mode,
+            "fusion": self.fusion,
+            "temperature": None if self.temperature is None else dict(self.temperature),
+        }
 
     def card(self, format_name: str, how_to_load: str) -> str:
         """Return the model card, in Markdown."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deit_kd.exports.about import About
-from deit_kd.exports.formats import FORMATS, AllHeads
+from deit_kd.exports.formats import FORMATS
+from deit_kd.exports.traced import Answering, Choices, size_step
 from deit_kd.interfaces import InputError
 
-TOLERANCE = 1e-5  # of the largest logit, or of 1
+TOLERANCE = {"fp32": 1e-5, "fp16": 1e-2}  # of the largest logit, or of 1
 PROBE_IMAGES = 3  # another batch size than any format was written with
 
 _MAIN = """
@@ -40,31 +42,39 @@ def missing_libraries(format_name: str) -> list[str]:
     return [library for library in FORMATS[format_name].libraries if importlib.util.find_spec(library) is None]
 
 
-def write(format_name: str, backbone: nn.Module, folder: Path, about: About) -> None:
+def write(format_name: str, backbone: nn.Module, folder: Path, about: About, choices: Choices | None = None) -> None:
     """Write one student into `folder`, which is not there yet, with its model card.
 
     Raises:
         CannotHold: the format has no place for a part of the student.
     """
     entry = FORMATS[format_name]
-    entry.write(backbone.eval(), folder, about)
+    traced = (choices or Choices(),) if entry.is_traced else ()
+    entry.write(backbone.eval(), folder, about, *traced)
     (folder / "README.md").write_text(about.card(format_name, entry.how_to_load))
 
 
-def read_again(format_name: str, written: Sequence[tuple[Path, nn.Module, About]]) -> list[float]:
+def read_again(
+    format_name: str, written: Sequence[tuple[Path, nn.Module, About]], choices: Choices | None = None
+) -> list[float]:
     """Read exports again in one clean process; return how far each is off, see `TOLERANCE`.
 
     Args:
         format_name: of all of them.
         written: for each its folder, the student that it was written from, and what was said about it.
+        choices: that all of them were traced with; a dynamic size is tried at one of its own.
 
     Raises:
         InputError: the foreign library cannot read one of them.
     """
     script = _MAIN.format(reader=FORMATS[format_name].reader)
     noise = torch.Generator().manual_seed(0)
-    sizes = [about.image_size for _, _, about in written]
-    probes = [torch.randn(PROBE_IMAGES, 3, size, size, generator=noise) for size in sizes]
+    choices = choices or Choices()
+    probes = []
+    for _, backbone, about in written:
+        longer = size_step(backbone) if choices.dynamic_size else 0
+        size = (about.image_size + longer, about.image_size + 2 * longer)
+        probes.append(torch.randn(PROBE_IMAGES, 3, *size, generator=noise))
     with tempfile.TemporaryDirectory() as place:
         for number, images in enumerate(probes):
             save_file({"images": images}, Path(place) / f"{number}.images")
@@ -79,14 +89,14 @@ def read_again(format_name: str, written: Sequence[tuple[Path, nn.Module, About]
             raise InputError(f"--format: {format_name} cannot be read again ({last}); nothing was written")
         found = [load_file(Path(place) / f"{number}.found") for number in range(len(written))]
     return [
-        _distance(_expected(backbone, images, about.fusion), outputs)
+        _distance(_expected(backbone, images, about.fusion, choices), outputs)
         for (_, backbone, about), images, outputs in zip(written, probes, found, strict=True)
     ]
 
 
 @torch.no_grad()
-def _expected(backbone: nn.Module, images: Tensor, fusion: str) -> tuple[Tensor, ...]:
-    answer: tuple[Tensor, ...] = AllHeads(backbone, fusion).eval()(images)
+def _expected(backbone: nn.Module, images: Tensor, fusion: str, choices: Choices) -> tuple[Tensor, ...]:
+    answer: tuple[Tensor, ...] = Answering(backbone, fusion, replace(choices, precision="fp32"))(images)
     return answer
 
 
@@ -101,7 +111,7 @@ def _distance(expected: Sequence[Tensor], found: dict[str, Tensor]) -> float:
     )
 
 
-def export(format_name: str, backbone: nn.Module, folder: Path, about: About) -> float:
+def export(format_name: str, backbone: nn.Module, folder: Path, about: About, choices: Choices | None = None) -> float:
     """Write a student, read it again, compare, and only then let `folder` appear; return how far it is off.
 
     Raises:
@@ -112,9 +122,10 @@ def export(format_name: str, backbone: nn.Module, folder: Path, about: About) ->
     shutil.rmtree(aside, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write(format_name, backbone, aside, about)
-        (distance,) = read_again(format_name, [(aside, backbone, about)])
-        if not distance <= TOLERANCE:
+        choices = choices or Choices()
+        write(format_name, backbone, aside, about, choices)
+        (distance,) = read_again(format_name, [(aside, backbone, about)], choices)
+        if not distance <= TOLERANCE[choices.precision]:
             raise InputError(f"--format: {format_name} answers differently when read again (by {distance:.1e})")
         os.replace(aside, folder)
     finally:

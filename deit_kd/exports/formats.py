@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from deit_kd.exports.about import About
-from deit_kd.exports.distilled_vit import CannotHold, as_distilled_vit
-from deit_kd.interfaces import StudentOutput, head_probabilities
+from deit_kd.exports.plain_vit import CannotHold, as_plain_vit
+from deit_kd.exports.traced import write_onnx, write_torch_export
 from deit_kd.layouts import to_transformers
 from deit_kd.models import save_local_dir
-from deit_kd.tokens import is_grafted, read_heads
-
-Answers = dict[str, Tensor]  # logits cls [B, C], dist [B, C], probabilities fused [B, C]; those there are
-
-
-class AllHeads(nn.Module):
-    """Answers images with a tuple: cls logits and, with a distillation token, dist logits and fused probabilities."""
-
-    def __init__(self, backbone: nn.Module, fusion: str) -> None:
-        super().__init__()
-        self.backbone, self.fusion = backbone, fusion
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return [B, C] for each output there is, for `images` [B, 3, H, W]."""
-        output: StudentOutput = read_heads(self.backbone, images)
-        if output.dist_logits is None:
-            return (output.cls_logits,)
-        return output.cls_logits, output.dist_logits, head_probabilities(output, self.fusion)["fused"]
+from deit_kd.tokens import is_grafted
 
 
 @dataclass(frozen=True)
@@ -45,24 +25,25 @@ class Format:
     """One way out.
 
     Args:
-        write: puts files into a folder; raises `CannotHold` where it has to.
+        write: puts files into a folder; raises `CannotHold` where it has to. A format that is traced takes `Choices`.
         how_to_load: a sentence for the model card.
         reader: Python source that defines ``read(folder, images)`` with the foreign library alone and returns a
             list of outputs; it runs in a process of its own.
         libraries: modules that reading and writing need, with the extra that installs them.
     """
 
-    write: Callable[[nn.Module, Path, About], None]
+    write: Callable[..., None]
     how_to_load: str
     reader: str
     libraries: tuple[str, ...] = ()
+    is_traced: bool = False
 
 
 def _write_timm(backbone: nn.Module, folder: Path, about: About) -> None:
     if not is_grafted(backbone):
         _write_local_dir(backbone, folder, about)
         return
-    expressed = as_distilled_vit(backbone)
+    expressed = as_plain_vit(backbone)
     twin = timm.create_model(expressed.architecture, num_classes=len(about.classes), **expressed.arguments)
     twin.load_state_dict(expressed.state)
     epsilons = [
@@ -89,7 +70,7 @@ def _write_local_dir(backbone: nn.Module, folder: Path, about: About, model_args
 
 
 def _write_transformers(backbone: nn.Module, folder: Path, about: About) -> None:
-    expressed = as_distilled_vit(backbone)
+    expressed = as_plain_vit(backbone)
     state, arguments = expressed.state, expressed.arguments
     if arguments.get("pre_norm"):
         raise CannotHold("it has a norm before its blocks (pre_norm)")
@@ -104,8 +85,10 @@ def _write_transformers(backbone: nn.Module, folder: Path, about: About) -> None
     (folder / "model.safetensors").write_bytes(save(to_transformers(state), metadata={"format": "pt"}))
     model: Any = backbone
     config = {
-        "architectures": ["DeiTForImageClassificationWithTeacher"],
-        "model_type": "deit",
+        "architectures": [
+            "DeiTForImageClassificationWithTeacher" if expressed.is_distilled else "ViTForImageClassification"
+        ],
+        "model_type": "deit" if expressed.is_distilled else "vit",
         "hidden_size": arguments["embed_dim"],
         "num_hidden_layers": arguments["depth"],
         "num_attention_heads": arguments["num_heads"],
@@ -124,12 +107,14 @@ def _write_transformers(backbone: nn.Module, folder: Path, about: About) -> None
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     edge = int(about.image_size / about.crop_fraction)
     preprocessor = {
-        "image_processor_type": "DeiTImageProcessor",
+        # DeiT's own takes no shortest edge before transformers 5, and ViT's does not crop; this one does both in all.
+        "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
         "size": {"height": edge, "width": edge} if about.crop_mode == "squash" else {"shortest_edge": edge},
         "resample": 2 if about.interpolation == "bilinear" else 3,
         "do_center_crop": True,
         "crop_size": {"height": about.image_size, "width": about.image_size},
+        "do_convert_rgb": True,
         "do_rescale": True,
         "do_normalize": True,
         "image_mean": list(about.mean),
@@ -149,36 +134,6 @@ def _without_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return folded
 
 
-def _write_onnx(backbone: nn.Module, folder: Path, about: About) -> None:
-    folder.mkdir(parents=True)
-    module, images = AllHeads(backbone, about.fusion).eval(), torch.zeros(2, 3, about.image_size, about.image_size)
-    names = ["cls", "dist", "fused"][: len(module(images))]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        torch.onnx.export(
-            module,
-            (images,),
-            str(folder / "student.onnx"),
-            input_names=["images"],
-            output_names=names,
-            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=4096)}},
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-
-
-def _write_torch_export(backbone: nn.Module, folder: Path, about: About) -> None:
-    folder.mkdir(parents=True)
-    images = torch.zeros(2, 3, about.image_size, about.image_size)
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    module = AllHeads(backbone, about.fusion).eval()
-    program = torch.export.export(module, (images,), dynamic_shapes={"images": {0: batch}})
-    content = io.BytesIO()  # written at once, so that a full disk is an OSError
-    torch.export.save(program, content)
-    (folder / "student.pt2").write_bytes(content.getvalue())
-
-
 _READ_TIMM = """
 import timm
 def read(folder, images):
@@ -195,12 +150,25 @@ def read(folder, images):
     return [logits for logits in read_heads(open_model("folder", folder).eval(), images) if logits is not None]
 """
 _READ_TRANSFORMERS = """
-from transformers import DeiTForImageClassificationWithTeacher
+import json, transformers
+from PIL import Image
 def read(folder, images):
-    model, info = DeiTForImageClassificationWithTeacher.from_pretrained(folder, output_loading_info=True)
+    said = json.load(open(f"{folder}/config.json"))
+    network = getattr(transformers, said["architectures"][0])
+    model, info = network.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    check_processor(folder, said["image_size"])
     output = model.eval()(images)
-    return [output.cls_logits, output.distillation_logits]
+    return [output.cls_logits, output.distillation_logits] if "cls_logits" in output else [output.logits]
+def check_processor(folder, size):
+    said = json.load(open(f"{folder}/preprocessor_config.json"))
+    colour = torch.tensor([200.0, 100.0, 50.0])
+    photo = Image.new("RGB", (3 * size, 2 * size), tuple(colour.int().tolist()))
+    seen = transformers.AutoImageProcessor.from_pretrained(folder)(photo, return_tensors="pt")["pixel_values"]
+    expected = (colour / 255 - torch.tensor(said["image_mean"])) / torch.tensor(said["image_std"])
+    expected = expected.view(1, 3, 1, 1).expand(1, 3, size, size)
+    assert seen.shape == expected.shape, f"its processor gives {tuple(seen.shape)}"
+    assert torch.allclose(seen, expected, atol=1e-4), "its processor normalises otherwise"
 """
 _READ_ONNX = """
 import onnxruntime
@@ -228,21 +196,26 @@ FORMATS: dict[str, Format] = {
     ),
     "transformers": Format(
         _write_transformers,
-        "`transformers.DeiTForImageClassificationWithTeacher.from_pretrained(FOLDER)` loads it; its `logits` are the "
-        "mean of both heads' logits.",
+        "`transformers.DeiTForImageClassificationWithTeacher.from_pretrained(FOLDER)` loads it, whose `logits` are the "
+        "mean of both heads' logits; a student without a distillation token is a `ViTForImageClassification`. "
+        "`AutoImageProcessor.from_pretrained(FOLDER)` prepares its images.",
         _READ_TRANSFORMERS,
         ("transformers",),
     ),
     "onnx": Format(
-        _write_onnx,
-        "`student.onnx`: `images` [batch, 3, H, W], normalised, to logits `cls`, `dist` and probabilities `fused`.",
+        write_onnx,
+        "`student.onnx`: `images` [batch, 3, H, W], normalised, to logits `cls`, `dist` and probabilities `fused`; "
+        "`metadata_props` and `config.json` hold the classes and how images are prepared.",
         _READ_ONNX,
         ("onnx", "onnxscript", "onnxruntime"),
+        is_traced=True,
     ),
     "torch-export": Format(
-        _write_torch_export,
+        write_torch_export,
         '`torch.export.load("student.pt2").module()` answers `images` [batch, 3, H, W], normalised, with logits cls, '
-        "dist and probabilities fused.",
+        "dist and probabilities fused; `config.json`, beside it and within, holds the classes and how images are "
+        "prepared.",
         _READ_TORCH_EXPORT,
+        is_traced=True,
     ),
 }

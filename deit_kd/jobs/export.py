@@ -7,20 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
 from deit_kd.checkpoint import load_checkpoint
 from deit_kd.config import Config
 from deit_kd.distributed import Processes
-from deit_kd.exports import FORMATS, About, CannotHold, export, missing_libraries
+from deit_kd.exports import FORMATS, HEADS, OPSET, About, CannotHold, Choices, export, missing_libraries
+from deit_kd.files import read_json
 from deit_kd.interfaces import InputError, nearest
 from deit_kd.jobs.curves import read_records
 from deit_kd.jobs.sources import Source, load_student
 from deit_kd.models import choose_attention
-from deit_kd.run_folder import CONFIG_FILE, read_head_scores
+from deit_kd.run_folder import CONFIG_FILE, HEADS_FILE, read_head_scores
 from deit_kd.tracking import say
 
+LARGEST_OPSET = 23
 
-def export_student(source: Source, config: Config, format_name: str, to: Path | None) -> Path:
+
+def export_student(
+    source: Source, config: Config, format_name: str, to: Path | None, choices: Choices | None = None
+) -> Path:
     """Write a run's student, or that of one of its checkpoints, in another library's format; return where.
 
     Args:
@@ -29,10 +35,11 @@ def export_student(source: Source, config: Config, format_name: str, to: Path | 
         format_name: one of `FORMATS`.
         to: folder to write, which must not be there yet; None is ``RUN/export/<format>``, of a checkpoint
             ``RUN/export/<format>-<checkpoint>``.
+        choices: of what is traced, for ONNX and torch.export.
 
     Raises:
-        InputError: the source is no run, the format is unknown, cannot hold this student or needs a library that is
-            missing, or the folder is there already.
+        InputError: the source is no run, the format is unknown, cannot hold this student, has no such choice
+            or needs a library that is missing, or the folder is there already.
     """
     if source.run is None:
         raise InputError(f"{source.name}: is no run, nor a checkpoint of one; name the folder of a run")
@@ -40,6 +47,8 @@ def export_student(source: Source, config: Config, format_name: str, to: Path | 
         raise InputError(
             f"--format: {format_name!r} is unknown; use one of {', '.join(FORMATS)}{nearest(format_name, FORMATS)}"
         )
+    choices = choices or Choices()
+    _check(choices, format_name)
     missing = missing_libraries(format_name)
     if missing:
         raise InputError(f'--format: {format_name} needs {", ".join(missing)}; pip install "deit-kd[{format_name}]"')
@@ -65,9 +74,10 @@ def export_student(source: Source, config: Config, format_name: str, to: Path | 
         data=f"{config.data.name} (digest of the training split {facts['data']['train']})",
         recipe=(source.run / CONFIG_FILE).read_text(),
         crop_mode=config.data.crop_mode,
+        temperature=None if source.checkpoint is not None else _fitted_temperature(source.run, config.evaluate.fusion),
     )
     try:
-        distance = export(format_name, student.backbone, target, about)
+        distance = export(format_name, student.backbone, target, about, choices)
     except CannotHold as error:
         others = "local-dir, onnx or torch-export"
         raise InputError(f"--format: {format_name} cannot hold this student: {error}; use {others}") from error
@@ -90,3 +100,38 @@ def _scores_of(run: Path, checkpoint: Path) -> Mapping[str, Any] | None:
         return None
     weights = "ema" if "ema" in epochs[-1] else "model"
     return {**epochs[-1][weights], "weights": weights, "teacher": epochs[-1]["teacher"]}
+
+
+def _check(choices: Choices, format_name: str) -> None:
+    if choices != Choices() and not FORMATS[format_name].is_traced:
+        traced = " or ".join(name for name, entry in FORMATS.items() if entry.is_traced)
+        raise InputError(f"--format: {format_name} has no choice of outputs, precision or size; use {traced}")
+    if choices.opset != OPSET and format_name != "onnx":
+        raise InputError(f"--opset: {format_name} has none; use --format onnx")
+    if not OPSET <= choices.opset <= LARGEST_OPSET:
+        raise InputError(f"--opset: {choices.opset} is not written; use {OPSET} to {LARGEST_OPSET}")
+    unknown = [name for name in choices.outputs or () if name not in HEADS]
+    if unknown or len(set(choices.outputs or ())) != len(choices.outputs or ()):
+        raise InputError(f"--outputs: {' '.join(choices.outputs or ())}; use each of {', '.join(HEADS)} once at most")
+
+
+class _Fitted(TypedDict):
+    temperature: float
+
+
+class _Evaluation(TypedDict):
+    student: str
+    temperature: dict[str, _Fitted]
+
+
+def _fitted_temperature(folder: Path, fusion: str) -> dict[str, float] | None:
+    """Return the temperature of each head that an evaluation of this run on its own validation set has fitted."""
+    file = folder / "eval" / "validation" / HEADS_FILE
+    if not file.is_file():
+        return None
+    evaluation: _Evaluation = read_json(file, _Evaluation)
+    if evaluation["student"] != folder.resolve().name:
+        return None
+    fitted = evaluation["temperature"]
+    named = {"cls": "cls", "dist": "dist", "fused": f"fused_{fusion}"}
+    return {head: fitted[name]["temperature"] for head, name in named.items() if name in fitted}

@@ -1,19 +1,23 @@
-"""``deit-kd predict``: the class that a run's student gives unlabelled images, by head."""
+"""``deit-kd predict``: the class that a student, a run's or an exported one, gives unlabelled images, by head."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 import torch
+from torch import Tensor
 
 from deit_kd.config import Config
 from deit_kd.data import load_image
-from deit_kd.distributed import finish, start
+from deit_kd.distributed import Processes, finish, start
 from deit_kd.engine import autocast
+from deit_kd.exports.opened import SUFFIX, open_exported
 from deit_kd.files import check_file_to_be, write_atomically
 from deit_kd.interfaces import InputError, head_probabilities, printable
 from deit_kd.jobs import parts
@@ -23,13 +27,15 @@ from deit_kd.tracking import say
 
 HEADS = ("cls", "dist", "fused", "all")
 
+Answer = Callable[[Tensor], dict[str, Tensor]]  # images [B, 3, H, W] to probabilities [B, C] by head
 
-def predict(folder: Path, config: Config, files: list[Path], head: str, csv_file: Path | None) -> None:
+
+def predict(place: Path, config: Config, files: list[Path], head: str, csv_file: Path | None) -> None:
     """Write ``path,head,class,probability`` for each image, to `csv_file` or to standard output.
 
     Args:
-        folder: of a finished run.
-        config: the run's.
+        place: folder of a finished run, or an ONNX model that was exported from one.
+        config: the run's, or what the model says of it.
         files: images.
         head: ``cls``, ``dist``, ``fused`` or ``all``; a student without a distillation token has ``cls`` alone,
             which then stands for the fused one.
@@ -47,25 +53,18 @@ def predict(folder: Path, config: Config, files: list[Path], head: str, csv_file
     processes = start(config.train.device)
     try:
         choose_attention(config.train.attention, processes.device)
-        source = open_source(str(folder))
-        classes = source.classes or ()
-        student = load_student(source, config, classes, processes)
-        if not student.has_distillation_token:
-            if head == "dist":
-                raise InputError(f"--head: 'dist', but the student of {folder} has no distillation token; use cls")
-            head = "cls" if head == "fused" else head
+        classes, answer = _from_model(place) if place.suffix == SUFFIX else _from_run(place, config, processes)
         transform = parts.build_evaluation_transform(config)
         rows: list[tuple[str, str, str, str]] = []
         for start_at in range(0, len(files), config.evaluate.batch_size):
             block = files[start_at : start_at + config.evaluate.batch_size]
             images = torch.stack([transform(load_image(file)) for file in block]).to(processes.device)
-            with torch.inference_mode(), autocast(processes.device, config.train.precision):
-                output = student(images)
-            best = {
-                name: probabilities.max(-1)
-                for name, probabilities in head_probabilities(output, config.evaluate.fusion).items()
-                if head in (name, "all")
-            }
+            heads = answer(images)
+            if head == "fused" and "dist" not in heads and "cls" in heads:
+                head = "cls"
+            if head != "all" and head not in heads:
+                raise InputError(f"--head: {head!r}, but {place} has no such head; use {' or '.join(heads)}")
+            best = {name: heads[name].max(-1) for name in heads if head in (name, "all")}
             for index, file in enumerate(block):
                 for name, (values, labels) in best.items():
                     rows.append((str(file), name, classes[int(labels[index])], f"{float(values[index]):.4f}"))
@@ -78,6 +77,35 @@ def predict(folder: Path, config: Config, files: list[Path], head: str, csv_file
     _write(content, rows)
     write_atomically(csv_file, content.getvalue().encode())
     say(f"{len(files)} images: {csv_file}")
+
+
+def _from_run(folder: Path, config: Config, processes: Processes) -> tuple[tuple[str, ...], Answer]:
+    source = open_source(str(folder))
+    classes = source.classes or ()
+    student = load_student(source, config, classes, processes)
+
+    def answer(images: Tensor) -> dict[str, Tensor]:
+        with torch.inference_mode(), autocast(processes.device, config.train.precision):
+            output = student(images)
+        return head_probabilities(output, config.evaluate.fusion)
+
+    return classes, answer
+
+
+def _from_model(file: Path) -> tuple[tuple[str, ...], Answer]:
+    model = open_exported(file)
+    return tuple(model.facts["classes"]), model.probabilities
+
+
+def recipe_of_model(file: Path) -> list[str]:
+    """Return the options that an exported model stands for: how its images are prepared.
+
+    Raises:
+        InputError: it is no model that ``deit-kd export`` wrote.
+    """
+    facts = open_exported(file).facts
+    keys = ("image_size", "mean", "std", "interpolation", "crop_fraction", "crop_mode")
+    return [word for key in keys for word in (f"--data.{key}", json.dumps(facts[key]).strip('"'))]  # type: ignore[literal-required]
 
 
 def _write(file: TextIO, rows: list[tuple[str, str, str, str]]) -> None:

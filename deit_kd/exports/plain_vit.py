@@ -1,4 +1,4 @@
-"""A student in the terms of timm's ``VisionTransformerDistilled``, which plain timm and transformers can build."""
+"""A student in the terms of timm's plain ViT, distilled or not, which plain timm and transformers can build."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ class CannotHold(Exception):
 
 
 @dataclass(frozen=True)
-class DistilledViT:
+class PlainViT:
     """Tensors under timm's names, and what ``timm.create_model`` needs to build a model that they fit."""
 
     architecture: str
     state: dict[str, Tensor]
     arguments: dict[str, Any]
+    is_distilled: bool
 
 
-def as_distilled_vit(backbone: nn.Module) -> DistilledViT:
-    """Express a student with a distillation token as timm's own distilled ViT.
+def as_plain_vit(backbone: nn.Module) -> PlainViT:
+    """Express a student as timm's own distilled ViT or, without a distillation token, as its ViT.
 
-    Position embeddings without rows for the tokens (``no_embed_class``) get two rows of zeros.
+    Position embeddings without rows for the tokens (``no_embed_class``) get rows of zeros.
 
     Raises:
         CannotHold: it has a part that timm's class does not.
@@ -45,7 +46,8 @@ def as_distilled_vit(backbone: nn.Module) -> DistilledViT:
     if is_grafted(model):
         state["cls_token"], state["dist_token"] = state["cls_token"][:, :1], state["cls_token"][:, 1:]
     if model.no_embed_class:
-        state["pos_embed"] = torch.cat([torch.zeros_like(state["pos_embed"][:, :2]), state["pos_embed"]], dim=1)
+        rows = torch.zeros_like(state["pos_embed"][:, : model.num_prefix_tokens])
+        state["pos_embed"] = torch.cat([rows, state["pos_embed"]], dim=1)
     block = model.blocks[0]
     arguments = {
         "img_size": list(model.patch_embed.img_size),
@@ -60,16 +62,19 @@ def as_distilled_vit(backbone: nn.Module) -> DistilledViT:
         arguments["init_values"] = 1.0  # that there are layer scales; their values are in the state
     if not isinstance(model.norm_pre, nn.Identity):
         arguments["pre_norm"] = True
-    # Any of timm's distilled names would do, since the arguments say everything; this is the nearest.
-    architecture = f"deit_{_SIZES.get(model.embed_dim, 'base')}_distilled_patch16_224"
-    return DistilledViT(architecture, {name: tensor.contiguous() for name, tensor in state.items()}, arguments)
+    is_distilled = has_distillation_token(model)
+    # Any of timm's names would do, since the arguments say everything; this is the nearest.
+    size = _SIZES.get(model.embed_dim, "base")
+    architecture = f"deit_{size}_distilled_patch16_224" if is_distilled else f"vit_{size}_patch16_224"
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    return PlainViT(architecture, state, arguments, is_distilled)
 
 
 def _reason(model: Any) -> str | None:
-    if not has_distillation_token(model):
-        return "it has no distillation token"
     if not isinstance(model, VisionTransformer):
         return f"it is built as {type(model).__name__}, not as a plain ViT"
+    if model.cls_token is None:
+        return f"its class head pools by {model.global_pool!r}"
     if model.reg_token is not None:
         return "it has register tokens"
     if not isinstance(model, VisionTransformerDistilled) and model.global_pool != "token":

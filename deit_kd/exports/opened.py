@@ -1,0 +1,81 @@
+"""An exported ONNX model, opened with what it says about itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from deit_kd.files import checked
+from deit_kd.interfaces import InputError, StudentOutput, head_probabilities
+
+SUFFIX = ".onnx"
+
+
+class Facts(TypedDict):
+    """What `deit-kd export` writes into a model."""
+
+    classes: list[str]
+    image_size: Annotated[int, Field(gt=0, le=2**14)]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bilinear", "bicubic"]
+    crop_fraction: Annotated[float, Field(gt=0, le=1)]
+    crop_mode: Literal["center", "border", "squash"]
+    fusion: Literal["softmax", "logits"]
+    outputs: Annotated[list[Literal["cls", "dist", "fused"]], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A student that onnxruntime answers for, and what it says about itself."""
+
+    facts: Facts
+    session: Any
+
+    def probabilities(self, images: Tensor) -> dict[str, Tensor]:
+        """Return [B, C] of each head there is, for `images` [B, 3, H, W]; both heads are fused where it says how."""
+        answers = self.session.run(self.facts["outputs"], {"images": np.ascontiguousarray(images.cpu().numpy())})
+        found = dict(zip(self.facts["outputs"], map(torch.from_numpy, answers), strict=True))
+        if "cls" in found and "fused" not in found:
+            return head_probabilities(StudentOutput(found["cls"], found.get("dist")), self.facts["fusion"])
+        return {name: answer if name == "fused" else answer.softmax(-1) for name, answer in found.items()}
+
+
+def open_exported(file: Path) -> OpenedModel:
+    """Open an ONNX model that ``deit-kd export`` wrote.
+
+    Raises:
+        InputError: it is no such model, or onnxruntime is missing.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise InputError(f'{file}: needs onnxruntime; pip install "deit-kd[onnx]"')
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors share no class of their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{file}: cannot be opened by onnxruntime ({reason}); export the run again") from error
+    try:
+        said = session.get_modelmeta().custom_metadata_map
+        facts: Facts = checked({key: json.loads(value) for key, value in said.items() if key in _KEYS}, Facts)
+    except ValueError as error:
+        raise InputError(
+            f"{file}: does not say its classes and how images are prepared ({error}); export the run with deit-kd"
+        ) from error
+    given = {*(output.name for output in session.get_outputs())}
+    if not given >= set(facts["outputs"]) or [one.name for one in session.get_inputs()] != ["images"]:
+        raise InputError(f"{file}: has other inputs or outputs than it says; export the run again")
+    return OpenedModel(facts, session)
+
+
+_KEYS = frozenset(Facts.__annotations__)

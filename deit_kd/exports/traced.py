@@ -1,0 +1,199 @@
+"""A student as a graph with everything inside that a deployer needs: ONNX and ``torch.export``."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import Format as Layout
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from deit_kd.exports.about import About
+from deit_kd.exports.plain_vit import CannotHold
+from deit_kd.files import write_json
+from deit_kd.interfaces import InputError, StudentOutput, head_probabilities
+from deit_kd.tokens import has_distillation_token, read_heads
+
+HEADS = ("cls", "dist", "fused")
+OPSET = 18  # the first that torch's exporter speaks
+LARGEST_BATCH = 4096
+MOST_STEPS = 256  # patches, or strides of a CNN, along an edge
+STRIDE = 32  # of a network without patches
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How a student is traced.
+
+    Args:
+        outputs: of `HEADS`, in this order; None is all that the student has.
+        opset: of ONNX.
+        dynamic_size: whether images may have another size than the student was trained with.
+        precision: of the weights, ``fp32`` or ``fp16``; images and outputs are fp32.
+    """
+
+    outputs: tuple[str, ...] | None = None
+    opset: int = OPSET
+    dynamic_size: bool = False
+    precision: str = "fp32"
+
+    def outputs_of(self, backbone: nn.Module) -> tuple[str, ...]:
+        """Return the outputs of a student.
+
+        Raises:
+            InputError: it has not one of those that were asked for.
+        """
+        there = HEADS if has_distillation_token(backbone) else HEADS[:1]
+        for name in self.outputs or ():
+            if name not in there:
+                raise InputError(f"--outputs: {name!r}, but the student has {', '.join(there)}; name one of these")
+        return self.outputs or there
+
+
+class Answering(nn.Module):
+    """Answers images with a tuple: logits ``cls`` and ``dist``, and probabilities ``fused``, those that are asked for.
+
+    Args:
+        backbone: a student; neither moved nor changed.
+        fusion: of both heads, ``softmax`` or ``logits``.
+        choices: of outputs, precision and size.
+
+    Raises:
+        CannotHold: its size cannot be made dynamic.
+    """
+
+    def __init__(self, backbone: nn.Module, fusion: str, choices: Choices | None = None) -> None:
+        super().__init__()
+        choices = choices or Choices()
+        self.outputs, self.fusion = choices.outputs_of(backbone), fusion
+        backbone = resizable(backbone) if choices.dynamic_size else backbone
+        self.dtype = torch.float16 if choices.precision == "fp16" else torch.float32
+        self.backbone = copy.deepcopy(backbone).half() if choices.precision == "fp16" else backbone
+        self.eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return [B, C] for each output, for `images` [B, 3, H, W]."""
+        cls_logits, dist_logits, _ = read_heads(self.backbone, images.to(self.dtype))
+        output = StudentOutput(cls_logits.float(), None if dist_logits is None else dist_logits.float())
+        answers = {"cls": output.cls_logits, "dist": output.dist_logits}
+        if "fused" in self.outputs:
+            answers["fused"] = head_probabilities(output, self.fusion)["fused"]
+        chosen: Any = tuple(answers[name] for name in self.outputs)
+        return chosen
+
+
+def resizable(backbone: nn.Module) -> nn.Module:
+    """Return a copy of a student whose position embedding is resized to that of its images, as timm does it.
+
+    Raises:
+        CannotHold: its positions are of one size.
+    """
+    model: Any = copy.deepcopy(backbone)
+    if isinstance(backbone, VisionTransformer) and backbone.pos_embed is not None:
+        model.dynamic_img_size = True
+        model.patch_embed.strict_img_size = False
+        model.patch_embed.flatten, model.patch_embed.output_fmt = False, Layout.NHWC
+        return model
+    if getattr(model, "pos_embed", None) is not None or hasattr(model, "rope") or hasattr(model, "patch_embed"):
+        raise CannotHold("its positions are of one size (dynamic_size)")
+    return model
+
+
+def size_step(backbone: nn.Module) -> int:
+    """Return what image sizes are multiples of: the patch size, or the stride of a CNN."""
+    patch_embed: Any = getattr(backbone, "patch_embed", None)
+    return STRIDE if patch_embed is None else int(patch_embed.patch_size[0])
+
+
+def write_onnx(backbone: nn.Module, folder: Path, about: About, choices: Choices) -> None:
+    """Write ``student.onnx`` and ``config.json``; nothing of this machine is in it."""
+    module, images, shapes = _traceable(backbone, about, choices)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        program = torch.onnx.export(
+            module,
+            (images,),
+            input_names=["images"],
+            output_names=list(module.outputs),
+            dynamic_shapes={"images": shapes},
+            opset_version=choices.opset,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    model: Any = program.model_proto
+    opset = next(known.version for known in model.opset_import if known.domain in ("", "ai.onnx"))
+    if opset != choices.opset:
+        raise InputError(f"--opset: torch writes this student in opset {opset}, not in {choices.opset}; name that one")
+    _forget_the_machine(model)
+    facts = _facts(module, about, choices) | {"opset": opset}
+    for name, value in facts.items():
+        model.metadata_props.add(key=name, value=json.dumps(value))
+    folder.mkdir(parents=True)
+    (folder / "student.onnx").write_bytes(model.SerializeToString())
+    write_json(folder / "config.json", facts)
+
+
+def write_torch_export(backbone: nn.Module, folder: Path, about: About, choices: Choices) -> None:
+    """Write ``student.pt2`` and ``config.json``, which is within it, too; nothing of this machine is in it."""
+    module, images, shapes = _traceable(backbone, about, choices)
+    program = torch.export.export(module, (images,), dynamic_shapes={"images": shapes})
+    for graph in program.graph_module.modules():
+        for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+    facts = _facts(module, about, choices)
+    content = io.BytesIO()  # written at once, so that a full disk is an OSError
+    torch.export.save(program, content, extra_files={"config.json": json.dumps(facts)})
+    folder.mkdir(parents=True)
+    (folder / "student.pt2").write_bytes(content.getvalue())
+    write_json(folder / "config.json", facts)
+
+
+def _traceable(backbone: nn.Module, about: About, choices: Choices) -> tuple[Answering, Tensor, dict[int, Any]]:
+    """Return what is traced, images to trace it with, and which of their dimensions may change."""
+    module, size = Answering(backbone, about.fusion, choices), about.image_size
+    shapes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)}
+    if not choices.dynamic_size:
+        return module, torch.zeros(2, 3, size, size), shapes
+    step = size_step(backbone)
+    least = 3 if step == STRIDE else 2  # an edge of one patch would be traced apart
+    for dimension, name in ((2, "rows"), (3, "columns")):
+        shapes[dimension] = step * torch.export.Dim(name, min=least, max=MOST_STEPS)
+    # Unequal edges that are none of the student's: what is equal would be taken for always equal.
+    return module, torch.zeros(2, 3, size + 3 * step, size + 5 * step), shapes
+
+
+def _facts(module: Answering, about: About, choices: Choices) -> dict[str, Any]:
+    chosen = {"precision": choices.precision, "dynamic_size": choices.dynamic_size}
+    return {**about.for_deployment(), "outputs": list(module.outputs), **chosen}
+
+
+def _forget_the_machine(model: Any) -> None:
+    """Remove what the exporter notes down about each node: lines of source code, with their paths."""
+    for graph in (model.graph, *model.functions):
+        _forget(graph)
+
+
+def _forget(graph: Any) -> None:
+    for value in _parts(graph):
+        value.ClearField("metadata_props")
+        value.ClearField("doc_string")
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                if inner.node:
+                    _forget(inner)
+
+
+def _parts(graph: Any) -> Iterable[Any]:
+    yield graph
+    for field in ("node", "input", "output", "initializer", "value_info"):
+        yield from (part for part in getattr(graph, field, ()) if not isinstance(part, str))
