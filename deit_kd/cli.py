@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def _train(arguments: Arguments) -> None:
 
 def _evaluate(arguments: Arguments) -> None:
     parser = build_parser("deit-kd eval")
-    parser.add_argument("source", type=str, help="a run, an exported folder, a file of weights or a timm model")
+    parser.add_argument(
+        "sources", type=str, nargs="+", help="a run, an exported folder, a file or a timm model; or the runs of folds"
+    )
     parser.add_argument("--split", type=str, default="validation", help="train, validation or a folder under data.root")
     parser.add_argument("--against", type=str, default=None, help="a second student to compare with")
     parser.add_argument("--to", type=str, default=None, help="folder for the files; RUN/eval/<split> or one beside it")
@@ -46,19 +49,26 @@ def _evaluate(arguments: Arguments) -> None:
     parser.add_argument("--images", type=list[str], default=[], help="names of the images to show then")
     if _asks_for_help(arguments):
         parse_config(arguments, parser)
-    source = _first_argument(arguments, parser)
+    _first_argument(arguments, parser)
+    sources = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
     _check_evaluation(read_options(arguments, parser))
-    from deit_kd.jobs.evaluate import evaluate_source
+    from deit_kd.jobs.evaluate import evaluate_folds, evaluate_source
     from deit_kd.jobs.sources import open_source, options_before
 
-    recipe = options_before(open_source(source), arguments[1:])
-    config, others = parse_config([source, *recipe, *arguments[1:]], parser)
+    typed = arguments[len(sources) :]
+    opened = [open_source(source) for source in sources]
+    parsed = [parse_config([*sources, *options_before(one, typed), *typed], parser) for one in opened]
+    config, others = parsed[0]
+    folder = None if others["to"] is None else Path(others["to"])
+    if len(opened) > 1:
+        evaluate_folds([(one, config) for one, (config, _) in zip(opened, parsed, strict=True)], folder)
+        return
     evaluate_source(
-        source,
+        sources[0],
         config,
         others["split"],
         against=others["against"],
-        folder=None if others["to"] is None else Path(others["to"]),
+        folder=folder,
         look_inside=others["diagnose"],
         images=others["images"],
     )
@@ -66,9 +76,13 @@ def _evaluate(arguments: Arguments) -> None:
 
 def _check_evaluation(options: dict[str, Any]) -> None:
     """Refuse what is misspelt or missing, before timm is asked what the student is."""
-    for student in (options["source"], options["against"]):
+    for student in (*options["sources"], options["against"]):
         if student is not None:
             check_source(student)
+    of_one = [option for option in ("against", "diagnose", "images") if options[option]]
+    of_one += ["split"] * (options["split"] != "validation")
+    if of_one and len(options["sources"]) > 1:
+        raise InputError(f"--{of_one[0]}: is for one student; leave it out for the runs of folds")
     if options["data"]["root"] is not None and options["data"]["name"] == "folder":
         photos_root(options["data"]["root"])
 

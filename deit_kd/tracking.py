@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -359,7 +360,9 @@ class _PlainConsole(Console):
         return super().render_str(printable(text), **options)
 
 
-console = _PlainConsole(highlight=False, soft_wrap=True, markup=False, emoji=False)
+# Into a file, rich would fold every table to 80 columns.
+_width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+console = _PlainConsole(highlight=False, soft_wrap=True, markup=False, emoji=False, width=_width)
 
 
 def say(line: str) -> None:
@@ -430,22 +433,49 @@ def _with_interval(score: Mapping[str, Any], key: str) -> str:
     return f"{score[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+def print_students(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the scores of several students, and the first one's against each of the others' heads on the same images.
+
+    Args:
+        results: of evaluations, by the name of the student.
+    """
+    base, *_ = results
+    table = Table(title=f"{results[base]['n']} images; [95 % interval]; differences in points, paired, from {base}")
+    columns = {"top-1 %": "top1", "NLL": "nll", "ECE": "ece"}
+    for column in ("student", "head", *columns, f"over {base}", "alone right", "p"):
+        table.add_column(column, justify="left" if column in ("student", "head") else "right")
+    for name, result in results.items():
+        compared = {row["first"]: row for row in result["comparisons"] if row["second"].split(", ")[0] == base}
+        for head in ("cls", "dist", "fused"):
+            score, row = result["heads"][head], compared.get(head)
+            if score is None:
+                continue
+            table.add_row(
+                name if head == "cls" else "",
+                head,
+                *(_with_interval(score, key) for key in columns.values()),
+                *(("", "", "") if row is None else _compared(row)),
+            )
+        if result["teacher"] is not None:
+            table.add_row("", "teacher", *(_with_interval(result["teacher"], key) for key in columns.values()))
+    console.print(table)
+
+
+def _compared(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    low, high = row["interval"]
+    difference = f"{row['difference']:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return difference, f"{row['only_first']} : {row['only_second']}", f"{row['p']:.3g}"
+
+
 def print_comparison(result: Mapping[str, Any]) -> None:
     """Print McNemar's test of each two heads, who disagrees with whom, and the best weight of the fusion."""
     if result["comparisons"]:
         table = Table(title="the same images: who alone is right, and McNemar's test")
-        for column in ("first", "second", "first alone", "second alone", "difference, points", "p"):
+        for column in ("first", "second", "alone right", "difference, points", "p"):
             table.add_column(column, justify="left" if column in ("first", "second") else "right")
         for row in result["comparisons"]:
-            low, high = row["interval"]
-            table.add_row(
-                row["first"],
-                row["second"],
-                str(row["only_first"]),
-                str(row["only_second"]),
-                f"{row['difference']:+.2f} [{low:+.2f}, {high:+.2f}]",
-                f"{row['p']:.3g}",
-            )
+            difference, alone, p = _compared(row)
+            table.add_row(row["first"], row["second"], alone, difference, p)
         console.print(table)
     names, matrix = result["disagreement"]["names"], result["disagreement"]["matrix"]
     table = Table("disagreement", *names, title="share of the images on which two differ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deit_kd.cli import main
+from deit_kd.config import parse_config
 from tests.conftest import REPOSITORY, STUDENT, as_arguments, tiny
 
 Program = Callable[..., str]
@@ -107,3 +109,68 @@ def test_fine_tuning_is_compared_with_scratch(runs: Path, tmp_path: Path, progra
     )  # fmt: skip
     assert "graft: total variation" in printed
     assert len([line for line in printed.splitlines() if line.endswith("% top-1")]) == 5
+
+
+def test_arms_are_trained_over_folds_and_compared(photos_root: Path, tmp_path: Path, program: Program) -> None:
+    arms = tmp_path / "arms.yaml"
+    arms.write_text("none: {distill.kind: none}\nsoft: {distill.kind: soft, distill.alpha: 0.9}\n")
+    fit = {"random_weights": None, "min_top1": 0, "fit__epochs": 1, "fit__batch_size": 8}
+    fit |= {"fit__optim__warmup_epochs": 0, "fit__folder": str(tmp_path / "teachers")}
+    recipe = tiny(photos_root, tmp_path, **{f"teacher__{key}": value for key, value in fit.items()})
+    options = ["--arms", str(arms), "--to", str(tmp_path / "to"), "--folds", "2", "--only", "1", *recipe]
+    assert program("folds", *options).count("done: ") == 3
+    printed = program("folds", *options)
+    assert "begins: " not in printed
+    assert "soft: no run of fold 0 of 2" in printed
+    heads = json.loads((tmp_path / "to/joined/soft/heads.json").read_text())
+    (row, *_) = (row for row in heads["comparisons"] if row["second"] == "none")
+    assert f" {row['difference']:+.2f} [" in printed
+    (teacher,) = (file.parent for file in tmp_path.glob("teachers/*/heads.json"))
+    assert json.loads((tmp_path / "to/soft-1/run.json").read_text())["teacher"]["source"] == str(teacher)
+
+
+def test_the_arms_that_are_given_can_be_planned(photos_root: Path, tmp_path: Path, program: Program) -> None:
+    with pytest.raises(SystemExit):
+        program("folds")  # to be imported
+    folds = import_module("folds")
+    arms = folds.read_arms(REPOSITORY / "benchmarks" / "arms.yaml", None)
+    common = ["--config", str(REPOSITORY / "configs" / "photos.yaml"), "--data.root", str(photos_root)]
+    jobs = folds.plan(Namespace(folds=3, only=[1], to=tmp_path), common, arms)
+    assert len(jobs) == len(arms)
+    assert len({fit.folder for fits in jobs.values() for fit in fits}) == 1
+    for job, fits in jobs.items():
+        taught = parse_config(list(job.command[2:]))[0].teacher.checkpoint
+        assert [str(fit.folder) for fit in fits] == ([] if job.folder.name.startswith("none") else [taught])
+
+
+def test_a_guide_is_fitted_before_the_arms_and_named_by_its_fold(
+    photos_root: Path, tmp_path: Path, program: Program
+) -> None:
+    with pytest.raises(SystemExit):
+        program("folds")  # to be imported
+    folds = import_module("folds")
+    terms = {"distill.terms": [{"kind": "guide"}]}
+    arms = {
+        "fitted": {**terms, "guide.name": "resnet10t", "guide.fit.epochs": 2},
+        "teacher's": {**terms, "guide.checkpoint": "{teacher}"},
+    }
+    common = ["--config", str(REPOSITORY / "configs" / "photos.yaml"), "--data.root", str(photos_root)]
+    fitted, taken = folds.plan(Namespace(folds=3, only=[2], to=tmp_path), common, arms).items()
+    guides = [parse_config(list(job.command[2:]))[0].guide for job, _ in (fitted, taken)]
+    assert [guide.checkpoint for guide in guides] == [str(fitted[1][1].folder), str(taken[1][0].folder)]
+    assert guides[0].fit.epochs == 0
+
+
+def test_a_run_whose_teacher_could_not_be_fitted_is_left_out(
+    tmp_path: Path, program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        program("folds")  # to be imported
+    folds = import_module("folds")
+    broken = (sys.executable, "-c", "print('error: no photos'); exit(2)")
+    fit, plain = (folds.Job(tmp_path / name, tmp_path / f"{name}.log", broken) for name in ("fit", "plain"))
+    taught = folds.Job(tmp_path / "taught", tmp_path / "taught.log", ("nothing",))
+    assert not folds.work_all({plain: [], taught: [fit]}, at_once=2)
+    said = capsys.readouterr().out
+    assert f"failed: {plain.folder} (error: no photos; see {plain.log})" in said
+    assert f"left out, without its teacher: {taught.folder}" in said

@@ -137,7 +137,7 @@ REFUSED = [
     ({"folds": 5}, "data.fold: None is none of 5 folds; set 0 to 4"),
     ({"folds": 5, "fold": 5}, "data.fold: 5 is none of 5 folds; set 0 to 4"),
     ({"folds": 5, "fold": -1}, "data.fold: -1: Input should be greater than or equal to 0"),
-    ({"folds": "five", "fold": 0}, "data.folds: Expected one of int, null"),
+    ({"folds": "five", "fold": 0}, "data.folds: 'five' Expected one of int, null"),
     ({"folds": 24, "fold": 0}, "data.folds: 24 is more than the 23 photo(s) of class 'bars'; use fewer folds"),
     ({"folds": 2, "fold": 0, "validation_split": "train"}, "data.validation_split: holds 'bars/000.png', which is in"),
 ]

@@ -157,7 +157,7 @@ def test_a_judgement_holds_every_head_and_its_intervals() -> None:
         StudentOutput(cls, dist),
         labels,
         teacher_logits=teacher,
-        others={"other": teacher.argmax(-1)},
+        others={"other": {"cls": dist.argmax(-1), "dist": cls.argmax(-1), "fused": teacher.argmax(-1)}},
         fusion="logits",
         seed=0,
     )
@@ -168,7 +168,16 @@ def test_a_judgement_holds_every_head_and_its_intervals() -> None:
             # Resampled noise adds to a sum of absolute gaps: the interval of the ECE may lie above it.
             assert low <= score[key] <= high or key == "ece"
     assert judged["disagreement"]["names"] == ["truth", "cls", "dist", "fused", "teacher", "other"]
-    assert [(row["first"], row["second"]) for row in judged["comparisons"]][-1] == ("fused", "other")
+    assert [(row["first"], row["second"]) for row in judged["comparisons"]] == [
+        *(("cls", "dist"), ("cls", "fused"), ("dist", "fused")),
+        *(("fused", "other"), ("cls", "other, cls"), ("dist", "other, dist")),
+    ]
+    own, crossed = judged["comparisons"][0], judged["comparisons"][4]
+    assert (own["difference"], own["interval"], own["p"]) == (
+        crossed["difference"],
+        crossed["interval"],
+        crossed["p"],
+    )  # its class head is the other's distillation head, and the other way round
 
 
 def test_temperature_and_weight_are_scored_on_images_that_they_were_not_fitted_on() -> None:
@@ -198,7 +207,7 @@ def test_a_certain_image_and_a_nearly_certain_one_share_a_bin() -> None:
 def test_another_student_stands_in_for_no_head_and_for_no_teacher_whatever_it_is_called() -> None:
     logits, labels = guesses()
     wrong = (labels + 1) % 6
-    others = {"teacher": wrong, "cls": wrong, "small": wrong}
+    others = {name: {"cls": wrong} for name in ("teacher", "cls", "small")}
     judged = judge(
         StudentOutput(logits, logits.flip(0)), labels, teacher_logits=logits, others=others, fusion="softmax", seed=0
     )

@@ -2,6 +2,7 @@
 
 from deit_kd.data.decode import UnreadableImage, load_image
 from deit_kd.data.folder import one_split
+from deit_kd.data.folds import joined
 from deit_kd.data.loader import TrainingLoader, build_evaluation_loader, build_training_loader, lost_worker
 from deit_kd.data.photos import Photos, Splits
 from deit_kd.data.sets import build_splits
@@ -17,6 +18,7 @@ __all__ = [
     "build_splits",
     "build_training_loader",
     "evaluation_transform",
+    "joined",
     "load_image",
     "lost_worker",
     "one_split",

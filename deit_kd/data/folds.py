@@ -26,7 +26,7 @@ def one_fold(splits: Splits, folds: int, fold: int) -> Splits:
     Raises:
         InputError: a class has fewer photos than there are folds, or both splits hold the same photos.
     """
-    photos, names = _joined(splits)
+    photos, names = _all_photos(splits)
     by_class: list[list[int]] = [[] for _ in photos.classes]
     for index, label in enumerate(photos.labels):
         by_class[label].append(index)
@@ -66,31 +66,38 @@ def deal(names: Sequence[str], folds: int) -> list[int]:
     return dealt
 
 
-def _joined(splits: Splits) -> tuple[Photos, list[str]]:
+def joined(parts: Sequence[Photos]) -> Photos:
+    """Return the photos of all parts, one after the other; parts on disk lie under the first one's root."""
+    first = parts[0]
+    return replace(
+        first,
+        names=[name for part in parts for name in part.names],
+        labels=[label for part in parts for label in part.labels],
+        arrays=_concatenated([part.arrays for part in parts]),
+        stamps=_concatenated([part.stamps for part in parts]),
+    )
+
+
+def _concatenated(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    there = [array for array in arrays if array is not None]
+    return np.concatenate(there) if len(there) == len(arrays) else None
+
+
+def _all_photos(splits: Splits) -> tuple[Photos, list[str]]:
     """Return all photos, ordered by name, and what each is called within its split: that may move to the other."""
     train, validation = splits
     if train.root is not None and validation.root is not None and train.root != validation.root:
         top = Path(os.path.commonpath([train.root.absolute(), validation.root.absolute()]))
         train, validation = (_seen_from(top, photos) for photos in splits)
-    names, in_split = ([*part.train.names, *part.validation.names] for part in (Splits(train, validation), splits))
-    twice = [name for name, count in Counter(names).items() if count > 1]
+    photos = joined([train, validation])
+    twice = [name for name, count in Counter(photos.names).items() if count > 1]
     if twice:
         raise InputError(
             f"data.validation_split: holds {twice[0]!r}, which is in the training split, too; name another folder"
         )
-    photos = replace(
-        train,
-        names=names,
-        labels=[*train.labels, *validation.labels],
-        arrays=_concatenated(train.arrays, validation.arrays),
-        stamps=_concatenated(train.stamps, validation.stamps),
-    )
-    order = sorted(range(len(names)), key=names.__getitem__)
+    in_split = [*splits.train.names, *splits.validation.names]
+    order = sorted(range(len(photos)), key=photos.names.__getitem__)
     return photos.subset(order), [in_split[index] for index in order]
-
-
-def _concatenated(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
-    return None if first is None or second is None else np.concatenate([first, second])
 
 
 def _seen_from(top: Path, photos: Photos) -> Photos:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from deit_kd.jobs.diagnose import (
     tell_diagnosis,
     write_diagnosis,
 )
-from deit_kd.jobs.examine import Examination, examine, examine_other, first_reason, is_as_trained, judge_heads
-from deit_kd.jobs.sources import open_source
+from deit_kd.jobs.examine import Examination, beside, examine, examine_other, first_reason, is_as_trained, judge_heads
+from deit_kd.jobs.folds import common_folds, examine_folds, fold_scores, folded_students
+from deit_kd.jobs.sources import Source, open_source
 from deit_kd.metrics import every_head
-from deit_kd.tracking import HEADS_FILE, console, print_comparison, print_scores, say
+from deit_kd.tracking import HEADS_FILE, console, print_comparison, print_scores, print_students, say
 
 PREDICTIONS_FILE = "predictions.parquet"
 EVALUATIONS = Path("runs/eval")  # of students that have no run
@@ -75,6 +77,44 @@ def evaluate_source(
                 tell_diagnosis(diagnosis)
                 say(f"diagnosis: {folder / DIAGNOSIS_FILE}   images: {folder / ATTENTION_FOLDER}")
         return heads
+    finally:
+        finish()
+
+
+def evaluate_folds(runs: Sequence[tuple[Source, Config]], folder: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Join the runs of each recipe over its folds and score every photo once; print the tables, write the files.
+
+    Args:
+        runs: of folds, each with its recipe and what a person overrides; several recipes are compared image by image
+            over the folds that all of them have.
+        folder: where the files go, in a folder for each student where there are several; None is
+            ``runs/eval/<name>-folds``.
+
+    Returns:
+        What each ``heads.json`` holds, by the student's name.
+
+    Raises:
+        InputError: a run is none of a fold, or cannot be had, or the photos are not those that it knows.
+    """
+    processes = start(runs[0][1].train.device)
+    try:
+        students = common_folds(folded_students(runs), processes)
+        folded = {student.name: examine_folds(student, processes) for student in students}
+        examinations = {name: one.whole for name, one in folded.items()}
+        found: dict[str, dict[str, Any]] = {}
+        for name, whole in examinations.items() if processes.is_main else ():
+            found[name] = folded[name].judge(beside(name, examinations))
+            own_folder = folder / name if folder is not None and len(students) > 1 else folder
+            own_folder = own_folder or EVALUATIONS / f"{name}-folds"
+            write_evaluation(own_folder, whole, found[name])
+            say(f"{name}, {fold_scores(found[name])}")
+            if len(students) == 1:
+                tell(found[name], whole, own_folder)
+            else:
+                say(f"numbers and predictions: {own_folder}")
+        if len(found) > 1:
+            print_students(found)
+        return found
     finally:
         finish()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from deit_kd.distributed import Processes, together
 from deit_kd.engine import Answers, collect
 from deit_kd.interfaces import Batch, InputError, head_probabilities
 from deit_kd.jobs import parts
+from deit_kd.jobs.held_out import check_own_fold
 from deit_kd.jobs.sources import Source, check_classes, load_student
 from deit_kd.jobs.stored import StoredAnswers, stored_validation
 from deit_kd.metrics import judge
@@ -50,9 +51,9 @@ class Examination:
         """Return the probabilities [n, C] of the heads there are: ``cls``, ``dist`` and ``fused``."""
         return dict(head_probabilities(self.answers.output, self.config.evaluate.fusion))
 
-    def predictions(self) -> Tensor:
-        """Return the student's classes [n]."""
-        return self.heads()[self.speaker].argmax(-1)
+    def predictions(self) -> dict[str, Tensor]:
+        """Return the classes [n] of the heads there are."""
+        return {head: probabilities.argmax(-1) for head, probabilities in self.heads().items()}
 
 
 def examine(source: Source, config: Config, split: str, processes: Processes) -> Examination:
@@ -62,7 +63,7 @@ def examine(source: Source, config: Config, split: str, processes: Processes) ->
         InputError: the student cannot be had, the photos are of other classes, or none can be read.
     """
     choose_attention(config.train.attention, processes.device)
-    photos = _photos(config, split, processes)
+    photos = _photos(source, config, split, processes)
     check_classes(source, photos.classes)
     student = load_student(source, config, photos.classes, processes)
     teacher = _teacher(source, config, photos, processes)
@@ -105,12 +106,15 @@ def first_reason(unreadable: dict[int, str]) -> str:
     return next(iter(unreadable.values()), "there are none")
 
 
-def _photos(config: Config, split: str, processes: Processes) -> Photos:
+def _photos(source: Source, config: Config, split: str, processes: Processes) -> Photos:
     """Return the photos of a split, which are the same for every process."""
 
     def listed() -> Photos:
         if split in ("train", "validation"):
-            photos: Photos = getattr(parts.build_splits(config), split)
+            splits = parts.build_splits(config)
+            if source.run is not None:
+                check_own_fold(source.run, config.data, splits)
+            photos: Photos = getattr(splits, split)
             return photos
         if config.data.name != "folder":
             raise InputError(f"--split: {config.data.name} has no split {split!r}; use train or validation")
@@ -161,8 +165,8 @@ def _own_config(source: Source) -> Config:
     return parse_config(source.recipe, build_parser("deit-kd eval"))[0]
 
 
-def examine_other(source: Source, first: Examination, split: str, processes: Processes) -> Tensor:
-    """Return what a second student predicts [n] for the images that the first has seen.
+def examine_other(source: Source, first: Examination, split: str, processes: Processes) -> dict[str, Tensor]:
+    """Return what each head of a second student predicts [n] for the images that the first has seen.
 
     Its own recipe says how it sees them; where they lie is the first one's.
 
@@ -170,7 +174,7 @@ def examine_other(source: Source, first: Examination, split: str, processes: Pro
         InputError: as `examine` does.
     """
     own = _own_config(source)
-    place = ("name", "root", "train_split", "validation_split", "validation_fraction", "workers")
+    place = ("name", "root", "train_split", "validation_split", "validation_fraction", "folds", "fold", "workers")
     photos = own.data.model_copy(update={key: getattr(first.config.data, key) for key in place})
     train = own.train.model_copy(update={"device": first.config.train.device})
     config = own.model_copy(update={"data": photos, "train": train, "teacher": type(own.teacher)()})
@@ -216,7 +220,19 @@ def is_as_trained(examination: Examination) -> bool:
     return same_photos and how(config) == how(own)
 
 
-def judge_heads(examination: Examination, others: dict[str, Tensor]) -> dict[str, Any]:
+def beside(name: str, examinations: Mapping[str, Examination]) -> dict[str, dict[str, Tensor]]:
+    """Return what the heads of the others predict [n] that saw the same photos as the examination called `name`."""
+    own = examinations[name]
+    return {
+        other: examination.predictions()
+        for other, examination in examinations.items()
+        if other != name
+        and examination.photos.digest() == own.photos.digest()
+        and examination.unreadable == own.unreadable
+    }
+
+
+def judge_heads(examination: Examination, others: Mapping[str, dict[str, Tensor]]) -> dict[str, Any]:
     """Return what the evaluation's ``heads.json`` holds: that of a training run, and all that `judge` finds."""
     config, source, answers = examination.config, examination.source, examination.answers
     weights = "given" if source.run is None else "model" if config.train.ema_decay == 0 else "ema"

@@ -14,6 +14,7 @@ from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
 from deit_kd.interfaces import Batch, InputError
+from deit_kd.jobs.held_out import check_checkpoints
 from deit_kd.losses import FeatureTerm, LogitTerm, Objective, Shapes, Term, guide_links, pooled_links
 from deit_kd.optim import build_optimizer, scaled_lr
 from deit_kd.optim import build_schedule as build_cosine_schedule
@@ -25,9 +26,13 @@ from deit_kd.tracking import DataErrors
 
 
 def build_splits(config: Config) -> Splits:
-    """Return the recipe's dataset."""
+    """Return the recipe's dataset.
+
+    Raises:
+        InputError: it cannot be had, or weights that the recipe names have learned from photos that it holds out.
+    """
     section = config.data
-    return data.build_splits(
+    splits = data.build_splits(
         name=section.name,
         root=section.root,
         train_split=section.train_split,
@@ -37,6 +42,8 @@ def build_splits(config: Config) -> Splits:
         fold=section.fold,
         download=section.download,
     )
+    check_checkpoints(config, splits)
+    return splits
 
 
 def agreed_splits(config: Config, processes: Processes) -> Splits:

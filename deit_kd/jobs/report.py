@@ -30,7 +30,8 @@ from deit_kd.interfaces import InputError
 from deit_kd.jobs.curves import Records, charts_of, names_of, read_records, rows_of, troubles_of
 from deit_kd.jobs.diagnose import Diagnosis, Portrait, diagnose, write_diagnosis
 from deit_kd.jobs.evaluate import write_evaluation
-from deit_kd.jobs.examine import Examination, examine, judge_heads
+from deit_kd.jobs.examine import Examination, beside, examine, judge_heads
+from deit_kd.jobs.folds import FoldedExamination, common_folds, examine_folds, fold_scores, folded_students
 from deit_kd.jobs.sources import Source, open_source
 from deit_kd.tracking import CONFIG_FILE, say
 
@@ -45,6 +46,16 @@ HEADS = {
     "fused_logits": "fused, mean of logits",
     "teacher": "teacher",
 }
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a section of the page is about: a run, or the runs of one recipe over its folds."""
+
+    runs: list[str]  # names of the runs
+    whole: Examination
+    inside: Examination  # of the run that is looked into, the first fold's
+    folded: FoldedExamination | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,8 @@ def report(folders: list[Path], folder: Path | None, device: str = "auto") -> Pa
     """Write ``report.html`` about finished runs.
 
     Args:
-        folders: of the runs; several that saw the same photos are compared image by image.
+        folders: of the runs; several that saw the same photos are compared image by image, and several folds of one
+            recipe are one student.
         folder: where it goes; None is ``RUN/report`` for one run and ``runs/report`` for several.
         device: that the students run on.
 
@@ -99,21 +111,26 @@ def write_report(folders: list[Path], folder: Path | None, processes: Processes)
     names = names_of(folders)
     sources = {name: _open_run(run) for name, run in names.items()}
     records = {name: read_records(run) for name, run in names.items()}
-    examinations = {name: _examine(source, processes) for name, source in sources.items()}
+    subjects = _subjects(sources, processes)
     try:
         if processes.is_main:
-            _draw(folder, examinations, records)
+            _draw(folder, subjects, records)
     finally:
         processes.wait()  # the others do, whatever becomes of the page
     return folder / REPORT_FILE
 
 
-def _draw(folder: Path, examinations: Mapping[str, Examination], records: Mapping[str, Records]) -> None:
+def _draw(folder: Path, subjects: Mapping[str, Subject], records: Mapping[str, Records]) -> None:
     seen = [
-        _see(name, folder if len(examinations) == 1 else folder / name, examinations, troubles_of(records[name]))
-        for name in examinations
+        _see(
+            name,
+            folder if len(subjects) == 1 else folder / name,
+            subjects,
+            troubles_of([record for run in subject.runs for record in records[run]]),
+        )
+        for name, subject in subjects.items()
     ]
-    charts = charts_of(records)
+    charts = charts_of({name: records[subject.runs[0]] for name, subject in subjects.items()})
     figures = Figures(folder)
     curves = [figures.add(name, line_charts([chart]), rows_of(chart)) for name, chart in charts.items()]
     tokens = {run.name: run.diagnosis.numbers["tokens"] for run in seen if run.diagnosis.numbers["tokens"]}
@@ -121,7 +138,7 @@ def _draw(folder: Path, examinations: Mapping[str, Examination], records: Mappin
         caption = "After every block, mean and spread over images. In the paper: .06 at the input, .93 at the end."
         curves.append(figures.add("tokens", token_chart(tokens), tokens, caption))
     html = _template().render(
-        title=" · ".join(examinations),
+        title=" · ".join(subjects),
         runs=[_section(run, figures, len(seen) > 1) for run in seen],
         heads=HEADS,
         curves=curves,
@@ -137,24 +154,36 @@ def _open_run(folder: Path) -> Source:
     return source
 
 
-def _examine(source: Source, processes: Processes) -> Examination:
-    config, _ = parse_config(source.recipe, build_parser("deit-kd report"))
-    return examine(source, config, "validation", processes)
+def _subjects(sources: Mapping[str, Source], processes: Processes) -> dict[str, Subject]:
+    """Examine every run; join those that are folds of one recipe."""
+    parser = build_parser("deit-kd report")
+    configs = {name: parse_config(source.recipe, parser)[0] for name, source in sources.items()}
+    in_folds = [name for name, config in configs.items() if config.data.folds is not None and len(configs) > 1]
+    subjects = {}
+    for name in [name for name in sources if name not in in_folds]:
+        examination = examine(sources[name], configs[name], "validation", processes)
+        subjects[name] = Subject([name], examination, examination)
+    students = folded_students([(sources[name], configs[name]) for name in in_folds])
+    for student in common_folds(students, processes):
+        folded = examine_folds(student, processes)
+        runs = [source.name for source, _ in student.runs.values()]
+        name = f"{student.name}-folds" if student.name in subjects else student.name
+        subjects[name] = Subject(runs, folded.whole, next(iter(folded.by_fold.values())), folded)
+    return subjects
 
 
-def _see(name: str, folder: Path, examinations: Mapping[str, Examination], troubles: str) -> Seen:
-    """Judge and look into one run, and write what was found; the others that saw the same photos stand beside it."""
-    own = examinations[name]
-    digest = own.photos.digest()
-    others = {
-        other: examination.predictions()
-        for other, examination in examinations.items()
-        if other != name and examination.photos.digest() == digest and examination.unreadable == own.unreadable
-    }
-    heads, diagnosis = judge_heads(own, others), diagnose(own, [])
+def _see(name: str, folder: Path, subjects: Mapping[str, Subject], troubles: str) -> Seen:
+    """Judge and look into one subject, and write what was found; the others that saw the same photos stand beside."""
+    subject = subjects[name]
+    own = subject.whole
+    others = beside(name, {other: one.whole for other, one in subjects.items()})
+    heads = judge_heads(own, others) if subject.folded is None else subject.folded.judge(others)
+    diagnosis = diagnose(subject.inside, [])
+    facts = {**_facts(own.config, own.source.facts, heads), "soundness": troubles}
+    if subject.folded is not None:
+        facts["folds"] = f"{fold_scores(heads)}; curves, layers and images are those of {subject.runs[0]}"
     write_evaluation(folder, own, heads)
     write_diagnosis(folder, diagnosis)
-    facts = {**_facts(own.config, own.source.facts, heads), "soundness": troubles}
     return Seen(name, facts, heads, diagnosis)
 
 
@@ -172,7 +201,9 @@ def _facts(config: Config, facts: Mapping[str, Any], heads: Mapping[str, Any]) -
     terms = [f"{term.kind}, weight {in_words(term.weight)}" for term in distill.terms]
     return {
         "student": f"{config.student.name}, {config.data.image_size} px",
-        "teacher": "none" if teacher is None else f"{teacher['name']}, top-1 {teacher['score']['top1']:.2f} %",
+        "teacher": "none"
+        if teacher is None
+        else f"{teacher['name']}, top-1 {(heads['teacher'] or teacher['score'])['top1']:.2f} %",
         "distillation": "; ".join([how[distill.kind], *terms]),
         "data": f"{config.data.root or config.data.name}, {len(facts['classes'])} classes",
         "training": f"{train.epochs} epochs, batch {train.batch_size}, seed {config.seed}, precision {train.precision}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def judge(
     labels: Tensor,
     *,
     teacher_logits: Tensor | None,
-    others: Mapping[str, Tensor],
+    others: Mapping[str, Mapping[str, Tensor]],
     fusion: str,
     seed: int,
     teacher_predictions: Tensor | None = None,
@@ -87,7 +88,7 @@ def judge(
         output: logits of the split, [n, C] each.
         labels: [n].
         teacher_logits: [n, C], or None without a teacher.
-        others: predictions [n] of other students, by name; one that is called as a head or the teacher gets
+        others: predictions [n] of other students by name and head; one that is called as a head or the teacher gets
             ``(student)`` behind its name.
         fusion: which one is called ``fused``: ``softmax`` or ``logits``.
         seed: of the bootstrap and of the two halves.
@@ -100,6 +101,7 @@ def judge(
         student without a distillation head has not is None.
     """
     others = {f"{name} (student)" if name in PREDICTORS else name: answers for name, answers in others.items()}
+    students = {name: answers[_speaker(answers)] for name, answers in others.items()}
     heads = every_head(output)
     both_heads = output.dist_logits is not None
     named = {**heads, **({"fused": heads[f"fused_{fusion}"]} if both_heads else {})}
@@ -124,9 +126,9 @@ def judge(
             else None
             for a, b in (("cls", "teacher"), ("dist", "teacher"), ("cls", "dist"))
         },
-        "comparisons": _comparisons({**predictions, **others}, list(others), labels, seed),
-        "disagreement": disagreement_matrix({"truth": labels, **predictions, **others}),
-        "by_class": class_accuracies({**predictions, **others}, labels, output.cls_logits.shape[-1]),
+        "comparisons": _comparisons(predictions, others, labels, seed),
+        "disagreement": disagreement_matrix({"truth": labels, **predictions, **students}),
+        "by_class": class_accuracies({**predictions, **students}, labels, output.cls_logits.shape[-1]),
         "fusion_weight": _fit_fusion(output, labels, fitted, held_out) if both_heads else None,
         "temperature": {name: _fit_temperature(values, labels, fitted, held_out) for name, values in heads.items()},
         "reliability": {name: reliability(values.exp(), labels) for name, values in scored.items()},
@@ -156,24 +158,38 @@ def _score_of_classes(predictions: Tensor, labels: Tensor, seed: int) -> dict[st
     return {"top1": float(right.mean()), **unknown, "intervals": {"top1": spread}}
 
 
-def _comparisons(predictions: dict[str, Tensor], others: list[str], labels: Tensor, seed: int) -> list[dict[str, Any]]:
-    best = "fused" if "fused" in predictions else "cls"
-    pairs = [("cls", "dist"), ("cls", "fused"), ("dist", "fused"), *((best, other) for other in others)]
-    rows = []
-    for first, second in pairs:
-        if first in predictions and second in predictions:
-            right, wrong = predictions[first] == labels, predictions[second] == labels
-            difference = 100 * (right.double() - wrong.double())
-            rows.append(
-                {
-                    "first": first,
-                    "second": second,
-                    **mcnemar(right, wrong),
-                    "difference": float(difference.mean()),
-                    "interval": interval(bootstrap_means(difference[:, None], seed)[:, 0]),
-                }
-            )
-    return rows
+def _speaker(predictions: Mapping[str, Tensor]) -> str:
+    """Return the head that speaks for a student."""
+    return "fused" if "fused" in predictions else "cls"
+
+
+def _comparisons(
+    predictions: Mapping[str, Tensor], others: Mapping[str, Mapping[str, Tensor]], labels: Tensor, seed: int
+) -> list[dict[str, Any]]:
+    """Compare each two heads of a student, and each with the same head of the others or with the one they have."""
+    heads = [head for head in ("cls", "dist", "fused") if head in predictions]
+    pairs = {pair: (predictions[pair[0]], predictions[pair[1]]) for pair in combinations(heads, 2)}
+    for name, theirs in others.items():
+        speaker = _speaker(theirs)
+        for head in sorted(heads, key=_speaker(predictions).__ne__):
+            against = head if head in theirs and head != _speaker(predictions) else speaker
+            called = name if against == speaker else f"{name}, {against}"
+            pairs[head, called] = predictions[head], theirs[against]
+    right = {pair: (ours == labels, theirs == labels) for pair, (ours, theirs) in pairs.items()}
+    if not right:
+        return []
+    differences = torch.stack([100 * (ours.double() - theirs.double()) for ours, theirs in right.values()], dim=1)
+    means = bootstrap_means(differences, seed)
+    return [
+        {
+            "first": first,
+            "second": second,
+            **mcnemar(ours, theirs),
+            "difference": float(differences[:, column].mean()),
+            "interval": interval(means[:, column]),
+        }
+        for column, ((first, second), (ours, theirs)) in enumerate(right.items())
+    ]
 
 
 def _halves(images: int, seed: int) -> tuple[Tensor, Tensor]:

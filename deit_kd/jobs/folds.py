@@ -1,0 +1,216 @@
+"""Students that were trained once for each fold: which runs belong together, and their answers as those of one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deit_kd.config import Config, flat, read_recipe
+from deit_kd.data import joined
+from deit_kd.distributed import Processes
+from deit_kd.engine import Answers
+from deit_kd.interfaces import InputError, StudentOutput
+from deit_kd.jobs.examine import Examination, evaluated, examine, judge_heads
+from deit_kd.jobs.run import FREE_ON_RESUME
+from deit_kd.jobs.sources import Source
+from deit_kd.places import path_of
+from deit_kd.run_folder import CONFIG_FILE, read_facts, run_of
+from deit_kd.tracking import say
+
+
+@dataclass(frozen=True)
+class FoldedStudent:
+    """The runs of one recipe over the folds of the same photos."""
+
+    name: str
+    folds: int  # how many there are
+    runs: dict[int, tuple[Source, Config]]  # by fold, in order, those there are
+
+    @property
+    def missing(self) -> list[int]:
+        """Return the folds without a run."""
+        return [fold for fold in range(self.folds) if fold not in self.runs]
+
+
+@dataclass(frozen=True)
+class FoldedExamination:
+    """What the runs of one recipe said about the photos that each has held out."""
+
+    student: FoldedStudent
+    whole: Examination  # as if one student had said it; ``student`` and ``teacher`` are those of the first fold
+    by_fold: dict[int, Examination]
+
+    def judge(self, others: Mapping[str, dict[str, Tensor]]) -> dict[str, Any]:
+        """Return what `judge_heads` finds beside `others`, and ``folds``: how many, those left out, runs and top-1."""
+        top1 = {
+            str(fold): {
+                head: 100 * float((predicted == examination.answers.labels).double().mean())
+                for head, predicted in examination.predictions().items()
+            }
+            for fold, examination in self.by_fold.items()
+        }
+        runs = {str(fold): str(source.run) for fold, (source, _) in self.student.runs.items()}
+        return {
+            **judge_heads(self.whole, others),
+            "evaluated": {str(fold): evaluated(examination) for fold, examination in self.by_fold.items()},
+            "folds": {"count": self.student.folds, "missing": self.student.missing, "runs": runs, "top1": top1},
+        }
+
+
+def fold_scores(heads: Mapping[str, Any]) -> str:
+    """Say how the head that speaks for a student scores by fold."""
+    folds = heads["folds"]
+    speaker = "fused" if heads["heads"]["fused"] is not None else "cls"
+    by_fold = ", ".join(f"{fold}: {top1[speaker]:.2f}" for fold, top1 in folds["top1"].items())
+    return f"top-1 % of {speaker} by fold of {folds['count']}: {by_fold}"
+
+
+def folded_students(runs: Sequence[tuple[Source, Config]]) -> list[FoldedStudent]:
+    """Group runs that differ in nothing but the fold that they hold out, and in what never changes a result.
+
+    The weights of a fold's own teacher may differ, too, where they are of a run: its recipe is compared. Runs of
+    different seeds are different students, as their recipes are.
+
+    Args:
+        runs: each with its recipe and what a person overrides.
+
+    Raises:
+        InputError: one is no run of a fold, or two are of the same fold of one recipe.
+    """
+    groups: dict[str, dict[int, tuple[Source, Config]]] = {}
+    for source, config in runs:
+        data = config.data
+        if source.run is None or data.folds is None or data.fold is None:
+            raise InputError(
+                f"{source.name}: is no run of a fold (data.folds), which several students must be; compare two others "
+                "with --against"
+            )
+        key = json.dumps([recipe_but_fold(source.run), str(Path(data.root or data.name).resolve()), data.folds])
+        group = groups.setdefault(key, {})
+        if data.fold in group:
+            raise InputError(
+                f"{source.run}: is fold {data.fold} of the same recipe as {group[data.fold][0].run}; name one of them"
+            )
+        group[data.fold] = source, config
+    names = _names(groups.values())
+    return [
+        FoldedStudent(name, next(iter(group.values()))[1].data.folds or 0, dict(sorted(group.items())))
+        for name, group in zip(names, groups.values(), strict=True)
+    ]
+
+
+def recipe_but_fold(run: Path, learners: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return what the result of a run depends on besides its photos: its recipe, and those of its teachers' runs.
+
+    Args:
+        run: its folder.
+        learners: the runs that have learned from it.
+    """
+    keys = flat(Config().model_dump(mode="json")) | flat(read_recipe(run / CONFIG_FILE))
+    teacher: Any = read_facts(run)["teacher"] or {}
+    sources = [run_of(path_of(source)) for source in _sources_of(teacher)]
+    return {
+        **{key: value for key, value in sorted(keys.items()) if key not in FREE_ON_RESUME | {"data.fold"}},
+        "teachers' runs": [
+            recipe_but_fold(source, (*learners, run))
+            for source in sources
+            if source is not None and source not in learners
+        ],
+    }
+
+
+def _sources_of(teacher: dict[str, Any]) -> list[str]:
+    """Return where the weights of a run's teacher, and of the guide beside it, came from."""
+    both = [teacher, teacher.get("guide") or {}]
+    return [one["source"] for one in both if one.get("source") is not None]
+
+
+def _names(groups: Iterable[Mapping[int, tuple[Source, Config]]]) -> list[str]:
+    """Return what each group of runs is called: as its first run without the fold, or as that run."""
+    names: list[str] = []
+    for group in groups:
+        run = group[min(group)][0].run
+        assert run is not None
+        short = re.sub(r"[-_.]*(fold)?[-_.]*\d*$", "", run.resolve().name) or run.resolve().parent.name
+        names.append(run.resolve().name if short in names else short)
+    return names
+
+
+def common_folds(students: Sequence[FoldedStudent], processes: Processes) -> list[FoldedStudent]:
+    """Return the students with the folds that all of them have; say which are missing.
+
+    Raises:
+        InputError: they are of other numbers of folds, or none is common.
+    """
+    counts = {student.folds: student for student in students}
+    if len(counts) > 1:
+        (few, first), (many, second) = sorted(counts.items())[:2]
+        raise InputError(
+            f"data.folds: {first.name} has {few} and {second.name} has {many}, which hold out other photos; name "
+            "runs of the same folds"
+        )
+    if not students:
+        return []
+    common = set.intersection(*(set(student.runs) for student in students))
+    for student in students if processes.is_main else ():
+        if student.missing:
+            missing = ", ".join(map(str, student.missing))
+            say(f"{student.name}: no run of fold {missing} of {student.folds}")
+    if not common:
+        raise InputError("data.fold: there is no fold that all of these students have a run of; train the missing ones")
+    if processes.is_main and any(set(student.runs) != common for student in students):
+        say(f"compared on the folds that all of them have: {', '.join(map(str, sorted(common)))}")
+    return [replace(student, runs={fold: student.runs[fold] for fold in sorted(common)}) for student in students]
+
+
+def examine_folds(student: FoldedStudent, processes: Processes) -> FoldedExamination:
+    """Ask the run of every fold about the photos that it held out, so that each photo has one answer.
+
+    Raises:
+        InputError: a run cannot be had, or the photos are not those that it was trained with and scored on.
+    """
+    by_fold = {
+        fold: examine(source, config, "validation", processes) for fold, (source, config) in student.runs.items()
+    }
+    of_folds = list(by_fold.values())
+    sizes = [len(examination.photos) for examination in of_folds]
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    whole = replace(
+        of_folds[0],
+        source=of_folds[0].source._replace(name=student.name),
+        photos=joined([examination.photos for examination in of_folds]),
+        teacher_score=None,
+        answers=_joined_answers([examination.answers for examination in of_folds], starts),
+        unreadable={
+            start + index: reason
+            for examination, start in zip(of_folds, starts, strict=True)
+            for index, reason in examination.unreadable.items()
+        },
+    )
+    return FoldedExamination(student, whole, by_fold)
+
+
+def _joined_answers(parts: Sequence[Answers], starts: Sequence[int]) -> Answers:
+    outputs = [part.output for part in parts]
+    return Answers(
+        indices=torch.cat([part.indices + start for part, start in zip(parts, starts, strict=True)]),
+        labels=torch.cat([part.labels for part in parts]),
+        output=StudentOutput(
+            torch.cat([output.cls_logits for output in outputs]),
+            _all_or_none([output.dist_logits for output in outputs]),
+        ),
+        teacher_predictions=_all_or_none([part.teacher_predictions for part in parts]),
+        teacher_logits=_all_or_none([part.teacher_logits for part in parts]),
+    )
+
+
+def _all_or_none(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    there = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(there) if len(there) == len(tensors) else None

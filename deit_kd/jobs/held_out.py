@@ -1,0 +1,78 @@
+"""What must not have learned from the photos that a fold holds out: students, teachers and guides of other runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from deit_kd.config import Config, Data
+from deit_kd.data import Splits
+from deit_kd.interfaces import InputError
+from deit_kd.origins import recipe_of
+from deit_kd.places import path_of
+from deit_kd.run_folder import FACTS_FILE, read_facts, run_of
+
+
+def check_checkpoints(config: Config, splits: Splits) -> None:
+    """Refuse a recipe that names weights which have learned from photos that `splits` hold out, see `check_fold`."""
+    for key, weights in _checkpoints(config):
+        if weights is not None:
+            check_fold(key, weights, config.data, splits)
+
+
+def _checkpoints(config: Config) -> Iterator[tuple[str, str | None]]:
+    yield "student.checkpoint", config.student.checkpoint
+    yield "teacher.checkpoint", config.teacher.checkpoint
+    yield "guide.checkpoint", config.guide.checkpoint
+    for number, member in enumerate(config.teacher.members):
+        yield f"teacher.members.{number}.checkpoint", member.checkpoint
+
+
+def check_fold(key: str, weights: str, here: Data, splits: Splits) -> None:
+    """Refuse the weights of a run that has learned from photos which are held out here.
+
+    Args:
+        key: what names them.
+        weights: where they are; only those of a run tell what they have learned from.
+        here: the section of these data.
+        splits: of these data.
+
+    Raises:
+        InputError: the run lies over the same folder of photos, either has folds, and what it was trained with and
+            scored on are not these splits.
+    """
+    run = run_of(path_of(weights))
+    if run is None or not (run / FACTS_FILE).is_file():
+        return
+    theirs = recipe_of(run).data
+    has_folds = theirs.folds is not None or here.folds is not None
+    if has_folds and _place(theirs) == _place(here) and not was_trained_on(run, splits):
+        raise InputError(
+            f"{key}: {weights} held out {_fold_of(theirs)} of these photos, and here it is {_fold_of(here)}: it has "
+            "learned from some of them; name one of the same fold, trained with the photos that are there now"
+        )
+
+
+def check_own_fold(run: Path, here: Data, splits: Splits) -> None:
+    """Refuse photos that a run has learned from, and folds of other photos that only its recipe asks for."""
+    check_fold("data.fold", str(run), here, splits)
+    own = recipe_of(run).data
+    is_own = (here.folds, here.fold) == (own.folds, own.fold)
+    if own.folds is not None and is_own and not was_trained_on(run, splits):
+        raise InputError(
+            f"data.fold: {run} held out {_fold_of(own)} of {own.root}, and {here.root} has other photos; score them "
+            "all with --data.folds null --data.fold null"
+        )
+
+
+def was_trained_on(run: Path, splits: Splits) -> bool:
+    """Return whether a run learned from, and was scored on, exactly these photos, wherever they lie."""
+    return read_facts(run)["data"] == {split: photos.digest() for split, photos in splits._asdict().items()}
+
+
+def _place(section: Data) -> tuple[str, Path | None]:
+    return section.name, None if section.root is None else Path(section.root).expanduser().resolve()
+
+
+def _fold_of(section: Data) -> str:
+    return "no fold" if section.folds is None else f"fold {section.fold} of {section.folds}"
