@@ -178,6 +178,8 @@ def check_answer(
     size_key = "data.image_size" if section == "student" else f"{section}.image_size"
     try:
         heads = network(torch.zeros(2, 3, image_size, image_size))
+    except NotImplementedError as error:
+        raise InputError(f"{section}.name: {name!r} does not classify ({error}); name another model") from error
     except Exception as error:  # what a recipe's arguments and size lead to shows in the forward pass alone
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(

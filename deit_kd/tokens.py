@@ -116,7 +116,8 @@ def _check_can_graft(key: str, backbone: Any) -> None:
     if has_second_head(backbone):
         reason = "has a second head but no distillation token (both heads read the same features)"
     elif not isinstance(backbone, Host):
-        around = "is built around one class token" if has_class_token else "has no class token to stand beside"
+        has_one = any("cls_token" in name for name, _ in backbone.named_parameters())  # each branch of CrossViT does
+        around = "is built around one class token" if has_one else "has no class token to stand beside"
         reason = f"is a {kind}, which a distillation token cannot be grafted onto: it {around}"
     elif not has_class_token:
         pools = backbone.global_pool

@@ -11,7 +11,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.zoo import same
 from deit_kd.cli import main
 from deit_kd.config import parse_config
 from tests.conftest import REPOSITORY, STUDENT, as_arguments, tiny
@@ -89,6 +91,28 @@ def test_heads_are_compared_over_seeds(runs: Path, tmp_path: Path, program: Prog
     assert len(rows) == 4
     for name in ("cls", "dist"):
         assert [row[3] for row in rows if row[2] == name] == [f"{heads[name]['top1']:.1f}"]
+
+
+def test_zoo_judges_the_smallest_model_of_every_family(tmp_path: Path, program: Program) -> None:
+    page = tmp_path / "zoo.md"
+    printed = program("zoo", "--modules", "convit", "pit", "starnet", "--processes", "1", "--markdown", str(page))
+    assert "3 families: nothing wrong, no traceback" in printed
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| `")]
+    assert rows == [
+        "| `convit` | ConVit | token, class token | `convit_tiny` | works, grafted | works | works |",
+        "| `pit` | PoolingVisionTransformer | token, class token | `pit_ti_224` | works, as `pit_ti_distilled_224` "
+        "| works | works |",
+        "| `starnet` | StarNet |  | `starnet_s050` | refused [1] | works | works |",
+    ]
+    assert "1. student.name: the model is a …, which a distillation token cannot be grafted onto" in page.read_text()
+
+
+def test_zoo_tells_logits_that_differ_from_those_that_are_rounded() -> None:
+    logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    assert same(logits * (1 + 1e-5), logits)
+    assert not same(logits * 1.01, logits)
+    assert not same(logits.flip(0), logits)
+    assert not same(logits * torch.nan, logits * torch.nan)
 
 
 def test_fine_tuning_is_compared_with_scratch(runs: Path, tmp_path: Path, program: Program) -> None:

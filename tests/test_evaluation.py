@@ -110,6 +110,7 @@ def test_a_saved_network_that_averages_its_two_heads_is_scored_as_it_answers(pho
     assert main(["train", *tiny(photos_root, tmp_path / "run", distill__kind="none", **options)]) == 0
     found = evaluate(tmp_path / "eval", str(tmp_path / "run/student"), "--data.root", str(photos_root), *INPUT[2:])
     assert_scores_of(tmp_path / "run", found)
+    assert main(["export", str(tmp_path / "run"), "--format", "timm", "--to", str(tmp_path / "timm")]) == 0
 
 
 def test_a_teacher_can_be_named_for_a_student_without_a_run(runs: Path, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import torch
 
 from benchmarks.zoo import TokenHidden
 from deit_kd import InputError, TimmStudent
+from deit_kd.models import open_model, save_local_dir
 from deit_kd.tokens import graft, is_grafted
 from deit_kd.weights import fit_weights
-from tests.test_loading import TINY, student
+from tests.test_loading import CLASSES, TINY, student
 
 # name, arguments beside TINY, image size
 HOSTS = [
@@ -215,3 +216,31 @@ def test_what_a_refusal_advises_helps(name, args):
     with pytest.raises(InputError, match=f"set student.args to {{{next(iter(args))}: "):
         student(name, args=TINY)
     assert student(name, args={**TINY, **args}).has_distillation_token
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "size"),
+    [
+        ("convit_tiny", {**TINY, "local_up_to_layer": 1}, 32),
+        ("vit_relpos_medium_patch16_cls_224", TINY, 32),
+        ("pit_ti_224", {"base_dims": [8, 8, 8], "depth": [1, 1, 1]}, 64),
+    ],
+)
+def test_saved_student_is_opened_again(tmp_path, name, args, size):
+    built = student(name, args=args, image_size=size).eval()
+    save_local_dir(
+        built.backbone,
+        tmp_path / "student",
+        model_args=built.model_args,
+        classes=CLASSES,
+        image_size=size,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        interpolation="bicubic",
+        crop_fraction=1.0,
+    )
+    opened = TimmStudent(open_model("student", tmp_path / "student")).eval()
+    images = torch.randn(2, 3, size, size)
+    assert torch.equal(opened(images).dist_logits, built(images).dist_logits)
+    again = student(name, args=args, image_size=size, checkpoint=str(tmp_path / "student"), whole=True).eval()
+    assert torch.equal(again(images).cls_logits, built(images).cls_logits)

@@ -138,7 +138,7 @@ _READ_TIMM = """
 import timm
 def read(folder, images):
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    if getattr(model, "head_dist", None) is None:
+    if getattr(model, "head_dist", None) is None or getattr(model, "cls_token", None) is None:
         return [model(images)]
     features = model.forward_features(images)
     return [model.head(features[:, 0]), model.head_dist(features[:, 1])]
