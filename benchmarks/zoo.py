@@ -302,7 +302,7 @@ def judged(specimen: Specimen) -> dict[str, Verdict]:
                 except Exception:
                     verdicts[role] = Verdict("traceback", traceback.format_exc())
                 gc.collect()
-                if verdicts[role].word != "refused" or "pixels" not in verdicts[role].line:
+                if not verdicts[role].line.partition(":")[0].endswith("image_size"):
                     break
     return verdicts
 
