@@ -18,7 +18,7 @@ LARGEST_HARMLESS_EPSILON = 1e-5
 REGULARISERS = ("Identity", "Drop")  # how names of modules begin that pass what they are given when nothing learns
 # Attributes that weights are fitted to (another image size, patch size, class count or token), or that change nothing.
 FITTED = re.compile(
-    r"(?<!kernel_)size|num_patches|num_prefix_tokens|num_classes|features|resolution|shape|seq_len|patch_embed\.proj\..*"
+    r"(?<!kernel_)size|num_patches|prefix_tokens|num_classes|features|resolution|shape|seq_len|patch_embed\.proj\..*"
     r"|training|drop|prob|fused|inplace|checkpoint|distilled|flatten|strict|dynamic"
 )
 

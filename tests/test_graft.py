@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.zoo import TokenHidden
 from deit_kd import InputError, TimmStudent
-from deit_kd.models import open_model, save_local_dir
+from deit_kd.models import save_local_dir
+from deit_kd.origins import open_model
 from deit_kd.tokens import graft, is_grafted
 from deit_kd.weights import fit_weights
 from tests.test_loading import CLASSES, TINY, student
