@@ -162,9 +162,14 @@ def test_the_arms_that_are_given_can_be_planned(photos_root: Path, tmp_path: Pat
     jobs = folds.plan(Namespace(folds=3, only=[1], to=tmp_path), common, arms)
     assert len(jobs) == len(arms)
     assert len({fit.folder for fits in jobs.values() for fit in fits}) == 1
+    terms = {}
     for job, fits in jobs.items():
-        taught = parse_config(list(job.command[2:]))[0].teacher.checkpoint
-        assert [str(fit.folder) for fit in fits] == ([] if job.folder.name.startswith("none") else [taught])
+        config, _ = parse_config(list(job.command[2:]))
+        name = job.folder.name.removesuffix("-1")
+        terms[name] = [term.kind for term in config.distill.terms]
+        assert [str(fit.folder) for fit in fits] == ([] if name == "none" else [config.teacher.checkpoint])
+    assert terms["none"] == terms["soft"] == terms["standardised"] == []
+    assert terms["guide-alone"] == ["guide"]
 
 
 def test_a_guide_is_fitted_before_the_arms_and_named_by_its_fold(
