@@ -47,6 +47,7 @@ def _evaluate(arguments: Arguments) -> None:
     parser.add_argument("--to", type=str, default=None, help="folder for the files; RUN/eval/<split> or one beside it")
     parser.add_argument("--diagnose", type=bool, default=False, help="look at tokens, layers and attention, too")
     parser.add_argument("--images", type=list[str], default=[], help="names of the images to show then")
+    parser.add_argument("--probe", type=bool, default=False, help="score the features by k-NN and a linear probe, too")
     if _asks_for_help(arguments):
         parse_config(arguments, parser)
     _first_argument(arguments, parser)
@@ -71,6 +72,7 @@ def _evaluate(arguments: Arguments) -> None:
         folder=folder,
         look_inside=others["diagnose"],
         images=others["images"],
+        with_probe=others["probe"],
     )
 
 

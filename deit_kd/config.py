@@ -73,6 +73,8 @@ class Data(Section):
     """cross-validation: joins all photos and parts each class into so many folds, by the hash of the photos' names"""
     fold: int | None = Field(None, ge=0)
     """the fold to hold out, from 0; the others are trained on"""
+    unlabelled: str | None = None
+    """folder of photos without labels, however nested, to train on; root then gives classes and validation alone"""
     download: bool = False
     """let torchvision download the data to root"""
     image_size: int = Field(224, gt=0)
@@ -234,8 +236,11 @@ class SoleTeacher(TeacherNetwork):
 
     fit: Fit = Fit()
     """train it first"""
+    head: bool = True
+    """false takes its features alone: any network, with a head (which is left out) or without, and no class map"""
     min_top1: float | None = Field(None, ge=0, le=100)
-    """least top-1 on validation in percent; null is the largest class's share and three standard errors"""
+    """least top-1 on validation in percent (without a head, of its k-NN); null is the largest class's share and three
+    standard errors"""
 
     @property
     def is_named(self) -> bool:
@@ -542,6 +547,22 @@ class Config(Section):
         for name, section in (("teacher", teacher), ("guide", self.guide)):
             if section.checkpoint is not None and section.fit.epochs:
                 raise ValueError(f"{name}.checkpoint and {name}.fit.epochs exclude each other; unset one")
+        for name, section in (("teacher", teacher), ("guide", self.guide)):
+            for key in ("class_map", "label_set"):
+                if not section.head and getattr(section, key) is not None:
+                    raise ValueError(f"{name}.{key}: names columns, and {name}.head is false; leave one out")
+        if not teacher.head and self.distill.logit_kinds:
+            raise ValueError(
+                f"teacher.head: false gives no logits for {', '.join(sorted(self.distill.logit_kinds))} labels; set "
+                "distill.kind none and compare features, or name it as the guide"
+            )
+        if not teacher.head and teacher.store is not None:
+            raise ValueError("teacher.store: keeps logits, and teacher.head false gives none; unset one")
+        if self.data.unlabelled is not None and (self.distill.kind, self.distill.alpha) != ("none", 1):
+            raise ValueError(
+                f"data.unlabelled: {self.data.unlabelled} has no labels to learn from; set distill.kind none and "
+                "distill.alpha 1, and name in distill.terms what teaches"
+            )
         if teacher.members and teacher.is_named:
             raise ValueError("teacher.members and a teacher of the section's own exclude each other; unset one")
         if self.guide.is_named and not self.distill.needs_features:

@@ -56,8 +56,8 @@ class Batch(NamedTuple):
     """One block of views; B counts those that are there, and nothing stands in for those that are missing."""
 
     images: Tensor  # [B, 3, H, W], normalised for the student
-    targets: Tensor  # [B, C], soft, after mixing and smoothing
-    labels: Tensor  # [B], the class of each photo before mixing
+    targets: Tensor  # [B, C], soft, after mixing and smoothing; 0 of a photo without a label
+    labels: Tensor  # [B], the class of each photo before mixing; -1 where it has none
     view_ids: Tensor | None = None  # [B, 2]: epoch and position, in host memory; None outside our loader
     missing: Sequence[Missing] = ()
 

@@ -194,6 +194,23 @@ def check_answer(
             )
 
 
+def leave_out_head(section: str, name: str, network: nn.Module, image_size: int) -> None:
+    """Leave out the head of a network in eval, so that it answers with its pooled features [B, D].
+
+    Raises:
+        InputError: timm cannot do that to this network, or it does not answer two images with finite vectors then.
+    """
+    model: Any = network
+    try:
+        model.reset_classifier(0)
+    except Exception as error:  # each of timm's models has a method of its own
+        raise InputError(
+            f"{section}.head: {name!r} cannot go without its head ({' '.join(str(error).split())[:160]}); name another"
+        ) from error
+    width = getattr(model, "head_hidden_size", model.num_features)
+    check_answer(section, name, lambda images: [model.forward_head(model.forward_features(images))], image_size, width)
+
+
 def _created(key: str, name: str, cure: str, **kwargs: Any) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, **kwargs)

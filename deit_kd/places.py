@@ -50,6 +50,8 @@ def check_training(config: Config) -> None:
     """Raise an InputError where training by `config` would look for a file or a folder that is not there."""
     if config.data.name == "folder":
         photos_root(config.data.root)
+    if config.data.unlabelled is not None:
+        check_there("data.unlabelled", config.data.unlabelled, "name a folder with images")
     weights = {"student.checkpoint": config.student.checkpoint}
     teacher = config.teacher
     if config.distill.kind != "none":

@@ -27,12 +27,21 @@ class ScoreRecord(TypedDict):
 
 
 @with_config(ConfigDict(extra="allow"))
+class FeatureRecord(TypedDict):
+    """What a teacher without a head scored."""
+
+    knn: float
+    neighbours: int
+    temperature: float
+
+
+@with_config(ConfigDict(extra="allow"))
 class TeacherFacts(TypedDict):
     """What a run learned from."""
 
     name: str
     source: str | None
-    score: ScoreRecord
+    score: ScoreRecord | FeatureRecord
     view_epochs: NotRequired[int]
     members: NotRequired[list[dict[str, Any]]]
     args: NotRequired[dict[str, Any]]

@@ -370,6 +370,11 @@ def say(line: str) -> None:
     console.print(line)
 
 
+def score_text(score: Mapping[str, Any], digits: int) -> str:
+    """Return what a teacher scored, in percent: its top-1 or, without a head, that of its k-NN."""
+    return f"k-NN {score['knn']:.{digits}f}" if "knn" in score else f"top-1 {score['top1']:.{digits}f}"
+
+
 def size_text(count: float) -> str:
     """Return bytes for a person."""
     for unit in ("bytes", "kB", "MB"):
@@ -420,6 +425,17 @@ def print_scores(result: Mapping[str, Any]) -> None:
                 *(_with_interval(score, key) for key in columns.values()),
                 *(("-", "-") if scaled is None else (f"{scaled['temperature']:.2f}", f"{scaled['after']['nll']:.4f}")),
             )
+    console.print(table)
+
+
+def print_probe(result: Mapping[str, Any]) -> None:
+    """Print what the features of a student are worth, beside those of its architecture with random weights."""
+    probe = result["probe"]
+    table = Table(title=f"features, from {probe['images']} training images to {result['n']}; top-1 % [95 % interval]")
+    for column in ("weights", f"{probe['student']['knn']['neighbours']}-NN", "linear probe"):
+        table.add_column(column, justify="left" if column == "weights" else "right")
+    for name, weights in (("student", result["student"]), ("random", "random")):
+        table.add_row(weights, *(_with_interval(probe[name][kind], "top1") for kind in ("knn", "linear")))
     console.print(table)
 
 

@@ -61,8 +61,7 @@ def _scan(split_folder: Path) -> Photos:
             f"{', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}; add some or remove the folder"
         )
     for path, _ in samples:
-        if not path.isascii():
-            _check_encoding(path)
+        check_encoding("data.root", path)
     return Photos.of_files(
         split_folder,
         names=[Path(path).relative_to(split_folder).as_posix() for path, _ in samples],
@@ -71,11 +70,12 @@ def _scan(split_folder: Path) -> Photos:
     )
 
 
-def _check_encoding(path: str) -> None:
+def check_encoding(key: str, path: str) -> None:
+    """Raise an InputError unless `path` can be written down."""
     try:
         path.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"data.root: {path} is no UTF-8; rename it") from error
+        raise InputError(f"{key}: {path} is no UTF-8; rename it") from error
 
 
 def _check_same_classes(splits: Splits) -> None:

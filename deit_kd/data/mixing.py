@@ -73,7 +73,8 @@ class Mixing:
         view_ids = torch.tensor([(example.epoch, example.position) for example in examples])
         smooth = self.label_smoothing / self.classes
         targets = torch.full((len(examples), self.classes), smooth)
-        targets.scatter_(1, labels[:, None], 1 - self.label_smoothing + smooth)
+        targets.scatter_(1, labels.clamp_min(0)[:, None], 1 - self.label_smoothing + smooth)
+        targets[labels < 0] = 0  # without a label, classification says nothing
         if self.is_on:
             for first in range(0, len(examples), 2):
                 pair = slice(first, first + 2)

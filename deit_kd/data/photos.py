@@ -15,14 +15,16 @@ from PIL import Image
 from deit_kd.data.decode import DECODING, Stamp, UnreadableImage, load_image, stamps
 from deit_kd.interfaces import InputError
 
+UNLABELLED = -1  # in place of a label
+
 
 @dataclass(frozen=True)
 class Photos:
-    """Labelled images, on disk or in memory.
+    """Images with labels or without, on disk or in memory.
 
     Args:
         names: one name for each image, relative to `root` where the images are files.
-        labels: the class of each image, an index into `classes`.
+        labels: the class of each image, an index into `classes`; -1 where it has none.
         classes: class names, in label order.
         root: the folder of the files; None when the images are in memory.
         arrays: uint8 images [H, W, 3] of one size, when they are in memory from the start.

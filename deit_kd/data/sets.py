@@ -9,6 +9,7 @@ from deit_kd.data.downloads import cifar10, cifar100, imagenette
 from deit_kd.data.folder import folder
 from deit_kd.data.folds import one_fold
 from deit_kd.data.photos import Splits
+from deit_kd.data.unlabelled import unlabelled_photos
 from deit_kd.interfaces import InputError, nearest
 
 SETS: dict[str, Callable[..., Splits]] = {
@@ -30,10 +31,12 @@ def build_splits(
     folds: int | None,
     fold: int | None,
     download: bool,
+    unlabelled: str | None = None,
 ) -> Splits:
     """Return the training and the validation split of the dataset called `name`.
 
-    With `folds`, all its photos are joined, and `fold` of them is held out, see `one_fold`.
+    With `folds`, all its photos are joined, and `fold` of them is held out, see `one_fold`. With `unlabelled`, the
+    photos of that folder are trained on instead, see `unlabelled_photos`.
 
     Raises:
         InputError: the name is unknown, or the data are missing, empty, inconsistent or of one class.
@@ -49,4 +52,6 @@ def build_splits(
     )
     if len(splits.train.classes) < 2:
         raise InputError(f"data.root: {root} has one class, {splits.train.classes[0]!r}; add the folder of another")
-    return splits if folds is None or fold is None else one_fold(splits, folds, fold)
+    if folds is not None and fold is not None:
+        splits = one_fold(splits, folds, fold)
+    return splits if unlabelled is None else splits._replace(train=unlabelled_photos(unlabelled, splits.validation))

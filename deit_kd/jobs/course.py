@@ -20,7 +20,7 @@ from deit_kd.jobs.prepared import AfterEpoch, Run
 from deit_kd.jobs.progress import BadStep, Progress
 from deit_kd.memory import peak_memory, reset_peak_memory
 from deit_kd.stopping import Watch, stopped_by
-from deit_kd.tracking import CHECKPOINTS, METRICS_FILE, Journal, say, size_text
+from deit_kd.tracking import CHECKPOINTS, METRICS_FILE, Journal, say, score_text, size_text
 
 
 @dataclass
@@ -285,5 +285,5 @@ def _epoch_note(epoch: int, epochs: int, results: dict[str, Any], teacher_score:
         tops = [f"{head} {score['top1']:.1f}" for head, score in result["heads"].items() if score is not None]
         pieces.append(f"{name}: {' / '.join(tops)}")
     if teacher_score is not None:
-        pieces.append(f"teacher {teacher_score['top1']:.1f}")
+        pieces.append(f"teacher {score_text(teacher_score, 1).removeprefix('top-1 ')}")
     return "   ".join(pieces)

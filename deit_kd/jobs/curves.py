@@ -14,7 +14,8 @@ from typing_extensions import NotRequired, TypedDict
 from deit_kd.figures import Chart, Series, colour_of
 from deit_kd.files import checked
 from deit_kd.interfaces import InputError
-from deit_kd.tracking import METRICS_FILE, ScoreRecord
+from deit_kd.run_folder import FeatureRecord, ScoreRecord
+from deit_kd.tracking import METRICS_FILE, score_text
 
 Step = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -62,7 +63,7 @@ class EpochRecord(TypedDict):
     epoch: Step
     model: Result
     ema: NotRequired[Result]
-    teacher: ScoreRecord | None
+    teacher: ScoreRecord | FeatureRecord | None
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -160,7 +161,8 @@ def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
                 heads.append(Series(f"{prefix}{head}", x, y, line, dash if several else "-"))
         teacher = epochs[-1]["teacher"] if epochs else None
         if teacher is not None:
-            levels[f"teacher {teacher['top1']:.1f}"] = teacher["top1"]
+            name = score_text(teacher, 1).removeprefix("top-1 ")
+            levels[f"teacher {name}"] = teacher["knn"] if "knn" in teacher else teacher["top1"]
     return {
         "loss": Chart("Both terms of the loss", "step", "nats", loss),
         **_term_charts(runs),

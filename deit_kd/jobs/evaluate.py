@@ -27,7 +27,7 @@ from deit_kd.jobs.examine import Examination, beside, examine, examine_other, fi
 from deit_kd.jobs.folds import common_folds, examine_folds, fold_scores, folded_students
 from deit_kd.jobs.sources import Source, open_source
 from deit_kd.metrics import every_head
-from deit_kd.tracking import HEADS_FILE, console, print_comparison, print_scores, print_students, say
+from deit_kd.tracking import HEADS_FILE, console, print_comparison, print_probe, print_scores, print_students, say
 
 PREDICTIONS_FILE = "predictions.parquet"
 EVALUATIONS = Path("runs/eval")  # of students that have no run
@@ -42,6 +42,7 @@ def evaluate_source(
     folder: Path | None = None,
     look_inside: bool = False,
     images: list[str] | None = None,
+    with_probe: bool = False,
 ) -> dict[str, Any]:
     """Score a student on a split; print the tables, write ``heads.json`` and ``predictions.parquet``.
 
@@ -53,6 +54,7 @@ def evaluate_source(
         folder: where the files go; None is what `default_folder` says.
         look_inside: write ``diagnosis.json`` and the images with the tokens' attention, too; see `diagnose`.
         images: which images to show then; the most interesting ones unless set.
+        with_probe: score the features as well, see `probe`.
 
     Returns:
         What ``heads.json`` holds.
@@ -67,6 +69,11 @@ def evaluate_source(
         other = None if against is None else open_source(against)
         others = {} if other is None else {other.name: examine_other(other, examination, split, processes)}
         heads = judge_heads(examination, others)
+        if with_probe:
+            # Imported here so that nobody else waits for scikit-learn.
+            from deit_kd.jobs.probe import probe
+
+            heads["probe"] = probe(examination)
         if processes.is_main:
             diagnosis = diagnose(examination, images or []) if look_inside else None
             folder = folder or default_folder(examination, heads)
@@ -193,5 +200,7 @@ def tell(heads: dict[str, Any], examination: Examination, folder: Path) -> None:
         )
     print_scores(heads)
     print_comparison(heads)
+    if "probe" in heads:
+        print_probe(heads)
     console.print()
     say(f"numbers: {folder / HEADS_FILE}   predictions: {folder / PREDICTIONS_FILE}")

@@ -111,7 +111,7 @@ def _photos(source: Source, config: Config, split: str, processes: Processes) ->
 
     def listed() -> Photos:
         if split in ("train", "validation"):
-            splits = parts.build_splits(config)
+            splits = parts.build_splits(parts.with_labels(config))
             if source.run is not None:
                 check_own_fold(source.run, config.data, splits)
             photos: Photos = getattr(splits, split)

@@ -39,6 +39,9 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
     """
     if config.teacher.name is None:
         raise InputError("teacher.name: is not set; name a timm model such as resnet18")
+    if config.data.unlabelled is not None:
+        config = parts.with_labels(config)
+        splits = parts.agreed_splits(config, processes)
     key, folder = _key(config, splits), teacher_folder(config, splits)
     if _is_there(folder, processes):
         return folder
@@ -110,6 +113,8 @@ def unfitted_teacher(config: Config, classes: tuple[str, ...], processes: Proces
 
 
 def _key(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str, Any]:
+    if config.data.unlabelled is not None:
+        splits = parts.build_splits(parts.with_labels(config))
     teacher = config.teacher.model_dump(mode="json")
     del teacher["fit"]["folder"]
     for how_it_answers in (
@@ -117,6 +122,7 @@ def _key(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str
         "class_map",
         "combine",
         "compile",
+        "head",
         "image_size",
         "label_set",
         "members",

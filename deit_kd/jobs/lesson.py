@@ -135,7 +135,7 @@ def _student_shapes(student: TimmStudent, image: torch.Tensor, with_maps: bool) 
 
 def _teacher_shapes(giver: FrozenTeacher, image: torch.Tensor, with_maps: bool) -> dict[str, torch.Size]:
     batch = Batch(image, image.new_zeros(1, 1), torch.zeros(1, dtype=torch.long, device=image.device))
-    giver.ask_for(())
+    giver.ask_for((POOLED,))
     plain = giver(batch)
     giver.ask_for([*(giver.layer_names() if with_maps else ()), POOLED])
     output = giver(batch)
@@ -146,7 +146,8 @@ def _teacher_shapes(giver: FrozenTeacher, image: torch.Tensor, with_maps: bool) 
 
 def _check_same(whose: str, plain: StudentOutput | TeacherOutput, asked: StudentOutput | TeacherOutput) -> None:
     """Refuse a network whose answers are others when it is asked for features, which timm promises for none."""
-    for before, after in zip(plain[:-1], asked[:-1], strict=True):
+    both = [(feature, (asked.features or {})[name]) for name, feature in (plain.features or {}).items()]
+    for before, after in [*zip(plain[:-1], asked[:-1], strict=True), *both]:
         if before is not None and after is not None and not torch.allclose(before, after, rtol=1e-2, atol=1e-3):
             raise InputError(
                 f"distill.terms: {whose} answers otherwise when it is asked for features (timm's forward_intermediates"

@@ -9,7 +9,15 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 
 from deit_kd import data
-from deit_kd.config import Config, Guide, TeacherNetwork, TeacherSection, TermSection, as_schedule
+from deit_kd.config import (
+    Config,
+    Guide,
+    SoleTeacher,
+    TeacherNetwork,
+    TeacherSection,
+    TermSection,
+    as_schedule,
+)
 from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
@@ -41,9 +49,15 @@ def build_splits(config: Config) -> Splits:
         folds=section.folds,
         fold=section.fold,
         download=section.download,
+        unlabelled=section.unlabelled,
     )
     check_checkpoints(config, splits)
     return splits
+
+
+def with_labels(config: Config) -> Config:
+    """Return the recipe with the labelled training photos in place of those without labels."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"unlabelled": None})})
 
 
 def agreed_splits(config: Config, processes: Processes) -> Splits:
@@ -299,6 +313,7 @@ def _build_network(
         pretrained=network.pretrained and not section.fit.epochs,
         checkpoint=checkpoint,
         random_weights=network.random_weights,
+        head=not isinstance(network, SoleTeacher) or network.head,
         label_set=network.label_set,
         class_map=network.class_map,
         args=network.args,

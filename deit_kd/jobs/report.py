@@ -33,7 +33,7 @@ from deit_kd.jobs.evaluate import write_evaluation
 from deit_kd.jobs.examine import Examination, beside, examine, judge_heads
 from deit_kd.jobs.folds import FoldedExamination, common_folds, examine_folds, fold_scores, folded_students
 from deit_kd.jobs.sources import Source, open_source
-from deit_kd.tracking import CONFIG_FILE, say
+from deit_kd.tracking import CONFIG_FILE, say, score_text
 
 REPORT_FILE = "report.html"
 REPORT_FOLDER = "report"  # in a run
@@ -193,7 +193,7 @@ def _facts(config: Config, facts: Mapping[str, Any], heads: Mapping[str, Any]) -
     train, distill = config.train, config.distill
     alpha, temperature = in_words(distill.alpha), in_words(distill.temperature)
     how = {
-        "none": "none: plain supervised training",
+        "none": "none: without labels" if distill.alpha == 1 else "none: plain supervised training",
         "hard": f"hard, alpha {alpha}",
         "soft": f"soft, alpha {alpha}, temperature {temperature}",
         "standardised": f"standardised, alpha {alpha}, temperature {temperature}",
@@ -203,7 +203,7 @@ def _facts(config: Config, facts: Mapping[str, Any], heads: Mapping[str, Any]) -
         "student": f"{config.student.name}, {config.data.image_size} px",
         "teacher": "none"
         if teacher is None
-        else f"{teacher['name']}, top-1 {(heads['teacher'] or teacher['score'])['top1']:.2f} %",
+        else f"{teacher['name']}, {score_text(heads['teacher'] or teacher['score'], 2)} %",
         "distillation": "; ".join([how[distill.kind], *terms]),
         "data": f"{config.data.root or config.data.name}, {len(facts['classes'])} classes",
         "training": f"{train.epochs} epochs, batch {train.batch_size}, seed {config.seed}, precision {train.precision}",

@@ -24,13 +24,14 @@ from deit_kd.jobs.course import Course
 from deit_kd.jobs.lesson import Answers, Lesson, build_distiller, connect
 from deit_kd.jobs.prepared import AfterEpoch, Run
 from deit_kd.jobs.progress import Progress
+from deit_kd.jobs.vectors import score_headless
 from deit_kd.models import choose_attention, save_local_dir, tensors_hash
 from deit_kd.optim import WeightAverage
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.run_folder import STUDENT_FOLDER
 from deit_kd.stopping import Watch
 from deit_kd.store import RecordingTeacher, StoredTeacher
-from deit_kd.teachers import check_columns, check_score
+from deit_kd.teachers import FrozenTeacher, check_columns, check_features, check_score
 from deit_kd.tracking import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -44,6 +45,7 @@ from deit_kd.tracking import (
     print_heads,
     read_facts,
     say,
+    score_text,
 )
 
 RUNS = Path("runs")
@@ -64,6 +66,7 @@ FREE_ON_RESUME = {
     "data.on_error",  # says whether a run ends, and what it leaves out is listed
     "data.max_errors",
     "data.download",
+    "data.unlabelled",  # the photos themselves are compared
     "evaluate.batch_size",
     "teacher.checkpoint",  # the weights themselves are compared
     "teacher.class_map",  # the columns are compared
@@ -335,6 +338,8 @@ def _met(
         raise InputError(f"{role}: its weights differ between processes; give all of them the same file")
     if run.checkpoint is not None:
         on_main(run.processes, lambda: _refuse_other_teacher(run, role, facts))
+    if isinstance(teacher, FrozenTeacher) and not teacher.has_head:
+        return _met_headless(run, role, facts, teacher, section), None
     if isinstance(teacher, StoredTeacher | RecordingTeacher):
         facts["score"] = teacher.store.score()
         predictions = teacher.store.predictions(run.processes.rank, run.processes.count).to(run.processes.device)
@@ -357,13 +362,28 @@ def _met(
         if section.min_top1 != 0:
             check_columns(facts, run.classes, np.asarray(labels), whole)
         check_score(facts["name"], score["top1"], score["nll"], labels, section.min_top1)
+    _say_met(run, role, teacher, facts)
+    return facts, predictions
+
+
+def _met_headless(
+    run: Run, role: str, facts: dict[str, Any], teacher: FrozenTeacher, section: TeacherSection | Guide
+) -> dict[str, Any]:
+    """Return what a run records about a teacher without a head, once its features may teach."""
+    facts["score"] = score_headless(run, teacher)
+    if not facts["random_weights"]:
+        check_features(facts["name"], facts["score"]["knn"], run.splits.validation.labels, section.min_top1)
+    _say_met(run, role, teacher, facts)
+    return facts
+
+
+def _say_met(run: Run, role: str, teacher: Answers, facts: dict[str, Any]) -> None:
     if run.processes.is_main:
         for line in teacher.lines(role):
             say(line)
-        say(f"{role}: {facts['name']}, top-1 {score['top1']:.2f} % on {len(run.splits.validation)} images")
+        say(f"{role}: {facts['name']}, {score_text(facts['score'], 2)} % on {len(run.splits.validation)} images")
         if facts["random_weights"]:
             say(f"warning: the {role} has random weights and teaches nothing")
-    return facts, predictions
 
 
 def _refuse_other_teacher(run: Run, role: str, facts: dict[str, Any]) -> None:
@@ -438,6 +458,8 @@ def _say_start(run: Run, trainer: Trainer, first_step: int) -> None:
     )
     if trainer.ema is not None:
         say(average_line(trainer.ema, run.loader.total_steps))
+    if not run.objective.learns_from_labels:
+        say(f"labels teach nothing: score the features with deit-kd eval {run.folder} --probe true, not the heads")
     for line in run.student.account.lines() if run.student.account is not None and not first_step else ():
         say(line)
 
@@ -449,7 +471,7 @@ def head_scores(weights: str, result: dict[str, Any], teacher_score: Any, unread
         "unreadable": unreadable,
         "weights": weights,
         "heads": result["heads"],
-        "teacher": teacher_score,
+        "teacher": None if teacher_score is None or "knn" in teacher_score else teacher_score,
         "agreement": result["agreement"],
     }
 

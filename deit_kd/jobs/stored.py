@@ -51,6 +51,7 @@ NOT_IN_IDENTITY = {
     "data.validation_split",
     "data.validation_fraction",
     "data.download",
+    "data.unlabelled",
     "data.workers",
     "data.in_memory",
     "data.on_error",  # what is missing is marked
@@ -62,6 +63,7 @@ NOT_IN_IDENTITY = {
     "teacher.channels_last",
     "teacher.class_map",  # what the file says is compared
     "teacher.compile",
+    "teacher.head",  # a store holds logits
     "teacher.min_top1",
     "teacher.store",
     "teacher.store_mode",

@@ -92,8 +92,9 @@ class FeatureTerm:
         pairs = [self._pair(student[link.name].float(), teacher[link.teacher].float()) for link in self.links]
         losses = torch.stack([error(own, target) for own, target in pairs]).sum(0)
         with torch.no_grad():
-            cosines = [torch.cosine_similarity(own, target, dim=1).flatten(1).mean(1) for own, target in pairs]
-        return losses, torch.stack(cosines).mean(0)
+            cosines = [torch.cosine_similarity(own, target, dim=1) for own, target in pairs]  # [B, h, w] or [B]
+            cosine = torch.stack([each[..., None].flatten(1).mean(1) for each in cosines]).mean(0)
+        return losses, cosine
 
     def _pair(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         if self.kind == "guide":

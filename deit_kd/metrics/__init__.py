@@ -13,6 +13,7 @@ from deit_kd.metrics.comparison import class_accuracies, disagreement_matrix, fo
 from deit_kd.metrics.counts import Agreement, Score
 from deit_kd.metrics.heads import every_head, judge, per_image
 from deit_kd.metrics.intervals import bootstrap_means, interval
+from deit_kd.metrics.neighbours import neighbour_classes, score_neighbours
 from deit_kd.metrics.representation import linear_cka, token_cosines
 
 __all__ = [
@@ -32,8 +33,10 @@ __all__ = [
     "judge",
     "linear_cka",
     "mcnemar",
+    "neighbour_classes",
     "per_image",
     "reliability",
     "scale_temperature",
+    "score_neighbours",
     "token_cosines",
 ]

@@ -14,6 +14,7 @@ from deit_kd.models import (
     check_known,
     create_model,
     is_kin,
+    leave_out_head,
     plain_twin,
 )
 from deit_kd.origins import Origin, open_origin, open_published
@@ -33,6 +34,7 @@ def build_teacher(
     pretrained: bool,
     checkpoint: str | None,
     random_weights: bool,
+    head: bool = True,
     label_set: str | None = None,
     class_map: str | None = None,
     args: dict[str, Any],
@@ -51,6 +53,9 @@ def build_teacher(
 ) -> FrozenTeacher:
     """Build the frozen teacher; nothing of its head is ever new, but with `random_weights`.
 
+    Without a `head` it answers with features alone: the weights' own head, if any, is checked with all the rest and
+    then left out (timm's ``reset_classifier(0)``), and neither class names nor a class map are needed.
+
     Its size and normalisation are the recipe's, else those that its origin tells, else the student's.
 
     Args:
@@ -58,6 +63,7 @@ def build_teacher(
         pretrained: use timm's own weights, head included.
         checkpoint: use these weights, see `open_origin`. A distilled student teaches through its fused heads.
         random_weights: use none; for benchmarks and tests.
+        head: whether it answers with logits.
         label_set: what the columns of weights without names are, see `build_class_map`.
         class_map: a CSV or JSON file of the dataset's classes and the teacher's columns.
         args: handed to ``timm.create_model``.
@@ -79,6 +85,8 @@ def build_teacher(
             class of the dataset has no column.
     """
     check_arguments("teacher.args", args)
+    if head and pretrained and name is not None:
+        _check_tag_has_head(name)
     origin = _origin(name, pretrained, checkpoint, random_weights)
     notes: list[str] = []
     if origin.record is not None and name is not None and not is_kin(name, str(origin.architecture)):
@@ -90,7 +98,7 @@ def build_teacher(
     label_names = None if origin.is_published else origin.classes
     if random_weights and label_set is not None:
         label_names = label_set_names(label_set)
-    columns = len(label_names or classes) if random_weights else _columns(architecture, origin)
+    columns = len(label_names or classes) * head if random_weights else _columns(architecture, origin, head)
     seed_initialisation("teacher", seed)
     network = create_model(
         "teacher.name",
@@ -106,25 +114,29 @@ def build_teacher(
             set_layer_norm_eps(network, origin.layer_norm_eps)
         refuse_other_twin("teacher.args", network, origin, architecture, arguments, size)
     network.eval()
-    check_answer("teacher", architecture, lambda images: [network(images)], size, columns)
-    mapping = build_class_map(
-        classes=classes,
-        columns=columns,
-        label_names=label_names,
-        label_columns=origin.columns,
-        column_labels=origin.labels,
-        timm_tag=pretrained,
-        label_set=label_set,
-        file=class_map,
-    )
-    if mapping is None and label_names is None and not random_weights:
+    mapping = None
+    if head:
+        check_answer("teacher", architecture, lambda images: [network(images)], size, columns)
+        mapping = build_class_map(
+            classes=classes,
+            columns=columns,
+            label_names=label_names,
+            label_columns=origin.columns,
+            column_labels=origin.labels,
+            timm_tag=pretrained,
+            label_set=label_set,
+            file=class_map,
+        )
+    else:
+        leave_out_head("teacher", architecture, network, size)
+    if head and mapping is None and label_names is None and not random_weights:
         notes.append(f"warning: the columns of {origin.name} have no names and are taken in the order of the classes")
     known = origin.preprocessing
     own_mean: Statistics = mean or known.mean or student_mean
     own_std: Statistics = std or known.std or student_std
     interpolation = "bilinear" if known.interpolation == "bilinear" else "bicubic"
     return FrozenTeacher(
-        FusedHeads(network) if has_distillation_token(network) else network,
+        FusedHeads(network) if head and has_distillation_token(network) else network,
         student_mean=student_mean,
         student_std=student_std,
         mean=own_mean,
@@ -147,6 +159,7 @@ def build_teacher(
             "std": list(own_std),
             "interpolation": interpolation,
             "class_map": None if mapping is None else mapping.record(classes),
+            **({} if head else {"head_left_out": columns}),
         },
     ).to(device)
 
@@ -180,15 +193,28 @@ def _architecture(name: str | None, origin: Origin) -> str:
     return architecture if origin.is_distilled or not origin.state else plain_twin(architecture)
 
 
-def _columns(architecture: str, origin: Origin) -> int:
-    """Return how many outputs the head of the weights has."""
+def _check_tag_has_head(name: str) -> None:
+    """Refuse a pretrained tag that was published without a head, before it is downloaded."""
+    check_known("teacher.name", name)
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is not None and cfg.has_weights and not cfg.num_classes:
+        raise InputError(
+            f"teacher.pretrained: {name} was published without a head, so that it has features to teach by and no "
+            "logits; set teacher.head (of a guide, guide.head) false, and compare features (a guide or pooled term)"
+        )
+
+
+def _columns(architecture: str, origin: Origin, needs_head: bool) -> int:
+    """Return how many outputs the head of the weights has; 0 where there is none and none is needed."""
     check_known("teacher.name", architecture)
     classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None)
     heads = [f"{name}.weight" for name in ((classifier,) if isinstance(classifier, str) else classifier or ())]
     found = [origin.state[head].shape[0] for head in heads if head in origin.state and origin.state[head].ndim]
+    if not found and not needs_head:
+        return 0
     if not found:
         raise InputError(
             f"teacher: {origin.name} has no head ({', '.join(heads) or 'timm names none'}), and a teacher's head is "
-            "never made up; use weights that were trained to classify"
+            "never made up; use weights that were trained to classify, or set its head false and compare features"
         )
     return int(found[0])

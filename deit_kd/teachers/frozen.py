@@ -93,7 +93,7 @@ class FrozenTeacher(nn.Module):
         self.network = network.to(dtype=dtype).to(memory_format=self._memory_format).requires_grad_(False)
         self._answer = torch.compile(self.network) if compiled else self.network
         self._compiled = compiled
-        self._has_head = getattr(backbone_of(network), "num_classes", 1) != 0
+        self.has_head = getattr(backbone_of(network), "num_classes", 1) != 0
         self._map = class_map
         self.facts = dict(facts or {})
         self._notes = tuple(notes)
@@ -113,6 +113,10 @@ class FrozenTeacher(nn.Module):
         """Return what a person is told about its eyes and its class map."""
         seen = "the student's size" if self._image_size is None else f"{self._image_size} px"
         lines = [f"{role}: {self.facts.get('name', type(self.network).__name__)} sees {seen}", *self._notes]
+        if not self.has_head:
+            left_out = self.facts.get("head_left_out")
+            its_own = f"its head of {left_out} columns is left out" if left_out else "its weights have no head"
+            lines.append(f"{role}: {its_own}; it teaches by its features alone")
         columns = self.facts.get("class_map") or {}
         for name, group in list(columns.items())[:LONGEST_LIST]:
             lines.append(
@@ -165,7 +169,7 @@ class FrozenTeacher(nn.Module):
                 logits, features = self._answer_with_features(images)
             logits = logits[: len(batch.images)].float()
             found = {name: feature[: len(batch.images)] for name, feature in features.items()}
-            if not self._has_head:
+            if not self.has_head:
                 return TeacherOutput(None, found or None)
             return TeacherOutput(logits if self._map is None else self._map(logits), found or None)
 

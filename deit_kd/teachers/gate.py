@@ -52,6 +52,24 @@ def check_score(name: str, top1: float, nll: float, labels: Sequence[int], min_t
         )
 
 
+def check_features(name: str, knn: float, labels: Sequence[int], least_score: float | None) -> None:
+    """Raise an InputError unless the features of a teacher without a head tell classes apart better than guessing.
+
+    Args:
+        name: of the teacher.
+        knn: its k-NN score on validation, leave-one-out, in percent.
+        labels: of the validation set.
+        least_score: what the recipe asks for, in percent; None is `least_top1`.
+    """
+    least = least_top1(labels) if least_score is None else least_score
+    if knn < least:
+        raise InputError(
+            f"teacher.min_top1: the features of {name} score {knn:.2f} % by k-NN on {len(labels)} validation images, "
+            f"below {least:.2f} %; its size or normalisation may be wrong: see docs/teachers.md, or lower "
+            "teacher.min_top1"
+        )
+
+
 def check_columns(
     facts: Mapping[str, Any], classes: Sequence[str], labels: np.ndarray, predictions: np.ndarray
 ) -> None:

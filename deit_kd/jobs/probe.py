@@ -1,0 +1,63 @@
+"""``deit-kd eval --probe true``: what a student's features are worth without its heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from deit_kd.config import Config
+from deit_kd.data import Photos
+from deit_kd.distributed import Processes, together
+from deit_kd.engine import autocast
+from deit_kd.features import POOLED
+from deit_kd.interfaces import Batch, InputError
+from deit_kd.jobs import parts
+from deit_kd.jobs.examine import Examination
+from deit_kd.jobs.vectors import Vectors, collect_vectors
+from deit_kd.metrics.linear import judge_features
+from deit_kd.students import TimmStudent
+
+
+def probe(examination: Examination) -> dict[str, Any] | None:
+    """Score the pooled features of a student, and of one with random weights, from the training photos to the split.
+
+    Returns:
+        In the main process, JSON: the number of training ``images``, and what `judge_features` finds of ``student``
+        and ``random``; None in the others.
+
+    Raises:
+        InputError: the split is the training photos, or see `collect_vectors`.
+    """
+    if examination.split == "train":
+        raise InputError("--probe: true, but --split is train, whose photos the probe learns from; score another split")
+    config, processes = parts.with_labels(examination.config), examination.processes
+    train = together(processes, lambda: parts.build_splits(config).train)
+    students = {"student": examination.student, "random": _random_student(config, train, processes)}
+    found: dict[str, Any] = {}
+    for name, student in students.items():
+        known, asked = (_vectors_of(student, examination, photos) for photos in (train, examination.photos))
+        found["images"] = len(known.labels)
+        if processes.is_main:
+            pairs = known.features, known.labels, asked.features, asked.labels
+            found[name] = judge_features(*pairs, seed=config.seed)
+    return found if processes.is_main else None
+
+
+def _random_student(config: Config, photos: Photos, processes: Processes) -> TimmStudent:
+    untrained = config.student.model_copy(update={"pretrained": False, "checkpoint": None})
+    student = parts.build_student(config.model_copy(update={"student": untrained}), photos.classes)
+    return student.to(processes.device).eval()
+
+
+def _vectors_of(student: TimmStudent, examination: Examination, photos: Photos) -> Vectors:
+    config, processes = examination.config, examination.processes
+
+    def ask(batch: Batch) -> Tensor:
+        with autocast(batch.images.device, config.train.precision):
+            features = student(batch.images, (POOLED,)).features
+        assert features is not None
+        return features[POOLED]
+
+    batches = parts.build_evaluation_loader(config, photos, processes, skip=True)
+    return collect_vectors(examination.source.name, ask, batches, processes)

@@ -1,0 +1,80 @@
+"""One vector an image, gathered over a split; and how a teacher without a head scores by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deit_kd.distributed import Processes, on_main
+from deit_kd.features import POOLED
+from deit_kd.interfaces import Batch, InputError
+from deit_kd.jobs.prepared import Run
+from deit_kd.metrics import score_neighbours
+from deit_kd.teachers import FrozenTeacher
+
+
+class Vectors(NamedTuple):
+    """The pooled features of the images that can be read, in the order of their split, on the CPU in fp32."""
+
+    labels: Tensor  # [n]
+    features: Tensor  # [n, D]
+
+
+@torch.inference_mode()
+def collect_vectors(
+    whose: str, ask: Callable[[Batch], Tensor], batches: Iterable[Batch], processes: Processes
+) -> Vectors:
+    """Return the vectors of all processes, the same for any number of them.
+
+    Args:
+        whose: for a person, where something is wrong.
+        ask: answers a batch with vectors [B, D].
+        batches: this process's share of the split: of P processes, r has the images r, r + P, r + 2P, …
+        processes: of the job.
+
+    Raises:
+        InputError: a vector is not finite, or no image can be read.
+    """
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    seen = 0
+    for batch in batches:
+        indices = processes.rank + processes.count * (seen + batch.rows())
+        seen += batch.places
+        if len(indices):
+            rows.append((indices, batch.labels, ask(batch.to(processes.device)).float().cpu()))
+    rows = [row for share in processes.gather(rows) for row in share]
+    if not rows:
+        raise InputError("data.root: not one image can be read; see deit-kd data check")
+    indices, labels, features = (torch.cat(column) for column in zip(*rows, strict=True))
+    if not features.isfinite().all():
+        raise InputError(
+            f"{whose} answers with pooled features that are not finite; check its weights, or set precision off"
+        )
+    order = indices.argsort()
+    return Vectors(labels[order], features[order])
+
+
+def score_headless(run: Run, teacher: FrozenTeacher) -> dict[str, Any]:
+    """Return the k-NN score of a teacher without a head, leave-one-out over the validation photos.
+
+    Raises:
+        InputError: see `collect_vectors`.
+    """
+
+    def ask(batch: Batch) -> Tensor:
+        features = teacher(batch).features
+        assert features is not None
+        return features[POOLED]
+
+    teacher.ask_for((POOLED,))
+    watched = run.errors.watch("validation", run.validation)
+    vectors = collect_vectors("teacher", ask, run.processes.busy_over("asks the teacher", watched), run.processes)
+    teacher.ask_for(())
+    run.errors.tell()
+    work = "compares the teacher's features"
+    found = on_main(run.processes, lambda: score_neighbours(vectors.features, vectors.labels), work)
+    score: dict[str, Any] = run.processes.share(found)
+    return score

@@ -1,0 +1,57 @@
+"""What the nearest neighbours of an image's vector say about its class."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MOST_NEIGHBOURS = 20
+TEMPERATURE = 0.07  # of a neighbour's vote
+ROWS = 1024  # of the similarities that are in memory at a time
+
+
+def neighbours_among(images: int) -> int:
+    """Return the k of k-NN: DINO's 20 or, among fewer than 400 images, about the root of their number."""
+    return max(1, min(MOST_NEIGHBOURS, round(math.sqrt(images))))
+
+
+def neighbour_classes(known: Tensor, labels: Tensor, asked: Tensor | None = None) -> Tensor:
+    """Return the class [n] that the nearest neighbours of each vector vote for, by cosine similarity.
+
+    Each of the k neighbours votes with exp(similarity / 0.07).
+
+    Args:
+        known: vectors [N, D].
+        labels: their classes [N].
+        asked: vectors [n, D]; None asks each of `known` about all the others (leave-one-out).
+
+    Source: Wu et al. 2018, arXiv 1805.01978, section 3.4; k and temperature of DINO, arXiv 2104.14294.
+    """
+    bank = F.normalize(known.float(), dim=1)
+    queries = bank if asked is None else F.normalize(asked.float(), dim=1)
+    neighbours = min(neighbours_among(len(bank)), len(bank))
+    voted = [torch.empty(0, dtype=torch.long)]
+    for rows in torch.arange(len(queries)).split(ROWS):
+        similarities = queries[rows] @ bank.T
+        if asked is None:
+            similarities[torch.arange(len(rows)), rows] = -math.inf
+        near = similarities.topk(neighbours)
+        votes = torch.zeros(len(rows), int(labels.max()) + 1)
+        votes.scatter_add_(1, labels[near.indices], (near.values / TEMPERATURE).exp())
+        voted.append(votes.argmax(1))
+    return torch.cat(voted)
+
+
+def score_neighbours(vectors: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Return in percent how often the neighbours of each vector [n, D] name its class, and how they were asked."""
+    right = neighbour_classes(vectors, labels) == labels
+    return {"knn": 100 * float(right.double().mean()), **how_asked(len(labels))}
+
+
+def how_asked(images: int) -> dict[str, Any]:
+    """Return what a k-NN score among so many images depends on."""
+    return {"neighbours": neighbours_among(images), "temperature": TEMPERATURE}
