@@ -81,7 +81,7 @@ def _check_evaluation(options: dict[str, Any]) -> None:
     for student in (*options["sources"], options["against"]):
         if student is not None:
             check_source(student)
-    of_one = [option for option in ("against", "diagnose", "images") if options[option]]
+    of_one = [option for option in ("against", "diagnose", "images", "probe") if options[option]]
     of_one += ["split"] * (options["split"] != "validation")
     if of_one and len(options["sources"]) > 1:
         raise InputError(f"--{of_one[0]}: is for one student; leave it out for the runs of folds")

@@ -21,8 +21,9 @@ from deit_kd.jobs.fit import teacher_folder
 from deit_kd.metrics import neighbour_classes, score_neighbours
 from deit_kd.metrics.linear import linear_classes
 from deit_kd.metrics.neighbours import neighbours_among
+from deit_kd.models import save_local_dir
 from deit_kd.teachers import check_features, least_top1
-from tests.conftest import CLASSES, STUDENT_ARGS, folder_splits, tiny, tiny_student
+from tests.conftest import CLASSES, MEAN, STD, folder_splits, tiny, tiny_student
 from tests.forked import two
 from tests.test_teacher import batch, save_teacher, teacher
 
@@ -341,19 +342,21 @@ def test_features_are_scored_beside_those_of_random_weights(
 def test_the_floor_of_a_student_that_has_learned_nothing_is_its_own_score(photos_root: Path, tmp_path: Path) -> None:
     """A student whose weights are those that its seed draws, so that both rows must be the same."""
     student = tiny_student(distilled=False, image_size=32)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in student.backbone.state_dict().items()},
-        tmp_path / "s.safetensors",
-    )
-    shape = ("--student.name", "deit_tiny_patch16_224", "--student.args", json.dumps(STUDENT_ARGS))
-    own = ("--data.root", str(photos_root), "--data.image_size", "32", "--train.device", "cpu", "--data.workers", "0")
-    found = probed(tmp_path / "eval", str(tmp_path / "s.safetensors"), *shape, *own)
+    seen: dict[str, Any] = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_fraction": 1.0}
+    known = {"model_args": student.model_args, "classes": CLASSES, "image_size": 32, **seen}
+    save_local_dir(student.backbone, tmp_path / "student", **known)
+    own = ("--data.root", str(photos_root), "--train.device", "cpu", "--data.workers", "0")
+    found = probed(tmp_path / "eval", str(tmp_path / "student"), *own)
     assert found["student"] == found["random"]
 
 
-def test_photos_are_not_scored_by_themselves(pretrained: Pretrained, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", str(pretrained.folder), "--split", "train", "--probe", "true"]) == 2
-    assert "--split is train" in capsys.readouterr().err
+@pytest.mark.parametrize("options", [("--split", "train"), ("--data.validation_split", "train")])
+def test_photos_are_not_scored_by_themselves(
+    pretrained: Pretrained, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(pretrained.folder), *options, "--probe", "true", "--to", str(tmp_path / "eval")]) == 2
+    assert "holds 48 of the training photos" in capsys.readouterr().err
+    assert not (tmp_path / "eval").exists()
 
 
 def test_the_labelled_training_photos_of_such_a_run_can_be_scored(pretrained: Pretrained, tmp_path: Path) -> None:

@@ -27,12 +27,16 @@ def probe(examination: Examination) -> dict[str, Any] | None:
         and ``random``; None in the others.
 
     Raises:
-        InputError: the split is the training photos, or see `collect_vectors`.
+        InputError: the split holds training photos, or see `collect_vectors`.
     """
-    if examination.split == "train":
-        raise InputError("--probe: true, but --split is train, whose photos the probe learns from; score another split")
     config, processes = parts.with_labels(examination.config), examination.processes
     train = together(processes, lambda: parts.build_splits(config).train)
+    shared = _files(train) & _files(examination.photos)
+    if examination.split == "train" or shared:
+        raise InputError(
+            f"--probe: true, but {examination.split!r} holds {len(shared) or len(train)} of the training photos, which "
+            "the probe learns from; score another split"
+        )
     students = {"student": examination.student, "random": _random_student(config, train, processes)}
     found: dict[str, Any] = {}
     for name, student in students.items():
@@ -42,6 +46,10 @@ def probe(examination: Examination) -> dict[str, Any] | None:
             pairs = known.features, known.labels, asked.features, asked.labels
             found[name] = judge_features(*pairs, seed=config.seed)
     return found if processes.is_main else None
+
+
+def _files(photos: Photos) -> set[str]:
+    return set() if photos.root is None else {f"{photos.root.resolve()}/{name}" for name in photos.names}
 
 
 def _random_student(config: Config, photos: Photos, processes: Processes) -> TimmStudent:
