@@ -18,6 +18,7 @@ from deit_kd.config import parse_config
 from deit_kd.data.mixing import Example, Mixing
 from deit_kd.data.photos import UNLABELLED
 from deit_kd.jobs.fit import teacher_folder
+from deit_kd.jobs.held_out import was_trained_on
 from deit_kd.metrics import neighbour_classes, score_neighbours
 from deit_kd.metrics.linear import linear_classes
 from deit_kd.metrics.neighbours import neighbours_among
@@ -265,6 +266,14 @@ def test_photos_lie_as_deep_as_they_like_and_those_of_validation_are_left_out(
     within = folder_splits(photos_root, unlabelled=str(photos_root))
     assert len(within.train) == 48
     assert not any(name.startswith("validation") for name in within.train.names)
+
+
+def test_a_run_without_labels_belongs_to_the_validation_photos_that_it_left_out(
+    pretrained: Pretrained, photos_root: Path
+) -> None:
+    splits = folder_splits(photos_root)
+    assert was_trained_on(pretrained.folder, splits)
+    assert not was_trained_on(pretrained.folder, splits._replace(validation=splits.train))
 
 
 def test_a_view_without_a_label_has_no_target() -> None:
