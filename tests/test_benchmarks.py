@@ -203,3 +203,11 @@ def test_a_run_whose_teacher_could_not_be_fitted_is_left_out(
     said = capsys.readouterr().out
     assert f"failed: {plain.folder} (error: no photos; see {plain.log})" in said
     assert f"left out, without its teacher: {taught.folder}" in said
+
+
+def test_the_cost_of_a_guide_is_printed(photos_root: Path, tmp_path: Path, program: Program) -> None:
+    terms = [{"kind": "guide", "blocks": [0, 1], "stages": ["layer1", "layer2"]}]
+    recipe = tiny(photos_root, tmp_path / "run", data__image_size=32, distill__kind="soft", distill__terms=terms)
+    said = program("guide_cost", *recipe, "--rounds", "1", "--steps", "1")
+    assert "ratio of the steps' times: " in said
+    assert not (tmp_path / "run").exists()
