@@ -55,14 +55,22 @@ def overrides(arm: Mapping[str, Any], fold: int, teacher: Path | None) -> list[s
 
 
 def plan(options: argparse.Namespace, common: list[str], arms: Mapping[str, Any]) -> dict[Job, list[Job]]:
-    """Return the runs, fold by fold, each with the fits of the teachers that it waits for."""
+    """Return the runs, fold by fold, each with the fits of the teachers that it waits for.
+
+    Raises:
+        InputError: a recipe cannot be, or two arms have the same.
+    """
     jobs: dict[Job, list[Job]] = {}
     fits: dict[Path, Job] = {}
     for fold in options.only if options.only is not None else range(options.folds):
         place = ["--data.folds", str(options.folds), "--data.fold", str(fold)]
+        recipes: dict[str, str] = {}
         for name, arm in arms.items():
             arguments = [*common, *overrides(arm, fold, None), *place]
             config, _ = parse_config(arguments)
+            twin = recipes.setdefault(config.to_yaml(), name)
+            if twin != name:
+                raise InputError(f"--arms: {twin} and {name} are the same recipe; say what tells them apart")
             found: dict[str, Job] = {}
             for role, one in roles(config, arm).items():
                 folder = teacher_folder(one, parts.build_splits(one))
@@ -185,4 +193,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"error: {error}")

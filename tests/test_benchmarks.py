@@ -16,6 +16,7 @@ import torch
 from benchmarks.zoo import same
 from deit_kd.cli import main
 from deit_kd.config import parse_config
+from deit_kd.interfaces import InputError
 from tests.conftest import REPOSITORY, STUDENT, as_arguments, tiny
 
 Program = Callable[..., str]
@@ -188,6 +189,8 @@ def test_a_guide_is_fitted_before_the_arms_and_named_by_its_fold(
     guides = [parse_config(list(job.command[2:]))[0].guide for job, _ in (fitted, taken)]
     assert [guide.checkpoint for guide in guides] == [str(fitted[1][1].folder), str(taken[1][0].folder)]
     assert guides[0].fit.epochs == 0
+    with pytest.raises(InputError, match="--arms: plain and same are the same recipe"):
+        folds.plan(Namespace(folds=3, only=[2], to=tmp_path), common, {"plain": {}, "same": {"distill.alpha": 0.9}})
 
 
 def test_a_run_whose_teacher_could_not_be_fitted_is_left_out(
