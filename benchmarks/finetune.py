@@ -85,7 +85,7 @@ def main() -> None:
     scores: dict[str, list[float]] = {}
     for seed in given.seeds:
         plain = given.output / f"pretrained-{seed}"
-        base = {"data.root": first, "seed": seed, **warmup}
+        base = {"data.root": first, "seed": seed, "distill.terms": [], **warmup}
         if not (plain / HEADS_FILE).is_file():
             run({**base, "distill.kind": "none"}, common, plain)
         say(graft_changes(plain, base, common))
@@ -94,7 +94,7 @@ def main() -> None:
             "teacher.fit.folder": given.output / "teachers",
             "teacher.fit.optim.warmup_epochs": min(2, given.teacher_epochs - 1),
         }
-        target = {"data.root": second, "seed": seed, **warmup}
+        target = {"data.root": second, "seed": seed, "distill.terms": [], **warmup}
         tuned = {"student.checkpoint": plain}
         variants = {
             "fine-tuned, distilled": {**target, **teach, **tuned},

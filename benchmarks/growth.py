@@ -35,6 +35,7 @@ from deit_kd.engine import train
 from deit_kd.interfaces import Batch, TeacherOutput
 from deit_kd.jobs import parts
 from deit_kd.jobs.bench import print_markdown
+from deit_kd.jobs.lesson import Lesson, connect
 from deit_kd.jobs.run import build_trainer, prepare
 from deit_kd.jobs.stored import SOFT_TOP
 from deit_kd.jobs.timed import Clock
@@ -156,7 +157,8 @@ class Growth:
         run = prepare(config, self._processes, _toy_splits(config, classes))
         batch = _batch(config, classes, self._processes.device)
         answers = TeacherOutput(torch.randn(len(batch.labels), classes, device=self._processes.device))
-        trainer = build_trainer(run, lambda batch: answers)
+        lesson = Lesson(lambda batch: answers)
+        trainer = build_trainer(connect(run, lesson), lesson)
         trainer = replace(trainer, accumulation_steps=1)
 
         def step(times: int) -> None:

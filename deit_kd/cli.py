@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from deit_kd.config import build_parser, parse_config, read_options
 from deit_kd.files import check_file_to_be, refusal
 from deit_kd.interfaces import InputError, Stopped, nearest, printable
-from deit_kd.places import check_source, check_there, check_training, photos_root
+from deit_kd.places import check_source, check_there, check_training, path_of, photos_root
 from deit_kd.stopping import handlers, leave_signals_alone, stop_at_once
 
 Arguments = list[str]
@@ -138,6 +138,8 @@ def _export(arguments: Arguments) -> None:
     if _asks_for_help(arguments):
         parse_config(arguments, parser)
     named = _first_argument(arguments, parser)
+    if not path_of(named).exists():
+        raise InputError(f"{named}: is no run (nothing is there); name the folder of a run, or a checkpoint of one")
     from deit_kd.exports import Choices
     from deit_kd.jobs.export import export_student
     from deit_kd.jobs.sources import open_source

@@ -13,6 +13,7 @@ from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError
+from deit_kd.jobs import parts
 from deit_kd.jobs.run import prepare
 from tests.conftest import Finished, as_arguments, snapshot, tiny, write_photos
 
@@ -49,9 +50,9 @@ KEYS = [
     ({"augment__scale": "[1.0, 0.2]"}, "augment.scale: (1.0, 0.2): must be [low, high]"),
     ({"augment__auto_augment": "banana"}, "augment.auto_augment: 'banana' is no policy of timm's"),
     ({"augment__repeats": 40}, "augment.repeats: 40 is too many for 48 photos"),
-    ({"distill__kind": "medium"}, "distill.kind: 'medium' Expected a Literal['none', 'soft', 'hard']"),
-    ({"distill__alpha": 1.5}, "distill.alpha: '1.5' Input should be less than or equal to 1"),
-    ({"distill__temperature": 0}, "distill.temperature: '0' Input should be greater than 0"),
+    ({"distill__kind": "medium"}, "distill.kind: 'medium' Expected a Literal['none', 'soft', 'hard', 'standardised']"),
+    ({"distill__alpha": 1.5}, "distill.alpha: 1.5: must be between 0 and 1"),
+    ({"distill__temperature": 0}, "distill.temperature: 0.0: must be above 0, start and end alike"),
     ({"optim__lr": "nan"}, "optim.lr: 'nan'"),
     ({"optim__name": "adamq"}, "optim.name: 'adamq'"),
     ({"optim__warmup_epochs": 1}, "optim.warmup_epochs: 1 is not below train.epochs 1"),
@@ -102,7 +103,7 @@ MODELS = [
     ({"teacher__fit__epochs": 1}, "teacher.random_weights and teacher.fit.epochs exclude each other"),
     (
         {"teacher__random_weights": None, "teacher__fit__epochs": 1, "teacher__fit__batch_size": 64},
-        "train.batch_size: 64 is more than the 48 views",
+        "teacher.fit.batch_size: 64 is more than the 48 views",
     ),
 ]
 
@@ -169,7 +170,7 @@ def test_a_process_without_a_validation_image_is_refused_rather_than_waited_for(
     root = write_photos(tmp_path / "photos", {"train": 8, "validation": 1})
     config, _ = parse_config(tiny(root, tmp_path / "run", augment__mixup=0, augment__cutmix=0))
     with pytest.raises(InputError, match="data: 3 validation images are fewer than 4 processes; use fewer"):
-        prepare(config, Processes(0, 4, torch.device("cpu")))
+        prepare(config, Processes(0, 4, torch.device("cpu")), parts.build_splits(config))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

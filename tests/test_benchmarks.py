@@ -149,7 +149,7 @@ def test_arms_are_trained_over_folds_and_compared(photos_root: Path, tmp_path: P
     assert "soft: no run of fold 0 of 2" in printed
     heads = json.loads((tmp_path / "to/joined/soft/heads.json").read_text())
     (row, *_) = (row for row in heads["comparisons"] if row["second"] == "none")
-    assert f" {row['difference']:+.2f} [" in printed
+    assert f"{row['difference']:+.2f}" in printed
     (teacher,) = (file.parent for file in tmp_path.glob("teachers/*/heads.json"))
     assert json.loads((tmp_path / "to/soft-1/run.json").read_text())["teacher"]["source"] == str(teacher)
 

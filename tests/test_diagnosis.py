@@ -27,7 +27,7 @@ from deit_kd.probes import (
     stages,
     token_attention,
 )
-from tests.conftest import short
+from tests.conftest import SEVEN_CLASSES, short
 
 CPU = torch.device("cpu")
 
@@ -226,6 +226,7 @@ def test_tokens_that_are_one_at_the_input_are_a_warning(
     model = timm.create_model(f"local-dir:{runs / 'distilled/student'}", pretrained=True)
     model.dist_token.data.copy_(model.cls_token)
     torch.save(model.state_dict(), tmp_path / "collapsed.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"label_names": sorted(SEVEN_CLASSES)}))
     shape = '{"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}'
     found = diagnosis(
         tmp_path / "out",

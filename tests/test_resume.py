@@ -155,7 +155,7 @@ def test_the_checkpoint_that_a_run_goes_on_from_does_not_stay_in_memory(photos_r
     run = prepare(parse_config(arguments)[0], ONE_PROCESS)
     loaded = [weakref.ref(tensor) for tensor in run.checkpoint["trainer"]["student"].values()]
     alive: list[int] = []
-    execute(run, after_epoch=lambda epoch: alive.append(sum(tensor() is not None for tensor in loaded)))
+    execute(run, after_epoch=lambda epoch, advance: alive.append(sum(tensor() is not None for tensor in loaded)))
     assert alive == [0]
 
 

@@ -165,7 +165,6 @@ def write_evaluation(folder: Path, examination: Examination, heads: dict[str, An
     and ``<head>_top5_probability``, and ``teacher_top1``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    remove_diagnosis(folder)
     write_json(folder / HEADS_FILE, heads)
     answers, photos = examination.answers, examination.photos
     classes = photos.classes
@@ -187,6 +186,7 @@ def write_evaluation(folder: Path, examination: Examination, heads: dict[str, An
     content = arrow.BufferOutputStream()
     parquet.write_table(arrow.table(columns), content)
     write_atomically(folder / PREDICTIONS_FILE, content.getvalue().to_pybytes())
+    remove_diagnosis(folder)  # once all else is written: a full disk takes nothing away
 
 
 def tell(heads: dict[str, Any], examination: Examination, folder: Path) -> None:
