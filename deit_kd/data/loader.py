@@ -60,7 +60,7 @@ class Sight:
 
 
 SECONDS_FOR_A_BATCH = 600.0  # then its worker hangs, as one does that finds no shared memory
-SECONDS_TO_LEARN_OF_A_DEATH = 2.0
+SECONDS_TO_LEARN_OF_A_DEATH = 10.0  # a busy machine is slow to report it; the report ends the wait
 SECONDS_TO_END = 0.4
 
 
