@@ -124,21 +124,16 @@ class Course:
 
     def _terms(self, measured: dict[str, dict[str, float | None]]) -> dict[str, Any]:
         """Return the further terms that were live, each with its weight; nothing where there are none."""
+        if not measured:
+            return {}
         objective = self.trainer.distiller.objective
         place = (self.progress.step - 1) / self.run.loader.total_steps
-        live = {term.kind: term.weight.at(place) for term in objective.terms}
-        features = objective.feature_kinds
-        return (
-            {
-                "terms": {
-                    kind: {"loss": measured[kind]["loss"], "weight": weight}
-                    | ({"cosine": measured[kind]["cosine"]} if kind in features else {})
-                    for kind, weight in live.items()
-                }
-            }
-            if measured
-            else {}
-        )
+        live: dict[str, dict[str, float | None]] = {}
+        for term in objective.terms:
+            live[term.kind] = {"loss": measured[term.kind]["loss"], "weight": term.weight.at(place)}
+            if term.kind in objective.feature_kinds:
+                live[term.kind]["cosine"] = measured[term.kind]["cosine"]
+        return {"terms": live}
 
     def _record_bad_steps(self) -> None:
         """Write which views had no finite loss in the steps that were left out; give up where there are too many.

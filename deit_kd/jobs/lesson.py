@@ -45,29 +45,30 @@ class Lesson:
         Raises:
             InputError: nothing here can.
         """
+        if self._network is None:
+            raise InputError("distill.terms: features are compared, but nobody gives them; add an online guide")
+        return self._network
+
+    @property
+    def _network(self) -> FrozenTeacher | None:
         giver: Any = self.guide or self.answers
         if isinstance(giver, RecordingTeacher):
             giver = giver.teacher
-        if not isinstance(giver, FrozenTeacher):
-            raise InputError("distill.terms: features are compared, but nobody gives them; add an online guide")
-        return giver
+        return giver if isinstance(giver, FrozenTeacher) else None
 
     def teacher_for(self, needs: Needs) -> Teacher | None:
         """Return who teaches from now on, asked for no more than `needs`; who is not needed any more is let go."""
         if needs.links:
             self.feature_giver.ask_for(needs.teacher_features)
-        elif isinstance(self.answers, FrozenTeacher):
-            self.answers.ask_for(())
-        if not needs.links:
+        else:
+            if self._network is not None:  # also the one that a recorder asks
+                self._network.ask_for(())
             self.guide = None
         # A recorder goes on to fill its store.
-        if not needs.logits and (self.guide is not None or not needs.links) and not self._records:
+        gives_nothing = not needs.logits and (self.guide is not None or not needs.links)
+        if gives_nothing and not isinstance(self.answers, RecordingTeacher):
             self.answers = None
         return self.answers if self.guide is None else GuidedTeacher(self.answers, self.guide)
-
-    @property
-    def _records(self) -> bool:
-        return isinstance(self.answers, RecordingTeacher)
 
 
 def build_distiller(run: Run, lesson: Lesson, step: int) -> Distiller:
