@@ -1,6 +1,6 @@
 """timm's zoo as students and teachers: one small model of every family, with random weights, against timm itself.
 
-    python benchmarks/zoo.py --markdown docs/zoo.md
+    python benchmarks/zoo.py --markdown docs/evidence/zoo.md
     python benchmarks/zoo.py --modules deit pit 'vision_transformer*'
 
 A family is a class of a module of timm's and the way it pools. Its smallest model is built, with fewer blocks where it
@@ -58,7 +58,7 @@ ROLES = ("distilled student", "plain student", "teacher")
 PAGE = """# timm's zoo as students and teachers
 
 The smallest model of each of {families} families of timm {timm}, with random weights, judged on {date} by
-`python benchmarks/zoo.py --markdown docs/zoo.md`: {tally}.
+`python benchmarks/zoo.py --markdown docs/evidence/zoo.md`: {tally}.
 
 A distilled student works if its class head, with the distillation token masked out of attention, gives the logits of
 the plain model that it was started from, and others where the token is not masked. A plain student and a teacher work

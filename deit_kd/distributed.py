@@ -210,7 +210,7 @@ def pick_device(name: str) -> torch.device:
 def _keep_freed_memory() -> None:
     """Let glibc keep freed activations instead of returning them to the system and faulting them in again.
 
-    Costs nothing and gives a DeiT-Ti step on the CPU about a sixth (docs/performance.md); elsewhere than on
+    Costs nothing and gives a DeiT-Ti step on the CPU about a sixth (docs/evidence/performance.md); elsewhere than on
     glibc, nothing happens.
     """
     try:

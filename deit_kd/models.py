@@ -35,7 +35,7 @@ def choose_attention(choice: str, device: torch.device) -> None:
     """Choose the attention of every model created from now on.
 
     ``auto`` is PyTorch's fused attention on CUDA and timm's plain one on the CPU, where the backward of the
-    fused one takes half of a DeiT-Ti step (docs/performance.md).
+    fused one takes half of a DeiT-Ti step (docs/evidence/performance.md).
     """
     fused = choice == "fused" or (choice == "auto" and device.type == "cuda")
     set_fused_attn(fused)

@@ -1,4 +1,4 @@
-"""The table in docs/export.md, cell by cell: a student answers the same when read again, or is refused."""
+"""The table in docs/guide/exports.md, cell by cell: a student answers the same when read again, or is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deit_kd.exports.compare import TOLERANCE
 from deit_kd.exports.traced import Answering
 from deit_kd.models import create_model
 
-TABLE = Path(__file__).parent.parent / "docs" / "export.md"
+TABLE = Path(__file__).parent.parent / "docs" / "guide" / "exports.md"
 CLASSES = tuple("abcde")
 TINY = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 
@@ -90,7 +90,7 @@ def about(row, fusion="softmax"):
 
 
 def table():
-    """Return ``{(row, format): reason or None}`` of docs/export.md."""
+    """Return ``{(row, format): reason or None}`` of docs/guide/exports.md."""
     lines = [line for line in TABLE.read_text().splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     header = [re.sub("`", "", cell) for cell in cells[0]]

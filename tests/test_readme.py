@@ -13,7 +13,7 @@ README = REPOSITORY / "README.md"
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="there is no README.md")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/distillation.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide/distillation.md"])
 def test_the_example_of_an_own_loop_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = (REPOSITORY / page).read_text().partition("In your own loop")[2]
     example = re.search(r"```python\n(.*?)```", section, re.DOTALL)

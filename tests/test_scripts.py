@@ -1,4 +1,4 @@
-"""The programs behind the figures of docs/reliability.md, each run for seconds here and for long by hand."""
+"""The programs behind the figures of docs/evidence/reliability.md, each run for seconds here and for long by hand."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ def test_the_slurm_example_hands_the_signal_on_and_puts_the_job_back(tmp_path: P
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_JOB_NAME": "kd"}
     environment = {**os.environ, **slurm, "DATA": "photos", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    job = subprocess.Popen(["bash", REPOSITORY / "docs" / "slurm.sbatch"], cwd=tmp_path, env=environment)
+    job = subprocess.Popen(["bash", REPOSITORY / "docs" / "guide" / "slurm.sbatch"], cwd=tmp_path, env=environment)
     while not (tmp_path / "srun.txt").exists():
         time.sleep(0.05)
     time.sleep(0.3)

@@ -48,7 +48,7 @@ def check_score(name: str, top1: float, nll: float, labels: Sequence[int], min_t
     if top1 < least:
         raise InputError(
             f"teacher.min_top1: {name} scores {top1:.2f} % on {len(labels)} validation images, below {least:.2f} %; "
-            "its classes, size or normalisation may be wrong: see docs/teachers.md, or lower teacher.min_top1"
+            "its classes, size or normalisation may be wrong: see docs/guide/teachers.md, or lower teacher.min_top1"
         )
 
 
@@ -65,7 +65,7 @@ def check_features(name: str, knn: float, labels: Sequence[int], least_score: fl
     if knn < least:
         raise InputError(
             f"teacher.min_top1: the features of {name} score {knn:.2f} % by k-NN on {len(labels)} validation images, "
-            f"below {least:.2f} %; its size or normalisation may be wrong: see docs/teachers.md, or lower "
+            f"below {least:.2f} %; its size or normalisation may be wrong: see docs/guide/teachers.md, or lower "
             "teacher.min_top1"
         )
 
@@ -96,8 +96,8 @@ def check_columns(
     more = f"; {len(pairs) - LONGEST_LIST} more" if len(pairs) > LONGEST_LIST else ""
     raise InputError(
         f"teacher.class_map: {facts['name']} seems to have its columns in another order ({'; '.join(seen)}{more}); "
-        f"give teacher.class_map a JSON of all classes{_entries(facts, classes, pairs)}, see docs/teachers.md, or mend "
-        "the folders of these photos; teacher.min_top1 0 lets it teach as it is"
+        f"give teacher.class_map a JSON of all classes{_entries(facts, classes, pairs)}, see docs/guide/teachers.md, or "
+        "mend the folders of these photos; teacher.min_top1 0 lets it teach as it is"
     )
 
 
