@@ -96,8 +96,8 @@ def check_columns(
     more = f"; {len(pairs) - LONGEST_LIST} more" if len(pairs) > LONGEST_LIST else ""
     raise InputError(
         f"teacher.class_map: {facts['name']} seems to have its columns in another order ({'; '.join(seen)}{more}); "
-        f"give teacher.class_map a JSON of all classes{_entries(facts, classes, pairs)}, see docs/guide/teachers.md, or "
-        "mend the folders of these photos; teacher.min_top1 0 lets it teach as it is"
+        f"give teacher.class_map a JSON of all classes{_entries(facts, classes, pairs)}, see docs/guide/teachers.md, "
+        "or mend the folders of these photos; teacher.min_top1 0 lets it teach as it is"
     )
 
 
