@@ -38,13 +38,13 @@ from deit_kd.config import Config, build_parser, parse_config
 from deit_kd.data import Photos
 from deit_kd.distributed import Processes, pick_device, start
 from deit_kd.interfaces import InputError
-from deit_kd.jobs import parts
 from deit_kd.jobs.bench import print_rates
-from deit_kd.jobs.fit import fitted_teacher
 from deit_kd.jobs.timed import ONLINE, SETTLING_STEPS, STEP, STORED, Clock, open_parts, some_photos
 from deit_kd.models import size_argument
 from deit_kd.openmp import SPIN_COUNT
 from deit_kd.origins import open_origin
+from deit_kd.runs import parts
+from deit_kd.teaching.fit import fitted_teacher
 from deit_kd.tracking import say
 
 TIMMS_LOOP, TIMMS_STEP = "timm: loop, teacher online", "timm: student's step"

@@ -33,13 +33,13 @@ from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, start
 from deit_kd.engine import train
 from deit_kd.interfaces import Batch, TeacherOutput
-from deit_kd.jobs import parts
 from deit_kd.jobs.bench import print_markdown
-from deit_kd.jobs.lesson import Lesson, connect
-from deit_kd.jobs.run import build_trainer, prepare
-from deit_kd.jobs.stored import SOFT_TOP
 from deit_kd.jobs.timed import Clock
+from deit_kd.runs import parts
+from deit_kd.runs.lesson import Lesson, connect
+from deit_kd.runs.run import build_trainer, prepare
 from deit_kd.store import LabelStore, Record, RecordingTeacher, StoredTeacher, epoch_part
+from deit_kd.teaching.stored import SOFT_TOP
 from deit_kd.tracking import say
 
 MODELS = [f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base")]

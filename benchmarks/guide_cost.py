@@ -17,9 +17,9 @@ from deit_kd.config import build_parser, parse_config
 from deit_kd.distributed import finish, start
 from deit_kd.engine import train
 from deit_kd.interfaces import InputError
-from deit_kd.jobs.lesson import build_distiller, connect
-from deit_kd.jobs.run import build_trainer, prepare
 from deit_kd.jobs.train import ready_lesson
+from deit_kd.runs.lesson import build_distiller, connect
+from deit_kd.runs.run import build_trainer, prepare
 from deit_kd.tracking import console
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from deit_kd.config import Config, build_parser, parse_config
 from deit_kd.distributed import start
-from deit_kd.jobs import parts
-from deit_kd.jobs.fit import online_teacher
 from deit_kd.losses import soft_distillation
+from deit_kd.runs import parts
 from deit_kd.store import Record
+from deit_kd.teaching.fit import online_teacher
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 TOPS = (1, 3, 5, 10, 50, 100)

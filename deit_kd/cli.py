@@ -53,8 +53,8 @@ def _evaluate(arguments: Arguments) -> None:
     _first_argument(arguments, parser)
     sources = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
     _check_evaluation(read_options(arguments, parser))
+    from deit_kd.evaluation.sources import open_source, options_before
     from deit_kd.jobs.evaluate import evaluate_folds, evaluate_source
-    from deit_kd.jobs.sources import open_source, options_before
 
     typed = arguments[len(sources) :]
     opened = [open_source(source) for source in sources]
@@ -140,9 +140,9 @@ def _export(arguments: Arguments) -> None:
     named = _first_argument(arguments, parser)
     if not path_of(named).exists():
         raise InputError(f"{named}: is no run (nothing is there); name the folder of a run, or a checkpoint of one")
+    from deit_kd.evaluation.sources import open_source
     from deit_kd.exports import Choices
     from deit_kd.jobs.export import export_student
-    from deit_kd.jobs.sources import open_source
 
     source = open_source(named)
     config, others = parse_config([named, *source.recipe, *arguments[1:]], parser)
@@ -207,7 +207,7 @@ def _data(arguments: Arguments) -> int:
     photos_root(root)
     config = config.model_copy(update={"data": config.data.model_copy(update={"name": "folder", "root": root})})
     from deit_kd.jobs.data import available_cores, check_data
-    from deit_kd.jobs.parts import build_splits
+    from deit_kd.runs.parts import build_splits
 
     splits, share = build_splits(config), config.data.validation_fraction
     if splits.validation.root == splits.train.root and config.data.folds is None:

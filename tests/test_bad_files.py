@@ -18,8 +18,8 @@ from torch.torch_version import TorchVersion
 from deit_kd.checkpoint import newest_checkpoint
 from deit_kd.cli import main
 from deit_kd.data.downloads import cifar10
+from deit_kd.evaluation.sources import open_source
 from deit_kd.interfaces import InputError, printable
-from deit_kd.jobs.sources import open_source
 from deit_kd.origins import open_model, open_origin
 from deit_kd.store import LabelStore, epoch_part
 from tests.conftest import CLASSES, Finished, snapshot, tiny, write_photos

@@ -13,8 +13,8 @@ from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError
-from deit_kd.jobs import parts
-from deit_kd.jobs.run import prepare
+from deit_kd.runs import parts
+from deit_kd.runs.run import prepare
 from tests.conftest import Finished, as_arguments, snapshot, tiny, write_photos
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

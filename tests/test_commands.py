@@ -21,7 +21,7 @@ from deit_kd import TimmStudent, head_probabilities
 from deit_kd.cli import main
 from deit_kd.config import Config
 from deit_kd.data import evaluation_transform, load_image
-from deit_kd.jobs import parts
+from deit_kd.runs import parts
 from tests.conftest import (
     CLASSES,
     FULL,

@@ -17,11 +17,11 @@ from timm.data import create_transform, resolve_data_config
 from deit_kd.cli import main
 from deit_kd.config import Config, build_parser, parse_config
 from deit_kd.data import evaluation_transform
+from deit_kd.evaluation.sources import open_source
 from deit_kd.interfaces import InputError
-from deit_kd.jobs import parts
-from deit_kd.jobs.sources import open_source
-from deit_kd.jobs.stored import _validation_identity
+from deit_kd.runs import parts
 from deit_kd.store import differences
+from deit_kd.teaching.stored import _validation_identity
 from tests.conftest import MEAN, STD, Finished, array_photos, evaluated, tiny, write_photos
 
 MODES = ("center", "border", "squash")

@@ -14,8 +14,8 @@ import torch
 
 from deit_kd.cli import main
 from deit_kd.config import parse_config
-from deit_kd.jobs.folds import folded_students
-from deit_kd.jobs.sources import open_source
+from deit_kd.evaluation.folds import folded_students
+from deit_kd.evaluation.sources import open_source
 from deit_kd.metrics import bootstrap_means, interval, mcnemar
 from tests.conftest import tiny, write_photos
 from tests.test_bad_input import refused

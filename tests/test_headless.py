@@ -17,13 +17,13 @@ from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.data.mixing import Example, Mixing
 from deit_kd.data.photos import UNLABELLED
-from deit_kd.jobs.fit import teacher_folder
-from deit_kd.jobs.held_out import was_trained_on
 from deit_kd.metrics import neighbour_classes, score_neighbours
 from deit_kd.metrics.linear import linear_classes
 from deit_kd.metrics.neighbours import neighbours_among
 from deit_kd.models import save_local_dir
+from deit_kd.runs.held_out import was_trained_on
 from deit_kd.teachers import check_features, least_top1
+from deit_kd.teaching.fit import teacher_folder
 from tests.conftest import CLASSES, MEAN, STD, folder_splits, tiny, tiny_student
 from tests.forked import two
 from tests.test_teacher import batch, save_teacher, teacher

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from deit_kd import Batch, FrozenTeacher, InputError
 from deit_kd.cli import main
-from deit_kd.jobs.sources import check_classes, open_source
+from deit_kd.evaluation.sources import check_classes, open_source
 from deit_kd.layouts import to_transformers
 from deit_kd.origins import open_origin
 from deit_kd.teachers import build_teacher

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from deit_kd.cli import main
+from deit_kd.evaluation.curves import charts_of, read_records
 from deit_kd.figures import Chart, Series, as_png, as_svg, class_bars, line_charts, matrix
-from deit_kd.jobs.curves import charts_of, read_records
 from tests.conftest import short
 
 CURVES = ["heads", "images_per_second", "learning_rate", "loss"]

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from deit_kd.checkpoint import BEST, load_checkpoint
 from deit_kd.cli import main
 from deit_kd.config import parse_config
-from deit_kd.jobs.run import execute, prepare
+from deit_kd.runs.run import execute, prepare
 from tests.conftest import ONE_PROCESS, REPOSITORY, Finished, as_arguments, records, signal_in_step, tiny
 
 FIT_STEPS = 8  # optimiser steps of the teacher's fit; the student's 12 come after them

@@ -25,11 +25,12 @@ from deit_kd.config import parse_config
 from deit_kd.data.order import epoch_order
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError
-from deit_kd.jobs import parts, stored
-from deit_kd.jobs.run import prepare
 from deit_kd.jobs.store import check
 from deit_kd.losses import soft_distillation
+from deit_kd.runs import parts
+from deit_kd.runs.run import prepare
 from deit_kd.store import VALIDATION, LabelStore, Record, epoch_part
+from deit_kd.teaching import stored
 from deit_kd.tracking import console
 from tests.conftest import assert_same_scores, evaluated
 

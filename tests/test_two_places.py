@@ -21,8 +21,8 @@ from deit_kd.checkpoint import CheckpointWriter
 from deit_kd.cli import main
 from deit_kd.distributed import finish, on_main, start
 from deit_kd.interfaces import InputError, Stopped
-from deit_kd.jobs.stored import verify
 from deit_kd.store import epoch_part
+from deit_kd.teaching.stored import verify
 from tests.conftest import records, short, tiny, write_photos
 from tests.forked import two
 from tests.test_store_folder import begin, fill
@@ -256,7 +256,7 @@ def test_a_disk_that_lets_a_checkpoint_wait_is_waited_for(
             super().wait()
 
     def act(rank: int) -> int:
-        monkeypatch.setattr("deit_kd.jobs.run.CheckpointWriter", Slow)
+        monkeypatch.setattr("deit_kd.runs.run.CheckpointWriter", Slow)
         return main(["train", *arguments])
 
     assert two(act, tmp_path / "said.txt") == [0, 0], (tmp_path / "said.txt").read_text()

@@ -16,7 +16,6 @@ import torch
 from deit_kd.config import Config, TeacherNetwork
 from deit_kd.distributed import Processes, finish, start
 from deit_kd.interfaces import InputError
-from deit_kd.jobs import parts
 from deit_kd.jobs.timed import (
     ALONE,
     ANSWER,
@@ -31,6 +30,7 @@ from deit_kd.jobs.timed import (
     Parts,
     open_parts,
 )
+from deit_kd.runs import parts
 from deit_kd.tracking import say
 
 # What is compared with the parts whose times add up to its floor.

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from deit_kd.config import Config
 from deit_kd.distributed import finish, start
-from deit_kd.files import read_json, write_atomically, write_json
-from deit_kd.jobs.diagnose import (
+from deit_kd.evaluation.diagnose import (
     ATTENTION_FOLDER,
     DIAGNOSIS_FILE,
     diagnose,
@@ -23,9 +22,18 @@ from deit_kd.jobs.diagnose import (
     tell_diagnosis,
     write_diagnosis,
 )
-from deit_kd.jobs.examine import Examination, beside, examine, examine_other, first_reason, is_as_trained, judge_heads
-from deit_kd.jobs.folds import common_folds, examine_folds, fold_scores, folded_students
-from deit_kd.jobs.sources import Source, open_source
+from deit_kd.evaluation.examine import (
+    Examination,
+    beside,
+    examine,
+    examine_other,
+    first_reason,
+    is_as_trained,
+    judge_heads,
+)
+from deit_kd.evaluation.folds import common_folds, examine_folds, fold_scores, folded_students
+from deit_kd.evaluation.sources import Source, open_source
+from deit_kd.files import read_json, write_atomically, write_json
 from deit_kd.metrics import every_head
 from deit_kd.tracking import HEADS_FILE, console, print_comparison, print_probe, print_scores, print_students, say
 
@@ -71,7 +79,7 @@ def evaluate_source(
         heads = judge_heads(examination, others)
         if with_probe:
             # Imported here so that nobody else waits for scikit-learn.
-            from deit_kd.jobs.probe import probe
+            from deit_kd.evaluation.probe import probe
 
             heads["probe"] = probe(examination)
         if processes.is_main:

@@ -15,6 +15,11 @@ from matplotlib.figure import Figure
 
 from deit_kd.config import Config, build_parser, in_words, parse_config
 from deit_kd.distributed import Processes, finish, start
+from deit_kd.evaluation.curves import Records, charts_of, names_of, read_records, rows_of, troubles_of
+from deit_kd.evaluation.diagnose import Diagnosis, Portrait, diagnose, write_diagnosis
+from deit_kd.evaluation.examine import Examination, beside, examine, judge_heads
+from deit_kd.evaluation.folds import FoldedExamination, common_folds, examine_folds, fold_scores, folded_students
+from deit_kd.evaluation.sources import Source, open_source
 from deit_kd.figures import (
     as_png,
     as_svg,
@@ -27,12 +32,7 @@ from deit_kd.figures import (
 )
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import InputError
-from deit_kd.jobs.curves import Records, charts_of, names_of, read_records, rows_of, troubles_of
-from deit_kd.jobs.diagnose import Diagnosis, Portrait, diagnose, write_diagnosis
 from deit_kd.jobs.evaluate import write_evaluation
-from deit_kd.jobs.examine import Examination, beside, examine, judge_heads
-from deit_kd.jobs.folds import FoldedExamination, common_folds, examine_folds, fold_scores, folded_students
-from deit_kd.jobs.sources import Source, open_source
 from deit_kd.tracking import CONFIG_FILE, say, score_text
 
 REPORT_FILE = "report.html"

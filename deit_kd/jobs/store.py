@@ -13,9 +13,13 @@ from deit_kd.config import Config
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes, finish, start
 from deit_kd.interfaces import Batch, InputError
-from deit_kd.jobs import parts
-from deit_kd.jobs.fit import online_teacher
-from deit_kd.jobs.stored import (
+from deit_kd.models import choose_attention
+from deit_kd.randomness import generator
+from deit_kd.runs import parts
+from deit_kd.store import VALIDATION, LabelStore, RecordingTeacher, epoch_part
+from deit_kd.teachers import NetworkTeacher
+from deit_kd.teaching.fit import online_teacher
+from deit_kd.teaching.stored import (
     fill_epoch,
     fill_validation,
     identity,
@@ -26,10 +30,6 @@ from deit_kd.jobs.stored import (
     weights_hash,
     writing,
 )
-from deit_kd.models import choose_attention
-from deit_kd.randomness import generator
-from deit_kd.store import VALIDATION, LabelStore, RecordingTeacher, epoch_part
-from deit_kd.teachers import NetworkTeacher
 from deit_kd.tracking import DataErrors, ViewMeter, duration_text, say, size_text
 
 LARGEST_CHANGED_SHARE = 0.01  # of the argmax, that a check lets pass

@@ -9,12 +9,12 @@ from deit_kd.config import Config
 from deit_kd.distributed import finish, start
 from deit_kd.files import refusal
 from deit_kd.interfaces import InputError
-from deit_kd.jobs.fit import guide_config, is_unfitted, online_teacher, unfitted_teacher
-from deit_kd.jobs.lesson import Lesson, match_features
-from deit_kd.jobs.prepared import Run
-from deit_kd.jobs.run import claimed, execute, prepare
-from deit_kd.jobs.stored import recording, stored_teacher
+from deit_kd.runs.lesson import Lesson, match_features
+from deit_kd.runs.prepared import Run
+from deit_kd.runs.run import claimed, execute, prepare
 from deit_kd.teachers import FrozenTeacher, NetworkTeacher
+from deit_kd.teaching.fit import guide_config, is_unfitted, online_teacher, unfitted_teacher
+from deit_kd.teaching.stored import recording, stored_teacher
 from deit_kd.tracking import say
 
 

@@ -10,12 +10,12 @@ from deit_kd.config import Config
 from deit_kd.data import Photos
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import autocast
+from deit_kd.evaluation.examine import Examination
 from deit_kd.features import POOLED
 from deit_kd.interfaces import Batch, InputError
-from deit_kd.jobs import parts
-from deit_kd.jobs.examine import Examination
-from deit_kd.jobs.vectors import Vectors, collect_vectors
 from deit_kd.metrics.linear import judge_features
+from deit_kd.runs import parts
+from deit_kd.runs.vectors import Vectors, collect_vectors
 from deit_kd.students import TimmStudent
 
 

@@ -22,7 +22,7 @@ from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
 from deit_kd.interfaces import Batch, InputError
-from deit_kd.jobs.held_out import check_checkpoints
+from deit_kd.runs.held_out import check_checkpoints
 from deit_kd.losses import FeatureTerm, LogitTerm, Objective, Shapes, Term, guide_links, pooled_links
 from deit_kd.optim import build_optimizer, scaled_lr
 from deit_kd.optim import build_schedule as build_cosine_schedule

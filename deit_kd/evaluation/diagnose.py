@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from deit_kd.engine import autocast
+from deit_kd.evaluation.examine import Examination
+from deit_kd.evaluation.sources import load_student
 from deit_kd.figures import image_png, look, side_by_side
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import Batch, InputError, nearest
-from deit_kd.jobs import parts
-from deit_kd.jobs.examine import Examination
-from deit_kd.jobs.sources import load_student
 from deit_kd.metrics import followed, linear_cka, token_cosines
 from deit_kd.models import choose_attention
 from deit_kd.probes import (
@@ -32,6 +31,7 @@ from deit_kd.probes import (
     stages,
     token_attention,
 )
+from deit_kd.runs import parts
 from deit_kd.teachers import FrozenTeacher
 from deit_kd.tracking import say
 

@@ -13,9 +13,9 @@ from deit_kd.data import Splits
 from deit_kd.distributed import Processes, on_main
 from deit_kd.files import read_json, write_json
 from deit_kd.interfaces import InputError
-from deit_kd.jobs import parts
-from deit_kd.jobs.run import claimed, execute, prepare
 from deit_kd.randomness import VIEWS_VERSION, derive
+from deit_kd.runs import parts
+from deit_kd.runs.run import claimed, execute, prepare
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.tracking import HEADS_FILE, say
 

@@ -16,12 +16,12 @@ from deit_kd.config import Config, flat, read_recipe
 from deit_kd.data import joined
 from deit_kd.distributed import Processes
 from deit_kd.engine import Answers
+from deit_kd.evaluation.examine import Examination, evaluated, examine, judge_heads
+from deit_kd.evaluation.sources import Source
 from deit_kd.interfaces import InputError, StudentOutput
-from deit_kd.jobs.examine import Examination, evaluated, examine, judge_heads
-from deit_kd.jobs.run import FREE_ON_RESUME
-from deit_kd.jobs.sources import Source
 from deit_kd.places import path_of
 from deit_kd.run_folder import CONFIG_FILE, read_facts, run_of
+from deit_kd.runs.run import FREE_ON_RESUME
 from deit_kd.tracking import say
 
 

@@ -18,13 +18,12 @@ from deit_kd.data import Photos, Splits, TrainingLoader
 from deit_kd.distributed import Processes, on_main, together
 from deit_kd.engine import score_teacher
 from deit_kd.interfaces import Batch, InputError, TeacherOutput
-from deit_kd.jobs import parts
-from deit_kd.jobs.fit import teacher_folder
-from deit_kd.jobs.prepared import AfterEpoch, Run
 from deit_kd.models import tensors_hash
 from deit_kd.origins import open_origin
 from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.randomness import VIEWS_VERSION
+from deit_kd.runs import parts
+from deit_kd.runs.prepared import AfterEpoch, Run
 from deit_kd.store import (
     VALIDATION,
     VIEWS_FIELD,
@@ -36,6 +35,7 @@ from deit_kd.store import (
     epoch_part,
 )
 from deit_kd.teachers import NetworkTeacher
+from deit_kd.teaching.fit import teacher_folder
 from deit_kd.tracking import HEADS_FILE, DataErrors, read_facts, say
 
 SOFT_TOP = 10  # logits kept for soft labels unless teacher.store_top says otherwise

@@ -19,12 +19,12 @@ from deit_kd.distributed import Processes, on_main, together
 from deit_kd.engine import Trainer, score_teacher
 from deit_kd.files import LOCK, InUse, check_writable, held, write_atomically, write_json
 from deit_kd.interfaces import InputError
-from deit_kd.jobs import parts
-from deit_kd.jobs.course import Course
-from deit_kd.jobs.lesson import Answers, Lesson, build_distiller, connect
-from deit_kd.jobs.prepared import AfterEpoch, Run
-from deit_kd.jobs.progress import Progress
-from deit_kd.jobs.vectors import score_headless
+from deit_kd.runs import parts
+from deit_kd.runs.course import Course
+from deit_kd.runs.lesson import Answers, Lesson, build_distiller, connect
+from deit_kd.runs.prepared import AfterEpoch, Run
+from deit_kd.runs.progress import Progress
+from deit_kd.runs.vectors import score_headless
 from deit_kd.models import choose_attention, save_local_dir, tensors_hash
 from deit_kd.optim import WeightAverage
 from deit_kd.randomness import VIEWS_VERSION

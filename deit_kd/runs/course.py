@@ -14,10 +14,10 @@ from deit_kd.checkpoint import CheckpointWriter
 from deit_kd.distributed import on_main
 from deit_kd.engine import StepResult, Trainer, evaluate, train
 from deit_kd.interfaces import Batch, InputError, Stopped
-from deit_kd.jobs import parts
-from deit_kd.jobs.lesson import Lesson, build_distiller
-from deit_kd.jobs.prepared import AfterEpoch, Run
-from deit_kd.jobs.progress import BadStep, Progress
+from deit_kd.runs import parts
+from deit_kd.runs.lesson import Lesson, build_distiller
+from deit_kd.runs.prepared import AfterEpoch, Run
+from deit_kd.runs.progress import BadStep, Progress
 from deit_kd.memory import peak_memory, reset_peak_memory
 from deit_kd.stopping import Watch, stopped_by
 from deit_kd.tracking import CHECKPOINTS, METRICS_FILE, Journal, say, score_text, size_text

@@ -12,7 +12,6 @@ from timm.data.constants import DEFAULT_CROP_PCT
 from deit_kd.config import IMAGENET_MEAN, IMAGENET_STD, Config, TeacherSection, as_options
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError
-from deit_kd.jobs import parts
 from deit_kd.models import is_distilled_name
 from deit_kd.origins import (
     Origin,
@@ -23,6 +22,7 @@ from deit_kd.origins import (
 )
 from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN, check_source
 from deit_kd.run_folder import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, STUDENT_FOLDER, read_facts, run_of
+from deit_kd.runs import parts
 from deit_kd.students import TimmStudent
 from deit_kd.tracking import say
 

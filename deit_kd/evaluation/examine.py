@@ -14,16 +14,16 @@ from deit_kd.config import Config, TeacherSection, build_parser, parse_config
 from deit_kd.data import Photos
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import Answers, collect
+from deit_kd.evaluation.sources import Source, check_classes, load_student
 from deit_kd.interfaces import Batch, InputError, head_probabilities
-from deit_kd.jobs import parts
-from deit_kd.jobs.held_out import check_own_fold
-from deit_kd.jobs.sources import Source, check_classes, load_student
-from deit_kd.jobs.stored import StoredAnswers, stored_validation
 from deit_kd.metrics import judge
 from deit_kd.models import choose_attention, tensors_hash
 from deit_kd.places import TEACHER_OF_RUN
+from deit_kd.runs import parts
+from deit_kd.runs.held_out import check_own_fold
 from deit_kd.students import TimmStudent
 from deit_kd.teachers import NetworkTeacher
+from deit_kd.teaching.stored import StoredAnswers, stored_validation
 from deit_kd.tracking import say
 
 

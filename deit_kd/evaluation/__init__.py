@@ -1,0 +1,1 @@
+"""Asking students and judging what they say."""

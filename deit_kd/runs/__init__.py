@@ -1,0 +1,1 @@
+"""One run: its parts from a recipe, its loop between steps, its folder."""

@@ -1,0 +1,1 @@
+"""Where the lessons of a run come from."""
