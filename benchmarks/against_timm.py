@@ -35,6 +35,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from deit_kd.config import Config, build_parser, parse_config
+from deit_kd.console import say
 from deit_kd.data import Photos
 from deit_kd.distributed import Processes, pick_device, start
 from deit_kd.interfaces import InputError
@@ -45,7 +46,6 @@ from deit_kd.openmp import SPIN_COUNT
 from deit_kd.origins import open_origin
 from deit_kd.runs import parts
 from deit_kd.teaching.fit import fitted_teacher
-from deit_kd.tracking import say
 
 TIMMS_LOOP, TIMMS_STEP = "timm: loop, teacher online", "timm: student's step"
 OURS = {ONLINE: f"ours: {ONLINE}", STORED: f"ours: {STORED}", STEP: f"ours: {STEP}"}

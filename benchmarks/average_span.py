@@ -18,10 +18,10 @@ from deit_kd.config import Config, parse_config
 from deit_kd.distributed import finish, start
 from deit_kd.engine import StepResult, evaluate, train
 from deit_kd.jobs.bench import print_markdown
-from deit_kd.jobs.train import ready_lesson
 from deit_kd.optim import WeightAverage
 from deit_kd.runs.lesson import connect
 from deit_kd.runs.run import build_trainer, prepare
+from deit_kd.teaching.ready import ready_lesson
 
 HEADS = ("cls", "dist", "fused")
 

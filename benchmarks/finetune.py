@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from deit_kd.config import Config, parse_config
+from deit_kd.console import say
 from deit_kd.distributed import Processes
 from deit_kd.jobs.train import train
 from deit_kd.origins import open_model
+from deit_kd.run_folder import HEADS_FILE
 from deit_kd.runs import parts
-from deit_kd.tracking import HEADS_FILE, say
 
 RECIPE = Path(__file__).parent.parent / "configs" / "photos.yaml"
 

@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deit_kd.config import Config, build_parser, parse_config, read_recipe
+from deit_kd.console import say
 from deit_kd.distributed import finish, start
 from deit_kd.evaluation.sources import open_source
 from deit_kd.interfaces import InputError
 from deit_kd.jobs.evaluate import evaluate_folds
+from deit_kd.run_folder import HEADS_FILE
 from deit_kd.runs import parts
 from deit_kd.teaching.fit import fitted_teacher, guide_config, teacher_folder
-from deit_kd.tracking import HEADS_FILE, say
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 TEACHER = "{teacher}"

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from deit_kd.config import Config, build_parser, parse_config
+from deit_kd.console import say
 from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, start
 from deit_kd.engine import train
@@ -39,8 +40,7 @@ from deit_kd.runs import parts
 from deit_kd.runs.lesson import Lesson, connect
 from deit_kd.runs.run import build_trainer, prepare
 from deit_kd.store import LabelStore, Record, RecordingTeacher, StoredTeacher, epoch_part
-from deit_kd.teaching.stored import SOFT_TOP
-from deit_kd.tracking import say
+from deit_kd.teaching.recording import SOFT_TOP
 
 MODELS = [f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base")]
 EPOCHS = (1, 10, 50, 100, 300)

@@ -14,13 +14,13 @@ import time
 from dataclasses import replace
 
 from deit_kd.config import build_parser, parse_config
+from deit_kd.console import console
 from deit_kd.distributed import finish, start
 from deit_kd.engine import train
 from deit_kd.interfaces import InputError
-from deit_kd.jobs.train import ready_lesson
 from deit_kd.runs.lesson import build_distiller, connect
 from deit_kd.runs.run import build_trainer, prepare
-from deit_kd.tracking import console
+from deit_kd.teaching.ready import ready_lesson
 
 
 def main() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,8 @@ CONFIG_FILE = "config.yaml"
 HEADS_FILE = "heads.json"
 FACTS_FILE = "run.json"  # what a run was made from: photos, classes, teacher
 CHECKPOINTS = "checkpoints"
+METRICS_FILE = "metrics.jsonl"
+DATA_ERRORS_FILE = "data_errors.jsonl"  # views that are missing, since their photos cannot be read
 STUDENT_FOLDER = "student"  # its weights in timm's local-dir layout
 
 
@@ -106,3 +112,34 @@ def run_of(path: Path) -> Path | None:
             if (folder / CONFIG_FILE).is_file():
                 return folder
     return None
+
+
+def next_free_folder(parent: Path, recipe: str) -> Path:
+    """Return ``parent/<recipe>-<n>`` with the first n above every one that is there."""
+    return parent / f"{recipe}-{1 + max(_numbers(parent, recipe), default=0)}"
+
+
+def newest_folder(parent: Path, recipe: str) -> Path | None:
+    """Return the ``parent/<recipe>-<n>`` with the largest n, if there is one."""
+    numbers = _numbers(parent, recipe)
+    return parent / f"{recipe}-{max(numbers)}" if numbers else None
+
+
+def _numbers(parent: Path, recipe: str) -> list[int]:
+    names = os.listdir(parent) if parent.is_dir() else []
+    matches = (re.fullmatch(rf"{re.escape(recipe)}-(\d+)", name) for name in names)
+    return [int(match[1]) for match in matches if match]
+
+
+def lines_until(file: Path, step: int) -> list[str]:
+    """Return the whole lines of a file of records that belong to the first `step` steps."""
+    lines = file.read_text(errors="replace").splitlines(keepends=True) if file.is_file() else []
+    return [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a record; one that a power cut has damaged comes after all others."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf

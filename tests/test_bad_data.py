@@ -28,9 +28,9 @@ from deit_kd.data import build_evaluation_loader, lost_worker
 from deit_kd.data.mixing import Example, Mixing
 from deit_kd.engine import collect, evaluate, score_teacher
 from deit_kd.interfaces import InputError, Missing
+from deit_kd.runs.data_errors import DataErrors
 from deit_kd.store import VALIDATION, LabelStore, epoch_part
 from deit_kd.store.record import is_missing
-from deit_kd.tracking import DataErrors
 from tests.conftest import (
     ONE_PROCESS,
     REPOSITORY,

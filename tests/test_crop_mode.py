@@ -21,7 +21,7 @@ from deit_kd.evaluation.sources import open_source
 from deit_kd.interfaces import InputError
 from deit_kd.runs import parts
 from deit_kd.store import differences
-from deit_kd.teaching.stored import _validation_identity
+from deit_kd.teaching.store_identity import validation_identity
 from tests.conftest import MEAN, STD, Finished, array_photos, evaluated, tiny, write_photos
 
 MODES = ("center", "border", "squash")
@@ -120,7 +120,7 @@ def test_a_run_from_before_there_were_modes_goes_on_with_the_centre(finished: Fi
 @pytest.mark.parametrize(("crop_mode", "lines"), [("center", 0), ("squash", 1)])
 def test_a_store_from_before_there_were_modes_holds_centres(crop_mode: str, lines: int) -> None:
     photos = array_photos(6)
-    stored = _validation_identity(Config(), photos)
+    stored = validation_identity(Config(), photos)
     assert stored.pop("data.crop_mode") == "center"
-    here = _validation_identity(Config(data={"crop_mode": crop_mode}), photos)
+    here = validation_identity(Config(data={"crop_mode": crop_mode}), photos)
     assert len(differences(stored, here, {"data.crop_mode": Config().data.crop_mode})) == lines

@@ -20,7 +20,7 @@ from deit_kd.data.photos import split_by_hash
 from deit_kd.interfaces import InputError
 from deit_kd.runs.parts import build_splits
 from deit_kd.teaching.fit import teacher_folder
-from deit_kd.teaching.stored import identity
+from deit_kd.teaching.store_identity import identity
 from tests.conftest import REPOSITORY, array_photos, folder_splits, tiny, write_photos
 
 CLOTHING = REPOSITORY.parent / "shared" / "data" / "clothing160"

@@ -203,7 +203,7 @@ def pretrained(photos_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     arguments = tiny(photos_root, home / "run", **PRETRAINING, **own)
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
-        patch.setattr("deit_kd.tracking.console.print", lambda *line, **_: lines.append(str(*line)))
+        patch.setattr("deit_kd.console.console.print", lambda *line, **_: lines.append(str(*line)))
         assert main(["train", *arguments]) == 0
     return Pretrained(home / "run", arguments, "\n".join(lines))
 

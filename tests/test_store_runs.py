@@ -22,6 +22,7 @@ from sklearn.datasets import load_digits
 import deit_kd.jobs.train
 from deit_kd.cli import main
 from deit_kd.config import parse_config
+from deit_kd.console import console
 from deit_kd.data.order import epoch_order
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError
@@ -31,7 +32,6 @@ from deit_kd.runs import parts
 from deit_kd.runs.run import prepare
 from deit_kd.store import VALIDATION, LabelStore, Record, epoch_part
 from deit_kd.teaching import stored
-from deit_kd.tracking import console
 from tests.conftest import assert_same_scores, evaluated
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))

@@ -13,10 +13,10 @@ from PIL import Image
 from deit_kd import Batch, FrozenTeacher, InputError
 from deit_kd.cli import main
 from deit_kd.config import parse_config
+from deit_kd.console import console
 from deit_kd.exports import missing_libraries
 from deit_kd.jobs.train import train
 from deit_kd.teachers import EnsembleTeacher, build_teacher
-from deit_kd.tracking import console
 from tests.conftest import assert_same_scores, evaluated
 
 SYNSETS = ("n01440764", "n02102040", "n02979186")

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import NotRequired, TypedDict
 
+from deit_kd.console import score_text
 from deit_kd.figures import Chart, Series, colour_of
 from deit_kd.files import checked
 from deit_kd.interfaces import InputError
-from deit_kd.run_folder import FeatureRecord, ScoreRecord
-from deit_kd.tracking import METRICS_FILE, score_text
+from deit_kd.run_folder import METRICS_FILE, FeatureRecord, ScoreRecord
 
 Step = Annotated[int, Field(ge=0, lt=2**63)]
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deit_kd.console import say
 from deit_kd.engine import autocast
 from deit_kd.evaluation.examine import Examination
 from deit_kd.evaluation.sources import load_student
@@ -33,7 +34,6 @@ from deit_kd.probes import (
 )
 from deit_kd.runs import parts
 from deit_kd.teachers import FrozenTeacher
-from deit_kd.tracking import say
 
 COLLAPSED = 0.995  # two class tokens end at .999 in the paper, a class and a distillation token begin at .06
 PROBED_IMAGES = 256

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deit_kd import data
 from deit_kd.config import Config, TeacherSection, build_parser, parse_config
+from deit_kd.console import say
 from deit_kd.data import Photos
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import Answers, collect
@@ -24,7 +25,6 @@ from deit_kd.runs.held_out import check_own_fold
 from deit_kd.students import TimmStudent
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.teaching.stored import StoredAnswers, stored_validation
-from deit_kd.tracking import say
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deit_kd.config import Config, flat, read_recipe
+from deit_kd.console import say
 from deit_kd.data import joined
 from deit_kd.distributed import Processes
 from deit_kd.engine import Answers
@@ -21,8 +22,7 @@ from deit_kd.evaluation.sources import Source
 from deit_kd.interfaces import InputError, StudentOutput
 from deit_kd.places import path_of
 from deit_kd.run_folder import CONFIG_FILE, read_facts, run_of
-from deit_kd.runs.run import FREE_ON_RESUME
-from deit_kd.tracking import say
+from deit_kd.runs.opening import FREE_ON_RESUME
 
 
 @dataclass(frozen=True)

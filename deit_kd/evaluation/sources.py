@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from timm.data.constants import DEFAULT_CROP_PCT
 
 from deit_kd.config import IMAGENET_MEAN, IMAGENET_STD, Config, TeacherSection, as_options
+from deit_kd.console import say
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError
 from deit_kd.models import is_distilled_name
@@ -24,7 +25,6 @@ from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN, check_source
 from deit_kd.run_folder import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, STUDENT_FOLDER, read_facts, run_of
 from deit_kd.runs import parts
 from deit_kd.students import TimmStudent
-from deit_kd.tracking import say
 
 WORDNET_ID = re.compile(r"n[0-9]{8}")  # how timm calls the classes of its ImageNet models
 NUMBER = re.compile(r"[0-9]{1,9}")

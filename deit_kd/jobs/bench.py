@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from deit_kd.config import Config, TeacherNetwork
+from deit_kd.console import say
 from deit_kd.distributed import Processes, finish, start
 from deit_kd.interfaces import InputError
 from deit_kd.jobs.timed import (
@@ -31,7 +32,6 @@ from deit_kd.jobs.timed import (
     open_parts,
 )
 from deit_kd.runs import parts
-from deit_kd.tracking import say
 
 # What is compared with the parts whose times add up to its floor.
 RATIOS: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.progress import track
 from rich.table import Table
 
+from deit_kd.console import console, say
 from deit_kd.data import Photos, Splits, UnreadableImage, load_image
 from deit_kd.files import write_json
-from deit_kd.tracking import console, say
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,18 @@ from torch import nn
 
 from deit_kd.checkpoint import checkpoint_bytes
 from deit_kd.config import Config
+from deit_kd.console import duration_text, say, size_text
 from deit_kd.distributed import Processes, finish, start
 from deit_kd.engine import StepResult, Trainer, evaluate, train
 from deit_kd.interfaces import Batch
-from deit_kd.jobs.train import ready_lesson
 from deit_kd.memory import peak_memory
 from deit_kd.runs.lesson import Lesson, connect
 from deit_kd.runs.prepared import Run
 from deit_kd.runs.run import average_line, build_trainer, prepare
 from deit_kd.store import Record
 from deit_kd.teaching.fit import guide_config, is_unfitted
-from deit_kd.teaching.stored import logits_kept
-from deit_kd.tracking import duration_text, say, size_text
+from deit_kd.teaching.ready import ready_lesson
+from deit_kd.teaching.recording import logits_kept
 
 STEPS = 2  # the first pays for what happens once
 

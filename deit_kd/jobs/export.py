@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from deit_kd.checkpoint import load_checkpoint
 from deit_kd.config import Config
+from deit_kd.console import say
 from deit_kd.distributed import Processes
 from deit_kd.evaluation.curves import read_records
 from deit_kd.evaluation.sources import Source, load_student
@@ -19,7 +20,6 @@ from deit_kd.files import read_json
 from deit_kd.interfaces import InputError, nearest
 from deit_kd.models import choose_attention
 from deit_kd.run_folder import CONFIG_FILE, HEADS_FILE, read_head_scores
-from deit_kd.tracking import say
 
 LARGEST_OPSET = 23
 

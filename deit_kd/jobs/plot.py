@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deit_kd.console import say
 from deit_kd.evaluation.curves import charts_of, names_of, read_records
 from deit_kd.figures import as_png, line_charts
 from deit_kd.files import write_atomically
-from deit_kd.tracking import say
 
 CURVES_FILE = "curves.png"
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deit_kd.config import Config
+from deit_kd.console import say
 from deit_kd.data import load_image
 from deit_kd.distributed import Processes, finish, start
 from deit_kd.engine import autocast
@@ -23,7 +24,6 @@ from deit_kd.files import check_file_to_be, write_atomically
 from deit_kd.interfaces import InputError, head_probabilities, printable
 from deit_kd.models import choose_attention
 from deit_kd.runs import parts
-from deit_kd.tracking import say
 
 HEADS = ("cls", "dist", "fused", "all")
 

@@ -10,27 +10,20 @@ import numpy as np
 import torch
 
 from deit_kd.config import Config
+from deit_kd.console import ViewMeter, duration_text, say, size_text
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes, finish, start
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.models import choose_attention
 from deit_kd.randomness import generator
 from deit_kd.runs import parts
+from deit_kd.runs.data_errors import DataErrors
 from deit_kd.store import VALIDATION, LabelStore, RecordingTeacher, epoch_part
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.teaching.fit import online_teacher
-from deit_kd.teaching.stored import (
-    fill_epoch,
-    fill_validation,
-    identity,
-    libraries_in_use,
-    open_store,
-    refuse_other,
-    verify,
-    weights_hash,
-    writing,
-)
-from deit_kd.tracking import DataErrors, ViewMeter, duration_text, say, size_text
+from deit_kd.teaching.recording import fill_epoch, fill_validation, writing
+from deit_kd.teaching.store_identity import identity, libraries_in_use, refuse_other, weights_hash
+from deit_kd.teaching.stored import open_store, verify
 
 LARGEST_CHANGED_SHARE = 0.01  # of the argmax, that a check lets pass
 LARGEST_GAP_SHARE = 0.05  # of the logits' spread, that a check lets pass: several times bf16's rounding

@@ -17,7 +17,6 @@ from deit_kd.data.sharing import PREFETCHED
 from deit_kd.distributed import Processes
 from deit_kd.engine import Distiller, StepResult, Trainer, train
 from deit_kd.interfaces import Batch, InputError, Teacher
-from deit_kd.jobs.train import ready_lesson
 from deit_kd.losses import Objective
 from deit_kd.models import choose_attention
 from deit_kd.runs import parts
@@ -27,7 +26,8 @@ from deit_kd.runs.progress import Progress
 from deit_kd.runs.run import build_trainer, prepare
 from deit_kd.store import RecordingTeacher, StoredTeacher
 from deit_kd.teachers import NetworkTeacher
-from deit_kd.teaching.stored import fill_epoch, writing
+from deit_kd.teaching.ready import ready_lesson
+from deit_kd.teaching.recording import fill_epoch, writing
 
 STEP = "student's step"
 TIMMS_STEP = "student's step as timm gives it"

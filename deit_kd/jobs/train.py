@@ -6,16 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 from deit_kd.config import Config
+from deit_kd.console import say
 from deit_kd.distributed import finish, start
 from deit_kd.files import refusal
 from deit_kd.interfaces import InputError
-from deit_kd.runs.lesson import Lesson, match_features
+from deit_kd.runs.opening import claimed
 from deit_kd.runs.prepared import Run
-from deit_kd.runs.run import claimed, execute, prepare
-from deit_kd.teachers import FrozenTeacher, NetworkTeacher
-from deit_kd.teaching.fit import guide_config, is_unfitted, online_teacher, unfitted_teacher
-from deit_kd.teaching.stored import recording, stored_teacher
-from deit_kd.tracking import say
+from deit_kd.runs.run import execute, prepare
+from deit_kd.teachers import NetworkTeacher
+from deit_kd.teaching.ready import ready_lesson
+from deit_kd.teaching.recording import recording
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def _report(run: Run) -> None:
     """Write the report of a finished run, which stays whole where that fails, whatever the reason."""
     try:
         # Imported here so that training need not wait for the plotting library.
-        from deit_kd.jobs.report import write_report
+        from deit_kd.evaluation.page import write_report
 
         write_report([run.folder], None, run.processes)
     except Exception as error:
@@ -57,35 +57,3 @@ def _learn(run: Run) -> dict[str, Any]:
         return execute(run, lesson)
     with recording(run, lesson.answers, lesson.source) as (recorder, after_epoch):
         return execute(run, replace(lesson, answers=recorder), after_epoch)
-
-
-def ready_lesson(run: Run, may_fit: bool = True) -> Lesson:
-    """Return who teaches the run, fitted first where the recipe says so.
-
-    Args:
-        run: a prepared run.
-        may_fit: otherwise a network with random weights stands in for one that is still to be fitted.
-
-    Raises:
-        InputError: a teacher cannot be had, or cannot give the features that the recipe compares.
-    """
-    config, splits, processes = run.config, run.splits, run.processes
-    distill, guide = config.distill, guide_config(config)
-    if may_fit and distill.needs_features and is_unfitted(guide or config, splits):
-        match_features(run, ready_lesson(run, may_fit=False))  # a wrong stage is told before hours of fitting
-    lesson = Lesson()
-    if distill.has_token or (distill.needs_features and guide is None):
-        if config.teacher.reads_store:
-            lesson = Lesson(stored_teacher(run), config.teacher.store)
-        elif is_unfitted(config, splits) and not may_fit:
-            lesson = Lesson(unfitted_teacher(config, run.classes, processes))
-        else:
-            lesson = Lesson(*online_teacher(config, processes, splits))
-    if guide is not None:
-        if is_unfitted(guide, splits) and not may_fit:
-            network, source = unfitted_teacher(guide, run.classes, processes), None
-        else:
-            network, source = online_teacher(guide, processes, splits)
-        assert isinstance(network, FrozenTeacher)  # a guide has no members
-        lesson = replace(lesson, guide=network, guide_source=source)
-    return lesson

@@ -11,16 +11,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from deit_kd.checkpoint import CheckpointWriter
+from deit_kd.console import say, score_text, size_text
 from deit_kd.distributed import on_main
 from deit_kd.engine import StepResult, Trainer, evaluate, train
 from deit_kd.interfaces import Batch, InputError, Stopped
+from deit_kd.memory import peak_memory, reset_peak_memory
+from deit_kd.run_folder import CHECKPOINTS, METRICS_FILE
 from deit_kd.runs import parts
+from deit_kd.runs.journal import Journal
 from deit_kd.runs.lesson import Lesson, build_distiller
 from deit_kd.runs.prepared import AfterEpoch, Run
 from deit_kd.runs.progress import BadStep, Progress
-from deit_kd.memory import peak_memory, reset_peak_memory
 from deit_kd.stopping import Watch, stopped_by
-from deit_kd.tracking import CHECKPOINTS, METRICS_FILE, Journal, say, score_text, size_text
 
 
 @dataclass

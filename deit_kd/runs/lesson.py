@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from deit_kd.engine import Distiller
 from deit_kd.features import POOLED, layer_names, shapes
 from deit_kd.interfaces import Batch, InputError, StudentOutput, Teacher, TeacherOutput
+from deit_kd.losses import Needs, Objective
 from deit_kd.runs import parts
 from deit_kd.runs.prepared import Run
-from deit_kd.losses import Needs, Objective
 from deit_kd.store import RecordingTeacher, StoredTeacher
 from deit_kd.students import ConnectedStudent, Connectors, TimmStudent
 from deit_kd.teachers import FrozenTeacher, GuidedTeacher, NetworkTeacher

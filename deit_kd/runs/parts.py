@@ -22,15 +22,15 @@ from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
 from deit_kd.interfaces import Batch, InputError
-from deit_kd.runs.held_out import check_checkpoints
 from deit_kd.losses import FeatureTerm, LogitTerm, Objective, Shapes, Term, guide_links, pooled_links
 from deit_kd.optim import build_optimizer, scaled_lr
 from deit_kd.optim import build_schedule as build_cosine_schedule
+from deit_kd.runs.data_errors import DataErrors
+from deit_kd.runs.held_out import check_checkpoints
 from deit_kd.students import Connectors, TimmStudent
 from deit_kd.students import build_student as build_timm_student
 from deit_kd.teachers import EnsembleTeacher, FrozenTeacher, NetworkTeacher
 from deit_kd.teachers import build_teacher as build_frozen_teacher
-from deit_kd.tracking import DataErrors
 
 
 def build_splits(config: Config) -> Splits:

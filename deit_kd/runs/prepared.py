@@ -15,8 +15,8 @@ from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import Batch
 from deit_kd.losses import Objective
+from deit_kd.runs.data_errors import DataErrors
 from deit_kd.students import Connectors, TimmStudent
-from deit_kd.tracking import DataErrors
 
 AfterEpoch = Callable[[int, Callable[[], None]], None]  # of an epoch, and a sign of progress to give
 

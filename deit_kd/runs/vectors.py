@@ -11,8 +11,8 @@ from torch import Tensor
 from deit_kd.distributed import Processes, on_main
 from deit_kd.features import POOLED
 from deit_kd.interfaces import Batch, InputError
-from deit_kd.runs.prepared import Run
 from deit_kd.metrics import score_neighbours
+from deit_kd.runs.prepared import Run
 from deit_kd.teachers import FrozenTeacher
 
 

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from deit_kd.config import Config, Distill, Fit, Guide, StudentSection, TeacherSection
+from deit_kd.console import say
 from deit_kd.data import Splits
 from deit_kd.distributed import Processes, on_main
 from deit_kd.files import read_json, write_json
 from deit_kd.interfaces import InputError
 from deit_kd.randomness import VIEWS_VERSION, derive
+from deit_kd.run_folder import HEADS_FILE
 from deit_kd.runs import parts
-from deit_kd.runs.run import claimed, execute, prepare
+from deit_kd.runs.opening import claimed
+from deit_kd.runs.run import execute, prepare
 from deit_kd.teachers import NetworkTeacher
-from deit_kd.tracking import HEADS_FILE, say
 
 KEY_FILE = "teacher_key.json"
 

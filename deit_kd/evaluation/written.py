@@ -1,0 +1,53 @@
+"""The files of an evaluation: ``heads.json`` and ``predictions.parquet``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+from torch import Tensor
+
+from deit_kd.evaluation.diagnose import (
+    remove_diagnosis,
+)
+from deit_kd.evaluation.examine import (
+    Examination,
+)
+from deit_kd.files import write_atomically, write_json
+from deit_kd.metrics import every_head
+from deit_kd.run_folder import HEADS_FILE
+
+PREDICTIONS_FILE = "predictions.parquet"
+
+
+def write_evaluation(folder: Path, examination: Examination, heads: dict[str, Any]) -> None:
+    """Write ``heads.json`` and ``predictions.parquet``; the diagnosis of an earlier evaluation goes.
+
+    The table has a row for each readable image: ``path``, ``label``, by head ``<head>_top5`` (classes, best first)
+    and ``<head>_top5_probability``, and ``teacher_top1``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / HEADS_FILE, heads)
+    answers, photos = examination.answers, examination.photos
+    classes = photos.classes
+
+    def names(labels: Tensor) -> Any:
+        return arrow.array([classes[label] for label in labels.tolist()])
+
+    columns: dict[str, Any] = {
+        "path": arrow.array([photos.names[index] for index in answers.indices.tolist()]),
+        "label": names(answers.labels),
+    }
+    for head, log_probabilities in every_head(answers.output).items():
+        best = log_probabilities.sort(descending=True, stable=True)  # of equals, the first: as argmax has it
+        labels, values = best.indices[:, :5].tolist(), best.values[:, :5].exp().tolist()
+        columns[f"{head}_top5"] = arrow.array([[classes[label] for label in row] for row in labels])
+        columns[f"{head}_top5_probability"] = arrow.array(values, arrow.list_(arrow.float32()))
+    if answers.teacher_predictions is not None:
+        columns["teacher_top1"] = names(answers.teacher_predictions)
+    content = arrow.BufferOutputStream()
+    parquet.write_table(arrow.table(columns), content)
+    write_atomically(folder / PREDICTIONS_FILE, content.getvalue().to_pybytes())
+    remove_diagnosis(folder)  # once all else is written: a full disk takes nothing away

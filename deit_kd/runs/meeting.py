@@ -1,0 +1,115 @@
+"""The first meeting of a run and who teaches it: scores, gates, and the same weights everywhere and after a resume."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from deit_kd.config import Config, Guide, TeacherSection
+from deit_kd.console import say, score_text
+from deit_kd.distributed import on_main
+from deit_kd.engine import score_teacher
+from deit_kd.interfaces import InputError
+from deit_kd.models import tensors_hash
+from deit_kd.run_folder import (
+    read_facts,
+)
+from deit_kd.runs import parts
+from deit_kd.runs.lesson import Answers, Lesson
+from deit_kd.runs.prepared import Run
+from deit_kd.runs.vectors import score_headless
+from deit_kd.store import RecordingTeacher, StoredTeacher
+from deit_kd.teachers import FrozenTeacher, check_columns, check_features, check_score
+
+
+def meet_teachers(run: Run, lesson: Lesson) -> tuple[dict[str, Any] | None, Tensor | None]:
+    """Score who teaches before the first step; refuse one that cannot be right, or differs between processes."""
+    if lesson.answers is None and lesson.guide is None:
+        return None, None
+    if lesson.answers is None:
+        assert lesson.guide is not None
+        return _met(run, "guide", lesson.guide, lesson.guide_source, _guide_section(run.config))
+    facts, predictions = _met(run, "teacher", lesson.answers, lesson.source, run.config.teacher)
+    if lesson.guide is not None:
+        facts["guide"], _ = _met(run, "guide", lesson.guide, lesson.guide_source, _guide_section(run.config))
+    return facts, predictions
+
+
+def _guide_section(config: Config) -> TeacherSection | Guide:
+    return config.guide if config.guide.is_named else config.teacher
+
+
+def _met(
+    run: Run, role: str, teacher: Answers, source: str | None, section: TeacherSection | Guide
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Return what a run records about one who teaches, and its predictions on validation, once it may teach."""
+    facts: dict[str, Any] = {
+        "name": section.name,
+        **teacher.facts,
+        "source": source,
+        "random_weights": parts.has_random_weights(section),
+    }
+    if isinstance(teacher, StoredTeacher):
+        facts["random_weights"] = teacher.facts["random_weights"]
+    else:
+        facts["weights"] = tensors_hash(teacher.state_dict())
+    if not run.processes.same_everywhere([facts["weights"], facts.get("store")]):
+        raise InputError(f"{role}: its weights differ between processes; give all of them the same file")
+    if run.checkpoint is not None:
+        on_main(run.processes, lambda: _refuse_other_teacher(run, role, facts))
+    if isinstance(teacher, FrozenTeacher) and not teacher.has_head:
+        return _met_headless(run, role, facts, teacher, section), None
+    if isinstance(teacher, StoredTeacher | RecordingTeacher):
+        facts["score"] = teacher.store.score()
+        predictions = teacher.store.predictions(run.processes.rank, run.processes.count).to(run.processes.device)
+    else:
+        facts["score"], predictions = score_teacher(
+            teacher,
+            run.processes.busy_over("asks the teacher", run.errors.watch("validation", run.validation)),
+            classes=len(run.classes),
+            total=len(run.splits.validation),
+            processes=run.processes,
+        )
+        run.errors.tell()
+    score = facts["score"]
+    shares = run.processes.gather(predictions.cpu().numpy())
+    if not facts["random_weights"]:
+        labels = run.splits.validation.labels
+        whole = np.empty(len(labels), dtype=np.int64)
+        for rank, share in enumerate(shares):
+            whole[rank :: len(shares)] = share
+        if section.min_top1 != 0:
+            check_columns(facts, run.classes, np.asarray(labels), whole)
+        check_score(facts["name"], score["top1"], score["nll"], labels, section.min_top1)
+    _say_met(run, role, teacher, facts)
+    return facts, predictions
+
+
+def _met_headless(
+    run: Run, role: str, facts: dict[str, Any], teacher: FrozenTeacher, section: TeacherSection | Guide
+) -> dict[str, Any]:
+    """Return what a run records about a teacher without a head, once its features may teach."""
+    facts["score"] = score_headless(run, teacher)
+    if not facts["random_weights"]:
+        check_features(facts["name"], facts["score"]["knn"], run.splits.validation.labels, section.min_top1)
+    _say_met(run, role, teacher, facts)
+    return facts
+
+
+def _say_met(run: Run, role: str, teacher: Answers, facts: dict[str, Any]) -> None:
+    if run.processes.is_main:
+        for line in teacher.lines(role):
+            say(line)
+        say(f"{role}: {facts['name']}, {score_text(facts['score'], 2)} % on {len(run.splits.validation)} images")
+        if facts["random_weights"]:
+            say(f"warning: the {role} has random weights and teaches nothing")
+
+
+def _refuse_other_teacher(run: Run, role: str, facts: dict[str, Any]) -> None:
+    before: Any = read_facts(run.folder)["teacher"] or {}
+    if role == "guide" and "guide" in before:
+        before = before["guide"]
+    if any(before.get(key) != facts.get(key) for key in ("weights", "store")):
+        raise InputError(f"resume: {run.folder} was begun with other weights of the {role}; name the same ones")

@@ -1,0 +1,167 @@
+"""The folder of a run: whose it is, what it goes on from, and what it may not be resumed with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from deit_kd.checkpoint import Found, load_checkpoint, newest_checkpoint
+from deit_kd.config import Config, flat, read_recipe
+from deit_kd.console import say
+from deit_kd.distributed import Processes, on_main, together
+from deit_kd.files import LOCK, InUse, check_writable, held
+from deit_kd.interfaces import InputError
+from deit_kd.randomness import VIEWS_VERSION
+from deit_kd.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    DATA_ERRORS_FILE,
+    FACTS_FILE,
+    newest_folder,
+    next_free_folder,
+    read_facts,
+)
+
+RUNS = Path("runs")
+SECONDS_BETWEEN_TRIES = 1.0  # to be the only one who writes to a folder
+# What a run leaves that was killed before its first step.
+LEFTOVERS = {LOCK, DATA_ERRORS_FILE, FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
+# Keys that a run may be resumed with another value of: they do not change a result.
+FREE_ON_RESUME = {
+    "output",
+    "resume",
+    "recipe",
+    "data.root",  # the photos themselves are compared
+    "data.workers",
+    "data.in_memory",
+    "data.on_error",  # says whether a run ends, and what it leaves out is listed
+    "data.max_errors",
+    "data.download",
+    "data.unlabelled",  # the photos themselves are compared
+    "evaluate.batch_size",
+    "teacher.checkpoint",  # the weights themselves are compared
+    "teacher.class_map",  # the columns are compared
+    "teacher.min_top1",
+    "teacher.fit.folder",
+    "guide.checkpoint",
+    "guide.class_map",
+    "guide.min_top1",
+    "guide.fit.folder",
+    "teacher.compile",
+    "teacher.store",  # what it answers with is compared
+    "teacher.store_mode",
+    "teacher.store_top",
+    "train.device",
+    "train.log_every_steps",
+    "train.checkpoint_every_minutes",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+    "train.max_bad_steps",
+    "train.timeout_seconds",
+    "evaluate.report",
+    "tracking.wandb",
+    "tracking.project",
+}
+
+
+@contextmanager
+def claimed(folder: Path, processes: Processes, waiting: str | None = None) -> Iterator[None]:
+    """Keep the folder of a run from all others until it ends, while its teacher is fitted, too.
+
+    Args:
+        folder: of the run.
+        processes: of the run.
+        waiting: what a person is told while another run has it; None does not wait.
+
+    Raises:
+        InputError: another run has it, and is not waited for.
+    """
+    taken = f"output: {folder} is being written by another run; wait for it, or name another folder"
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            told = False
+            while True:
+                try:
+                    return stack.enter_context(held(folder, taken))
+                except InUse:
+                    if waiting is None:
+                        raise
+                if not told:
+                    say(waiting)
+                    told = True
+                time.sleep(SECONDS_BETWEEN_TRIES)
+
+        on_main(processes, enter, "" if waiting is None else f"waits for the run that writes {folder}")
+        yield
+
+
+def open_folder(config: Config, processes: Processes, data_facts: dict[str, str] | None) -> tuple[Path, Any]:
+    """Return the run's folder and the checkpoint to go on from; refuse a folder that holds something else.
+
+    Where `data_facts` is None, the folder is known to be of this recipe and these photos.
+
+    The main process chooses; the others, whose disks may look otherwise, load what it has chosen.
+    """
+    folder = Path(config.output) if config.output is not None else None
+    if folder is None:
+        newest = newest_folder(RUNS, config.recipe) if config.resume == "auto" else None
+        folder = newest or next_free_folder(RUNS, config.recipe)
+    folder = processes.share(folder)
+    check_writable("output", folder)
+    found = on_main(processes, lambda: _newest(config, folder, data_facts), "looks for the newest checkpoint")
+    chosen = processes.share(None if found is None else (found.path, found.digest))
+
+    def load() -> Any:
+        if found is not None or chosen is None:
+            return None if found is None else found.parts
+        try:
+            with processes.busy("reads the checkpoint"):
+                return load_checkpoint(*chosen)
+        except ValueError as error:
+            raise InputError(
+                f"resume: {error}, but process 0 goes on from it; let all processes see the same folder, or delete "
+                "that checkpoint"
+            ) from error
+
+    return folder, together(processes, load)
+
+
+def _newest(config: Config, folder: Path, data_facts: dict[str, str] | None) -> Found | None:
+    """Return the checkpoint that a run goes on from, if any."""
+    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= LEFTOVERS):
+        return None
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"output: {folder} holds something that is no run; name another folder")
+    if config.resume != "auto":
+        raise InputError(
+            f"output: {folder} already holds a run; continue it with --resume auto, or name another folder"
+        )
+    if data_facts is not None:
+        _refuse_changes(config, folder, data_facts)
+    found, skipped = newest_checkpoint(folder / CHECKPOINTS)
+    for line in skipped:
+        say(f"skipped: {line}")
+    return found
+
+
+def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) -> None:
+    # A key that a run was begun without has its default.
+    before = flat(Config().model_dump(mode="json")) | flat(read_recipe(folder / CONFIG_FILE))
+    now = flat(config.model_dump(mode="json"))
+    changed = [
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in FREE_ON_RESUME
+    ]
+    facts = read_facts(folder)
+    before_data, before_views = facts["data"], facts.get("views", 1)
+    changed += [f"views: version {before_views} -> {VIEWS_VERSION}"] * (before_views != VIEWS_VERSION)
+    changed += [f"data ({split}): other photos" for split in data_facts if before_data.get(split) != data_facts[split]]
+    if changed:
+        raise InputError(
+            f"resume: {folder} was begun with another recipe ({'; '.join(changed)}); undo that, or name another output"
+        )

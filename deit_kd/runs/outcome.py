@@ -1,0 +1,65 @@
+"""What a run ends with: the scores of its heads and the student that is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from deit_kd.console import console
+from deit_kd.engine import Trainer
+from deit_kd.models import save_local_dir
+from deit_kd.run_folder import (
+    STUDENT_FOLDER,
+)
+from deit_kd.runs.prepared import Run
+
+
+def print_heads(result: Mapping[str, Any]) -> None:
+    """Print the table of a ``heads.json``."""
+    unreadable = f" ({len(result['unreadable'])} more cannot be read)" if result["unreadable"] else ""
+    table = Table(title=f"{result['n']} images{unreadable}, weights: {result['weights']}")
+    for column in ("head", "top-1 %", "top-5 %", "NLL", "agrees with teacher"):
+        table.add_column(column, justify="left" if column == "head" else "right")
+    agreement = result["agreement"]
+    rows = {**result["heads"], "teacher": result["teacher"]}
+    for name, score in rows.items():
+        if score is not None:
+            agrees = agreement.get(f"{name}_teacher")
+            table.add_row(
+                name,
+                f"{score['top1']:.2f}",
+                "-" if score["top5"] is None else f"{score['top5']:.2f}",
+                f"{score['nll']:.4f}",
+                "-" if agrees is None else f"{agrees:.3f}",
+            )
+    console.print(table)
+
+
+def head_scores(weights: str, result: dict[str, Any], teacher_score: Any, unreadable: dict[str, str]) -> dict[str, Any]:
+    """Return what ``heads.json`` holds, from one result of `evaluate`; the `unreadable` images are not among the n."""
+    return {
+        "n": result["n"],
+        "unreadable": unreadable,
+        "weights": weights,
+        "heads": result["heads"],
+        "teacher": None if teacher_score is None or "knn" in teacher_score else teacher_score,
+        "agreement": result["agreement"],
+    }
+
+
+def save_student(run: Run, trainer: Trainer) -> None:
+    final: Any = run.student if trainer.ema is None else trainer.ema.module
+    save_local_dir(
+        final.backbone,
+        run.folder / STUDENT_FOLDER,
+        model_args=run.student.model_args,
+        classes=run.classes,
+        image_size=run.config.data.image_size,
+        mean=run.config.data.mean,
+        std=run.config.data.std,
+        interpolation=run.config.data.interpolation,
+        crop_fraction=run.config.data.crop_fraction,
+        crop_mode=run.config.data.crop_mode,
+    )

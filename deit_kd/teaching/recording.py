@@ -1,0 +1,222 @@
+"""How a recipe's teacher fills a label store, alone or while it teaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deit_kd.config import Config
+from deit_kd.console import say
+from deit_kd.data import Splits, TrainingLoader
+from deit_kd.distributed import Processes, on_main
+from deit_kd.engine import score_teacher
+from deit_kd.interfaces import Batch, InputError, TeacherOutput
+from deit_kd.randomness import VIEWS_VERSION
+from deit_kd.runs import parts
+from deit_kd.runs.data_errors import DataErrors
+from deit_kd.runs.prepared import AfterEpoch, Run
+from deit_kd.store import (
+    VALIDATION,
+    VIEWS_FIELD,
+    LabelStore,
+    Record,
+    RecordingTeacher,
+    differences,
+    epoch_part,
+)
+from deit_kd.teachers import NetworkTeacher
+from deit_kd.teaching.store_identity import (
+    SHAPE,
+    identity,
+    libraries_in_use,
+    refuse_differences,
+    refuse_libraries,
+    refuse_other,
+    weights_source,
+    weights_hash,
+)
+from deit_kd.teaching.stored import verify
+
+SOFT_TOP = 10  # logits kept for soft labels unless teacher.store_top says otherwise
+
+
+@contextmanager
+def recording(
+    run: Run, teacher: NetworkTeacher, checkpoint: str | None
+) -> Iterator[tuple[RecordingTeacher, AfterEpoch]]:
+    """Fill the run's store while it trains: yield the teacher to ask, and what to call after every epoch.
+
+    Raises:
+        InputError: the store is of other views or another teacher, or somebody else writes to it.
+    """
+    config, processes = run.config, run.processes
+    assert config.teacher.store is not None
+    with writing(config, config.teacher.store, run.splits, run.loader, processes, teacher, checkpoint) as store:
+        fill_validation(config, store, teacher, run.splits, processes, run.errors)
+        recorder = RecordingTeacher(teacher, store)
+
+        def after_epoch(epoch: int, beat: Callable[[], None]) -> None:
+            recorder.flush()
+            size = config.evaluate.batch_size
+            fill_epoch(store, recorder, run.loader, epoch, processes, size, run.errors, lambda batch: beat())
+
+        if processes.is_main:
+            say(f"store: {config.teacher.store} is filled, {store.record.bytes_per_view} bytes a view")
+        yield recorder, after_epoch
+
+
+@contextmanager
+def writing(
+    config: Config,
+    folder: str,
+    splits: Splits,
+    loader: TrainingLoader,
+    processes: Processes,
+    teacher: NetworkTeacher,
+    checkpoint: str | None,
+) -> Iterator[LabelStore]:
+    """Open a store that every process may write pieces to, or begin it; nobody else writes to it meanwhile.
+
+    Args:
+        config: the recipe.
+        folder: of the store.
+        splits: the recipe's photos.
+        loader: of the recipe's views.
+        processes: of the job.
+        teacher: that will be asked.
+        checkpoint: where its weights come from; None is timm, or random ones.
+
+    Raises:
+        InputError: the store is of other views or another teacher, or somebody else writes to it.
+    """
+    fields = identity(config, splits) | {"teacher.weights": weights_hash(teacher, checkpoint)}
+    top = config.teacher.store_top
+    manifest = {
+        "identity": fields | weights_source(config, splits) | {VIEWS_FIELD: VIEWS_VERSION},
+        "classes": list(splits.train.classes),
+        "top": logits_kept(config),
+        "views": loader.views_per_epoch,
+        "validation": len(splits.validation),
+        "libraries": [libraries_in_use()],
+        "teacher": {
+            **teacher.facts,
+            "weights": fields["teacher.weights"],
+            "random_weights": parts.has_random_weights(config.teacher),
+        },
+    }
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(LabelStore.lock(folder))
+            store = LabelStore.begin(folder, manifest)
+            refuse_other(store, fields)
+            refuse_differences(store, differences(store.manifest, {key: manifest[key] for key in SHAPE}, {}))
+            refuse_libraries(store)
+            if top is not None and top != store.record.top:
+                raise InputError(
+                    f"teacher.store_top: {store.record.top} in the store, {top} here; use its own, or name another "
+                    "folder"
+                )
+            if not config.distill.takes_hard_labels and not store.record.holds_logits:
+                raise InputError(
+                    f"distill.kind: {config.distill.kind!r} needs logits; {folder} holds hard labels alone"
+                )
+
+        on_main(processes, enter, f"opens {folder}")
+        store = LabelStore(folder)
+        loader.order_as(store.views_version)  # one that is there goes on as it was begun
+        verify(store, processes.share(store.parts), processes)
+        yield store
+
+
+def logits_kept(config: Config) -> int:
+    """Return how many logits of an answer a new store of this recipe keeps."""
+    if config.teacher.store_top is not None:
+        return config.teacher.store_top
+    return 0 if config.distill.takes_hard_labels else SOFT_TOP
+
+
+def fill_validation(
+    config: Config,
+    store: LabelStore,
+    teacher: NetworkTeacher,
+    splits: Splits,
+    processes: Processes,
+    errors: DataErrors,
+) -> None:
+    """Ask for every image of the validation set, and keep the answers and their score."""
+    if processes.share(store.holds(VALIDATION)):
+        return
+    asked = _Listener(teacher, store.record)
+    batches = parts.build_evaluation_loader(config, splits.validation, processes)
+    score, _ = score_teacher(
+        asked,
+        processes.busy_over("asks the teacher", errors.watch("validation", batches)),
+        classes=len(splits.validation.classes),
+        total=len(splits.validation),
+        processes=processes,
+    )
+    positions = torch.arange(processes.rank, len(splits.validation), processes.count)
+    store.write_piece(VALIDATION, positions, asked.columns())
+    errors.tell()
+    processes.wait()
+    on_main(processes, lambda: store.finish(VALIDATION, score), f"joins {VALIDATION} of {store.folder}")
+
+
+class _Listener:
+    """Asks a teacher and keeps the records of its answers, in order."""
+
+    def __init__(self, teacher: NetworkTeacher, record: Record) -> None:
+        self._teacher, self._record = teacher, record
+        self._kept: list[dict[str, Tensor]] = []
+
+    def __call__(self, batch: Batch) -> TeacherOutput:
+        answer: TeacherOutput = self._teacher(batch)
+        logits = answer.needed_logits()
+        records = self._record.encode(logits)
+        if batch.missing:
+            whole, rows = self._record.missing(batch.places, logits.device), batch.rows()
+            for name, column in whole.items():
+                column[rows] = records[name]
+            records = whole
+        self._kept.append(records)
+        return answer
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return all records by column."""
+        kept = self._kept or [self._record.empty(0)]
+        return {name: torch.cat([records[name] for records in kept]).cpu() for name in kept[0]}
+
+
+def fill_epoch(
+    store: LabelStore,
+    recorder: RecordingTeacher,
+    loader: TrainingLoader,
+    epoch: int,
+    processes: Processes,
+    batch_size: int,
+    errors: DataErrors,
+    advance: Callable[[Batch], None] = lambda batch: None,
+) -> None:
+    """Ask for what an epoch still lacks, each process its share of blocks."""
+    processes.wait()
+    part = epoch_part(epoch)
+    missing: Any = processes.share(on_main(processes, lambda: store.missing(part), f"looks what {part} lacks"))
+    block = batch_size + batch_size % 2
+    starts = range(processes.rank * block, len(missing), processes.count * block)
+    if len(starts):
+        positions = np.concatenate([missing[first : first + block] for first in starts])
+        view_ids = np.stack([np.full_like(positions, epoch), positions], axis=1)
+        for batch in errors.watch("train", loader.views(view_ids, block)):
+            batch = batch.to(processes.device)
+            recorder(batch)
+            advance(batch)
+    recorder.flush()
+    errors.tell()
+    processes.wait()
+    on_main(processes, lambda: store.finish(part), f"joins {part} of {store.folder}")

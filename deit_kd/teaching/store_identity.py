@@ -1,0 +1,156 @@
+"""What a label store depends on, from a recipe and its photos, and who may not read or write one."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from deit_kd.config import Config, flat
+from deit_kd.data import Photos, Splits
+from deit_kd.interfaces import InputError
+from deit_kd.models import tensors_hash
+from deit_kd.origins import open_origin
+from deit_kd.places import TEACHER_OF_RUN
+from deit_kd.randomness import VIEWS_VERSION
+from deit_kd.run_folder import HEADS_FILE
+from deit_kd.runs import parts
+from deit_kd.store import (
+    LabelStore,
+    differences,
+)
+from deit_kd.teachers import NetworkTeacher
+from deit_kd.teaching.fit import teacher_folder
+
+SHAPE = ("classes", "views", "validation")  # of a store's parts
+LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")  # that views depend on
+# Keys of the sections data, augment and teacher that change neither a view nor an answer. Any other key, of today
+# or later, does.
+NOT_IN_IDENTITY = {
+    "data.name",  # the photos themselves are compared
+    "data.root",
+    "data.train_split",
+    "data.validation_split",
+    "data.validation_fraction",
+    "data.download",
+    "data.unlabelled",
+    "data.workers",
+    "data.in_memory",
+    "data.on_error",  # what is missing is marked
+    "data.max_errors",
+    "augment.label_smoothing",  # changes targets, not views
+    "teacher.pretrained",  # the weights themselves are compared
+    "teacher.checkpoint",
+    "teacher.random_weights",
+    "teacher.channels_last",
+    "teacher.class_map",  # what the file says is compared
+    "teacher.compile",
+    "teacher.head",  # a store holds logits
+    "teacher.min_top1",
+    "teacher.store",
+    "teacher.store_mode",
+    "teacher.store_top",
+}
+
+
+def identity(config: Config, splits: Splits) -> dict[str, Any]:
+    """Return everything but the weights that a view or an answer depends on, by field."""
+    tree = config.model_dump(mode="json", include={"data", "augment", "teacher"})
+    keys = {key: value for key, value in flat(tree).items() if key not in NOT_IN_IDENTITY}
+    return {
+        "train.images": len(splits.train),
+        "train.photos": splits.train.digest(),
+        **validation_identity(config, splits.validation),
+        **{key: value for key, value in keys.items() if not key.startswith("teacher.fit.")},
+        "seed": config.seed,
+        "teacher.image_size": config.teacher.image_size or config.data.image_size,
+        "teacher.precision": parts.teacher_precision(config),
+        "teacher.class_map": _file_digest(config.teacher.class_map),
+    }
+
+
+def _file_digest(path: str | None) -> str | None:
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise InputError(f"teacher.class_map: {path} is no file; name a CSV or JSON file")
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+
+
+def validation_identity(config: Config, photos: Photos) -> dict[str, Any]:
+    """Return what a view of a validation image depends on, by field."""
+    keys = {"image_size", "crop_fraction", "crop_mode", "interpolation", "mean", "std"}
+    seen = config.data.model_dump(mode="json", include=keys)
+    return {
+        "classes": list(photos.classes),
+        "validation.images": len(photos),
+        "validation.photos": photos.digest(),
+        **{f"data.{key}": value for key, value in seen.items()},
+    }
+
+
+def identity_without_teacher(config: Config, splits: Splits, views: int) -> dict[str, Any]:
+    """Return what can be said of a recipe whose teacher is not in memory, and perhaps not on this machine.
+
+    Weights are compared where their file is at hand. A recipe that names no teacher takes the store's. Where one is
+    fitted, it is the one of the version of `views`.
+    """
+    fields, section = identity(config, splits), config.teacher
+    if section.name is None and section.checkpoint is None and not section.members:
+        return {key: value for key, value in fields.items() if not key.startswith("teacher.")}
+    checkpoint = section.checkpoint
+    if section.fit.epochs and (teacher_folder(config, splits, views) / HEADS_FILE).is_file():
+        checkpoint = str(teacher_folder(config, splits, views))
+    if checkpoint is None or checkpoint.endswith(TEACHER_OF_RUN):
+        return fields | weights_source(config, splits, views)
+    return fields | {"teacher.weights": weights_hash(None, checkpoint)}
+
+
+def weights_source(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str, str]:
+    """Return where a recipe's weights come from, to compare where they are not at hand."""
+    section = config.teacher
+    if section.fit.epochs:
+        return {"teacher.source": teacher_folder(config, splits, views).name}
+    if section.pretrained or section.random_weights:
+        return {"teacher.source": "timm" if section.pretrained else "random"}
+    return {"teacher.source": "file"} if section.checkpoint is not None else {}
+
+
+def weights_hash(teacher: NetworkTeacher | None, checkpoint: str | None) -> str:
+    """Return a hash of the weights' file or, where they come from none, of the network."""
+    if checkpoint is None or checkpoint.endswith(TEACHER_OF_RUN):
+        assert teacher is not None
+        return tensors_hash(teacher.state_dict())
+    return open_origin("teacher.checkpoint", checkpoint).digest
+
+
+def libraries_in_use() -> dict[str, str]:
+    """Return the versions of the libraries that views depend on."""
+    return {name: version(name).split("+")[0] for name in LIBRARIES}
+
+
+def refuse_other(store: LabelStore, here: dict[str, Any]) -> None:
+    """Raise an InputError with both values of every field of `here` that the store was not made for."""
+    refuse_differences(store, differences(store.manifest["identity"], here, flat(Config().model_dump(mode="json"))))
+
+
+def refuse_differences(store: LabelStore, found: list[str]) -> None:
+    """Raise an InputError that names the first few of the differences that were `found`, if any."""
+    if found:
+        more = f"; {len(found) - 3} more" if len(found) > 3 else ""
+        raise InputError(
+            f"teacher.store: {store.folder} holds answers to other questions ({'; '.join(found[:3])}{more}); undo "
+            "that, or name another store"
+        )
+
+
+def refuse_libraries(store: LabelStore) -> None:
+    here, accepted = libraries_in_use(), store.manifest["libraries"]
+    if here in accepted:
+        return
+    fewest = min((differences(known, here, {}) for known in accepted), key=len)
+    raise InputError(
+        f"teacher.store: {store.folder} was made with other libraries ({'; '.join(fewest)}), which may change a view; "
+        "run deit-kd store check on it, which lets these use it if the answers hold"
+    )
