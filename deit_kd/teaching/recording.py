@@ -37,8 +37,8 @@ from deit_kd.teaching.store_identity import (
     refuse_differences,
     refuse_libraries,
     refuse_other,
-    weights_source,
     weights_hash,
+    weights_source,
 )
 from deit_kd.teaching.stored import verify
 
