@@ -41,7 +41,7 @@ from deit_kd.distributed import Processes, pick_device, start
 from deit_kd.interfaces import InputError
 from deit_kd.jobs.bench import print_rates
 from deit_kd.jobs.timed import ONLINE, SETTLING_STEPS, STEP, STORED, Clock, open_parts, some_photos
-from deit_kd.models import size_argument
+from deit_kd.models.create import size_argument
 from deit_kd.openmp import SPIN_COUNT
 from deit_kd.origins import open_origin
 from deit_kd.runs import parts

@@ -41,10 +41,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from deit_kd import Batch, FrozenTeacher, InputError, StudentOutput, head_probabilities
-from deit_kd.models import distilled_twin, plain_twin, size_argument
+from deit_kd.models.create import size_argument
+from deit_kd.models.names import distilled_twin, plain_twin
+from deit_kd.models.tokens import is_grafted
 from deit_kd.students import TimmStudent, build_student
 from deit_kd.teachers import build_teacher
-from deit_kd.tokens import is_grafted
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
 SMALL = 64  # pixels, where a model takes any size

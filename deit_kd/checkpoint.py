@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from deit_kd.files import write_atomically
-from deit_kd.models import tensors_hash
+from deit_kd.models.state import tensors_hash
 
 BEST = "best.safetensors"  # beside the newest ones, the checkpoint of the best epoch
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from deit_kd.interfaces import InputError
-from deit_kd.models import create_model, is_kin
+from deit_kd.models.create import create_model
+from deit_kd.models.names import is_kin
 from deit_kd.origins import Origin
 
 # An epsilon stands beside a variance of the order of 1: a smaller one changes nothing that can be seen.

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from deit_kd import Batch, FrozenTeacher, InputError
 from deit_kd.cli import main
-from deit_kd.layouts import to_transformers
+from deit_kd.models.layouts import to_transformers
 from deit_kd.teachers import build_teacher
 from tests.conftest import STUDENT, STUDENT_ARGS, tiny, write_photos
 

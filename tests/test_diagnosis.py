@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deit_kd.cli import main
 from deit_kd.interfaces import InputError
 from deit_kd.metrics import followed
-from deit_kd.models import choose_attention
+from deit_kd.models.create import choose_attention
 from deit_kd.probes import (
     block_attention,
     blocks,

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deit_kd.cli import main
-from deit_kd.layouts import to_transformers
+from deit_kd.models.layouts import to_transformers
 from tests.conftest import MEAN, SEVEN_CLASSES, STD, Finished, assert_same_scores, tiny, write_photos
 
 INPUT = ("--data.image_size", "16", "--data.workers", "0", "--train.precision", "off", "--train.device", "cpu")

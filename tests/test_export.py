@@ -17,7 +17,7 @@ from deit_kd.cli import main
 from deit_kd.exports import FORMATS, About, CannotHold, Choices, export, missing_libraries, read_again, write
 from deit_kd.exports.compare import TOLERANCE
 from deit_kd.exports.traced import Answering
-from deit_kd.models import create_model
+from deit_kd.models.create import create_model
 
 TABLE = Path(__file__).parent.parent / "docs" / "guide" / "exports.md"
 CLASSES = tuple("abcde")

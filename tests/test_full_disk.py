@@ -15,7 +15,7 @@ import pytest
 from deit_kd.cli import main
 from deit_kd.exports import FORMATS, missing_libraries
 from deit_kd.interfaces import InputError
-from deit_kd.models import save_local_dir
+from deit_kd.models.state import save_local_dir
 from deit_kd.origins import open_origin
 from tests.conftest import CLASSES, MEAN, STD, STUDENT_ARGS, Finished, snapshot, tiny, tiny_student
 from tests.test_bad_input import refused

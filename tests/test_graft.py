@@ -8,10 +8,10 @@ import torch
 
 from benchmarks.zoo import TokenHidden
 from deit_kd import InputError, TimmStudent
-from deit_kd.models import save_local_dir
+from deit_kd.models.state import save_local_dir
+from deit_kd.models.tokens import graft, is_grafted
+from deit_kd.models.weights import fit_weights
 from deit_kd.origins import open_model
-from deit_kd.tokens import graft, is_grafted
-from deit_kd.weights import fit_weights
 from tests.test_loading import CLASSES, TINY, student
 
 # name, arguments beside TINY, image size

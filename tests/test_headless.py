@@ -20,7 +20,7 @@ from deit_kd.data.photos import UNLABELLED
 from deit_kd.metrics import neighbour_classes, score_neighbours
 from deit_kd.metrics.linear import linear_classes
 from deit_kd.metrics.neighbours import neighbours_among
-from deit_kd.models import save_local_dir
+from deit_kd.models.state import save_local_dir
 from deit_kd.runs.held_out import was_trained_on
 from deit_kd.teachers import check_features, least_top1
 from deit_kd.teaching.fit import teacher_folder

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 from deit_kd import InputError, TimmStudent
-from deit_kd.layouts import from_transformers, to_transformers
-from deit_kd.models import save_local_dir
+from deit_kd.models.layouts import from_transformers, to_transformers
+from deit_kd.models.state import save_local_dir
 from deit_kd.optim import build_optimizer, build_schedule
 from deit_kd.origins import open_origin
 from deit_kd.students import build_student

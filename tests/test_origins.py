@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from deit_kd import Batch, FrozenTeacher, InputError
 from deit_kd.cli import main
 from deit_kd.evaluation.sources import check_classes, open_source
-from deit_kd.layouts import to_transformers
+from deit_kd.models.layouts import to_transformers
 from deit_kd.origins import open_origin
 from deit_kd.teachers import build_teacher
 from tests.conftest import CLASSES, STUDENT, STUDENT_ARGS, Finished, tiny, tiny_student, write_photos

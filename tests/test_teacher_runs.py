@@ -349,7 +349,7 @@ def test_distilled_teacher_answers_with_the_mean_of_its_softmaxes(tmp_path, dtyp
     import timm
 
     from deit_kd import head_probabilities
-    from deit_kd.tokens import read_heads
+    from deit_kd.models.tokens import read_heads
 
     torch.manual_seed(0)
     network = timm.create_model(

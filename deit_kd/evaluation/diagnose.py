@@ -20,7 +20,7 @@ from deit_kd.figures import image_png, look, side_by_side
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import Batch, InputError, nearest
 from deit_kd.metrics import followed, linear_cka, token_cosines
-from deit_kd.models import choose_attention
+from deit_kd.models.create import choose_attention
 from deit_kd.probes import (
     TokenAttention,
     blocks,

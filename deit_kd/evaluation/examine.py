@@ -18,7 +18,8 @@ from deit_kd.engine import Answers, collect
 from deit_kd.evaluation.sources import Source, check_classes, load_student
 from deit_kd.interfaces import Batch, InputError, head_probabilities
 from deit_kd.metrics import judge
-from deit_kd.models import choose_attention, tensors_hash
+from deit_kd.models.create import choose_attention
+from deit_kd.models.state import tensors_hash
 from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.runs import parts
 from deit_kd.runs.held_out import check_own_fold

@@ -13,14 +13,9 @@ from deit_kd.config import IMAGENET_MEAN, IMAGENET_STD, Config, TeacherSection, 
 from deit_kd.console import say
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError
-from deit_kd.models import is_distilled_name
-from deit_kd.origins import (
-    Origin,
-    Preprocessing,
-    imagenet_names,
-    open_origin,
-    open_published,
-)
+from deit_kd.models.local_dir import Preprocessing
+from deit_kd.models.names import is_distilled_name
+from deit_kd.origins import Origin, imagenet_names, open_origin, open_published
 from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN, check_source
 from deit_kd.run_folder import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, STUDENT_FOLDER, read_facts, run_of
 from deit_kd.runs import parts

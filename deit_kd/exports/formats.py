@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from deit_kd.exports.about import About
 from deit_kd.exports.plain_vit import CannotHold, as_plain_vit
 from deit_kd.exports.traced import write_onnx, write_torch_export
-from deit_kd.layouts import to_transformers
-from deit_kd.models import save_local_dir
-from deit_kd.tokens import is_grafted
+from deit_kd.models.layouts import to_transformers
+from deit_kd.models.state import save_local_dir
+from deit_kd.models.tokens import is_grafted
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def read(folder, images):
 """
 _READ_OURS = """
 from deit_kd.origins import open_model
-from deit_kd.tokens import read_heads
+from deit_kd.models.tokens import read_heads
 def read(folder, images):
     return [logits for logits in read_heads(open_model("folder", folder).eval(), images) if logits is not None]
 """

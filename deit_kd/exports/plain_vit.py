@@ -11,7 +11,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
-from deit_kd.tokens import has_distillation_token, is_grafted
+from deit_kd.models.tokens import has_distillation_token, is_grafted
 
 _SIZES = {192: "tiny", 384: "small"}
 

@@ -20,7 +20,7 @@ from deit_kd.exports.about import About
 from deit_kd.exports.plain_vit import CannotHold
 from deit_kd.files import write_json
 from deit_kd.interfaces import InputError, StudentOutput, head_probabilities
-from deit_kd.tokens import has_distillation_token, read_heads
+from deit_kd.models.tokens import has_distillation_token, read_heads
 
 HEADS = ("cls", "dist", "fused")
 OPSET = 18  # the first that torch's exporter speaks

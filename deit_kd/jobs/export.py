@@ -18,7 +18,7 @@ from deit_kd.evaluation.sources import Source, load_student
 from deit_kd.exports import FORMATS, HEADS, OPSET, About, CannotHold, Choices, export, missing_libraries
 from deit_kd.files import read_json
 from deit_kd.interfaces import InputError, nearest
-from deit_kd.models import choose_attention
+from deit_kd.models.create import choose_attention
 from deit_kd.run_folder import CONFIG_FILE, HEADS_FILE, read_head_scores
 
 LARGEST_OPSET = 23

@@ -22,7 +22,7 @@ from deit_kd.evaluation.sources import load_student, open_source
 from deit_kd.exports.opened import SUFFIX, open_exported
 from deit_kd.files import check_file_to_be, write_atomically
 from deit_kd.interfaces import InputError, head_probabilities, printable
-from deit_kd.models import choose_attention
+from deit_kd.models.create import choose_attention
 from deit_kd.runs import parts
 
 HEADS = ("cls", "dist", "fused", "all")

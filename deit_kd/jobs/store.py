@@ -14,7 +14,7 @@ from deit_kd.console import ViewMeter, duration_text, say, size_text
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes, finish, start
 from deit_kd.interfaces import Batch, InputError
-from deit_kd.models import choose_attention
+from deit_kd.models.create import choose_attention
 from deit_kd.randomness import generator
 from deit_kd.runs import parts
 from deit_kd.runs.data_errors import DataErrors

@@ -18,7 +18,7 @@ from deit_kd.distributed import Processes
 from deit_kd.engine import Distiller, StepResult, Trainer, train
 from deit_kd.interfaces import Batch, InputError, Teacher
 from deit_kd.losses import Objective
-from deit_kd.models import choose_attention
+from deit_kd.models.create import choose_attention
 from deit_kd.runs import parts
 from deit_kd.runs.lesson import Lesson, build_distiller, connect
 from deit_kd.runs.prepared import Run

@@ -12,7 +12,7 @@ from deit_kd.console import say, score_text
 from deit_kd.distributed import on_main
 from deit_kd.engine import score_teacher
 from deit_kd.interfaces import InputError
-from deit_kd.models import tensors_hash
+from deit_kd.models.state import tensors_hash
 from deit_kd.run_folder import (
     read_facts,
 )

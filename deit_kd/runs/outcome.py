@@ -9,7 +9,7 @@ from rich.table import Table
 
 from deit_kd.console import console
 from deit_kd.engine import Trainer
-from deit_kd.models import save_local_dir
+from deit_kd.models.state import save_local_dir
 from deit_kd.run_folder import (
     STUDENT_FOLDER,
 )

@@ -15,7 +15,7 @@ from deit_kd.distributed import Processes, on_main
 from deit_kd.engine import Trainer
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import InputError
-from deit_kd.models import choose_attention
+from deit_kd.models.create import choose_attention
 from deit_kd.optim import WeightAverage
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.run_folder import (

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from deit_kd.files import checked, held, read_json, write_atomically, write_json
 from deit_kd.interfaces import InputError
-from deit_kd.models import tensors_hash
+from deit_kd.models.state import tensors_hash
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.store.record import Record, is_missing, is_whole
 

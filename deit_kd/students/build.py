@@ -7,21 +7,14 @@ from typing import Any
 from torch import nn
 
 from deit_kd.interfaces import InputError
-from deit_kd.models import (
-    check_answer,
-    check_arguments,
-    check_known,
-    create_model,
-    distilled_twin,
-    plain_twin,
-    size_argument,
-)
+from deit_kd.models.create import check_answer, check_arguments, create_model, size_argument
+from deit_kd.models.names import check_known, distilled_twin, plain_twin
+from deit_kd.models.tokens import has_distillation_token
+from deit_kd.models.weights import Account, fit_weights
 from deit_kd.origins import Origin, open_origin, open_published
 from deit_kd.randomness import seed_initialisation
 from deit_kd.students.heads import TimmStudent
-from deit_kd.tokens import has_distillation_token
 from deit_kd.twins import refuse_other_twin, set_layer_norm_eps
-from deit_kd.weights import Account, fit_weights
 
 _PATCH_EMBEDDING = ("patch_embed.",)
 _HEADS = ("head.", "head_dist.", "fc_norm.", "fc_norm_dist.")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from deit_kd.features import answer_with_features, mean_patch
 from deit_kd.interfaces import StudentOutput
-from deit_kd.tokens import has_distillation_token, heads_of, read_heads
-from deit_kd.weights import Account
+from deit_kd.models.tokens import has_distillation_token, heads_of, read_heads
+from deit_kd.models.weights import Account
 
 
 class TimmStudent(nn.Module):

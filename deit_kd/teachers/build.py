@@ -8,22 +8,15 @@ import timm
 import torch
 
 from deit_kd.interfaces import InputError
-from deit_kd.models import (
-    check_answer,
-    check_arguments,
-    check_known,
-    create_model,
-    is_kin,
-    leave_out_head,
-    plain_twin,
-)
+from deit_kd.models.create import check_answer, check_arguments, create_model, leave_out_head
+from deit_kd.models.names import check_known, is_kin, plain_twin
+from deit_kd.models.tokens import has_distillation_token
+from deit_kd.models.weights import fit_weights
 from deit_kd.origins import Origin, open_origin, open_published
 from deit_kd.randomness import seed_initialisation
 from deit_kd.teachers.class_map import build_class_map, label_set_names
 from deit_kd.teachers.frozen import FrozenTeacher, FusedHeads, Statistics
-from deit_kd.tokens import has_distillation_token
 from deit_kd.twins import refuse_other_twin, set_layer_norm_eps
-from deit_kd.weights import fit_weights
 
 SOURCES = "teacher.pretrained, teacher.checkpoint and teacher.fit.epochs"
 

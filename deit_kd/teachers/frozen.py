@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from deit_kd.features import Features, answer_with_features, check_layers, layer_names
 from deit_kd.interfaces import Batch, TeacherOutput
+from deit_kd.models.tokens import heads_of
 from deit_kd.teachers.class_map import ClassMap, described
-from deit_kd.tokens import heads_of
 
 Statistics = tuple[float, float, float]
 

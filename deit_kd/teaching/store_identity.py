@@ -10,7 +10,7 @@ from typing import Any
 from deit_kd.config import Config, flat
 from deit_kd.data import Photos, Splits
 from deit_kd.interfaces import InputError
-from deit_kd.models import tensors_hash
+from deit_kd.models.state import tensors_hash
 from deit_kd.origins import open_origin
 from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.randomness import VIEWS_VERSION

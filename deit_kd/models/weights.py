@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deit_kd.interfaces import InputError
-from deit_kd.layouts import from_transformers, is_transformers
+from deit_kd.models.layouts import from_transformers, is_transformers
 
 TOKEN_NOISE = 0.1  # of the class token's spread: two identical tokens would stay alike (cosine .999 in the paper)
 

@@ -1,0 +1,1 @@
+"""timm's models: by name, their tokens, and their weights from and to files."""

@@ -1,0 +1,186 @@
+"""timm models by name: built, checked once, with their token and their head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+import timm
+import torch
+from pydantic import Field
+from timm.layers import set_fused_attn
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor, nn
+
+from deit_kd.interfaces import InputError
+from deit_kd.models.names import check_known
+from deit_kd.models.tokens import complete_distilled_vit, graft, has_second_head
+
+Pixels = Annotated[int, Field(gt=0, le=2**14)]
+Statistics = tuple[float, float, float]
+
+
+def choose_attention(choice: str, device: torch.device) -> None:
+    """Choose the attention of every model created from now on.
+
+    ``auto`` is PyTorch's fused attention on CUDA and timm's plain one on the CPU, where the backward of the
+    fused one takes half of a DeiT-Ti step (docs/evidence/performance.md).
+    """
+    fused = choice == "fused" or (choice == "auto" and device.type == "cuda")
+    set_fused_attn(fused)
+
+
+def size_argument(name: str, image_size: int) -> dict[str, int]:
+    """Return what tells ``timm.create_model`` the image size; nothing where the model takes any size."""
+    pretrained_cfg = timm.get_pretrained_cfg(name)
+    fixed = pretrained_cfg is not None and pretrained_cfg.fixed_input_size
+    return {"img_size": image_size} if fixed else {}
+
+
+# What a recipe may not slip past the checks of weights and classes through ``args``.
+RESERVED_ARGUMENTS = {
+    "cache_dir": "set HF_HOME",
+    "checkpoint_path": "name the file as the section's checkpoint",
+    "distillation_token": "set distill.kind",
+    "drop_path_rate": "set the section's drop_path",
+    "features_only": "a student and a teacher need their heads",
+    "image_size": "set the section's image_size",
+    "img_size": "set the section's image_size",
+    "in_chans": "images have three channels",
+    "num_classes": "it follows from the data or the weights",
+    "pretrained": "set it in the section itself",
+    "pretrained_cfg": "name a pretrained tag, or a checkpoint",
+    "pretrained_cfg_overlay": "name a pretrained tag, or a checkpoint",
+}
+
+
+# What a pretrained_cfg says about a network, whatever its weights are.
+OF_THE_ARCHITECTURE = {
+    "architecture",
+    "classifier",
+    "first_conv",
+    "fixed_input_size",
+    "input_size",
+    "min_input_size",
+    "num_classes",
+    "pool_size",
+}
+
+
+def check_arguments(key: str, args: Mapping[str, Any]) -> None:
+    """Raise an InputError where `args` of ``timm.create_model`` would choose weights or classes by another way."""
+    for name, cure in RESERVED_ARGUMENTS.items():
+        if name in args:
+            raise InputError(f"{key}: {name} cannot be given here; {cure}")
+
+
+def create_model(
+    key: str,
+    name: str,
+    /,
+    *,
+    image_size: int | None = None,
+    distillation_token: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """Create a timm model with new weights; `image_size` reaches only models that are built for one size.
+
+    Args:
+        key: the recipe's key, which errors begin with.
+        name: a timm name, with or without a pretrained tag.
+        image_size: pixels.
+        distillation_token: graft a token and its head onto a model that has none.
+        kwargs: handed to ``timm.create_model``.
+
+    Raises:
+        InputError: timm does not know the model or an argument, or takes one that it does not use, the patch size
+            does not divide the image size, or a distillation token cannot be grafted.
+    """
+    check_known(key, name)
+    if image_size is not None:
+        kwargs = {**size_argument(name, image_size), **kwargs}
+    model = created_by_timm(key, name, "see the arguments of timm's model", **kwargs)
+    _check_patches(key, model, image_size)
+    if isinstance(model, VisionTransformerDistilled):
+        complete_distilled_vit(key, model, kwargs)
+    if distillation_token and not has_second_head(model):
+        graft(key, model)
+    return model
+
+
+@torch.no_grad()
+def check_answer(
+    section: str, name: str, network: Callable[[Tensor], Sequence[Tensor | None]], image_size: int, columns: int
+) -> None:
+    """Refuse a network in eval whose heads do not answer two images with two rows of finite logits.
+
+    Args:
+        section: of the recipe, ``student`` or ``teacher``.
+        name: a timm name.
+        network: answers images [B, 3, H, W] with logits [B, C] of each head; None where it lacks one.
+        image_size: pixels.
+        columns: C.
+
+    Raises:
+        InputError: it cannot see such images, or answers with something else.
+    """
+    size_key = "data.image_size" if section == "student" else f"{section}.image_size"
+    try:
+        heads = network(torch.zeros(2, 3, image_size, image_size))
+    except NotImplementedError as error:
+        raise InputError(f"{section}.name: {name!r} does not classify ({error}); name another model") from error
+    except Exception as error:  # what a recipe's arguments and size lead to shows in the forward pass alone
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{size_key}: {name!r} cannot see {image_size} pixels ({reason}); set another size, other {section}.args "
+            f"or {section}.channels_last"
+        ) from error
+    for logits in heads:
+        if logits is not None and (logits.shape != (2, columns) or not logits.isfinite().all()):
+            raise InputError(
+                f"{section}.name: {name!r} answers two images with {list(logits.shape)}, not [2, {columns}] finite "
+                f"logits; see {section}.args"
+            )
+
+
+def leave_out_head(section: str, name: str, network: nn.Module, image_size: int) -> None:
+    """Leave out the head of a network in eval, so that it answers with its pooled features [B, D].
+
+    Raises:
+        InputError: timm cannot do that to this network, or it does not answer two images with finite vectors then.
+    """
+    model: Any = network
+    try:
+        model.reset_classifier(0)
+    except Exception as error:  # each of timm's models has a method of its own
+        raise InputError(
+            f"{section}.head: {name!r} cannot go without its head ({' '.join(str(error).split())[:160]}); name another"
+        ) from error
+    width = getattr(model, "head_hidden_size", model.num_features)
+    check_answer(section, name, lambda images: [model.forward_head(model.forward_features(images))], image_size, width)
+
+
+def created_by_timm(key: str, name: str, cure: str, **kwargs: Any) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, **kwargs)
+    except Exception as error:  # arguments of a recipe go through timm unchecked, and it stumbles over anything
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise InputError(f"{key}: {name!r} cannot be created with {kwargs} ({reason}); {cure}") from error
+    return model
+
+
+def _check_patches(key: str, model: nn.Module, image_size: int | None) -> None:
+    """Refuse a size whose last pixels no patch would see; overlapping and padded patches see all of them."""
+    embedding = getattr(model, "patch_embed", None)
+    patches = getattr(embedding, "proj", None)
+    if image_size is None or not isinstance(patches, nn.Conv2d) or patches.kernel_size != patches.stride:
+        return
+    if getattr(embedding, "dynamic_img_pad", False):
+        return
+    for patch in patches.stride:
+        if image_size % patch:
+            below, above = image_size // patch * patch, (image_size // patch + 1) * patch
+            choices = " or ".join(str(size) for size in (below, above) if size)
+            raise InputError(
+                f"data.image_size: {image_size} is not a multiple of {key}'s patch size {patch}; use {choices}"
+            )

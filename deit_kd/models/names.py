@@ -1,0 +1,48 @@
+"""timm's names of models: known ones, and the distilled and the plain one of a kind."""
+
+from __future__ import annotations
+
+import timm
+from timm.models import is_model_in_modules
+
+from deit_kd.interfaces import InputError, nearest
+
+
+def check_known(key: str, name: str) -> None:
+    """Raise an InputError with near names unless timm has a model called `name`, and the tag that it may end with."""
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        raise InputError(f"{key}: {name!r} is not a timm model{nearest(architecture, timm.list_models())}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = timm.list_pretrained(f"{architecture}.*")
+        raise InputError(f"{key}: {name!r} has a tag that timm does not know{nearest(name, tags)}") from error
+
+
+def is_distilled_name(name: str) -> bool:
+    """Return whether `name` is of a model with a distillation token; a tag may speak of another distillation.
+
+    ``iformer_*_distilled`` have two heads that read the same features, as LeViT has, and no token.
+    """
+    architecture = name.split(".")[0]
+    return "_distilled" in architecture and is_model_in_modules(architecture, ("deit", "pit"))
+
+
+def plain_twin(name: str) -> str:
+    """Return the name of the model without token and second head; a plain model's own."""
+    return name.split(".")[0].replace("_distilled", "") if is_distilled_name(name) else name
+
+
+def distilled_twin(name: str) -> str:
+    """Return the name of timm's own model with the token that `graft` cannot give to `name`; another model's own."""
+    architecture = name.split(".")[0]
+    if is_distilled_name(name) or not is_model_in_modules(architecture, ("pit",)):
+        return name
+    stem, size = architecture.rsplit("_", 1)
+    return f"{stem}_distilled_{size}"
+
+
+def is_kin(name: str, other: str) -> bool:
+    """Return whether two names are of one architecture, whatever their tags, and with or without a second head."""
+    return plain_twin(name.split(".")[0]) == plain_twin(other.split(".")[0])

@@ -1,0 +1,157 @@
+"""Tensors from timm and from files, and to a local-dir; nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from deit_kd.interfaces import InputError
+from deit_kd.models.create import OF_THE_ARCHITECTURE, created_by_timm
+from deit_kd.models.names import check_known
+from deit_kd.models.weights import classifier_names, to_timm_names
+
+LEAST_TORCH = "2.10"  # older ones can be made to run code, weights_only or not: CVE-2026-24747
+
+
+def published_state(key: str, name: str) -> dict[str, Tensor]:
+    """Return timm's own weights of a pretrained tag, as they were published.
+
+    The model is built as the tag describes it, so that timm loads all of it. A head that comes out as it was
+    drawn was not loaded, whatever timm says, and is not among what is returned.
+
+    Raises:
+        InputError: there are no such weights, or they cannot be had.
+    """
+    check_known(key, name)
+    cure = "check the network, or give a checkpoint"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = created_by_timm(key, name, cure, pretrained=True)
+        torch.manual_seed(0)
+        drawn = created_by_timm(key, name, cure, pretrained=False).state_dict()
+    state = model.state_dict()
+    for head in classifier_names(model):
+        weight = f"{head}.weight"
+        if weight in state and torch.equal(state[weight], drawn[weight]):
+            del state[weight]
+    return state
+
+
+def read_state(key: str, file: Path) -> dict[str, Tensor]:
+    """Return the state dict of a file under timm's names; ``.pth`` is read with ``weights_only=True`` alone.
+
+    Raises:
+        InputError: the file cannot be read, or is something else.
+    """
+    try:
+        return to_timm_names(_load_state(key, file))
+    except (KeyError, RuntimeError) as error:  # a third of a query, key and value is missing, or of another shape
+        raise InputError(f"{key}: {file} lacks tensors of an attention ({error}); name another file") from error
+
+
+def _load_state(key: str, file: Path) -> dict[str, Tensor]:
+    if file.suffix != ".safetensors" and TorchVersion(torch.__version__) < LEAST_TORCH:
+        raise InputError(
+            f"{key}: {file} is not opened by torch {torch.__version__}, in which such a file can run code "
+            f"(CVE-2026-24747); save it as .safetensors, or upgrade to torch {LEAST_TORCH}"
+        )
+    try:
+        if file.suffix == ".safetensors":
+            return _without_the_rest(load_file(file))
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise InputError(f"{key}: {file} holds more than tensors and is not unpickled; save its state dict") from error
+    except Exception as error:  # a damaged file makes its reader stumble over anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{key}: {file} cannot be read as weights ({reason}); name another file") from error
+    state = loaded.get("model", loaded.get("state_dict", loaded)) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(name, str) and _is_plain(state[name]) for name in state):
+        raise InputError(f"{key}: {file} holds no state dict (tensors by name, or under 'model'); save one")
+    return state
+
+
+def _without_the_rest(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a run's checkpoint without optimiser and meters: the average's weights where it keeps one."""
+    for network in (".trainer.ema.backbone.", ".trainer.student.backbone."):
+        weights = {name.removeprefix(network): tensor for name, tensor in state.items() if name.startswith(network)}
+        if weights:
+            return weights
+    return state
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether `value` is a tensor whose every number is in its file: one number can pose as a million."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
+
+
+def save_local_dir(
+    model: Any,
+    folder: Path,
+    *,
+    model_args: dict[str, Any],
+    classes: tuple[str, ...],
+    image_size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    interpolation: str,
+    crop_fraction: float,
+    crop_mode: str = "center",
+) -> None:
+    """Save `model` so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` answers the same.
+
+    What timm knows about the architecture's published weights (tag, licence, crop) is not said of these. The folder
+    appears whole or not at all; one that is there is replaced.
+    """
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    plain.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key in OF_THE_ARCHITECTURE}
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        save_for_hf(
+            plain,
+            str(aside),
+            model_config={"num_classes": len(classes), "label_names": list(classes)},
+            data_config={
+                "input_size": (3, image_size, image_size),
+                "mean": mean,
+                "std": std,
+                "interpolation": "bicubic" if interpolation == "random" else interpolation,
+                "crop_pct": crop_fraction,
+                "crop_mode": crop_mode,
+            },
+            model_args=model_args,
+            safe_serialization=True,
+        )
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise InputError(f"{folder}: cannot be written ({error}); free space, or name another folder") from error
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of named tensors, names and order included."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors.items():
+        hasher.update(name.encode())
+        hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
