@@ -39,8 +39,7 @@ from deit_kd.console import say
 from deit_kd.data import Photos
 from deit_kd.distributed import Processes, pick_device, start
 from deit_kd.interfaces import InputError
-from deit_kd.jobs.bench import print_rates
-from deit_kd.jobs.timed import ONLINE, SETTLING_STEPS, STEP, STORED, Clock, open_parts, some_photos
+from deit_kd.jobs.bench import ONLINE, SETTLING_STEPS, STEP, STORED, Clock, open_parts, print_rates, some_photos
 from deit_kd.models.create import size_argument
 from deit_kd.openmp import SPIN_COUNT
 from deit_kd.origins import open_origin

@@ -34,8 +34,7 @@ from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, start
 from deit_kd.engine import train
 from deit_kd.interfaces import Batch, TeacherOutput
-from deit_kd.jobs.bench import print_markdown
-from deit_kd.jobs.timed import Clock
+from deit_kd.jobs.bench import Clock, print_markdown
 from deit_kd.runs import parts
 from deit_kd.runs.lesson import Lesson, connect
 from deit_kd.runs.run import build_trainer, prepare

@@ -11,7 +11,7 @@ import torch
 
 from deit_kd.cli import main
 from deit_kd.config import parse_config
-from deit_kd.jobs.timed import Clock, as_timm_gives_it
+from deit_kd.jobs.bench import Clock, as_timm_gives_it
 from deit_kd.runs.lesson import Lesson
 from deit_kd.runs.run import prepare
 from tests.conftest import ONE_PROCESS, tiny

@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from deit_kd.config import Config, TeacherNetwork
 from deit_kd.console import say
+from deit_kd.data import Photos, Splits
+from deit_kd.data.sharing import PREFETCHED
 from deit_kd.distributed import Processes, finish, start
-from deit_kd.interfaces import InputError
-from deit_kd.jobs.timed import (
-    ALONE,
-    ANSWER,
-    COMPILED,
-    LOADER,
-    NOT_COMPILED,
-    ONLINE,
-    STEP,
-    STORED,
-    TIMMS_STEP,
-    Clock,
-    Parts,
-    open_parts,
-)
+from deit_kd.engine import Distiller, StepResult, Trainer, train
+from deit_kd.interfaces import Batch, InputError, Teacher
+from deit_kd.losses import Objective
+from deit_kd.models.create import choose_attention
 from deit_kd.runs import parts
+from deit_kd.runs.lesson import Lesson, build_distiller, connect
+from deit_kd.runs.prepared import Run
+from deit_kd.runs.progress import Progress
+from deit_kd.runs.run import build_trainer, prepare
+from deit_kd.store import RecordingTeacher, StoredTeacher
+from deit_kd.teachers import NetworkTeacher
+from deit_kd.teaching.ready import ready_lesson
+from deit_kd.teaching.recording import fill_epoch, writing
+
+STEP = "student's step"
+TIMMS_STEP = "student's step as timm gives it"
+COMPILED, NOT_COMPILED = "student's step, compiled", "student's step, not compiled"
+ANSWER = "teacher's answer"
+LOADER = "loader"
+ALONE, ONLINE, STORED = "loop, no teacher", "loop, teacher online", "loop, label store"
+SETTLING_STEPS = 2  # of a loop, before its clock starts: its workers then are as far ahead as they will stay
 
 # What is compared with the parts whose times add up to its floor.
 RATIOS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -151,3 +162,204 @@ def _process_peak() -> dict[str, int]:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return {"the process, all parts": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+class Clock:
+    """Images per second of parts that are timed in turns and, on CUDA, the peak memory of each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rates: dict[str, list[float]] = {}
+        self.peaks: dict[str, int] = {}
+        self._device = device
+
+    def take(self, name: str, images: int, part: Callable[[], object]) -> None:
+        """Time `part`, which handles `images`, once more."""
+        on_cuda = self._device.type == "cuda"
+        if on_cuda:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        since = time.perf_counter()
+        part()
+        if on_cuda:
+            torch.cuda.synchronize(self._device)
+            self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(self._device))
+        self.rates.setdefault(name, []).append(images / (time.perf_counter() - since))
+
+    def ratios(self, wanted: Iterable[tuple[str, Sequence[str]]]) -> dict[str, list[float]]:
+        """Return by round the rate of a part over that of all parts of its floor in turn, where all were timed."""
+        return {
+            f"{part} / {' + '.join(floor)}": self._ratio(part, floor)
+            for part, floor in wanted
+            if all(name in self.rates for name in (part, *floor))
+        }
+
+    def _ratio(self, part: str, floor: Sequence[str]) -> list[float]:
+        rounds = zip(self.rates[part], *(self.rates[name] for name in floor), strict=True)
+        return [rate * sum(1 / own for own in floors) for rate, *floors in rounds]
+
+
+@contextmanager
+def open_parts(
+    config: Config,
+    processes: Processes,
+    splits: Splits,
+    rounds: int,
+    steps: int,
+    photos: int,
+    other_compile: bool = False,
+) -> Iterator[Parts]:
+    """Yield everything of a recipe that can be timed, with a store that is gone afterwards; see `bench`.
+
+    Raises:
+        InputError: the recipe cannot work, or there are several processes.
+    """
+    if processes.count > 1:
+        raise InputError(f"bench: {processes.count} processes cannot be timed; run it without torchrun")
+    config = _with_epochs_enough(config, rounds, steps)
+    a_batch = config.train.batch_size + config.augment.repeats
+    run = prepare(config, processes, splits._replace(train=some_photos(splits.train, max(photos, a_batch))))
+    run.loader.cycle_views(1)
+    with TemporaryDirectory(prefix="deit-kd-bench-") as folder:
+        lessons = _lessons(run, folder)
+        run = connect(run, lessons.get(ONLINE, Lesson()))
+        yield Parts(run, lessons, steps, other_compile)
+
+
+def _with_epochs_enough(config: Config, rounds: int, steps: int) -> Config:
+    """Return the recipe with an epoch for each step that a bench can take."""
+    prefetched = PREFETCHED * config.data.workers + 1
+    epochs = rounds * 4 * (prefetched + SETTLING_STEPS + steps) + 1
+    train_section = config.train.model_copy(update={"epochs": max(config.train.epochs, epochs)})
+    return config.model_copy(update={"train": train_section})
+
+
+def some_photos(photos: Photos, count: int) -> Photos:
+    """Return `count` of `photos`, evenly spread, or all where there are no more."""
+    count = min(count, len(photos))
+    return photos.subset([index * len(photos) // count for index in range(count)])
+
+
+def _lessons(run: Run, folder: str) -> dict[str, Lesson]:
+    """Return what each loop learns from that has a teacher; fill a store in `folder`."""
+    config, processes = run.config, run.processes
+    if not config.distill.needs_teacher:
+        return {}
+    online = ready_lesson(run)
+    if not config.distill.has_token or not isinstance(online.answers, NetworkTeacher):
+        return {ONLINE: online}
+    with writing(config, folder, run.splits, run.loader, processes, online.answers, online.source) as store:
+        recorder, batch_size = RecordingTeacher(online.answers, store), config.train.batch_size
+        fill_epoch(store, recorder, run.loader, 0, processes, batch_size, run.errors)
+    guide = online.feature_giver if config.distill.needs_features else None
+    return {ONLINE: online, STORED: Lesson(StoredTeacher(store, 1), guide=guide)}
+
+
+class Parts:
+    """Everything that is timed, of one run.
+
+    Args:
+        run: whose loader deals the same epoch of views over and over.
+        lessons: of the loops that have a teacher.
+        steps: optimiser steps a time.
+        other_compile: whether to time the student's step with the other choice of ``train.compile``, too.
+    """
+
+    def __init__(self, run: Run, lessons: Mapping[str, Lesson], steps: int, other_compile: bool) -> None:
+        self._run, self._steps = run, steps
+        device, micro_steps = run.processes.device, run.config.train.accumulation_steps
+        self._progress = Progress(device)
+        self._held = [batch.to(device) for batch in itertools.islice(run.loader.batches(0), micro_steps)]
+        self._stream = iter(run.loader.batches(0, lent=True))
+        lesson = lessons.get(ONLINE, Lesson())
+        timms = as_timm_gives_it(run, lesson)
+        own = build_trainer(run, lesson)
+        self._teacher = own.distiller.teacher
+        known = None if self._teacher is None else known_answers(self._teacher, self._held)
+        self._in_memory = {STEP: _taught_by(own, known), TIMMS_STEP: _taught_by(timms, known)}
+        if other_compile:
+            other = not run.config.train.compile
+            train_section = run.config.train.model_copy(update={"compile": other})
+            changed = replace(run, config=run.config.model_copy(update={"train": train_section}))
+            self._in_memory[COMPILED if other else NOT_COMPILED] = _taught_by(build_trainer(changed, lesson), known)
+        alone = replace(run, objective=Objective("none"), connectors=None)
+        self._loops = {ALONE: replace(own, distiller=build_distiller(alone, Lesson(), 0))}
+        needs = run.objective.needs
+        self._loops |= {name: _taught_by(own, lesson.teacher_for(needs)) for name, lesson in lessons.items()}
+
+        self.streamed = (*self._loops, LOADER)
+        self.resting = (*self._in_memory, *([] if self._teacher is None else [ANSWER]))
+        self.batch_size = run.config.train.batch_size
+        self.images = steps * self.batch_size
+
+    def warm_up(self) -> None:
+        """Run every step once."""
+        for trainer in (*self._in_memory.values(), *self._loops.values()):
+            self._train(trainer, itertools.cycle(self._held), 1)
+
+    def settle(self, name: str) -> None:
+        """Bring a part, and the workers of one that has some, to the pace that it will keep."""
+        if name in self.streamed:
+            self._use_up(self.prefetched)
+        if name in self._loops:
+            self._train(self._loops[name], self._stream, SETTLING_STEPS)
+        elif name in self._in_memory:
+            self._train(self._in_memory[name], itertools.cycle(self._held), SETTLING_STEPS)
+
+    def run(self, name: str) -> None:
+        """Run one part, over `images` images."""
+        if name in self._loops:
+            self._train(self._loops[name], self._stream, self._steps)
+        elif name in self._in_memory:
+            self._train(self._in_memory[name], itertools.cycle(self._held), self._steps)
+        elif name == LOADER:
+            self._use_up(self._steps)
+        else:
+            self._ask()
+
+    @property
+    def prefetched(self) -> int:
+        """Batches that workers may be ahead, and one."""
+        return PREFETCHED * self._run.config.data.workers + 1
+
+    def _use_up(self, batches: int) -> None:
+        for _ in itertools.islice(self._stream, batches * self._run.config.train.accumulation_steps):
+            pass
+
+    def _train(self, trainer: Trainer, batches: Iterable[Batch], steps: int) -> None:
+        def meter(step: int, result: StepResult) -> None:
+            self._progress.add(result)
+            if step % self._run.config.train.log_every_steps == 0:
+                self._progress.read(self._run.processes, self.batch_size)
+
+        train(trainer, batches, first_step=0, total_steps=steps, after_step=meter)
+
+    def _ask(self) -> None:
+        assert self._teacher is not None
+        for batch in self._held * self._steps:
+            self._teacher(batch)
+
+
+def known_answers(teacher: Teacher, batches: Iterable[Batch]) -> Teacher:
+    """Return a teacher that knows its answers to `batches`, by their images, and no others."""
+    answers = {id(batch.images): teacher(batch) for batch in batches}
+    return lambda batch: answers[id(batch.images)]
+
+
+def as_timm_gives_it(run: Run, lesson: Lesson) -> Trainer:
+    """Return a trainer of the run's student with PyTorch's fused attention and plain AdamW, not compiled."""
+    config = run.config
+    optim_section = config.optim.model_copy(update={"args": {**config.optim.args, "fused": False}, "layer_decay": None})
+    train_section = config.train.model_copy(update={"compile": False})
+    plain = config.model_copy(update={"optim": optim_section, "train": train_section})
+    choose_attention("fused", run.processes.device)
+    student = parts.build_student(plain, run.classes).to(run.processes.device)
+    choose_attention(config.train.attention, run.processes.device)
+    optimizer = parts.build_student_optimizer(plain, student)
+    schedule = parts.build_schedule(plain, optimizer, run.loader.steps_per_epoch)
+    timms = replace(run, config=plain, student=student, optimizer=optimizer, schedule=schedule, connectors=None)
+    return build_trainer(connect(timms, lesson), lesson)
+
+
+def _taught_by(trainer: Trainer, teacher: Teacher | None) -> Trainer:
+    own = trainer.distiller
+    return replace(trainer, distiller=Distiller(own.student, teacher, own.objective, own.precision))

@@ -1,0 +1,45 @@
+"""The schema of a recipe, and the one way from YAML and dotted overrides to a checked value."""
+
+from deit_kd.config.distill import Distill, as_schedule, in_words
+from deit_kd.config.parser import (
+    as_options,
+    build_parser,
+    flat,
+    known_keys,
+    parse_config,
+    read_options,
+    read_recipe,
+)
+from deit_kd.config.recipe import Config
+from deit_kd.config.sections import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Data,
+    Fit,
+    Guide,
+    StudentSection,
+    TeacherNetwork,
+    TeacherSection,
+)
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Config",
+    "Data",
+    "Distill",
+    "Fit",
+    "Guide",
+    "StudentSection",
+    "TeacherNetwork",
+    "TeacherSection",
+    "as_options",
+    "as_schedule",
+    "build_parser",
+    "flat",
+    "in_words",
+    "known_keys",
+    "parse_config",
+    "read_options",
+    "read_recipe",
+]

@@ -1,0 +1,189 @@
+"""The section of a recipe that says what a student learns: terms, weights and their schedules."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from deit_kd.config.sections import Section
+from deit_kd.schedules import Schedule, always
+
+
+class ScheduleSection(Section):
+    """A number that changes over the run; places are shares of it."""
+
+    start: float = Field(ge=0)
+    """value before the change"""
+    end: float = Field(0.0, ge=0)
+    """value after the change"""
+    begin: float = Field(0.0, ge=0, lt=1, alias="from")
+    """place at which the change begins"""
+    until: float = Field(1.0, gt=0, le=1)
+    """place at which it has ended"""
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    """constant keeps start until the change has ended; linear and cosine go from one to the other"""
+
+    @model_validator(mode="after")
+    def _check_places(self) -> ScheduleSection:
+        if self.begin >= self.until:
+            raise ValueError(f"from {self.begin:g} is not below until {self.until:g}")
+        return self
+
+    @model_serializer
+    def _by_key(self) -> dict[str, Any]:
+        places = {"from": self.begin, "until": self.until}
+        return {"start": self.start, "end": self.end, **places, "shape": self.shape}
+
+    def __str__(self) -> str:
+        until = f" until {self.until:g} of the run" if self.shape == "constant" else ""
+        since = "" if self.shape == "constant" else f" from {self.begin:g} to {self.until:g} of the run, {self.shape}"
+        return f"{self.start:g}{until}, then {self.end:g}{since}"
+
+    def schedule(self) -> Schedule:
+        """Return the schedule that these keys describe."""
+        return Schedule(self.start, self.end, self.begin, self.until, self.shape)
+
+
+def _is_schedule(value: Any) -> str:
+    return "schedule" if isinstance(value, dict | ScheduleSection) else "number"
+
+
+Scheduled = Annotated[
+    Annotated[float, Tag("number")] | Annotated[ScheduleSection, Tag("schedule")], Discriminator(_is_schedule)
+]
+
+
+def in_words(value: float | ScheduleSection | None) -> str:
+    """Return a key that is a number or describes a schedule as a person reads it."""
+    return "by the classes" if value is None else str(value) if isinstance(value, ScheduleSection) else f"{value:g}"
+
+
+def as_schedule(value: float | ScheduleSection) -> Schedule:
+    """Return the schedule of a key that is a number or describes one."""
+    return value.schedule() if isinstance(value, ScheduleSection) else always(value)
+
+
+_KEYS_OF_TERM: dict[str, set[str]] = {
+    "guide": {"blocks", "stages", "grid", "normalise"},
+    "pooled": {"loss"},
+    "soft": {"temperature"},
+    "hard": set(),
+    "standardised": {"temperature"},
+}
+
+
+class TermSection(Section):
+    """One more term of the objective."""
+
+    kind: Literal["guide", "pooled", "soft", "hard", "standardised"]
+    """guide: maps; pooled: one vector an image; soft, hard, standardised: the distillation head against the logits"""
+    weight: Scheduled = 1.0
+    """a number, or its schedule {start, end, from, until, shape}"""
+    temperature: Scheduled | None = None
+    """of soft and standardised; null is 3, and of standardised what follows from the number of classes"""
+    blocks: list[int] | None = None
+    """of guide: the student's blocks, from 0; null spreads them evenly, one for each stage"""
+    stages: list[str] | None = None
+    """of guide: the teacher's layers by timm's names; null takes the last three not coarser than the student's grid"""
+    grid: int | None = Field(None, gt=0)
+    """of guide: side of a coarser grid to compare maps on; null is the coarser of the two"""
+    normalise: bool = True
+    """of guide: layer-normalise the teacher's maps over channels"""
+    loss: Literal["cosine", "huber"] = "cosine"
+    """of pooled"""
+
+    @field_validator("weight", "temperature")
+    @classmethod
+    def _check_range(cls, value: Scheduled | None, info: ValidationInfo) -> Scheduled | None:
+        least = 0 if value is None else min(as_schedule(value).values)
+        if least < 0:
+            raise ValueError("must not be below 0")
+        if info.field_name == "temperature" and value is not None and least == 0:
+            raise ValueError("must be above 0, start and end alike")
+        return value
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> TermSection:
+        own = {"kind", "weight", *_KEYS_OF_TERM[self.kind]}
+        foreign = sorted(self.model_fields_set - own)
+        if foreign:
+            raise ValueError(f"{foreign[0]} does not act on a term of kind {self.kind}; leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _own_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        own = {"kind", "weight", *_KEYS_OF_TERM[self.kind]}
+        return {key: value for key, value in dump(self).items() if key in own}
+
+
+FEATURE_KINDS = ("guide", "pooled")
+
+
+class Distill(Section):
+    """(1 - alpha) * classification(cls) + alpha * distillation(dist) + the sum of weight * term."""
+
+    kind: Literal["none", "soft", "hard", "standardised"] = "hard"
+    """none is plain supervised training, unless there are terms"""
+    alpha: Scheduled = 0.5
+    """weight of the distillation term, a number from 0 to 1 or its schedule; 1 with kind none leaves the labels out"""
+    temperature: Scheduled | None = 3.0
+    """of soft and standardised, a number or its schedule; null is 3, and of standardised follows from the classes"""
+    scale: Literal["batchmean", "numel"] = "batchmean"
+    """numel divides by the classes too, as the published deit code does"""
+    terms: list[TermSection] = Field([])
+    """further terms: [{kind: guide, weight: {start: 2.5, until: 0.5}}]"""
+
+    @field_validator("terms")
+    @classmethod
+    def _check_terms(cls, value: list[TermSection], info: ValidationInfo) -> list[TermSection]:
+        kinds = [info.data.get("kind"), *(term.kind for term in value)]
+        twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice} is there twice; keep one")
+        return value
+
+    @field_validator("alpha", "temperature")
+    @classmethod
+    def _check_range(cls, value: Scheduled | None, info: ValidationInfo) -> Scheduled | None:
+        for number in () if value is None else as_schedule(value).values:
+            if info.field_name == "alpha" and not 0 <= number <= 1:
+                raise ValueError("must be between 0 and 1")
+            if info.field_name == "temperature" and number <= 0:
+                raise ValueError("must be above 0, start and end alike")
+        return value
+
+    @property
+    def has_token(self) -> bool:
+        """Whether the student needs a distillation token."""
+        return self.kind != "none" or self.logit_kinds != set()
+
+    @property
+    def logit_kinds(self) -> set[str]:
+        """How the teacher's logits are learned from."""
+        kinds: set[str] = {self.kind, *(term.kind for term in self.terms)}
+        return kinds - {"none", *FEATURE_KINDS}
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether any term compares features."""
+        return any(term.kind in FEATURE_KINDS for term in self.terms)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anybody has to teach."""
+        return self.has_token or self.needs_features
+
+    @property
+    def takes_hard_labels(self) -> bool:
+        """Whether the teacher's decisions are enough."""
+        return self.logit_kinds <= {"hard"}

@@ -1,0 +1,228 @@
+"""The one way from YAML and dotted overrides to a checked recipe."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+from pydantic.fields import FieldInfo
+
+from deit_kd.config.recipe import Config
+from deit_kd.config.sections import Section
+from deit_kd.interfaces import InputError, nearest
+
+DEEPEST = 64  # sections and lists of a recipe within each other
+MOST_VALUES = 100_000  # of a recipe, each as often as aliases repeat it
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested sections by the path of their keys, e.g. ``distill.temperature``."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and not key.endswith("args"):
+            values.update(flat(value, f"{prefix}{key}."))
+        else:
+            values[prefix + key] = value
+    return values
+
+
+def build_parser(program: str) -> ArgumentParser:
+    """Return a parser of ``--config FILE`` and every key of `Config` as a dotted option.
+
+    The parser knows single values, lists and dicts, and never a class: where it does, it imports the module of
+    any ``class_path`` that a recipe names.
+    """
+    parser = ArgumentParser(
+        prog=program, exit_on_error=False, allow_abbrev=False, description=Config.__doc__, parser_mode="recipe"
+    )
+    parser.add_argument("--config", action="config", help="recipe file; later options override it")
+    for path, field, default in _keys_of(Config()):
+        plain = _plain(field.annotation)
+        kind = Annotated[(plain, *field.metadata)] if field.metadata and plain == field.annotation else plain
+        parser.add_argument(f"--{path}", type=kind, default=default, help=field.description)
+    return parser
+
+
+def _plain(annotation: Any) -> Any:
+    """Return the type of a key as the parser knows it; what is inside a dict or a list, the schema checks."""
+    if get_origin(annotation) in (dict, list):
+        return get_origin(annotation)
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return dict
+    if get_origin(annotation) in (Union, UnionType):
+        return Union[tuple(_plain(part) for part in get_args(annotation))]  # noqa: UP007 - of parts that are computed
+    return annotation
+
+
+def _keys_of(section: Section, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
+    """Yield the path, the field and the default of every key that is no section itself."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _keys_of(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field, value
+
+
+def as_options(section: Section, prefix: str) -> list[str]:
+    """Return every key of a section with its value, as they are typed on a command line."""
+    options = []
+    for path, _, value in _keys_of(section, prefix):
+        options += [f"--{path}", value if isinstance(value, str) else json.dumps(value)]
+    return options
+
+
+def load_recipe(text: str) -> Any:
+    """Return the YAML of `text`, once it is known to be plain, shallow and no larger than it looks.
+
+    Raises:
+        InputError: it is nested too deeply, its aliases stand for too much, or an integer has too many digits.
+        YAMLError: it is no YAML, or names an object.
+    """
+    _check_size(text)
+    try:
+        return _load_yaml(text)
+    except ValueError as error:
+        raise InputError(
+            f"config: holds a value that cannot be read ({str(error).splitlines()[0]}); correct it"
+        ) from error
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return the keys of a recipe file as they stand there, unchecked.
+
+    Raises:
+        InputError: it is missing, or is no recipe.
+    """
+    try:
+        tree = load_recipe(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); name a run of deit_kd") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: is no recipe, which is YAML of keys and values; name a run of deit_kd")
+    return tree
+
+
+def _check_size(text: str) -> None:
+    """Refuse a text that would fill the stack or the memory; the parser's events show it before anything is built."""
+    sizes: dict[str, int] = {}
+    within: list[tuple[str | None, int]] = [(None, 0)]  # anchor and values so far, of each collection that is open
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        anchor, size = getattr(event, "anchor", None), 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            within.append((anchor, 1))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = within.pop()
+        elif isinstance(event, yaml.ScalarEvent):
+            size = 1
+        elif isinstance(event, yaml.AliasEvent):
+            if anchor in [opened for opened, _ in within]:
+                raise InputError(f"config: the alias *{anchor} stands within itself; write the value out")
+            size = sizes.get(str(anchor), 0)
+        if anchor is not None and size:
+            sizes[anchor] = size
+        within[-1] = (within[-1][0], within[-1][1] + size)
+        if len(within) > DEEPEST or within[-1][1] > MOST_VALUES:
+            raise InputError(
+                f"config: is nested more than {DEEPEST} deep or holds more than {MOST_VALUES} values, aliases "
+                "included; write a plain recipe"
+            )
+
+
+_load_yaml = get_loader("yaml")
+set_loader("recipe", load_recipe, (yaml.YAMLError,))
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Return every key of the schema with its path, e.g. ``distill.temperature``."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def read_options(arguments: list[str], parser: ArgumentParser) -> dict[str, Any]:
+    """Return the options of a command line, each checked by itself.
+
+    Raises:
+        InputError: an unknown key, a wrong type or range, a recipe that is not there.
+    """
+    try:
+        options: dict[str, Any] = parser.parse_args(arguments).as_dict()
+    except (ArgumentError, ValueError) as error:
+        raise InputError(_one_line(str(error))) from error
+    return options
+
+
+def parse_config(arguments: list[str], parser: ArgumentParser | None = None) -> tuple[Config, dict[str, Any]]:
+    """Return the checked config of a command line, and whatever else the parser was told to read.
+
+    Raises:
+        InputError: what `read_options` refuses, or options that exclude each other.
+    """
+    values = read_options(arguments, parser or build_parser("deit-kd train"))
+    files = values.pop("config") or []
+    others = {key: values.pop(key) for key in list(values) if key not in Config.model_fields}
+    if files and values["recipe"] == Config.model_fields["recipe"].default:
+        values["recipe"] = Path(str(files[-1])).stem
+    try:
+        return Config.model_validate(values), others
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if part not in ("number", "schedule"))
+        reason = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{key}: {first['input']!r}: {reason}" if key else reason) from error
+
+
+def _one_line(message: str) -> str:
+    """Turn an error of jsonargparse or pydantic into ``key: value, reason, cure``."""
+    if message.startswith("Problems parsing config: "):
+        where = re.sub(r'in "<unicode string>", ', "in ", " ".join(message.split(": ", 1)[1].split()))
+        return f"config: is no YAML ({where}); correct the recipe file"
+    if "codec can't decode" in message:
+        return f"config: is no text ({message}); name a recipe file"
+    if message.startswith("Unexpected config: "):
+        return "config: is no recipe, which is YAML of keys and values such as 'seed: 0'"
+    unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
+    unknown = unknown or re.search(r"Option '([\w.]+)' is not accepted", message)
+    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    if unknown or in_group:
+        key = unknown[1].lstrip("-").split("=")[0] if unknown else f"{in_group[1]}.{in_group[2]}" if in_group else ""
+        return f"{key}: unknown key{_nearest_key(key)}"
+    key_match = re.search(r'Parser key "([\w.]+)"', message)
+    value_match = re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
+    lines = [line.strip() for line in message.splitlines() if "For further information" not in line]
+    reasons = [re.sub(r"\s*\[type=.*", "", line) for line in lines[1:]] or lines
+    reason = next(
+        (line for line in reasons if line.startswith(("Input should", "Expected", "Value error"))), reasons[0]
+    )
+    subtypes = next((line for line in lines if line.startswith("Subtypes: [")), None)
+    if subtypes is not None:
+        reason = f"Expected one of {subtypes[len('Subtypes: [') : -1]}"
+    reason = re.sub(r"\.? ?Got value: .*", "", reason).replace("typing.", "")
+    reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason).replace("NoneType", "null")
+    key = key_match[1] if key_match else ""
+    value = f" {value_match[1].partition(chr(10))[0]!r}" if value_match else ""
+    return f"{key}:{value} {reason}" if key else reason
+
+
+def _nearest_key(key: str) -> str:
+    keys, last = known_keys(), key.rsplit(".", 1)[-1]
+    elsewhere = [known for known in keys if known.rsplit(".", 1)[-1] == last and known != key]
+    if elsewhere:
+        return nearest(key, elsewhere) or f" (nearest: {', '.join(elsewhere[:3])})"
+    return nearest(key, keys) or nearest(last, {known.rsplit(".", 1)[-1] for known in keys})

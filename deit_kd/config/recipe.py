@@ -1,0 +1,148 @@
+"""The whole recipe: how long a run is, how it is scored and told, and what its sections say together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import (
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from deit_kd.config.distill import Distill
+from deit_kd.config.sections import Augment, Data, Guide, Optim, Section, StudentSection, TeacherSection
+
+
+class Train(Section):
+    """The loop."""
+
+    epochs: int = Field(300, gt=0)
+    """passes over the set"""
+    batch_size: int = Field(1024, gt=0)
+    """images per optimiser step, over all processes and accumulation steps"""
+    accumulation_steps: int = Field(1, gt=0)
+    """micro-batches an optimiser step"""
+    precision: Literal["bf16", "fp16", "off"] = "bf16"
+    """autocast"""
+    ema_decay: float | None = Field(None, ge=0, lt=1)
+    """of the average of the weights, over 1 / (1 - decay) steps; null takes a twentieth of the run, 0 keeps none"""
+    compile: bool = False
+    """run the student through torch.compile"""
+    attention: Literal["auto", "fused", "plain"] = "auto"
+    """auto is PyTorch's fused attention on CUDA and timm's plain one on the CPU"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1"""
+    log_every_steps: int = Field(20, gt=0)
+    """steps between records"""
+    checkpoint_every_minutes: float = Field(10.0, gt=0)
+    """between checkpoints, at the next record; one more is written after every epoch"""
+    checkpoint_every_steps: int | None = Field(None, gt=0)
+    """steps between further checkpoints"""
+    keep_checkpoints: int = Field(2, gt=0)
+    """how many stay, beside the one with the best top-1"""
+    max_bad_steps: int = Field(10, gt=0)
+    """steps in a row without a finite gradient, or with answers of the teacher that are not finite, that end the run"""
+    timeout_seconds: float = Field(600.0, ge=0)
+    """without progress of any process after which all of them stop; 0 waits for ever"""
+
+
+class Evaluate(Section):
+    """How heads are scored."""
+
+    fusion: Literal["softmax", "logits"] = "softmax"
+    """softmax is the paper's mean of the two softmaxes; logits is timm's and deit's mean of the logits"""
+    batch_size: int = Field(128, gt=0)
+    """images, for each process"""
+    report: bool = True
+    """write report/report.html at the end of the run"""
+
+
+class Tracking(Section):
+    """Where records go beside metrics.jsonl and TensorBoard."""
+
+    wandb: bool = False
+    """log to Weights & Biases, too; needs the package wandb"""
+    project: str = "deit_kd"
+    """name of the project there"""
+
+
+class Config(Section):
+    """A whole recipe."""
+
+    data: Data = Data()
+    augment: Augment = Augment()
+    student: StudentSection = StudentSection()
+    teacher: TeacherSection = TeacherSection()
+    guide: Guide = Guide()
+    distill: Distill = Distill()
+    optim: Optim = Optim()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    tracking: Tracking = Tracking()
+    recipe: str = "run"
+    """name of the run's folder; the recipe file's name unless set"""
+    seed: int = Field(0, ge=0)
+    """everything random follows from it"""
+    output: str | None = None
+    """folder of the run; null takes the next free runs/<recipe>-<n>"""
+    resume: Literal["auto"] | None = None
+    """auto continues the run in output from its newest checkpoint"""
+
+    @field_validator("recipe")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        if value != Path(value).name:
+            raise ValueError("must be the name of one folder")
+        return value
+
+    @model_validator(mode="after")
+    def _check_across(self) -> Config:
+        teacher, folds, fold = self.teacher, self.data.folds, self.data.fold
+        if folds is None and fold is not None:
+            raise ValueError(f"data.fold: {fold} is set, but data.folds is not; set both")
+        if folds is not None and (fold is None or fold >= folds):
+            raise ValueError(f"data.fold: {fold} is none of {folds} folds; set 0 to {folds - 1}")
+        if self.distill.kind != "none" and teacher.random_weights and teacher.fit.epochs:
+            raise ValueError("teacher.random_weights and teacher.fit.epochs exclude each other")
+        for name, section in (("teacher", teacher), ("guide", self.guide)):
+            if section.checkpoint is not None and section.fit.epochs:
+                raise ValueError(f"{name}.checkpoint and {name}.fit.epochs exclude each other; unset one")
+        for name, section in (("teacher", teacher), ("guide", self.guide)):
+            for key in ("class_map", "label_set"):
+                if not section.head and getattr(section, key) is not None:
+                    raise ValueError(f"{name}.{key}: names columns, and {name}.head is false; leave one out")
+        if not teacher.head and self.distill.logit_kinds:
+            raise ValueError(
+                f"teacher.head: false gives no logits for {', '.join(sorted(self.distill.logit_kinds))} labels; set "
+                "distill.kind none and compare features, or name it as the guide"
+            )
+        if not teacher.head and teacher.store is not None:
+            raise ValueError("teacher.store: keeps logits, and teacher.head false gives none; unset one")
+        if self.data.unlabelled is not None and (self.distill.kind, self.distill.alpha) != ("none", 1):
+            raise ValueError(
+                f"data.unlabelled: {self.data.unlabelled} has no labels to learn from; set distill.kind none and "
+                "distill.alpha 1, and name in distill.terms what teaches"
+            )
+        if teacher.members and teacher.is_named:
+            raise ValueError("teacher.members and a teacher of the section's own exclude each other; unset one")
+        if self.guide.is_named and not self.distill.needs_features:
+            raise ValueError("guide: is set, but no term of distill.terms compares features; add one, or unset it")
+        if self.distill.needs_features and not self.guide.is_named:
+            answers_alone = "several teachers give" if teacher.members else "a label store gives"
+            if teacher.members or (teacher.reads_store and not teacher.is_named):
+                raise ValueError(
+                    f"distill.terms: features are compared, but {answers_alone} answers alone; add an online guide "
+                    "(guide.name, and guide.checkpoint or guide.fit.epochs)"
+                )
+        if teacher.store_mode == "record" and teacher.store is None:
+            raise ValueError("teacher.store_mode: record needs a folder to fill; set teacher.store")
+        if self.train.precision == "fp16" and self.train.device == "cpu":
+            raise ValueError("train.precision: fp16 needs CUDA; use bf16 or off on the CPU")
+        return self
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML, every key with its value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
