@@ -22,7 +22,7 @@ from deit_kd.cli import main
 from deit_kd.distributed import finish, on_main, start
 from deit_kd.interfaces import InputError, Stopped
 from deit_kd.store import epoch_part
-from deit_kd.teaching.stored import verify
+from deit_kd.teaching.store_identity import verify
 from tests.conftest import records, short, tiny, write_photos
 from tests.forked import two
 from tests.test_store_folder import begin, fill

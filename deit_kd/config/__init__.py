@@ -1,6 +1,6 @@
 """The schema of a recipe, and the one way from YAML and dotted overrides to a checked value."""
 
-from deit_kd.config.distill import Distill, as_schedule, in_words
+from deit_kd.config.distill import Distill, TermSection, as_schedule, in_words
 from deit_kd.config.parser import (
     as_options,
     build_parser,
@@ -17,6 +17,7 @@ from deit_kd.config.sections import (
     Data,
     Fit,
     Guide,
+    SoleTeacher,
     StudentSection,
     TeacherNetwork,
     TeacherSection,
@@ -30,9 +31,11 @@ __all__ = [
     "Distill",
     "Fit",
     "Guide",
+    "SoleTeacher",
     "StudentSection",
     "TeacherNetwork",
     "TeacherSection",
+    "TermSection",
     "as_options",
     "as_schedule",
     "build_parser",

@@ -22,8 +22,8 @@ from deit_kd.store import VALIDATION, LabelStore, RecordingTeacher, epoch_part
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.teaching.fit import online_teacher
 from deit_kd.teaching.recording import fill_epoch, fill_validation, writing
-from deit_kd.teaching.store_identity import identity, libraries_in_use, refuse_other, weights_hash
-from deit_kd.teaching.stored import open_store, verify
+from deit_kd.teaching.store_identity import identity, libraries_in_use, refuse_other, verify, weights_hash
+from deit_kd.teaching.stored import open_store
 
 LARGEST_CHANGED_SHARE = 0.01  # of the argmax, that a check lets pass
 LARGEST_GAP_SHARE = 0.05  # of the logits' spread, that a check lets pass: several times bf16's rounding

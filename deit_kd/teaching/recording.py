@@ -37,10 +37,10 @@ from deit_kd.teaching.store_identity import (
     refuse_differences,
     refuse_libraries,
     refuse_other,
+    verify,
     weights_hash,
     weights_source,
 )
-from deit_kd.teaching.stored import verify
 
 SOFT_TOP = 10  # logits kept for soft labels unless teacher.store_top says otherwise
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from deit_kd.config import Config, flat
 from deit_kd.data import Photos, Splits
+from deit_kd.distributed import Processes, together
 from deit_kd.interfaces import InputError
 from deit_kd.models.state import tensors_hash
 from deit_kd.origins import open_origin
@@ -154,3 +156,17 @@ def refuse_libraries(store: LabelStore) -> None:
         f"teacher.store: {store.folder} was made with other libraries ({'; '.join(fewest)}), which may change a view; "
         "run deit-kd store check on it, which lets these use it if the answers hold"
     )
+
+
+def verify(store: LabelStore, parts_of_store: Sequence[str], processes: Processes) -> None:
+    """Compare the checksums of parts, each process its share.
+
+    Raises:
+        InputError: a part is damaged.
+    """
+
+    def verify_share() -> None:
+        with processes.busy(f"compares checksums of {store.folder}"):
+            store.verify(parts_of_store[processes.rank :: processes.count])
+
+    together(processes, verify_share)

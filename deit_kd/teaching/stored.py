@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from deit_kd.config import Config
 from deit_kd.console import say
 from deit_kd.data import Photos
-from deit_kd.distributed import Processes, on_main, together
+from deit_kd.distributed import on_main, together
 from deit_kd.interfaces import InputError
 from deit_kd.run_folder import read_facts
 from deit_kd.runs.prepared import Run
@@ -81,20 +80,6 @@ def _epochs_to_read(run: Run, store: LabelStore) -> int:
     if begun > epochs:
         raise InputError(f"resume: {run.folder} was begun with {begun} epochs of the store, which has {epochs} now")
     return begun
-
-
-def verify(store: LabelStore, parts_of_store: Sequence[str], processes: Processes) -> None:
-    """Compare the checksums of parts, each process its share.
-
-    Raises:
-        InputError: a part is damaged.
-    """
-
-    def verify_share() -> None:
-        with processes.busy(f"compares checksums of {store.folder}"):
-            store.verify(parts_of_store[processes.rank :: processes.count])
-
-    together(processes, verify_share)
 
 
 def _epochs_of_all_photos(epochs: int, config: Config) -> int:
