@@ -1,4 +1,4 @@
-"""Print how far a label store's records are from the full logits of a trained teacher, for docs/guide/label-store.md.
+"""Print how far a label store's records are from a trained teacher's logits, for docs/evidence/performance.md.
 
 The divergence KL(full || record) is what soft distillation loses per view, at temperature T, in nats:
 

@@ -91,7 +91,8 @@ def about(row, fusion="softmax"):
 
 def table():
     """Return ``{(row, format): reason or None}`` of docs/guide/exports.md."""
-    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("|")]
+    text = TABLE.read_text()
+    lines = text[text.index("| student |") :].partition("\n\n")[0].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     header = [re.sub("`", "", cell) for cell in cells[0]]
     return {
