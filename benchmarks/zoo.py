@@ -61,10 +61,9 @@ PAGE = """# timm's zoo as students and teachers
 The smallest model of each of {families} families of timm {timm}, with random weights, judged on {date} by
 `python benchmarks/zoo.py --markdown docs/evidence/zoo.md`: {tally}.
 
-A distilled student works if its class head, with the distillation token masked out of attention, gives the logits of
-the plain model that it was started from, and others where the token is not masked. A plain student and a teacher work
-if their logits are timm's own. What is refused is refused in one line, before a run starts. Large models are built with
-two blocks.
+A distilled student works if its class head gives the logits of the plain model it was started from while the
+distillation token is masked out of attention, and other logits while it is not. A plain student and a teacher work if
+their logits are timm's own. A refusal is one line, before a run starts. Large models are built with two blocks.
 
 | module | class | pools | model | {roles} |
 |---|---|---|---|---|---|---|
