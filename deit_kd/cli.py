@@ -23,7 +23,9 @@ Arguments = list[str]
 def _train(arguments: Arguments) -> None:
     parser = build_parser("deit-kd train")
     parser.add_argument(
-        "--dry-run", action="store_true", help="two steps and one evaluation batch: memory, time, disk; writes nothing"
+        "--dry-run",
+        action="store_true",
+        help="take two steps and one evaluation batch, print memory, time and disk, write nothing",
     )
     config, others = parse_config(arguments, parser)
     check_training(config)
@@ -40,14 +42,17 @@ def _train(arguments: Arguments) -> None:
 def _evaluate(arguments: Arguments) -> None:
     parser = build_parser("deit-kd eval")
     parser.add_argument(
-        "sources", type=str, nargs="+", help="a run, an exported folder, a file or a timm model; or the runs of folds"
+        "sources",
+        type=str,
+        nargs="+",
+        help="a run, an exported folder, a file or a timm model; or the runs of several folds",
     )
-    parser.add_argument("--split", type=str, default="validation", help="train, validation or a folder under data.root")
-    parser.add_argument("--against", type=str, default=None, help="a second student to compare with")
-    parser.add_argument("--to", type=str, default=None, help="folder for the files; RUN/eval/<split> or one beside it")
-    parser.add_argument("--diagnose", type=bool, default=False, help="look at tokens, layers and attention, too")
-    parser.add_argument("--images", type=list[str], default=[], help="names of the images to show then")
-    parser.add_argument("--probe", type=bool, default=False, help="score the features by k-NN and a linear probe, too")
+    parser.add_argument("--split", type=str, default="validation", help="train, validation or a folder in data.root")
+    parser.add_argument("--against", type=str, default=None, help="another student to compare with")
+    parser.add_argument("--to", type=str, default=None, help="folder for the files; RUN/eval/<split> unless set")
+    parser.add_argument("--diagnose", type=bool, default=False, help="also look at tokens, layers and attention")
+    parser.add_argument("--images", type=list[str], default=[], help="names of the images that --diagnose shows")
+    parser.add_argument("--probe", type=bool, default=False, help="also score the features by k-NN and a linear probe")
     if _asks_for_help(arguments):
         parse_config(arguments, parser)
     _first_argument(arguments, parser)
@@ -84,7 +89,7 @@ def _check_evaluation(options: dict[str, Any]) -> None:
     of_one = [option for option in ("against", "diagnose", "images", "probe") if options[option]]
     of_one += ["split"] * (options["split"] != "validation")
     if of_one and len(options["sources"]) > 1:
-        raise InputError(f"--{of_one[0]}: is for one student; leave it out for the runs of folds")
+        raise InputError(f"--{of_one[0]}: works for one student only; leave it out for runs of several folds")
     if options["data"]["root"] is not None and options["data"]["name"] == "folder":
         photos_root(options["data"]["root"])
 
@@ -92,8 +97,8 @@ def _check_evaluation(options: dict[str, Any]) -> None:
 def _predict(arguments: Arguments) -> None:
     parser = _run_parser("deit-kd predict")
     parser.add_argument("files", type=str, nargs="+", help="images")
-    parser.add_argument("--head", choices=["cls", "dist", "fused", "all"], default="fused", help="whose answer")
-    parser.add_argument("--csv", type=str, default=None, help="file to write; standard output unless set")
+    parser.add_argument("--head", choices=["cls", "dist", "fused", "all"], default="fused", help="which head answers")
+    parser.add_argument("--csv", type=str, default=None, help="CSV file to write; standard output unless set")
     if arguments and arguments[0].endswith(".onnx") and not _asks_for_help(arguments):
         from deit_kd.jobs.predict import recipe_of_model
 
@@ -131,15 +136,17 @@ def _export(arguments: Arguments) -> None:
     parser = _run_parser("deit-kd export")
     parser.add_argument("--format", type=str, required=True, help="timm, local-dir, transformers, onnx or torch-export")
     parser.add_argument("--to", type=str, default=None, help="folder to write; RUN/export/FORMAT unless set")
-    parser.add_argument("--outputs", type=str, nargs="+", default=None, help="of cls, dist and fused; all unless set")
-    parser.add_argument("--opset", type=int, default=18, help="of ONNX, 18 to 23")
-    parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="of an ONNX's or .pt2's weights")
-    parser.add_argument("--dynamic_size", type=bool, default=False, help="whether images may have another size")
+    parser.add_argument(
+        "--outputs", type=str, nargs="+", default=None, help="any of cls, dist and fused; all unless set"
+    )
+    parser.add_argument("--opset", type=int, default=18, help="ONNX operator set, 18 to 23")
+    parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="of the weights in ONNX or .pt2")
+    parser.add_argument("--dynamic_size", type=bool, default=False, help="accept images of other sizes")
     if _asks_for_help(arguments):
         parse_config(arguments, parser)
     named = _first_argument(arguments, parser)
     if not path_of(named).exists():
-        raise InputError(f"{named}: is no run (nothing is there); name the folder of a run, or a checkpoint of one")
+        raise InputError(f"{named}: is not there; name the folder of a run, or one of its checkpoints")
     from deit_kd.evaluation.sources import open_source
     from deit_kd.exports import Choices
     from deit_kd.jobs.export import export_student
@@ -153,10 +160,12 @@ def _export(arguments: Arguments) -> None:
 
 def _bench(arguments: Arguments) -> None:
     parser = build_parser("deit-kd bench")
-    parser.add_argument("--rounds", type=int, default=7, help="how often each part is timed")
-    parser.add_argument("--steps", type=int, default=10, help="optimiser steps a time")
-    parser.add_argument("--photos", type=int, default=2048, help="training photos to take; a store of them is filled")
-    parser.add_argument("--other_compile", type=bool, default=False, help="the step with train.compile reversed, too")
+    parser.add_argument("--rounds", type=int, default=7, help="how often to time each part")
+    parser.add_argument("--steps", type=int, default=10, help="optimiser steps in each timing")
+    parser.add_argument("--photos", type=int, default=2048, help="training photos to use; a store is filled with them")
+    parser.add_argument(
+        "--other_compile", type=bool, default=False, help="also time the step with train.compile reversed"
+    )
     parser.add_argument("--json", type=str, default=None, help="file for the numbers")
     config, others = parse_config(arguments, parser)
     check_training(config)
@@ -199,7 +208,7 @@ def _runs_given(parser: ArgumentParser, arguments: Arguments) -> dict[str, Any]:
 def _data(arguments: Arguments) -> int:
     parser = build_parser("deit-kd data")
     parser.add_argument("action", choices=["check"], help="read every photo of a tree once")
-    parser.add_argument("root", type=str, nargs="?", default=None, help="folder of the photos; data.root unless named")
+    parser.add_argument("root", type=str, nargs="?", default=None, help="folder of the photos; data.root unless set")
     parser.add_argument("--json", type=str, default=None, help="file for the findings")
     config, others = parse_config(arguments, parser)
     json_file = _named_file("--json", others["json"])
@@ -230,7 +239,7 @@ def _store_build(arguments: Arguments) -> None:
     parser = build_parser("deit-kd store build")
     parser.add_argument("--store", type=str, default=None, help="folder of the store; teacher.store unless set")
     parser.add_argument("--epochs", type=int, default=None, help="view epochs to store; train.epochs unless set")
-    parser.add_argument("--batch_size", type=int, default=256, help="images that each process asks for at a time")
+    parser.add_argument("--batch_size", type=int, default=256, help="images per process and batch")
     config, others = parse_config(arguments, parser)
     check_training(config)
     from deit_kd.jobs.store import build
@@ -240,8 +249,8 @@ def _store_build(arguments: Arguments) -> None:
 
 def _store_check(arguments: Arguments) -> None:
     parser = build_parser("deit-kd store check")
-    parser.add_argument("folder", type=str, help="of the store")
-    parser.add_argument("--samples", type=int, default=500, help="views to ask for again")
+    parser.add_argument("folder", type=str, help="folder of the store")
+    parser.add_argument("--samples", type=int, default=500, help="number of views to check against the teacher")
     config, others = parse_config(arguments, parser)
     check_there("teacher.store", others["folder"], "make one with deit-kd store build")
     check_training(config)
@@ -252,7 +261,9 @@ def _store_check(arguments: Arguments) -> None:
 
 def _store_info(arguments: Arguments) -> None:
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise InputError(f"deit-kd store info: {' '.join(arguments) or 'nothing'} is given; name one store's folder")
+        raise InputError(
+            f"deit-kd store info: {' '.join(arguments) or 'nothing'} was given; name the folder of one store"
+        )
     check_there("teacher.store", arguments[0], "make one with deit-kd store build")
     from deit_kd.jobs.store import info
 
@@ -268,7 +279,7 @@ STORE_VERBS: dict[str, Callable[[Arguments], None]] = {
 
 def _run_parser(program: str) -> ArgumentParser:
     parser = build_parser(program)
-    parser.add_argument("run", type=str, help="folder of a run, whose recipe the options override")
+    parser.add_argument("run", type=str, help="folder of a run; options override its recipe")
     return parser
 
 
@@ -279,7 +290,7 @@ def _with_recipe_of_run(arguments: Arguments, parser: ArgumentParser) -> tuple[P
     folder = Path(_first_argument(arguments, parser))
     recipe = folder / "config.yaml"
     if not recipe.is_file():
-        raise InputError(f"{folder}: is no run (it has no {recipe.name}); name the folder of a run")
+        raise InputError(f"{folder}: is not a run (it has no {recipe.name}); name the folder of a run")
     return folder, [arguments[0], "--config", str(recipe), *arguments[1:]]
 
 
@@ -294,14 +305,14 @@ def _first_argument(arguments: Arguments, parser: ArgumentParser) -> str:
 
 
 VERBS: dict[str, tuple[str, Callable[[Arguments], int | None]]] = {
-    "train": ("train a student, its teacher first where the recipe says so", _train),
-    "eval": ("score a student's heads apart and fused, a run's or a published one's", _evaluate),
-    "report": ("one page about runs: curves, heads, calibration, attention", _report),
-    "plot": ("the curves of a run that is still going", _plot),
-    "data": ("check a tree of photos: counts, unreadable files, duplicates", _data),
-    "store": ("ask a teacher once for every view (build, check, info)", _store),
-    "predict": ("class, probability and head for unlabelled images", _predict),
-    "export": ("hand a run's student to timm, transformers, onnx or torch.export", _export),
+    "train": ("train a student, and its teacher first if the recipe says so", _train),
+    "eval": ("score the heads of a student, separately and fused: a run or a published model", _evaluate),
+    "report": ("draw one page about runs: curves, heads, calibration, attention", _report),
+    "plot": ("draw the curves of a run that is still going", _plot),
+    "data": ("check photos: counts, unreadable files, duplicates", _data),
+    "store": ("run a teacher once for every view, and keep its answers (build, check, info)", _store),
+    "predict": ("print class and probability for images without labels", _predict),
+    "export": ("export a run's student to timm, transformers, ONNX or torch.export", _export),
     "bench": ("time the training loop and its parts, with and without a teacher and a store", _bench),
 }
 
@@ -315,7 +326,7 @@ def main(arguments: Arguments | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
-        print("usage: deit-kd VERB …\n\nverbs (deit-kd VERB --help says more):")
+        print("usage: deit-kd VERB …\n\nverbs (deit-kd VERB --help shows their options):")
         for name, (summary, _) in VERBS.items():
             print(f"  {name:9} {summary}")
         return 0

@@ -195,7 +195,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
         (["trian"], "(nearest: train)"),
         (["eval"], "the first argument names a run"),
         (["eval", "nowhere"], "'nowhere' is not a timm model"),
-        (["predict", "nowhere", "a.png"], "nowhere: is no run"),
+        (["predict", "nowhere", "a.png"], "nowhere: is not a run"),
         (["predict", "--head", "cls"], "the first argument names a run"),
     ],
 )

@@ -237,7 +237,7 @@ def test_a_photo_that_is_added_since_is_refused(home: Path, tmp_path: Path, caps
 def test_options_of_one_student_are_refused_for_several(
     home: Path, capsys: pytest.CaptureFixture[str], option: list[str]
 ) -> None:
-    assert "is for one student" in refused(["eval", *runs_of(home, "soft"), *option], capsys)
+    assert "for one student" in refused(["eval", *runs_of(home, "soft"), *option], capsys)
 
 
 def test_several_runs_without_folds_are_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -592,7 +592,7 @@ def test_a_student_without_a_run_is_compared_with_a_stored_teacher(home: Home, h
         (["build", "--teacher.store_mode", "record"], "teacher.store_mode: record needs a folder to fill"),
         (["check", "S"], "S is not there"),
         (["check", ".", "--samples", "0"], "--samples: 0 is not above 0"),
-        (["info"], "name one store's folder"),
+        (["info"], "name the folder of one store"),
         (["info", "S"], "S is not there"),
         (["biuld"], "nearest: build"),
     ],

@@ -20,18 +20,18 @@ from deit_kd.schedules import Schedule, always
 
 
 class ScheduleSection(Section):
-    """A number that changes over the run; places are shares of it."""
+    """A number that changes over the run; places are shares of the run."""
 
     start: float = Field(ge=0)
     """value before the change"""
     end: float = Field(0.0, ge=0)
     """value after the change"""
     begin: float = Field(0.0, ge=0, lt=1, alias="from")
-    """place at which the change begins"""
+    """where the change begins"""
     until: float = Field(1.0, gt=0, le=1)
-    """place at which it has ended"""
+    """where the change ends"""
     shape: Literal["constant", "linear", "cosine"] = "constant"
-    """constant keeps start until the change has ended; linear and cosine go from one to the other"""
+    """constant keeps start until the change ends; linear and cosine move from one to the other"""
 
     @model_validator(mode="after")
     def _check_places(self) -> ScheduleSection:
@@ -86,21 +86,21 @@ class TermSection(Section):
     """One more term of the objective."""
 
     kind: Literal["guide", "pooled", "soft", "hard", "standardised"]
-    """guide: maps; pooled: one vector an image; soft, hard, standardised: the distillation head against the logits"""
+    """guide: feature maps; pooled: one vector per image; soft, hard, standardised: the teacher's logits"""
     weight: Scheduled = 1.0
-    """a number, or its schedule {start, end, from, until, shape}"""
+    """a number, or a schedule {start, end, from, until, shape}"""
     temperature: Scheduled | None = None
-    """of soft and standardised; null is 3, and of standardised what follows from the number of classes"""
+    """for soft and standardised; null is 3, or for standardised depends on the number of classes"""
     blocks: list[int] | None = None
-    """of guide: the student's blocks, from 0; null spreads them evenly, one for each stage"""
+    """for guide: the student's blocks, from 0; null spreads them evenly, one for each stage"""
     stages: list[str] | None = None
-    """of guide: the teacher's layers by timm's names; null takes the last three not coarser than the student's grid"""
+    """for guide: the teacher's layers by timm's names; null takes the last three no coarser than the student's grid"""
     grid: int | None = Field(None, gt=0)
-    """of guide: side of a coarser grid to compare maps on; null is the coarser of the two"""
+    """for guide: side of a coarser grid to compare maps on; null takes the coarser of the two grids"""
     normalise: bool = True
-    """of guide: layer-normalise the teacher's maps over channels"""
+    """for guide: layer-normalise the teacher's maps over channels"""
     loss: Literal["cosine", "huber"] = "cosine"
-    """of pooled"""
+    """for pooled: how vectors are compared"""
 
     @field_validator("weight", "temperature")
     @classmethod
@@ -133,13 +133,13 @@ class Distill(Section):
     """(1 - alpha) * classification(cls) + alpha * distillation(dist) + the sum of weight * term."""
 
     kind: Literal["none", "soft", "hard", "standardised"] = "hard"
-    """none is plain supervised training, unless there are terms"""
+    """how the teacher's logits are learned; none is plain supervised training, unless there are terms"""
     alpha: Scheduled = 0.5
-    """weight of the distillation term, a number from 0 to 1 or its schedule; 1 with kind none leaves the labels out"""
+    """weight of the distillation term, a number from 0 to 1 or a schedule; 1 with kind none leaves the labels out"""
     temperature: Scheduled | None = 3.0
-    """of soft and standardised, a number or its schedule; null is 3, and of standardised follows from the classes"""
+    """for soft and standardised, a number or a schedule; null is 3, or for standardised depends on the classes"""
     scale: Literal["batchmean", "numel"] = "batchmean"
-    """numel divides by the classes too, as the published deit code does"""
+    """numel also divides by the number of classes, as the published deit code does"""
     terms: list[TermSection] = Field([])
     """further terms: [{kind: guide, weight: {start: 2.5, until: 0.5}}]"""
 

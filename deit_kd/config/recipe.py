@@ -20,53 +20,53 @@ class Train(Section):
     """The loop."""
 
     epochs: int = Field(300, gt=0)
-    """passes over the set"""
+    """passes over the training photos"""
     batch_size: int = Field(1024, gt=0)
     """images per optimiser step, over all processes and accumulation steps"""
     accumulation_steps: int = Field(1, gt=0)
-    """micro-batches an optimiser step"""
+    """micro-batches per optimiser step"""
     precision: Literal["bf16", "fp16", "off"] = "bf16"
-    """autocast"""
+    """precision of autocast"""
     ema_decay: float | None = Field(None, ge=0, lt=1)
-    """of the average of the weights, over 1 / (1 - decay) steps; null takes a twentieth of the run, 0 keeps none"""
+    """decay of the weights' average (a span of 1 / (1 - decay) steps); null for a twentieth of the run, 0 for none"""
     compile: bool = False
     """run the student through torch.compile"""
     attention: Literal["auto", "fused", "plain"] = "auto"
-    """auto is PyTorch's fused attention on CUDA and timm's plain one on the CPU"""
+    """auto is PyTorch's fused attention on CUDA, and timm's plain attention on the CPU"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1"""
     log_every_steps: int = Field(20, gt=0)
     """steps between records"""
     checkpoint_every_minutes: float = Field(10.0, gt=0)
-    """between checkpoints, at the next record; one more is written after every epoch"""
+    """minutes between checkpoints, written at the next record; every epoch also ends with one"""
     checkpoint_every_steps: int | None = Field(None, gt=0)
-    """steps between further checkpoints"""
+    """steps between further checkpoints; null for none"""
     keep_checkpoints: int = Field(2, gt=0)
-    """how many stay, beside the one with the best top-1"""
+    """how many of the newest checkpoints to keep, besides the one with the best top-1"""
     max_bad_steps: int = Field(10, gt=0)
-    """steps in a row without a finite gradient, or with answers of the teacher that are not finite, that end the run"""
+    """bad steps in a row that end the run: no finite gradient, or teacher answers that are not finite"""
     timeout_seconds: float = Field(600.0, ge=0)
-    """without progress of any process after which all of them stop; 0 waits for ever"""
+    """seconds without progress of a process after which all of them stop; 0 waits forever"""
 
 
 class Evaluate(Section):
     """How heads are scored."""
 
     fusion: Literal["softmax", "logits"] = "softmax"
-    """softmax is the paper's mean of the two softmaxes; logits is timm's and deit's mean of the logits"""
+    """mean of the two heads' softmaxes, as in the paper, or of their logits, as in timm and deit"""
     batch_size: int = Field(128, gt=0)
-    """images, for each process"""
+    """images per process"""
     report: bool = True
     """write report/report.html at the end of the run"""
 
 
 class Tracking(Section):
-    """Where records go beside metrics.jsonl and TensorBoard."""
+    """Where records go besides metrics.jsonl and TensorBoard."""
 
     wandb: bool = False
-    """log to Weights & Biases, too; needs the package wandb"""
+    """also log to Weights & Biases; needs the package wandb"""
     project: str = "deit_kd"
-    """name of the project there"""
+    """name of the Weights & Biases project"""
 
 
 class Config(Section):
@@ -83,13 +83,13 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     tracking: Tracking = Tracking()
     recipe: str = "run"
-    """name of the run's folder; the recipe file's name unless set"""
+    """name of the run's folder; the name of the recipe file unless set"""
     seed: int = Field(0, ge=0)
-    """everything random follows from it"""
+    """seed of everything random"""
     output: str | None = None
-    """folder of the run; null takes the next free runs/<recipe>-<n>"""
+    """folder of the run; null for the next free runs/<recipe>-<n>"""
     resume: Literal["auto"] | None = None
-    """auto continues the run in output from its newest checkpoint"""
+    """auto continues the run in output from its newest checkpoint, or starts it"""
 
     @field_validator("recipe")
     @classmethod

@@ -43,41 +43,41 @@ class Data(Section):
     name: str = "folder"
     """dataset: folder, digits, imagenette, cifar10 or cifar100"""
     root: str | None = None
-    """folder of the data"""
+    """folder of the photos"""
     train_split: str = "train"
     """folder of the training split under root"""
     validation_split: str = "validation"
-    """folder of the validation split under root; where it is missing, the tree is split"""
+    """folder of the validation split under root; if it is missing, a share of each class is held out"""
     validation_fraction: float = Field(0.2, gt=0, lt=1)
-    """share of each class to hold out where there is no validation split"""
+    """share of each class to hold out if there is no validation split"""
     folds: int | None = Field(None, ge=2)
-    """cross-validation: joins all photos and parts each class into so many folds, by the hash of the photos' names"""
+    """cross-validation: join all photos and divide each class into this many folds, by the hash of the photos' names"""
     fold: int | None = Field(None, ge=0)
-    """the fold to hold out, from 0; the others are trained on"""
+    """the fold to hold out, from 0; the student trains on the others"""
     unlabelled: str | None = None
-    """folder of photos without labels, however nested, to train on; root then gives classes and validation alone"""
+    """folder of photos without labels to train on, nested in any way; root then only gives classes and validation"""
     download: bool = False
     """let torchvision download the data to root"""
     image_size: int = Field(224, gt=0)
-    """pixels of a side, as the student sees it"""
+    """side of the student's images in pixels"""
     crop_fraction: float = Field(0.9, gt=0, le=1)
-    """evaluation resizes to image_size / crop_fraction, as crop_mode says, then crops the centre"""
+    """evaluation resizes to image_size / crop_fraction (see crop_mode), then crops the centre"""
     crop_mode: Literal["center", "border", "squash"] = "center"
-    """evaluation resizes the shorter side, the longer one (the mean fills the rest), or both (timm's crop_mode)"""
+    """timm's crop_mode: evaluation resizes the shorter side, the longer side (padded with the mean), or both"""
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
-    """of resizing"""
+    """interpolation of all resizing"""
     mean: Statistics = IMAGENET_MEAN
-    """normalisation of the student's images, by channel"""
+    """normalisation of the student's images, per channel"""
     std: Statistics = IMAGENET_STD
-    """normalisation of the student's images, by channel"""
+    """normalisation of the student's images, per channel"""
     in_memory: bool = False
-    """decode every training photo once, at the start, and keep it in memory; the views are the same"""
+    """decode every training photo once at the start and keep it in memory; the views stay the same"""
     workers: int = Field(2, ge=0)
-    """processes that make views, for each training process"""
+    """data loader workers per training process"""
     on_error: Literal["raise", "skip"] = "raise"
-    """a photo that cannot be read ends the run, or is left out and listed in data_errors.jsonl"""
+    """what to do with a photo that cannot be read: end the run, or leave it out and list it in data_errors.jsonl"""
     max_errors: int = Field(100, ge=0)
-    """photos that may be left out; one more ends the run"""
+    """number of photos that may be left out; one more ends the run"""
 
     _check_std = field_validator("std")(_check_positive)
 
@@ -86,11 +86,11 @@ class Augment(Section):
     """How views are made; the defaults are DeiT's."""
 
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """timm's policy: rand-m9-mstd0.5-inc1, 3a (three-augment), … or null"""
+    """timm's policy: rand-m9-mstd0.5-inc1, 3a (three-augment), …; null for none"""
     color_jitter: float = Field(0.3, ge=0)
-    """strength; timm leaves it out where auto_augment is a RandAugment policy"""
+    """strength of colour jitter; timm skips it if auto_augment is a RandAugment policy"""
     horizontal_flip: float = Field(0.5, ge=0, le=1)
-    """probability"""
+    """probability of a horizontal flip"""
     scale: tuple[float, float] = (0.08, 1.0)
     """area of the random crop, as a share of the photo"""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -98,17 +98,17 @@ class Augment(Section):
     erasing: float = Field(0.25, ge=0, le=1)
     """probability of random erasing"""
     repeats: int = Field(3, gt=0)
-    """repeated augmentation: views of a photo in one epoch"""
+    """repeated augmentation: views of each photo in an epoch that shows it"""
     mixup: float = Field(0.8, ge=0)
     """alpha of mixup; 0 is off"""
     cutmix: float = Field(1.0, ge=0)
     """alpha of CutMix; 0 is off"""
     mix_probability: float = Field(1.0, ge=0, le=1)
-    """that a pair is mixed"""
+    """probability that a pair of views is mixed"""
     mix_switch_probability: float = Field(0.5, ge=0, le=1)
-    """of CutMix where mixup is on too"""
+    """probability of CutMix if mixup is also on"""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
-    """mass spread over all classes"""
+    """probability mass spread over all classes"""
 
     @field_validator("scale", "ratio")
     @classmethod
@@ -124,23 +124,23 @@ class Optim(Section):
     name: str = "adamw"
     """timm's name of the optimiser"""
     lr: float = Field(5e-4, gt=0)
-    """for a batch of lr_reference_batch; scaled linearly with the batch"""
+    """learning rate for a batch of lr_reference_batch; scales linearly with the batch"""
     lr_reference_batch: int = Field(512, ge=0)
-    """images; 0 takes lr as it is"""
+    """batch size that lr is given for; 0 takes lr as it is"""
     weight_decay: float = Field(0.05, ge=0)
-    """of matrices; tokens, position embeddings, biases and norms have none"""
+    """weight decay of matrices; tokens, position embeddings, biases and norms have none"""
     warmup_epochs: int = Field(5, ge=0)
     """epochs of linear warm-up"""
     warmup_lr: float = Field(1e-6, ge=0)
-    """where the warm-up starts"""
+    """learning rate at the start of the warm-up"""
     min_lr: float = Field(1e-5, ge=0)
-    """where the cosine ends"""
+    """learning rate at the end of the cosine"""
     clip_grad_norm: float | None = Field(None, gt=0)
-    """largest gradient norm; null does not clip"""
+    """largest gradient norm; null for no clipping"""
     layer_decay: float | None = Field(None, gt=0, le=1)
-    """the learning rate of each layer below the heads is this times that of the one above; null is the same for all"""
+    """factor of the learning rate from each layer to the one below it, starting at the heads; null for one rate"""
     args: dict[str, JsonValue] = {}
-    """handed to the optimiser: betas, eps, …"""
+    """further arguments of the optimiser: betas, eps, …"""
 
 
 class StudentSection(Section):
@@ -151,32 +151,32 @@ class StudentSection(Section):
     pretrained: bool = False
     """start from timm's weights"""
     checkpoint: str | None = None
-    """start from these weights: a run or a file in it, a timm local-dir, transformers', .safetensors or .pth"""
+    """start from these weights: a run or a file in it, a timm local-dir, a transformers folder, .safetensors or .pth"""
     token: Literal["cls", "scratch"] = "cls"
-    """what a token that the weights lack starts from: their class token with small noise, or nothing"""
+    """how a token that the weights lack starts: from their class token with small noise, or from scratch"""
     new_heads: bool = False
-    """draw new heads even where the weights' own have as many classes"""
+    """initialise new heads even if those of the weights have the right number of classes"""
     freeze: Literal["none", "patch_embed", "backbone", "all_but_heads"] = "none"
-    """what does not learn; backbone leaves tokens and heads"""
+    """what stays frozen; with backbone only tokens and heads learn"""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """rate of stochastic depth"""
     channels_last: bool | None = None
-    """memory format; null is channels-last for networks with BatchNorm"""
+    """channels-last memory format; null uses it for networks with BatchNorm"""
     args: dict[str, JsonValue] = {}
-    """handed to timm.create_model: patch_size, embed_dim, depth, …"""
+    """further arguments of timm.create_model: patch_size, embed_dim, depth, …"""
 
 
 class Fit(Section):
     """Train the teacher first, on the same data, when no weights for these classes exist yet."""
 
     epochs: int = Field(0, ge=0)
-    """0 does not fit"""
+    """epochs to train the teacher for; 0 does not train it"""
     folder: str = "runs/teachers"
     """where fitted teachers are kept and found again"""
     batch_size: int = Field(64, gt=0)
     """images per optimiser step"""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """of the average of the weights; 0 keeps none"""
+    """decay of the average of the weights; 0 for no average"""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """rate of stochastic depth"""
     augment: Augment = Augment(auto_augment=None, erasing=0.0, repeats=1, mixup=0.0, cutmix=0.0, scale=(0.35, 1.0))
@@ -189,25 +189,25 @@ class TeacherNetwork(Section):
     """A frozen network; its weights come from exactly one place."""
 
     name: str | None = None
-    """timm name; pin the tag of pretrained weights (regnety_160.deit_in1k); null is what the checkpoint says"""
+    """timm name, best with the tag of pretrained weights (regnety_160.deit_in1k); null takes the checkpoint's"""
     pretrained: bool = False
-    """timm's weights, head included"""
+    """use timm's weights, head included"""
     checkpoint: str | None = None
-    """weights of a run or a file in it (RUN:teacher is its teacher), a local-dir, transformers', .safetensors, .pth"""
+    """weights: a run or a file in it (RUN:teacher is its teacher), a local-dir, transformers, .safetensors or .pth"""
     random_weights: bool = False
-    """no weights at all: for benchmarks and tests"""
+    """no trained weights; for benchmarks and tests"""
     class_map: str | None = None
-    """CSV or JSON file: dataset class, and the teacher's column, WordNet id or label"""
+    """CSV or JSON file that gives each class its column, WordNet id or label of the teacher"""
     label_set: str | None = None
-    """what the columns of weights without class names are: imagenet-1k, imagenet-12k, imagenet-22k, …"""
+    """classes of weights without class names: imagenet-1k, imagenet-12k, imagenet-22k, …"""
     image_size: int | None = Field(None, gt=0)
-    """pixels that it sees; null takes its pretrained config's, or the student's"""
+    """side of its images in pixels; null takes that of its pretrained config, or the student's"""
     mean: Statistics | None = None
-    """its normalisation; null takes its pretrained config's, or the student's"""
+    """its normalisation; null takes that of its pretrained config, or the student's"""
     std: Statistics | None = None
-    """its normalisation; null takes its pretrained config's, or the student's"""
+    """its normalisation; null takes that of its pretrained config, or the student's"""
     args: dict[str, JsonValue] = {}
-    """handed to timm.create_model"""
+    """further arguments of timm.create_model"""
 
     _check_std = field_validator("std")(_check_positive)
 
@@ -216,12 +216,12 @@ class SoleTeacher(TeacherNetwork):
     """A network that may be fitted first, and whose score is checked before it teaches."""
 
     fit: Fit = Fit()
-    """train it first"""
+    """how it is trained first"""
     head: bool = True
-    """false takes its features alone: any network, with a head (which is left out) or without, and no class map"""
+    """false uses only its features, of any network with or without a head; no class map is needed"""
     min_top1: float | None = Field(None, ge=0, le=100)
-    """least top-1 on validation in percent (without a head, of its k-NN); null is the largest class's share and three
-    standard errors"""
+    """least top-1 on validation in percent (without a head, that of its k-NN); null is the share of the largest class
+    plus three standard errors"""
 
     @property
     def is_named(self) -> bool:
@@ -237,26 +237,26 @@ class TeacherMember(TeacherNetwork):
     """One of several teachers."""
 
     weight: float = Field(1.0, gt=0)
-    """its share; shares are scaled to sum to 1"""
+    """its weight; weights are scaled to sum to 1"""
 
 
 class TeacherSection(SoleTeacher):
     """What is learned from: one network, or several."""
 
     members: list[TeacherMember] = []
-    """several teachers, each with its own eyes and class map, instead of one"""
+    """several teachers instead of one, each with its own size, normalisation and class map"""
     combine: Literal["mean", "draw"] = "mean"
-    """of several teachers: the mean of their probabilities, or one drawn for each view"""
+    """with several teachers: mean of their probabilities, or draw one for each view"""
     store: str | None = None
     """folder of a label store: the teacher's answers to every view"""
     store_mode: Literal["read", "record"] = "read"
-    """read trains with no teacher in memory; record fills the store while the teacher is asked"""
+    """read trains without a teacher in memory; record fills the store while training with the teacher"""
     store_top: int | None = Field(None, ge=0)
-    """logits that a new store keeps of an answer; null is 10 for soft labels, and 0, the label alone, for hard ones"""
+    """logits that a new store keeps per view; null is 10 for soft labels and 0 (the label alone) for hard labels"""
     precision: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """of its weights; auto is train.precision"""
+    """precision of its weights; auto takes train.precision"""
     channels_last: bool = True
-    """memory format"""
+    """channels-last memory format"""
     compile: bool = False
     """run it through torch.compile"""
 
