@@ -25,8 +25,10 @@ SCRIPTS = ("scripts/check", "scripts/fuzz", "scripts/soak")
 PROGRAMS = ("deit-kd", "python", "torchrun", "sbatch", "pip", "pytest", "tensorboard", *SCRIPTS)
 NOWHERE = "no-photos-here"
 UNKNOWN = "no-such-option"
-# What a command says that is right in everything but the files it names, which are not there.
-STOPPED = re.compile(r"error: .*(is not a folder|is not there|is no file); |error: --to: .* is there already; ")
+# What a command says that is right in everything but what is not there: the files that it names, or an extra library.
+STOPPED = re.compile(
+    r"error: .*(is not a folder|is not there|is no file); |error: --to: .* is there already; |error: --format: \w+ needs "
+)
 
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="there is no README.md")
 
