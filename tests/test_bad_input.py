@@ -278,12 +278,12 @@ def test_an_output_that_is_a_file_is_refused(
 
 
 CHANGES = [
-    ({"distill__temperature": 4}, "distill.temperature: 3.0 -> 4.0"),
-    ({"seed": 1}, "seed: 0 -> 1"),
-    ({"optim__lr": 2e-3}, "optim.lr: 0.001 -> 0.002"),
-    ({"train__batch_size": 12}, "train.batch_size: 8 -> 12"),
+    ({"distill__temperature": 4}, "distill.temperature: 3.0 in the run, 4.0 here"),
+    ({"seed": 1}, "seed: 0 in the run, 1 here"),
+    ({"optim__lr": 2e-3}, "optim.lr: 0.001 in the run, 0.002 here"),
+    ({"train__batch_size": 12}, "train.batch_size: 8 in the run, 12 here"),
     ({"student__args": {**TINY, "depth": 1}}, "student.args: "),
-    ({"augment__mixup": 0}, "augment.mixup: 0.8 -> 0.0"),
+    ({"augment__mixup": 0}, "augment.mixup: 0.8 in the run, 0.0 here"),
 ]
 
 

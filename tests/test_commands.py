@@ -211,10 +211,10 @@ def test_a_fitted_teacher_is_found_again(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--seed", "3"], "seed: 0 -> 3"),
-        (["--teacher.fit.optim.lr", "0.002"], "teacher.fit.optim.lr: 0.004 -> 0.002"),
-        (["--data.mean", "[0.5, 0.5, 0.5]"], "mean: [0.485, 0.456, 0.406] -> [0.5, 0.5, 0.5]"),
-        (["--data.image_size", "24"], "image_size: 16 -> 24"),
+        (["--seed", "3"], "seed: 0 there, 3 here"),
+        (["--teacher.fit.optim.lr", "0.002"], "teacher.fit.optim.lr: 0.004 there, 0.002 here"),
+        (["--data.mean", "[0.5, 0.5, 0.5]"], "mean: item 0 is 0.485 there, 0.5 here"),
+        (["--data.image_size", "24"], "image_size: 16 there, 24 here"),
     ],
 )
 def test_any_difference_fits_anew_and_is_named(

@@ -11,7 +11,9 @@ import yaml
 
 from deit_kd import InputError
 from deit_kd.cli import main
-from deit_kd.config import Config, known_keys, parse_config
+from deit_kd.config import ANSWERS, FIT, NOTHING, VIEWS, Config, effects, known_keys, parse_config
+from deit_kd.config.effects import RESULT, Effect
+from deit_kd.config.sections import Section
 from tests.conftest import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -169,3 +171,31 @@ def test_a_recipe_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_an_alias_saves_typing(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("student: {args: &small {depth: 2}}\nteacher: {args: *small}\n")
     assert config("--config", str(tmp_path / "mine.yaml")).teacher.args == {"depth": 2}
+
+
+def test_a_key_that_does_not_say_what_it_changes_is_no_key() -> None:
+    with pytest.raises(TypeError, match=r"Silent\.lr: say what it changes"):
+
+        class Silent(Section):
+            lr: float = 0.1
+
+
+@pytest.mark.parametrize(
+    ("path", "effect"),
+    [
+        ("data.workers", NOTHING),
+        ("data.image_size", VIEWS),
+        ("teacher.fit.folder", NOTHING),
+        ("teacher.fit.optim.lr", RESULT),
+        ("teacher.name", ANSWERS | FIT),
+        ("augment.label_smoothing", RESULT),
+        ("seed", VIEWS | FIT),
+    ],
+)
+def test_a_key_says_what_it_changes(path: str, effect: Effect) -> None:
+    assert effects()[path] == effect
+
+
+def test_every_key_of_a_recipe_says_what_it_changes() -> None:
+    sections = {name for name in known_keys() if any(key.startswith(f"{name}.") for key in known_keys())}
+    assert set(effects()) == set(known_keys()) - sections

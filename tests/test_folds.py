@@ -178,7 +178,7 @@ def test_a_run_of_one_fold_does_not_go_on_with_another(
     capsys.readouterr()
     other = tiny(photos_root, tmp_path / "run", **options, data__fold=1, resume="auto")
     assert main(["train", *other]) == 2
-    assert "data.fold: 0 -> 1; data (train): other photos" in capsys.readouterr().err
+    assert "data.fold: 0 in the run, 1 here; data (train): other photos" in capsys.readouterr().err
 
 
 def test_data_check_counts_a_fold(photos_root: Path, tmp_path: Path) -> None:

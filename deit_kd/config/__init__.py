@@ -1,11 +1,11 @@
 """The schema of a recipe, and the one way from YAML and dotted overrides to a checked value."""
 
 from deit_kd.config.distill import Distill, TermSection, as_schedule, in_words
+from deit_kd.config.effects import ANSWERS, FIT, NOTHING, VIEWS
+from deit_kd.config.keys import differences, effects, flat, keys_that_change, known_keys
 from deit_kd.config.parser import (
     as_options,
     build_parser,
-    flat,
-    known_keys,
     parse_config,
     read_options,
     read_recipe,
@@ -24,8 +24,12 @@ from deit_kd.config.sections import (
 )
 
 __all__ = [
+    "ANSWERS",
+    "FIT",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "NOTHING",
+    "VIEWS",
     "Config",
     "Data",
     "Distill",
@@ -39,8 +43,11 @@ __all__ = [
     "as_options",
     "as_schedule",
     "build_parser",
+    "differences",
+    "effects",
     "flat",
     "in_words",
+    "keys_that_change",
     "known_keys",
     "parse_config",
     "read_options",

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     Discriminator,
-    Field,
     SerializerFunctionWrapHandler,
     Tag,
     ValidationInfo,
@@ -15,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from deit_kd.config.effects import RESULT, key
 from deit_kd.config.sections import Section
 from deit_kd.schedules import Schedule, always
 
@@ -22,15 +22,15 @@ from deit_kd.schedules import Schedule, always
 class ScheduleSection(Section):
     """A number that changes over the run; places are shares of the run."""
 
-    start: float = Field(ge=0)
+    start: float = key(..., RESULT, ge=0)
     """value before the change"""
-    end: float = Field(0.0, ge=0)
+    end: float = key(0.0, RESULT, ge=0)
     """value after the change"""
-    begin: float = Field(0.0, ge=0, lt=1, alias="from")
+    begin: float = key(0.0, RESULT, ge=0, lt=1, alias="from")
     """where the change begins"""
-    until: float = Field(1.0, gt=0, le=1)
+    until: float = key(1.0, RESULT, gt=0, le=1)
     """where the change ends"""
-    shape: Literal["constant", "linear", "cosine"] = "constant"
+    shape: Literal["constant", "linear", "cosine"] = key("constant", RESULT)
     """constant keeps start until the change ends; linear and cosine move from one to the other"""
 
     @model_validator(mode="after")
@@ -85,21 +85,21 @@ _KEYS_OF_TERM: dict[str, set[str]] = {
 class TermSection(Section):
     """One more term of the objective."""
 
-    kind: Literal["guide", "pooled", "soft", "hard", "standardised"]
+    kind: Literal["guide", "pooled", "soft", "hard", "standardised"] = key(..., RESULT)
     """guide: feature maps; pooled: one vector per image; soft, hard, standardised: the teacher's logits"""
-    weight: Scheduled = 1.0
+    weight: Scheduled = key(1.0, RESULT)
     """a number, or a schedule {start, end, from, until, shape}"""
-    temperature: Scheduled | None = None
+    temperature: Scheduled | None = key(None, RESULT)
     """for soft and standardised; null is 3, or for standardised depends on the number of classes"""
-    blocks: list[int] | None = None
+    blocks: list[int] | None = key(None, RESULT)
     """for guide: the student's blocks, from 0; null spreads them evenly, one for each stage"""
-    stages: list[str] | None = None
+    stages: list[str] | None = key(None, RESULT)
     """for guide: the teacher's layers by timm's names; null takes the last three no coarser than the student's grid"""
-    grid: int | None = Field(None, gt=0)
+    grid: int | None = key(None, RESULT, gt=0)
     """for guide: side of a coarser grid to compare maps on; null takes the coarser of the two grids"""
-    normalise: bool = True
+    normalise: bool = key(True, RESULT)
     """for guide: layer-normalise the teacher's maps over channels"""
-    loss: Literal["cosine", "huber"] = "cosine"
+    loss: Literal["cosine", "huber"] = key("cosine", RESULT)
     """for pooled: how vectors are compared"""
 
     @field_validator("weight", "temperature")
@@ -132,15 +132,15 @@ FEATURE_KINDS = ("guide", "pooled")
 class Distill(Section):
     """(1 - alpha) * classification(cls) + alpha * distillation(dist) + the sum of weight * term."""
 
-    kind: Literal["none", "soft", "hard", "standardised"] = "hard"
+    kind: Literal["none", "soft", "hard", "standardised"] = key("hard", RESULT)
     """how the teacher's logits are learned; none is plain supervised training, unless there are terms"""
-    alpha: Scheduled = 0.5
+    alpha: Scheduled = key(0.5, RESULT)
     """weight of the distillation term, a number from 0 to 1 or a schedule; 1 with kind none leaves the labels out"""
-    temperature: Scheduled | None = 3.0
+    temperature: Scheduled | None = key(3.0, RESULT)
     """for soft and standardised, a number or a schedule; null is 3, or for standardised depends on the classes"""
-    scale: Literal["batchmean", "numel"] = "batchmean"
+    scale: Literal["batchmean", "numel"] = key("batchmean", RESULT)
     """numel also divides by the number of classes, as the published deit code does"""
-    terms: list[TermSection] = Field([])
+    terms: list[TermSection] = key([], RESULT)
     """further terms: [{kind: guide, weight: {start: 2.5, until: 0.5}}]"""
 
     @field_validator("terms")

@@ -12,28 +12,17 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 from pydantic import (
-    BaseModel,
     ValidationError,
 )
 from pydantic.fields import FieldInfo
 
+from deit_kd.config.keys import known_keys
 from deit_kd.config.recipe import Config
 from deit_kd.config.sections import Section
 from deit_kd.interfaces import InputError, nearest
 
 DEEPEST = 64  # sections and lists of a recipe within each other
 MOST_VALUES = 100_000  # of a recipe, each as often as aliases repeat it
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested sections by the path of their keys, e.g. ``distill.temperature``."""
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and not key.endswith("args"):
-            values.update(flat(value, f"{prefix}{key}."))
-        else:
-            values[prefix + key] = value
-    return values
 
 
 def build_parser(program: str) -> ArgumentParser:
@@ -143,16 +132,6 @@ def _check_size(text: str) -> None:
 
 _load_yaml = get_loader("yaml")
 set_loader("recipe", load_recipe, (yaml.YAMLError,))
-
-
-def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Return every key of the schema with its path, e.g. ``distill.temperature``."""
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
 
 
 def read_options(arguments: list[str], parser: ArgumentParser) -> dict[str, Any]:

@@ -7,65 +7,65 @@ from typing import Literal
 
 import yaml
 from pydantic import (
-    Field,
     field_validator,
     model_validator,
 )
 
 from deit_kd.config.distill import Distill
+from deit_kd.config.effects import FIT, NOTHING, RESULT, VIEWS, key
 from deit_kd.config.sections import Augment, Data, Guide, Optim, Section, StudentSection, TeacherSection
 
 
 class Train(Section):
     """The loop."""
 
-    epochs: int = Field(300, gt=0)
+    epochs: int = key(300, RESULT, gt=0)
     """passes over the training photos"""
-    batch_size: int = Field(1024, gt=0)
+    batch_size: int = key(1024, RESULT, gt=0)
     """images per optimiser step, over all processes and accumulation steps"""
-    accumulation_steps: int = Field(1, gt=0)
+    accumulation_steps: int = key(1, RESULT, gt=0)
     """micro-batches per optimiser step"""
-    precision: Literal["bf16", "fp16", "off"] = "bf16"
+    precision: Literal["bf16", "fp16", "off"] = key("bf16", RESULT)
     """precision of autocast"""
-    ema_decay: float | None = Field(None, ge=0, lt=1)
+    ema_decay: float | None = key(None, RESULT, ge=0, lt=1)
     """decay of the weights' average (a span of 1 / (1 - decay) steps); null for a twentieth of the run, 0 for none"""
-    compile: bool = False
+    compile: bool = key(False, RESULT)
     """run the student through torch.compile"""
-    attention: Literal["auto", "fused", "plain"] = "auto"
+    attention: Literal["auto", "fused", "plain"] = key("auto", RESULT)
     """auto is PyTorch's fused attention on CUDA, and timm's plain attention on the CPU"""
-    device: str = "auto"
+    device: str = key("auto", NOTHING)
     """auto, cpu, cuda or cuda:1"""
-    log_every_steps: int = Field(20, gt=0)
+    log_every_steps: int = key(20, NOTHING, gt=0)
     """steps between records"""
-    checkpoint_every_minutes: float = Field(10.0, gt=0)
+    checkpoint_every_minutes: float = key(10.0, NOTHING, gt=0)
     """minutes between checkpoints, written at the next record; every epoch also ends with one"""
-    checkpoint_every_steps: int | None = Field(None, gt=0)
+    checkpoint_every_steps: int | None = key(None, NOTHING, gt=0)
     """steps between further checkpoints; null for none"""
-    keep_checkpoints: int = Field(2, gt=0)
+    keep_checkpoints: int = key(2, NOTHING, gt=0)
     """how many of the newest checkpoints to keep, besides the one with the best top-1"""
-    max_bad_steps: int = Field(10, gt=0)
+    max_bad_steps: int = key(10, NOTHING, gt=0)
     """bad steps in a row that end the run: no finite gradient, or teacher answers that are not finite"""
-    timeout_seconds: float = Field(600.0, ge=0)
+    timeout_seconds: float = key(600.0, NOTHING, ge=0)
     """seconds without progress of a process after which all of them stop; 0 waits forever"""
 
 
 class Evaluate(Section):
     """How heads are scored."""
 
-    fusion: Literal["softmax", "logits"] = "softmax"
+    fusion: Literal["softmax", "logits"] = key("softmax", RESULT)
     """mean of the two heads' softmaxes, as in the paper, or of their logits, as in timm and deit"""
-    batch_size: int = Field(128, gt=0)
+    batch_size: int = key(128, NOTHING, gt=0)
     """images per process"""
-    report: bool = True
+    report: bool = key(True, NOTHING)
     """write report/report.html at the end of the run"""
 
 
 class Tracking(Section):
     """Where records go besides metrics.jsonl and TensorBoard."""
 
-    wandb: bool = False
+    wandb: bool = key(False, NOTHING)
     """also log to Weights & Biases; needs the package wandb"""
-    project: str = "deit_kd"
+    project: str = key("deit_kd", NOTHING)
     """name of the Weights & Biases project"""
 
 
@@ -82,13 +82,13 @@ class Config(Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     tracking: Tracking = Tracking()
-    recipe: str = "run"
+    recipe: str = key("run", NOTHING)
     """name of the run's folder; the name of the recipe file unless set"""
-    seed: int = Field(0, ge=0)
+    seed: int = key(0, VIEWS | FIT, ge=0)
     """seed of everything random"""
-    output: str | None = None
+    output: str | None = key(None, NOTHING)
     """folder of the run; null for the next free runs/<recipe>-<n>"""
-    resume: Literal["auto"] | None = None
+    resume: Literal["auto"] | None = key(None, NOTHING)
     """auto continues the run in output from its newest checkpoint, or starts it"""
 
     @field_validator("recipe")
@@ -111,9 +111,9 @@ class Config(Section):
             if section.checkpoint is not None and section.fit.epochs:
                 raise ValueError(f"{name}.checkpoint and {name}.fit.epochs exclude each other; unset one")
         for name, section in (("teacher", teacher), ("guide", self.guide)):
-            for key in ("class_map", "label_set"):
-                if not section.head and getattr(section, key) is not None:
-                    raise ValueError(f"{name}.{key}: names columns, and {name}.head is false; leave one out")
+            for columns in ("class_map", "label_set"):
+                if not section.head and getattr(section, columns) is not None:
+                    raise ValueError(f"{name}.{columns}: names columns, and {name}.head is false; leave one out")
         if not teacher.head and self.distill.logit_kinds:
             raise ValueError(
                 f"teacher.head: false gives no logits for {', '.join(sorted(self.distill.logit_kinds))} labels; set "

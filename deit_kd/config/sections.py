@@ -7,11 +7,12 @@ from typing import Any, Literal
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Field,
     JsonValue,
     ValidationInfo,
     field_validator,
 )
+
+from deit_kd.config.effects import ANSWERS, FIT, NOTHING, RESULT, VIEWS, effect_of, key
 
 Statistics = tuple[float, float, float]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's, which takes seconds to import
@@ -30,6 +31,13 @@ class Section(BaseModel):
             raise ValueError("must be below 2**63")
         return value
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        for name, field in cls.model_fields.items():
+            is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+            if not is_section and effect_of(field) is None:
+                raise TypeError(f"{cls.__name__}.{name}: say what it changes, as in key(default, RESULT)")
+
 
 def _check_positive(value: Statistics | None) -> Statistics | None:
     if value is not None and min(value) <= 0:
@@ -40,43 +48,43 @@ def _check_positive(value: Statistics | None) -> Statistics | None:
 class Data(Section):
     """Where the photos are and how large the student sees them."""
 
-    name: str = "folder"
+    name: str = key("folder", RESULT)
     """dataset: folder, digits, imagenette, cifar10 or cifar100"""
-    root: str | None = None
+    root: str | None = key(None, NOTHING)  # the photos themselves are compared
     """folder of the photos"""
-    train_split: str = "train"
+    train_split: str = key("train", RESULT)
     """folder of the training split under root"""
-    validation_split: str = "validation"
+    validation_split: str = key("validation", RESULT)
     """folder of the validation split under root; if it is missing, a share of each class is held out"""
-    validation_fraction: float = Field(0.2, gt=0, lt=1)
+    validation_fraction: float = key(0.2, RESULT, gt=0, lt=1)
     """share of each class to hold out if there is no validation split"""
-    folds: int | None = Field(None, ge=2)
+    folds: int | None = key(None, VIEWS, ge=2)
     """cross-validation: join all photos and divide each class into this many folds, by the hash of the photos' names"""
-    fold: int | None = Field(None, ge=0)
+    fold: int | None = key(None, VIEWS, ge=0)
     """the fold to hold out, from 0; the student trains on the others"""
-    unlabelled: str | None = None
+    unlabelled: str | None = key(None, NOTHING)  # the photos themselves are compared
     """folder of photos without labels to train on, nested in any way; root then only gives classes and validation"""
-    download: bool = False
+    download: bool = key(False, NOTHING)
     """let torchvision download the data to root"""
-    image_size: int = Field(224, gt=0)
+    image_size: int = key(224, VIEWS, gt=0)
     """side of the student's images in pixels"""
-    crop_fraction: float = Field(0.9, gt=0, le=1)
+    crop_fraction: float = key(0.9, VIEWS, gt=0, le=1)
     """evaluation resizes to image_size / crop_fraction (see crop_mode), then crops the centre"""
-    crop_mode: Literal["center", "border", "squash"] = "center"
+    crop_mode: Literal["center", "border", "squash"] = key("center", VIEWS)
     """timm's crop_mode: evaluation resizes the shorter side, the longer side (padded with the mean), or both"""
-    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    interpolation: Literal["bicubic", "bilinear", "random"] = key("bicubic", VIEWS)
     """interpolation of all resizing"""
-    mean: Statistics = IMAGENET_MEAN
+    mean: Statistics = key(IMAGENET_MEAN, VIEWS)
     """normalisation of the student's images, per channel"""
-    std: Statistics = IMAGENET_STD
+    std: Statistics = key(IMAGENET_STD, VIEWS)
     """normalisation of the student's images, per channel"""
-    in_memory: bool = False
+    in_memory: bool = key(False, NOTHING)
     """decode every training photo once at the start and keep it in memory; the views stay the same"""
-    workers: int = Field(2, ge=0)
+    workers: int = key(2, NOTHING, ge=0)
     """data loader workers per training process"""
-    on_error: Literal["raise", "skip"] = "raise"
+    on_error: Literal["raise", "skip"] = key("raise", NOTHING)  # what is left out is listed, and marked in a store
     """what to do with a photo that cannot be read: end the run, or leave it out and list it in data_errors.jsonl"""
-    max_errors: int = Field(100, ge=0)
+    max_errors: int = key(100, NOTHING, ge=0)
     """number of photos that may be left out; one more ends the run"""
 
     _check_std = field_validator("std")(_check_positive)
@@ -85,29 +93,29 @@ class Data(Section):
 class Augment(Section):
     """How views are made; the defaults are DeiT's."""
 
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    auto_augment: str | None = key("rand-m9-mstd0.5-inc1", VIEWS)
     """timm's policy: rand-m9-mstd0.5-inc1, 3a (three-augment), …; null for none"""
-    color_jitter: float = Field(0.3, ge=0)
+    color_jitter: float = key(0.3, VIEWS, ge=0)
     """strength of colour jitter; timm skips it if auto_augment is a RandAugment policy"""
-    horizontal_flip: float = Field(0.5, ge=0, le=1)
+    horizontal_flip: float = key(0.5, VIEWS, ge=0, le=1)
     """probability of a horizontal flip"""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: tuple[float, float] = key((0.08, 1.0), VIEWS)
     """area of the random crop, as a share of the photo"""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[float, float] = key((3 / 4, 4 / 3), VIEWS)
     """aspect ratio of the random crop"""
-    erasing: float = Field(0.25, ge=0, le=1)
+    erasing: float = key(0.25, VIEWS, ge=0, le=1)
     """probability of random erasing"""
-    repeats: int = Field(3, gt=0)
+    repeats: int = key(3, VIEWS, gt=0)
     """repeated augmentation: views of each photo in an epoch that shows it"""
-    mixup: float = Field(0.8, ge=0)
+    mixup: float = key(0.8, VIEWS, ge=0)
     """alpha of mixup; 0 is off"""
-    cutmix: float = Field(1.0, ge=0)
+    cutmix: float = key(1.0, VIEWS, ge=0)
     """alpha of CutMix; 0 is off"""
-    mix_probability: float = Field(1.0, ge=0, le=1)
+    mix_probability: float = key(1.0, VIEWS, ge=0, le=1)
     """probability that a pair of views is mixed"""
-    mix_switch_probability: float = Field(0.5, ge=0, le=1)
+    mix_switch_probability: float = key(0.5, VIEWS, ge=0, le=1)
     """probability of CutMix if mixup is also on"""
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    label_smoothing: float = key(0.1, RESULT, ge=0, lt=1)
     """probability mass spread over all classes"""
 
     @field_validator("scale", "ratio")
@@ -121,63 +129,63 @@ class Augment(Section):
 class Optim(Section):
     """timm's optimiser and cosine schedule; the defaults are DeiT's."""
 
-    name: str = "adamw"
+    name: str = key("adamw", RESULT)
     """timm's name of the optimiser"""
-    lr: float = Field(5e-4, gt=0)
+    lr: float = key(5e-4, RESULT, gt=0)
     """learning rate for a batch of lr_reference_batch; scales linearly with the batch"""
-    lr_reference_batch: int = Field(512, ge=0)
+    lr_reference_batch: int = key(512, RESULT, ge=0)
     """batch size that lr is given for; 0 takes lr as it is"""
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float = key(0.05, RESULT, ge=0)
     """weight decay of matrices; tokens, position embeddings, biases and norms have none"""
-    warmup_epochs: int = Field(5, ge=0)
+    warmup_epochs: int = key(5, RESULT, ge=0)
     """epochs of linear warm-up"""
-    warmup_lr: float = Field(1e-6, ge=0)
+    warmup_lr: float = key(1e-6, RESULT, ge=0)
     """learning rate at the start of the warm-up"""
-    min_lr: float = Field(1e-5, ge=0)
+    min_lr: float = key(1e-5, RESULT, ge=0)
     """learning rate at the end of the cosine"""
-    clip_grad_norm: float | None = Field(None, gt=0)
+    clip_grad_norm: float | None = key(None, RESULT, gt=0)
     """largest gradient norm; null for no clipping"""
-    layer_decay: float | None = Field(None, gt=0, le=1)
+    layer_decay: float | None = key(None, RESULT, gt=0, le=1)
     """factor of the learning rate from each layer to the one below it, starting at the heads; null for one rate"""
-    args: dict[str, JsonValue] = {}
+    args: dict[str, JsonValue] = key({}, RESULT)
     """further arguments of the optimiser: betas, eps, …"""
 
 
 class StudentSection(Section):
     """The network that learns."""
 
-    name: str | None = None
+    name: str | None = key(None, RESULT)
     """timm name; a plain ViT gets a distillation token unless distill.kind is none"""
-    pretrained: bool = False
+    pretrained: bool = key(False, RESULT)
     """start from timm's weights"""
-    checkpoint: str | None = None
+    checkpoint: str | None = key(None, RESULT)
     """start from these weights: a run or a file in it, a timm local-dir, a transformers folder, .safetensors or .pth"""
-    token: Literal["cls", "scratch"] = "cls"
+    token: Literal["cls", "scratch"] = key("cls", RESULT)
     """how a token that the weights lack starts: from their class token with small noise, or from scratch"""
-    new_heads: bool = False
+    new_heads: bool = key(False, RESULT)
     """initialise new heads even if those of the weights have the right number of classes"""
-    freeze: Literal["none", "patch_embed", "backbone", "all_but_heads"] = "none"
+    freeze: Literal["none", "patch_embed", "backbone", "all_but_heads"] = key("none", RESULT)
     """what stays frozen; with backbone only tokens and heads learn"""
-    drop_path: float = Field(0.1, ge=0, lt=1)
+    drop_path: float = key(0.1, RESULT, ge=0, lt=1)
     """rate of stochastic depth"""
-    channels_last: bool | None = None
+    channels_last: bool | None = key(None, RESULT)
     """channels-last memory format; null uses it for networks with BatchNorm"""
-    args: dict[str, JsonValue] = {}
+    args: dict[str, JsonValue] = key({}, RESULT)
     """further arguments of timm.create_model: patch_size, embed_dim, depth, …"""
 
 
 class Fit(Section):
     """Train the teacher first, on the same data, when no weights for these classes exist yet."""
 
-    epochs: int = Field(0, ge=0)
+    epochs: int = key(0, FIT, ge=0)
     """epochs to train the teacher for; 0 does not train it"""
-    folder: str = "runs/teachers"
+    folder: str = key("runs/teachers", NOTHING)
     """where fitted teachers are kept and found again"""
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = key(64, FIT, gt=0)
     """images per optimiser step"""
-    ema_decay: float = Field(0.0, ge=0, lt=1)
+    ema_decay: float = key(0.0, FIT, ge=0, lt=1)
     """decay of the average of the weights; 0 for no average"""
-    drop_path: float = Field(0.0, ge=0, lt=1)
+    drop_path: float = key(0.0, FIT, ge=0, lt=1)
     """rate of stochastic depth"""
     augment: Augment = Augment(auto_augment=None, erasing=0.0, repeats=1, mixup=0.0, cutmix=0.0, scale=(0.35, 1.0))
     """how the teacher's views are made"""
@@ -188,25 +196,25 @@ class Fit(Section):
 class TeacherNetwork(Section):
     """A frozen network; its weights come from exactly one place."""
 
-    name: str | None = None
+    name: str | None = key(None, ANSWERS | FIT)
     """timm name, best with the tag of pretrained weights (regnety_160.deit_in1k); null takes the checkpoint's"""
-    pretrained: bool = False
+    pretrained: bool = key(False, FIT)
     """use timm's weights, head included"""
-    checkpoint: str | None = None
+    checkpoint: str | None = key(None, NOTHING)  # the weights themselves are compared
     """weights: a run or a file in it (RUN:teacher is its teacher), a local-dir, transformers, .safetensors or .pth"""
-    random_weights: bool = False
+    random_weights: bool = key(False, FIT)
     """no trained weights; for benchmarks and tests"""
-    class_map: str | None = None
+    class_map: str | None = key(None, NOTHING)  # the columns are compared
     """CSV or JSON file that gives each class its column, WordNet id or label of the teacher"""
-    label_set: str | None = None
+    label_set: str | None = key(None, ANSWERS)
     """classes of weights without class names: imagenet-1k, imagenet-12k, imagenet-22k, …"""
-    image_size: int | None = Field(None, gt=0)
+    image_size: int | None = key(None, ANSWERS, gt=0)
     """side of its images in pixels; null takes that of its pretrained config, or the student's"""
-    mean: Statistics | None = None
+    mean: Statistics | None = key(None, ANSWERS | FIT)
     """its normalisation; null takes that of its pretrained config, or the student's"""
-    std: Statistics | None = None
+    std: Statistics | None = key(None, ANSWERS | FIT)
     """its normalisation; null takes that of its pretrained config, or the student's"""
-    args: dict[str, JsonValue] = {}
+    args: dict[str, JsonValue] = key({}, ANSWERS | FIT)
     """further arguments of timm.create_model"""
 
     _check_std = field_validator("std")(_check_positive)
@@ -217,9 +225,9 @@ class SoleTeacher(TeacherNetwork):
 
     fit: Fit = Fit()
     """how it is trained first"""
-    head: bool = True
+    head: bool = key(True, RESULT)
     """false uses only its features, of any network with or without a head; no class map is needed"""
-    min_top1: float | None = Field(None, ge=0, le=100)
+    min_top1: float | None = key(None, NOTHING, ge=0, le=100)
     """least top-1 on validation in percent (without a head, that of its k-NN); null is the share of the largest class
     plus three standard errors"""
 
@@ -236,28 +244,28 @@ class Guide(SoleTeacher):
 class TeacherMember(TeacherNetwork):
     """One of several teachers."""
 
-    weight: float = Field(1.0, gt=0)
+    weight: float = key(1.0, ANSWERS, gt=0)
     """its weight; weights are scaled to sum to 1"""
 
 
 class TeacherSection(SoleTeacher):
     """What is learned from: one network, or several."""
 
-    members: list[TeacherMember] = []
+    members: list[TeacherMember] = key([], ANSWERS)
     """several teachers instead of one, each with its own size, normalisation and class map"""
-    combine: Literal["mean", "draw"] = "mean"
+    combine: Literal["mean", "draw"] = key("mean", ANSWERS)
     """with several teachers: mean of their probabilities, or draw one for each view"""
-    store: str | None = None
+    store: str | None = key(None, NOTHING)  # what it answers with is compared
     """folder of a label store: the teacher's answers to every view"""
-    store_mode: Literal["read", "record"] = "read"
+    store_mode: Literal["read", "record"] = key("read", NOTHING)
     """read trains without a teacher in memory; record fills the store while training with the teacher"""
-    store_top: int | None = Field(None, ge=0)
+    store_top: int | None = key(None, NOTHING, ge=0)
     """logits that a new store keeps per view; null is 10 for soft labels and 0 (the label alone) for hard labels"""
-    precision: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "off"] = key("auto", ANSWERS)
     """precision of its weights; auto takes train.precision"""
-    channels_last: bool = True
+    channels_last: bool = key(True, RESULT)
     """channels-last memory format"""
-    compile: bool = False
+    compile: bool = key(False, NOTHING)
     """run it through torch.compile"""
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit_kd.config import Config, flat, read_recipe
+from deit_kd.config import NOTHING, Config, effects, flat, read_recipe
 from deit_kd.console import say
 from deit_kd.data import joined
 from deit_kd.distributed import Processes
@@ -22,7 +22,6 @@ from deit_kd.evaluation.sources import Source
 from deit_kd.interfaces import InputError, StudentOutput
 from deit_kd.places import path_of
 from deit_kd.run_folder import CONFIG_FILE, read_facts, run_of
-from deit_kd.runs.opening import FREE_ON_RESUME
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def recipe_but_fold(run: Path, learners: tuple[Path, ...] = ()) -> dict[str, Any
     teacher: Any = read_facts(run)["teacher"] or {}
     sources = [run_of(path_of(source)) for source in _sources_of(teacher)]
     return {
-        **{key: value for key, value in sorted(keys.items()) if key not in FREE_ON_RESUME | {"data.fold"}},
+        **{key: keys[key] for key in sorted(keys) if effects().get(key) != NOTHING and key != "data.fold"},
         "teachers' runs": [
             recipe_but_fold(source, (*learners, run))
             for source in sources

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deit_kd.checkpoint import Found, load_checkpoint, newest_checkpoint
-from deit_kd.config import Config, flat, read_recipe
+from deit_kd.config import NOTHING, Config, differences, effects, flat, read_recipe
 from deit_kd.console import say
 from deit_kd.distributed import Processes, on_main, together
 from deit_kd.files import LOCK, InUse, check_writable, held
@@ -29,42 +29,6 @@ RUNS = Path("runs")
 SECONDS_BETWEEN_TRIES = 1.0  # to be the only one who writes to a folder
 # What a run leaves that was killed before its first step.
 LEFTOVERS = {LOCK, DATA_ERRORS_FILE, FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
-# Keys that a run may be resumed with another value of: they do not change a result.
-FREE_ON_RESUME = {
-    "output",
-    "resume",
-    "recipe",
-    "data.root",  # the photos themselves are compared
-    "data.workers",
-    "data.in_memory",
-    "data.on_error",  # says whether a run ends, and what it leaves out is listed
-    "data.max_errors",
-    "data.download",
-    "data.unlabelled",  # the photos themselves are compared
-    "evaluate.batch_size",
-    "teacher.checkpoint",  # the weights themselves are compared
-    "teacher.class_map",  # the columns are compared
-    "teacher.min_top1",
-    "teacher.fit.folder",
-    "guide.checkpoint",
-    "guide.class_map",
-    "guide.min_top1",
-    "guide.fit.folder",
-    "teacher.compile",
-    "teacher.store",  # what it answers with is compared
-    "teacher.store_mode",
-    "teacher.store_top",
-    "train.device",
-    "train.log_every_steps",
-    "train.checkpoint_every_minutes",
-    "train.checkpoint_every_steps",
-    "train.keep_checkpoints",
-    "train.max_bad_steps",
-    "train.timeout_seconds",
-    "evaluate.report",
-    "tracking.wandb",
-    "tracking.project",
-}
 
 
 @contextmanager
@@ -149,17 +113,12 @@ def _newest(config: Config, folder: Path, data_facts: dict[str, str] | None) -> 
 
 
 def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) -> None:
-    # A key that a run was begun without has its default.
-    before = flat(Config().model_dump(mode="json")) | flat(read_recipe(folder / CONFIG_FILE))
-    now = flat(config.model_dump(mode="json"))
-    changed = [
-        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in FREE_ON_RESUME
-    ]
+    before = flat(read_recipe(folder / CONFIG_FILE))
+    now = dict.fromkeys(before) | flat(config.model_dump(mode="json"))  # a key that is gone has changed, too
+    changed = differences(before, {key: now[key] for key in now if effects().get(key) != NOTHING}, "in the run")
     facts = read_facts(folder)
     before_data, before_views = facts["data"], facts.get("views", 1)
-    changed += [f"views: version {before_views} -> {VIEWS_VERSION}"] * (before_views != VIEWS_VERSION)
+    changed += [f"views: version {before_views} in the run, {VIEWS_VERSION} here"] * (before_views != VIEWS_VERSION)
     changed += [f"data ({split}): other photos" for split in data_facts if before_data.get(split) != data_facts[split]]
     if changed:
         raise InputError(

@@ -1,7 +1,6 @@
 """The label store: what a teacher answered to every view, kept on disk and replayed for any student."""
 
 from deit_kd.store.folder import VALIDATION, VIEWS_FIELD, LabelStore, epoch_part
-from deit_kd.store.identity import differences
 from deit_kd.store.record import Record
 from deit_kd.store.teacher import RecordingTeacher, StoredTeacher
 
@@ -12,6 +11,5 @@ __all__ = [
     "Record",
     "RecordingTeacher",
     "StoredTeacher",
-    "differences",
     "epoch_part",
 ]

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from deit_kd.config import Config, Distill, Fit, Guide, StudentSection, TeacherSection
+from deit_kd.config import FIT, Config, Distill, Fit, Guide, StudentSection, TeacherSection, differences, effects, flat
 from deit_kd.console import say
 from deit_kd.data import Splits
 from deit_kd.distributed import Processes, on_main
@@ -117,24 +117,9 @@ def unfitted_teacher(config: Config, classes: tuple[str, ...], processes: Proces
 def _key(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str, Any]:
     if config.data.unlabelled is not None:
         splits = parts.build_splits(parts.with_labels(config))
-    teacher = config.teacher.model_dump(mode="json")
-    del teacher["fit"]["folder"]
-    for how_it_answers in (
-        "channels_last",
-        "class_map",
-        "combine",
-        "compile",
-        "head",
-        "image_size",
-        "label_set",
-        "members",
-        "min_top1",
-        "precision",
-        "store",
-        "store_mode",
-        "store_top",
-    ):
-        del teacher[how_it_answers]
+    found_by = {name for name in TeacherSection.model_fields if effects().get(f"teacher.{name}", FIT) & FIT}
+    teacher = config.teacher.model_dump(mode="json", include=found_by, exclude={"fit": {"folder"}})
+    teacher["checkpoint"] = None  # as the first version had it
     data = config.data
     return {
         "data": {"train": splits.train.digest(), "validation": splits.validation.digest()},
@@ -198,14 +183,10 @@ def _why(key: dict[str, Any], folder: Path) -> str:
     others = [read_json(path) for path in folder.parent.glob(f"{name}-*/{KEY_FILE}") if path.parent != folder]
     if not others:
         return ""
-    differences = min((_differences(other, key) for other in others), key=len)
-    return f" anew, since these differ from one that is there: {'; '.join(differences)}"
+    found = min((_changed(other, key) for other in others), key=len)
+    return f" anew, since these differ from one that is there: {'; '.join(found)}"
 
 
-def _differences(before: Any, now: Any, path: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(before.keys() | now.keys())
-        return [
-            line for key in keys for line in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
-        ]
-    return [] if before == now else [f"{path}: {before!r} -> {now!r}"]
+def _changed(before: dict[str, Any], key: dict[str, Any]) -> list[str]:
+    there = flat(before)
+    return differences(there, dict.fromkeys(there) | flat(key), "there")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deit_kd.config import Config
+from deit_kd.config import Config, differences
 from deit_kd.console import say
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes, on_main
@@ -26,11 +26,11 @@ from deit_kd.store import (
     LabelStore,
     Record,
     RecordingTeacher,
-    differences,
     epoch_part,
 )
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.teaching.store_identity import (
+    IN_THE_STORE,
     SHAPE,
     identity,
     libraries_in_use,
@@ -115,7 +115,7 @@ def writing(
             stack.enter_context(LabelStore.lock(folder))
             store = LabelStore.begin(folder, manifest)
             refuse_other(store, fields)
-            refuse_differences(store, differences(store.manifest, {key: manifest[key] for key in SHAPE}, {}))
+            refuse_differences(store, differences(store.manifest, {key: manifest[key] for key in SHAPE}, IN_THE_STORE))
             refuse_libraries(store)
             if top is not None and top != store.record.top:
                 raise InputError(

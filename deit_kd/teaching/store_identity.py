@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deit_kd.config import Config, flat
+from deit_kd.config import ANSWERS, VIEWS, Config, differences, flat, keys_that_change
 from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.interfaces import InputError
@@ -18,53 +18,24 @@ from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.run_folder import HEADS_FILE
 from deit_kd.runs import parts
-from deit_kd.store import (
-    LabelStore,
-    differences,
-)
+from deit_kd.store import LabelStore
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.teaching.fit import teacher_folder
 
+IN_THE_STORE = "in the store"
 SHAPE = ("classes", "views", "validation")  # of a store's parts
+OF_A_STORE = ("data.", "augment.", "teacher.")  # where the keys begin that it depends on, beside the seed
 LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")  # that views depend on
-# Keys of the sections data, augment and teacher that change neither a view nor an answer. Any other key, of today
-# or later, does.
-NOT_IN_IDENTITY = {
-    "data.name",  # the photos themselves are compared
-    "data.root",
-    "data.train_split",
-    "data.validation_split",
-    "data.validation_fraction",
-    "data.download",
-    "data.unlabelled",
-    "data.workers",
-    "data.in_memory",
-    "data.on_error",  # what is missing is marked
-    "data.max_errors",
-    "augment.label_smoothing",  # changes targets, not views
-    "teacher.pretrained",  # the weights themselves are compared
-    "teacher.checkpoint",
-    "teacher.random_weights",
-    "teacher.channels_last",
-    "teacher.class_map",  # what the file says is compared
-    "teacher.compile",
-    "teacher.head",  # a store holds logits
-    "teacher.min_top1",
-    "teacher.store",
-    "teacher.store_mode",
-    "teacher.store_top",
-}
 
 
 def identity(config: Config, splits: Splits) -> dict[str, Any]:
     """Return everything but the weights that a view or an answer depends on, by field."""
-    tree = config.model_dump(mode="json", include={"data", "augment", "teacher"})
-    keys = {key: value for key, value in flat(tree).items() if key not in NOT_IN_IDENTITY}
+    keys, found_by = flat(config.model_dump(mode="json")), keys_that_change(VIEWS | ANSWERS, OF_A_STORE)
     return {
         "train.images": len(splits.train),
         "train.photos": splits.train.digest(),
         **validation_identity(config, splits.validation),
-        **{key: value for key, value in keys.items() if not key.startswith("teacher.fit.")},
+        **{key: keys[key] for key in found_by if not key.startswith("teacher.fit.")},
         "seed": config.seed,
         "teacher.image_size": config.teacher.image_size or config.data.image_size,
         "teacher.precision": parts.teacher_precision(config),
@@ -134,7 +105,7 @@ def libraries_in_use() -> dict[str, str]:
 
 def refuse_other(store: LabelStore, here: dict[str, Any]) -> None:
     """Raise an InputError with both values of every field of `here` that the store was not made for."""
-    refuse_differences(store, differences(store.manifest["identity"], here, flat(Config().model_dump(mode="json"))))
+    refuse_differences(store, differences(store.manifest["identity"], here, IN_THE_STORE))
 
 
 def refuse_differences(store: LabelStore, found: list[str]) -> None:
@@ -151,7 +122,7 @@ def refuse_libraries(store: LabelStore) -> None:
     here, accepted = libraries_in_use(), store.manifest["libraries"]
     if here in accepted:
         return
-    fewest = min((differences(known, here, {}) for known in accepted), key=len)
+    fewest = min((differences(known, here, IN_THE_STORE) for known in accepted), key=len)
     raise InputError(
         f"teacher.store: {store.folder} was made with other libraries ({'; '.join(fewest)}), which may change a view; "
         "run deit-kd store check on it, which lets these use it if the answers hold"

@@ -1,0 +1,78 @@
+"""A recipe by the paths of its keys: which there are, what each changes, and where two recipes differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+
+from deit_kd.config.effects import Effect, effect_of
+from deit_kd.config.recipe import Config
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested sections by the path of their keys, e.g. ``distill.temperature``."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and not key.endswith("args"):
+            values.update(flat(value, f"{prefix}{key}."))
+        else:
+            values[prefix + key] = value
+    return values
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Return every key of the schema with its path, e.g. ``distill.temperature``."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+@cache
+def effects(section: type[BaseModel] = Config, prefix: str = "") -> Mapping[str, Effect]:
+    """Return what each key of the schema changes, by its path."""
+    found: dict[str, Effect] = {}
+    for name, field in section.model_fields.items():
+        effect = effect_of(field)
+        if effect is not None:
+            found[prefix + name] = effect
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= effects(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def keys_that_change(effect: Effect, prefixes: Iterable[str] = ("",)) -> list[str]:
+    """Return the paths of the keys with any of these effects whose path begins with one of the `prefixes`."""
+    return [path for path, own in effects().items() if own & effect and path.startswith(tuple(prefixes))]
+
+
+def differences(before: Mapping[str, Any], here: Mapping[str, Any], where: str) -> list[str]:
+    """Return a line for each field that differs, with both values.
+
+    Args:
+        before: values by field; a key of the recipe that is not among them has its default.
+        here: the same; only these fields are compared.
+        where: what is said of the values `before`, such as ``in the store``.
+    """
+    defaults = flat(Config().model_dump(mode="json"))
+    return [
+        line
+        for field, value in here.items()
+        if (line := _difference(field, before.get(field, defaults.get(field)), value, where)) is not None
+    ]
+
+
+def _difference(field: str, before: Any, here: Any, where: str) -> str | None:
+    if before == here:
+        return None
+    if isinstance(before, list) and isinstance(here, list) and len(before) == len(here):
+        index = next(i for i, (old, new) in enumerate(zip(before, here, strict=True)) if old != new)
+        return f"{field}: item {index} is {before[index]!r} {where}, {here[index]!r} here"
+    if isinstance(before, list) and isinstance(here, list) and max(len(before), len(here)) > 4:
+        return f"{field}: {len(before)} items {where}, {len(here)} here"
+    return f"{field}: {before!r} {where}, {here!r} here"
