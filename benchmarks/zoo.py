@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from deit_kd import Batch, FrozenTeacher, InputError, StudentOutput, head_probabilities
+from deit_kd.interfaces import Preprocessing
 from deit_kd.models.create import size_argument
 from deit_kd.models.names import distilled_twin, plain_twin
 from deit_kd.models.tokens import is_grafted
@@ -191,9 +192,7 @@ def as_teacher(specimen: Specimen, image_size: int) -> FrozenTeacher:
         channels_last=True,
         compiled=False,
         classes=CLASSES,
-        student_image_size=image_size,
-        student_mean=STUDENT_MEAN,
-        student_std=STUDENT_STD,
+        student=Preprocessing(image_size, STUDENT_MEAN, STUDENT_STD, "bicubic", 1.0),
         seed=0,
         dtype=torch.float32,
         device=torch.device("cpu"),

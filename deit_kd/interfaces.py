@@ -52,6 +52,25 @@ def printable(text: str) -> str:
     )
 
 
+Statistics = tuple[float, float, float]  # by channel
+
+
+class Preprocessing(NamedTuple):
+    """How an image reaches a network that is scored: resized and cropped to a square, then normalised by channel.
+
+    The resize brings an image to ``image_size / crop_fraction`` pixels: its shorter side (`crop_mode` ``center``), the
+    longer one (``border``, which fills what is left with the mean) or both (``squash``, which gives up the aspect
+    ratio). The centre is cropped.
+    """
+
+    image_size: int  # pixels of a side
+    mean: Statistics
+    std: Statistics
+    interpolation: str  # of the resize, ``bicubic`` or ``bilinear``
+    crop_fraction: float
+    crop_mode: str = "center"
+
+
 class Batch(NamedTuple):
     """One block of views; B counts those that are there, and nothing stands in for those that are missing."""
 

@@ -22,11 +22,10 @@ from deit_kd.interfaces import InputError
 from deit_kd.models.create import RESERVED_ARGUMENTS, create_model
 from deit_kd.models.local_dir import (
     ACTIVATIONS,
+    KnownPreprocessing,
     LocalDir,
-    Preprocessing,
     TransformersConfig,
     named_columns,
-    not_random,
     preprocessing_of,
     read_preprocessor,
 )
@@ -67,7 +66,7 @@ class Origin:
     columns: tuple[tuple[int, ...], ...] | None = None
     labels: Mapping[int, str] = field(default_factory=dict)
     class_count: int | None = None
-    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    preprocessing: KnownPreprocessing = field(default_factory=KnownPreprocessing)
     layer_norm_eps: float | None = None
     licence: str | None = None
     record: Path | None = None
@@ -193,7 +192,7 @@ def _student_of(key: str, name: str, place: Path, run: Path) -> Origin:
             "with --resume auto"
         )
     recipe, classes = recipe_of(run), tuple(read_facts(run)["classes"])
-    data, student = recipe.data, recipe.student
+    student = recipe.student
     if student.name is None:
         raise InputError(f"{key}: {run / CONFIG_FILE} names no student; name a run of deit_kd")
     architecture = distilled_twin(student.name) if recipe.distill.has_token else plain_twin(student.name)
@@ -204,14 +203,7 @@ def _student_of(key: str, name: str, place: Path, run: Path) -> Origin:
         model_args=_plain(student.args),
         classes=classes,
         class_count=len(classes),
-        preprocessing=Preprocessing(
-            data.image_size,
-            data.mean,
-            data.std,
-            not_random(data.interpolation),
-            data.crop_fraction,
-            data.crop_mode,
-        ),
+        preprocessing=KnownPreprocessing(*recipe.data.preprocessing),
         record=run,
     )
 
@@ -255,7 +247,7 @@ def _teacher_of(key: str, name: str, asked: frozenset[str]) -> Origin:
         columns=None if groups is None else tuple(tuple(column for column, _ in group) for group in groups),
         labels={column: label for group in groups or () for column, label in group if label is not None},
         class_count=len(classes),
-        preprocessing=Preprocessing(
+        preprocessing=KnownPreprocessing(
             facts.get("image_size"), facts.get("mean"), facts.get("std"), facts.get("interpolation")
         ),
         layer_norm_eps=weights.layer_norm_eps,

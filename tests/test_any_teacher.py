@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from deit_kd import Batch, FrozenTeacher, InputError
 from deit_kd.cli import main
+from deit_kd.interfaces import Preprocessing
 from deit_kd.models.layouts import to_transformers
 from deit_kd.teachers import build_teacher
 from tests.conftest import STUDENT, STUDENT_ARGS, tiny, write_photos
@@ -195,9 +196,7 @@ def built_or_refused(form: Form, classes: tuple[str, ...], file: str | None) -> 
             channels_last=False,
             compiled=False,
             classes=classes,
-            student_image_size=BATCHES_EYES[0],
-            student_mean=BATCHES_EYES[1],
-            student_std=BATCHES_EYES[2],
+            student=Preprocessing(*BATCHES_EYES, "bicubic", 1.0),
             seed=0,
             dtype=torch.float32,
             device=torch.device("cpu"),

@@ -11,6 +11,7 @@ import torch
 from timm.data import ImageNetInfo
 
 from deit_kd import Batch, FrozenTeacher, InputError, soft_distillation
+from deit_kd.interfaces import Preprocessing
 from deit_kd.teachers import ClassMap, build_class_map, build_teacher, check_score, least_top1
 
 IMAGENETTE = (
@@ -55,9 +56,7 @@ def teacher(**overrides):
         "channels_last": False,
         "compiled": False,
         "classes": IMAGENETTE,
-        "student_image_size": 32,
-        "student_mean": MEAN,
-        "student_std": STD,
+        "student": Preprocessing(32, MEAN, STD, "bicubic", 1.0),
         "seed": 0,
         "dtype": torch.float32,
         "device": torch.device("cpu"),

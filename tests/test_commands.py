@@ -21,6 +21,7 @@ from deit_kd import TimmStudent, head_probabilities
 from deit_kd.cli import main
 from deit_kd.config import Config
 from deit_kd.data import evaluation_transform, load_image
+from deit_kd.interfaces import Preprocessing
 from deit_kd.runs import parts
 from tests.conftest import (
     CLASSES,
@@ -107,7 +108,7 @@ def test_metrics_hold_step_and_epoch_records(finished: Finished) -> None:
 
 
 def images_of(root: Path) -> torch.Tensor:
-    transform = evaluation_transform(image_size=16, mean=MEAN, std=STD, interpolation="bicubic", crop_fraction=1.0)
+    transform = evaluation_transform(Preprocessing(16, MEAN, STD, "bicubic", 1.0))
     return torch.stack([transform(load_image(path)) for path in sorted(root.glob("validation/*/*.png"))])
 
 

@@ -18,7 +18,7 @@ from deit_kd.cli import main
 from deit_kd.config import Config, build_parser, differences, parse_config
 from deit_kd.data import evaluation_transform
 from deit_kd.evaluation.sources import open_source
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, Preprocessing
 from deit_kd.runs import parts
 from deit_kd.teaching.store_identity import validation_identity
 from tests.conftest import MEAN, STD, Finished, array_photos, evaluated, tiny, write_photos
@@ -35,19 +35,15 @@ def wide() -> Image.Image:
 @pytest.mark.parametrize("crop_mode", MODES)
 @pytest.mark.parametrize("crop_fraction", [0.8, 1.0])
 def test_each_mode_is_timms(crop_mode: str, crop_fraction: float) -> None:
-    seen = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_mode": crop_mode}
-    theirs = create_transform((3, 16, 16), crop_pct=crop_fraction, **seen)
-    ours = evaluation_transform(image_size=16, crop_fraction=crop_fraction, **seen)
+    theirs = create_transform(
+        (3, 16, 16), mean=MEAN, std=STD, interpolation="bicubic", crop_pct=crop_fraction, crop_mode=crop_mode
+    )
+    ours = evaluation_transform(Preprocessing(16, MEAN, STD, "bicubic", crop_fraction, crop_mode))
     torch.testing.assert_close(ours(wide()), theirs(wide()), rtol=0, atol=1e-6)
 
 
 def test_the_modes_see_a_wide_photo_differently() -> None:
-    views = {
-        mode: evaluation_transform(
-            image_size=16, mean=MEAN, std=STD, interpolation="bicubic", crop_fraction=1.0, crop_mode=mode
-        )(wide())
-        for mode in MODES
-    }
+    views = {mode: evaluation_transform(Preprocessing(16, MEAN, STD, "bicubic", 1.0, mode))(wide()) for mode in MODES}
     assert views["border"][:, 0].abs().max() < 0.02  # the mean, rounded to a byte
     ends = {mode: float(view[0, 8, -1] - view[0, 8, 0]) for mode, view in views.items()}
     assert abs(ends["center"]) < 0.6 * abs(ends["squash"])  # which sees both ends of the photo

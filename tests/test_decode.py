@@ -14,6 +14,7 @@ from PIL import Image, ImageSequence, PngImagePlugin
 from deit_kd import InputError
 from deit_kd.data import UnreadableImage, evaluation_transform, load_image
 from deit_kd.data.decode import Stamp
+from deit_kd.interfaces import Preprocessing
 from tests.conftest import MEAN, STD, folder_splits, write_photos
 from tests.test_views import transform
 
@@ -127,9 +128,7 @@ def test_of_an_animation_the_first_picture_counts(tmp_path: Path, suffix: str) -
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
 def test_a_photo_of_one_pixel_across_gives_views(tmp_path: Path, size: tuple[int, int], crop_mode: str) -> None:
     image = load_image(saved(Image.new("RGB", size, "teal"), tmp_path / "thin.png"))
-    looks = evaluation_transform(
-        image_size=16, mean=MEAN, std=STD, interpolation="bicubic", crop_fraction=0.9, crop_mode=crop_mode
-    )
+    looks = evaluation_transform(Preprocessing(16, MEAN, STD, "bicubic", 0.9, crop_mode))
     for view in (looks(image), transform(erasing=0.0)(image)):
         assert view.shape == (3, 16, 16)
         assert view.isfinite().all()

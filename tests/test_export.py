@@ -17,6 +17,7 @@ from deit_kd.cli import main
 from deit_kd.exports import FORMATS, About, CannotHold, Choices, export, missing_libraries, read_again, write
 from deit_kd.exports.compare import TOLERANCE
 from deit_kd.exports.traced import Answering
+from deit_kd.interfaces import Preprocessing
 from deit_kd.models.create import create_model
 
 TABLE = Path(__file__).parent.parent / "docs" / "guide" / "exports.md"
@@ -76,11 +77,7 @@ def about(row, fusion="softmax"):
         architecture=name,
         model_args=arguments(row),
         classes=CLASSES,
-        image_size=size,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        interpolation="bicubic",
-        crop_fraction=0.9,
+        preprocessing=Preprocessing(size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bicubic", 0.9),
         fusion=fusion,
         heads={"n": 10, "weights": "ema", "heads": {"cls": head, "dist": head, "fused": head}, "teacher": head},
         teacher={"name": "resnet50.a1_in1k", "origin": "timm's resnet50.a1_in1k", "licence": "apache-2.0"},

@@ -14,7 +14,7 @@ import pytest
 
 from deit_kd.cli import main
 from deit_kd.exports import FORMATS, missing_libraries
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, Preprocessing
 from deit_kd.models.state import save_local_dir
 from deit_kd.origins import open_origin
 from tests.conftest import CLASSES, MEAN, STD, STUDENT_ARGS, Finished, snapshot, tiny, tiny_student
@@ -107,11 +107,7 @@ def save_student(folder: Path, seed: int) -> None:
         folder,
         model_args=STUDENT_ARGS,
         classes=CLASSES,
-        image_size=16,
-        mean=MEAN,
-        std=STD,
-        interpolation="bicubic",
-        crop_fraction=1.0,
+        preprocessing=Preprocessing(16, MEAN, STD, "bicubic", 1.0),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.zoo import TokenHidden
 from deit_kd import InputError, TimmStudent
+from deit_kd.interfaces import Preprocessing
 from deit_kd.models.state import save_local_dir
 from deit_kd.models.tokens import graft, is_grafted
 from deit_kd.models.weights import fit_weights
@@ -234,11 +235,7 @@ def test_saved_student_is_opened_again(tmp_path, name, args, size):
         tmp_path / "student",
         model_args=built.model_args,
         classes=CLASSES,
-        image_size=size,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        interpolation="bicubic",
-        crop_fraction=1.0,
+        preprocessing=Preprocessing(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 1.0),
     )
     opened = TimmStudent(open_model("student", tmp_path / "student")).eval()
     images = torch.randn(2, 3, size, size)

@@ -26,7 +26,7 @@ from deit_kd.teachers import check_features, least_top1
 from deit_kd.teaching.fit import teacher_folder
 from tests.conftest import CLASSES, MEAN, STD, folder_splits, tiny, tiny_student
 from tests.forked import two
-from tests.test_teacher import batch, save_teacher, teacher
+from tests.test_teacher import batch, save_teacher, seen, teacher
 
 # What neighbours and probes say
 
@@ -106,7 +106,7 @@ def test_a_backbone_that_is_not_whole_is_refused_without_its_head_too(tmp_path: 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet", "deit_tiny_distilled_patch16_224"])
 def test_any_network_can_go_without_its_head(name: str) -> None:
     args = {"embed_dim": 24, "depth": 1, "num_heads": 2} if name.startswith("deit") else {}
-    headless = teacher(name=name, args=args, head=False, student_image_size=32)
+    headless = teacher(name=name, args=args, head=False, student=seen(32))
     headless.ask_for(("pooled",))
     features = headless(batch(32)).features
     assert features is not None
@@ -351,9 +351,13 @@ def test_features_are_scored_beside_those_of_random_weights(
 def test_the_floor_of_a_student_that_has_learned_nothing_is_its_own_score(photos_root: Path, tmp_path: Path) -> None:
     """A student whose weights are those that its seed draws, so that both rows must be the same."""
     student = tiny_student(distilled=False, image_size=32)
-    seen: dict[str, Any] = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_fraction": 1.0}
-    known = {"model_args": student.model_args, "classes": CLASSES, "image_size": 32, **seen}
-    save_local_dir(student.backbone, tmp_path / "student", **known)
+    save_local_dir(
+        student.backbone,
+        tmp_path / "student",
+        model_args=student.model_args,
+        classes=CLASSES,
+        preprocessing=Preprocessing(32, MEAN, STD, "bicubic", 1.0),
+    )
     own = ("--data.root", str(photos_root), "--train.device", "cpu", "--data.workers", "0")
     found = probed(tmp_path / "eval", str(tmp_path / "student"), *own)
     assert found["student"] == found["random"]

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 from deit_kd import InputError, TimmStudent
+from deit_kd.interfaces import Preprocessing
 from deit_kd.models.layouts import from_transformers, to_transformers
 from deit_kd.models.state import save_local_dir
 from deit_kd.optim import build_optimizer, build_schedule
@@ -294,11 +295,7 @@ def test_local_dir_says_what_the_student_saw(tmp_path: Path):
         tmp_path / "student",
         model_args=built.model_args,
         classes=CLASSES,
-        image_size=32,
-        mean=(0.1, 0.2, 0.3),
-        std=(0.4, 0.5, 0.6),
-        interpolation="bilinear",
-        crop_fraction=1.0,
+        preprocessing=Preprocessing(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", 1.0),
     )
     origin = open_origin("student.checkpoint", tmp_path / "student")
     assert origin.classes == CLASSES

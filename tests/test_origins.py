@@ -16,12 +16,13 @@ from torch.nn import functional as F
 from deit_kd import Batch, FrozenTeacher, InputError
 from deit_kd.cli import main
 from deit_kd.evaluation.sources import check_classes, open_source
+from deit_kd.interfaces import Preprocessing
 from deit_kd.models.layouts import to_transformers
 from deit_kd.origins import open_origin
 from deit_kd.teachers import build_teacher
 from tests.conftest import CLASSES, STUDENT, STUDENT_ARGS, Finished, tiny, tiny_student, write_photos
 
-STUDENTS_EYES = {"student_image_size": 16, "student_mean": (0.5, 0.5, 0.5), "student_std": (0.5, 0.5, 0.5)}
+SEEN = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 1.0)
 ORDER = {"bars": 2, "dots": 0, "rings": 1}  # the columns of a head whose names nobody wrote down
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -43,7 +44,7 @@ def teacher(**options: Any) -> FrozenTeacher:
         "seed": 0,
         "dtype": torch.float32,
         "device": torch.device("cpu"),
-        **STUDENTS_EYES,
+        "student": SEEN,
     }
     return build_teacher(**{**base, **options})
 

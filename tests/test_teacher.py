@@ -17,8 +17,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from deit_kd import Batch, Distiller, FrozenTeacher, InputError, Objective
+from deit_kd.interfaces import Preprocessing, Statistics
 from deit_kd.teachers import build_teacher
 from tests.conftest import CLASSES, MEAN, STD, tiny_student
+
+
+def seen(image_size: int, mean: Statistics = MEAN) -> Preprocessing:
+    return Preprocessing(image_size, mean, STD, "bicubic", 1.0)
 
 
 def teacher(**options: Any) -> FrozenTeacher:
@@ -34,9 +39,7 @@ def teacher(**options: Any) -> FrozenTeacher:
         "channels_last": True,
         "compiled": False,
         "classes": CLASSES,
-        "student_image_size": 16,
-        "student_mean": MEAN,
-        "student_std": STD,
+        "student": seen(16),
         "seed": 0,
         "dtype": torch.float32,
         "device": torch.device("cpu"),
@@ -126,7 +129,7 @@ def test_it_sees_the_images_as_it_was_trained_on_them() -> None:
 
 def test_a_checkpoints_teacher_sees_the_students_normalisation(tmp_path: Path) -> None:
     folder = save_teacher(tmp_path / "teacher")
-    frozen = teacher(checkpoint=str(folder), student_mean=(0.1, 0.2, 0.3))
+    frozen = teacher(checkpoint=str(folder), student=seen(16, mean=(0.1, 0.2, 0.3)))
     assert torch.equal(frozen(batch()).logits, teacher(seed=7)(batch()).logits)
 
 
@@ -176,7 +179,7 @@ def test_a_network_that_averages_its_two_heads_teaches_with_its_own_weights(tmp_
     torch.manual_seed(7)
     own = timm.create_model(name, num_classes=3).eval()
     save_file({name: tensor.contiguous() for name, tensor in own.state_dict().items()}, tmp_path / "own.safetensors")
-    frozen = teacher(name=name, checkpoint=str(tmp_path / "own.safetensors"), student_image_size=224)
+    frozen = teacher(name=name, checkpoint=str(tmp_path / "own.safetensors"), student=seen(224))
     images = torch.randn(2, 3, 224, 224)
     answer = frozen(Batch(images, torch.eye(3)[:2], torch.tensor([0, 1]))).logits
     with torch.no_grad():
@@ -220,11 +223,11 @@ def test_a_class_that_the_teacher_does_not_name_is_refused(tmp_path: Path, saved
         ({"name": None}, "teacher.name: is not set"),
         ({"name": "resnet19"}, r"not a timm model \(nearest: resnet1"),
         (
-            {"name": "test_vit", "args": {"global_pool": ""}, "student_image_size": 160},
+            {"name": "test_vit", "args": {"global_pool": ""}, "student": seen(160)},
             r"with \[2, 101, 3\], not \[2, 3",
         ),
         ({"checkpoint": "nowhere"}, "teacher.checkpoint: nowhere holds no weights"),
-        ({"name": "test_vit", "student_image_size": 20}, "image_size: 20 is not a multiple of teacher.name's patch"),
+        ({"name": "test_vit", "student": seen(20)}, "image_size: 20 is not a multiple of teacher.name's patch"),
     ],
 )
 def test_a_teacher_that_cannot_be_is_refused_in_one_line(options: dict[str, Any], reason: str) -> None:

@@ -15,6 +15,7 @@ from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.console import console
 from deit_kd.exports import missing_libraries
+from deit_kd.interfaces import Preprocessing
 from deit_kd.jobs.train import train
 from deit_kd.teachers import EnsembleTeacher, build_teacher
 from tests.conftest import assert_same_scores, evaluated
@@ -370,9 +371,7 @@ def test_distilled_teacher_answers_with_the_mean_of_its_softmaxes(tmp_path, dtyp
         channels_last=True,
         compiled=False,
         classes=("a", "b", "c"),
-        student_image_size=32,
-        student_mean=MEAN,
-        student_std=STD,
+        student=Preprocessing(32, MEAN, STD, "bicubic", 1.0),
         seed=0,
         dtype=dtype,
         device=torch.device("cpu"),

@@ -13,8 +13,8 @@ from pydantic import (
 )
 
 from deit_kd.config.effects import ANSWERS, FIT, NOTHING, RESULT, VIEWS, effect_of, key
+from deit_kd.interfaces import Preprocessing, Statistics
 
-Statistics = tuple[float, float, float]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's, which takes seconds to import
 LARGEST_INTEGER = 2**63 - 1
 
@@ -88,6 +88,12 @@ class Data(Section):
     """number of photos that may be left out; one more ends the run"""
 
     _check_std = field_validator("std")(_check_positive)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a photo reaches the student to be scored."""
+        interpolation = "bicubic" if self.interpolation == "random" else self.interpolation
+        return Preprocessing(self.image_size, self.mean, self.std, interpolation, self.crop_fraction, self.crop_mode)
 
 
 class Augment(Section):

@@ -13,10 +13,9 @@ from torch import Tensor
 from torchvision.transforms import Compose
 
 from deit_kd.data.pixels import in_fewer_passes
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, Preprocessing, Statistics
 
 Transform = Callable[[Image.Image], Tensor]
-Statistics = tuple[float, float, float]
 
 
 def training_transform(
@@ -61,27 +60,15 @@ def training_transform(
     return Compose(in_fewer_passes(transform.transforms))
 
 
-def evaluation_transform(
-    *,
-    image_size: int,
-    mean: Statistics,
-    std: Statistics,
-    interpolation: str,
-    crop_fraction: float,
-    crop_mode: str = "center",
-) -> Transform:
-    """Return timm's evaluation transform: resize, centre crop, normalise; PIL image to [3, H, W].
-
-    To ``image_size / crop_fraction`` pixels, the resize brings the shorter side (`crop_mode` ``center``), the longer
-    one (``border``, which fills what is left with the mean) or both (``squash``, which gives up the aspect ratio).
-    """
+def evaluation_transform(preprocessing: Preprocessing) -> Transform:
+    """Return timm's evaluation transform: resize, centre crop, normalise; PIL image to [3, H, W]."""
     transform = transforms_imagenet_eval(
-        img_size=image_size,
-        crop_pct=crop_fraction,
-        crop_mode=crop_mode,
-        interpolation=interpolation,
-        mean=mean,
-        std=std,
+        img_size=preprocessing.image_size,
+        crop_pct=preprocessing.crop_fraction,
+        crop_mode=preprocessing.crop_mode,
+        interpolation=preprocessing.interpolation,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
     )
     resizes: list[Any] = [stage for stage in transform.transforms if isinstance(stage, ResizeKeepRatio)]
     for resize in resizes:

@@ -16,7 +16,7 @@ from deit_kd.data import Photos
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import Answers, collect
 from deit_kd.evaluation.sources import Source, check_classes, load_student
-from deit_kd.interfaces import Batch, InputError, head_probabilities
+from deit_kd.interfaces import Batch, InputError, Preprocessing, head_probabilities
 from deit_kd.metrics import judge
 from deit_kd.models.create import choose_attention
 from deit_kd.models.state import tensors_hash
@@ -182,7 +182,7 @@ def examine_other(source: Source, first: Examination, split: str, processes: Pro
     return examine(source, config, split, processes).predictions()
 
 
-SEEN = {"image_size", "crop_fraction", "crop_mode", "interpolation", "mean", "std"}  # of the section data
+SEEN = set(Preprocessing._fields)  # of the section data
 
 
 def evaluated(examination: Examination) -> dict[str, Any]:

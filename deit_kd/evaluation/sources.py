@@ -12,8 +12,8 @@ from timm.data.constants import DEFAULT_CROP_PCT
 from deit_kd.config import IMAGENET_MEAN, IMAGENET_STD, Config, TeacherSection, as_options
 from deit_kd.console import say
 from deit_kd.distributed import Processes
-from deit_kd.interfaces import InputError
-from deit_kd.models.local_dir import Preprocessing
+from deit_kd.interfaces import InputError, Preprocessing
+from deit_kd.models.local_dir import KnownPreprocessing
 from deit_kd.models.names import is_distilled_name
 from deit_kd.origins import Origin, imagenet_names, open_origin, open_published
 from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN, check_source
@@ -121,16 +121,26 @@ def _kind(distilled: bool) -> list[str]:
     return ["--distill.kind", "hard" if distilled else "none", "--student.drop_path", "0"]
 
 
-def _input_of(seen: Preprocessing) -> list[str]:
+def _input_of(known: KnownPreprocessing) -> list[str]:
     """Return the options of what reaches a network; what it does not say is timm's."""
-    return [
-        *("--data.image_size", str(seen.image_size or 224)),
-        *("--data.mean", json.dumps(list(seen.mean or IMAGENET_MEAN))),
-        *("--data.std", json.dumps(list(seen.std or IMAGENET_STD))),
-        *("--data.crop_fraction", str(seen.crop_fraction or DEFAULT_CROP_PCT)),
-        *("--data.crop_mode", seen.crop_mode or "center"),
-        *("--data.interpolation", seen.interpolation or "bicubic"),
-    ]
+    return data_options(
+        Preprocessing(
+            known.image_size or 224,
+            known.mean or IMAGENET_MEAN,
+            known.std or IMAGENET_STD,
+            known.interpolation or "bicubic",
+            known.crop_fraction or DEFAULT_CROP_PCT,
+            known.crop_mode or "center",
+        )
+    )
+
+
+def data_options(preprocessing: Preprocessing) -> list[str]:
+    """Return the options that a preprocessing stands for."""
+    options = []
+    for key, value in preprocessing._asdict().items():
+        options += [f"--data.{key}", value if isinstance(value, str) else json.dumps(value)]
+    return options
 
 
 def check_classes(source: Source, ours: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deit_kd.interfaces import printable
+from deit_kd.interfaces import Preprocessing, printable
 
 
 @dataclass(frozen=True)
@@ -18,34 +18,24 @@ class About:
         architecture: timm's name of the student's.
         model_args: what ``timm.create_model`` needs beside the class count.
         classes: names, in label order.
-        image_size: pixels.
-        mean: normalisation.
-        std: the same.
-        interpolation: of the evaluation's resize.
-        crop_fraction: of the evaluation's crop.
+        preprocessing: how an image reaches it.
         fusion: of the two heads, ``softmax`` or ``logits``.
         heads: what ``heads.json`` holds; None where it was not scored.
         teacher: what ``run.json`` holds of the teacher; None where there was none.
         data: a line about the photos.
         recipe: the run's ``config.yaml``.
-        crop_mode: of the evaluation's resize, ``center``, ``border`` or ``squash``.
         temperature: by head, where an evaluation has fitted it; no output is divided by it.
     """
 
     architecture: str
     model_args: Mapping[str, Any]
     classes: tuple[str, ...]
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-    crop_fraction: float
+    preprocessing: Preprocessing
     fusion: str
     heads: Mapping[str, Any] | None
     teacher: Mapping[str, Any] | None
     data: str
     recipe: str
-    crop_mode: str = "center"
     temperature: Mapping[str, float] | None = None
 
     def for_deployment(self) -> dict[str, Any]:
@@ -53,18 +43,14 @@ class About:
         return {
             "architecture": self.architecture,
             "classes": list(self.classes),
-            "image_size": self.image_size,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "interpolation": self.interpolation,
-            "crop_fraction": self.crop_fraction,
-            "crop_mode": self.crop_mode,
+            **self.preprocessing._asdict(),
             "fusion": self.fusion,
             "temperature": None if self.temperature is None else dict(self.temperature),
         }
 
     def card(self, format_name: str, how_to_load: str) -> str:
         """Return the model card, in Markdown."""
+        seen = self.preprocessing
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", self.recipe)), default=0))
         return "\n".join(
             [
@@ -72,9 +58,9 @@ class About:
                 "",
                 f"Exported as `{format_name}`. {how_to_load}",
                 "",
-                f"- Data: {_text(self.data)}, {len(self.classes)} classes, seen at {self.image_size} px "
-                f"(mean {list(self.mean)}, std {list(self.std)}, {self.interpolation}, crop {self.crop_fraction}, "
-                f"{self.crop_mode})",
+                f"- Data: {_text(self.data)}, {len(self.classes)} classes, seen at {seen.image_size} px "
+                f"(mean {list(seen.mean)}, std {list(seen.std)}, {seen.interpolation}, crop {seen.crop_fraction}, "
+                f"{seen.crop_mode})",
                 *(f"- Teacher: {line}" for line in self._teacher_lines()),
                 "",
                 *self._score_lines(),

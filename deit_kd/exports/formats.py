@@ -60,12 +60,7 @@ def _write_local_dir(backbone: nn.Module, folder: Path, about: About, model_args
         folder,
         model_args=dict(about.model_args) if model_args is None else model_args,
         classes=about.classes,
-        image_size=about.image_size,
-        mean=about.mean,
-        std=about.std,
-        interpolation=about.interpolation,
-        crop_fraction=about.crop_fraction,
-        crop_mode=about.crop_mode,
+        preprocessing=about.preprocessing,
     )
 
 
@@ -77,7 +72,8 @@ def _write_transformers(backbone: nn.Module, folder: Path, about: About) -> None
     height, width = arguments["img_size"]
     if height != width or len(set(arguments["patch_size"])) != 1:
         raise CannotHold("its images or patches are not square")
-    if about.crop_mode == "border":
+    seen = about.preprocessing
+    if seen.crop_mode == "border":
         raise CannotHold("its images have a border (data.crop_mode), which transformers' processor does not make")
     if arguments.get("init_values") is not None:
         state = _without_layer_scale(state)
@@ -105,20 +101,20 @@ def _write_transformers(backbone: nn.Module, folder: Path, about: About) -> None
         "label2id": {name: label for label, name in enumerate(about.classes)},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    edge = int(about.image_size / about.crop_fraction)
+    edge = int(seen.image_size / seen.crop_fraction)
     preprocessor = {
         # DeiT's own takes no shortest edge before transformers 5, and ViT's does not crop; this one does both in all.
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
-        "size": {"height": edge, "width": edge} if about.crop_mode == "squash" else {"shortest_edge": edge},
-        "resample": 2 if about.interpolation == "bilinear" else 3,
+        "size": {"height": edge, "width": edge} if seen.crop_mode == "squash" else {"shortest_edge": edge},
+        "resample": 2 if seen.interpolation == "bilinear" else 3,
         "do_center_crop": True,
-        "crop_size": {"height": about.image_size, "width": about.image_size},
+        "crop_size": {"height": seen.image_size, "width": seen.image_size},
         "do_convert_rgb": True,
         "do_rescale": True,
         "do_normalize": True,
-        "image_mean": list(about.mean),
-        "image_std": list(about.std),
+        "image_mean": list(seen.mean),
+        "image_std": list(seen.std),
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
 

@@ -159,7 +159,7 @@ def write_torch_export(backbone: nn.Module, folder: Path, about: About, choices:
 
 def _traceable(backbone: nn.Module, about: About, choices: Choices) -> tuple[Answering, Tensor, dict[int, Any]]:
     """Return what is traced, images to trace it with, and which of their dimensions may change."""
-    module, size = Answering(backbone, about.fusion, choices), about.image_size
+    module, size = Answering(backbone, about.fusion, choices), about.preprocessing.image_size
     shapes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)}
     if not choices.dynamic_size:
         return module, torch.zeros(2, 3, size, size), shapes

@@ -63,17 +63,12 @@ def export_student(
         architecture=student.backbone.pretrained_cfg["architecture"],
         model_args=student.model_args,
         classes=classes,
-        image_size=config.data.image_size,
-        mean=config.data.mean,
-        std=config.data.std,
-        interpolation="bicubic" if config.data.interpolation == "random" else config.data.interpolation,
-        crop_fraction=config.data.crop_fraction,
+        preprocessing=config.data.preprocessing,
         fusion=config.evaluate.fusion,
         heads=read_head_scores(source.run) if source.checkpoint is None else _scores_of(source.run, source.checkpoint),
         teacher=facts["teacher"],
         data=f"{config.data.name} (digest of the training split {facts['data']['train']})",
         recipe=(source.run / CONFIG_FILE).read_text(),
-        crop_mode=config.data.crop_mode,
         temperature=None if source.checkpoint is not None else _fitted_temperature(source.run, config.evaluate.fusion),
     )
     try:

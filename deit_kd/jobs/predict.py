@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +17,10 @@ from deit_kd.console import say
 from deit_kd.data import load_image
 from deit_kd.distributed import Processes, finish, start
 from deit_kd.engine import autocast
-from deit_kd.evaluation.sources import load_student, open_source
+from deit_kd.evaluation.sources import data_options, load_student, open_source
 from deit_kd.exports.opened import SUFFIX, open_exported
 from deit_kd.files import check_file_to_be, write_atomically
-from deit_kd.interfaces import InputError, head_probabilities, printable
+from deit_kd.interfaces import InputError, Preprocessing, head_probabilities, printable
 from deit_kd.models.create import choose_attention
 from deit_kd.runs import parts
 
@@ -104,8 +103,7 @@ def recipe_of_model(file: Path) -> list[str]:
         InputError: it is no model that ``deit-kd export`` wrote.
     """
     facts = open_exported(file).facts
-    keys = ("image_size", "mean", "std", "interpolation", "crop_fraction", "crop_mode")
-    return [word for key in keys for word in (f"--data.{key}", json.dumps(facts[key]).strip('"'))]  # type: ignore[literal-required]
+    return data_options(Preprocessing(*(facts[field] for field in Preprocessing._fields)))  # type: ignore[literal-required]
 
 
 def _write(file: TextIO, rows: list[tuple[str, str, str, str]]) -> None:

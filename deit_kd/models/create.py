@@ -17,7 +17,6 @@ from deit_kd.models.names import check_known
 from deit_kd.models.tokens import complete_distilled_vit, graft, has_second_head
 
 Pixels = Annotated[int, Field(gt=0, le=2**14)]
-Statistics = tuple[float, float, float]
 
 
 def choose_attention(choice: str, device: torch.device) -> None:

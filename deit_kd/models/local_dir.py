@@ -10,8 +10,8 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from deit_kd.files import read_json
-from deit_kd.interfaces import InputError
-from deit_kd.models.create import Pixels, Statistics
+from deit_kd.interfaces import InputError, Statistics
+from deit_kd.models.create import Pixels
 
 Numbered = dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], str]  # names by the column of a head
 ACTIVATIONS = {"gelu": None, "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"} | {
@@ -19,8 +19,8 @@ ACTIVATIONS = {"gelu": None, "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu
 }  # transformers' names of what timm has; None is what a ViT has unless told
 
 
-class Preprocessing(NamedTuple):
-    """How images reach a network; None where its origin does not say."""
+class KnownPreprocessing(NamedTuple):
+    """What an origin says of how images reach its network; None where it does not say."""
 
     image_size: int | None = None  # pixels
     mean: Statistics | None = None
@@ -102,12 +102,12 @@ def named_columns(saved: LocalDir) -> tuple[tuple[str, ...] | None, tuple[tuple[
     return tuple(by_column[column] for column in columns), None if is_whole else tuple((c,) for c in columns)
 
 
-def read_preprocessor(file: Path, image_size: int) -> Preprocessing:
+def read_preprocessor(file: Path, image_size: int) -> KnownPreprocessing:
     if not file.is_file():
-        return Preprocessing(image_size)
+        return KnownPreprocessing(image_size)
     seen: Preprocessor = read_json(file, Preprocessor)
     size = seen.get("size")
-    return Preprocessing(
+    return KnownPreprocessing(
         image_size=image_size,
         mean=seen["image_mean"],
         std=seen["image_std"],
@@ -126,19 +126,19 @@ def _edge(file: Path, seen: Preprocessor, key: Literal["crop_size", "size"]) -> 
     return edge
 
 
-def preprocessing_of(cfg: Mapping[str, Any]) -> Preprocessing:
+def preprocessing_of(cfg: Mapping[str, Any]) -> KnownPreprocessing:
     """Return what a ``pretrained_cfg`` of timm's says."""
     size = cfg.get("input_size")
-    return Preprocessing(
+    return KnownPreprocessing(
         image_size=None if size is None else size[-1],
         mean=cfg.get("mean"),
         std=cfg.get("std"),
-        interpolation=not_random(cfg.get("interpolation")),
+        interpolation=_not_random(cfg.get("interpolation")),
         crop_fraction=cfg.get("crop_pct"),
         crop_mode=cfg.get("crop_mode"),
     )
 
 
-def not_random(interpolation: str | None) -> str | None:
+def _not_random(interpolation: str | None) -> str | None:
     """Return how images are resized to be scored, where views are resized one way or another."""
     return "bicubic" if interpolation == "random" else interpolation

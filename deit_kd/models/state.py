@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, Preprocessing
 from deit_kd.models.create import OF_THE_ARCHITECTURE, created_by_timm
 from deit_kd.models.names import check_known
 from deit_kd.models.weights import classifier_names, to_timm_names
@@ -109,12 +109,7 @@ def save_local_dir(
     *,
     model_args: dict[str, Any],
     classes: tuple[str, ...],
-    image_size: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    interpolation: str,
-    crop_fraction: float,
-    crop_mode: str = "center",
+    preprocessing: Preprocessing,
 ) -> None:
     """Save `model` so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` answers the same.
 
@@ -131,12 +126,12 @@ def save_local_dir(
             str(aside),
             model_config={"num_classes": len(classes), "label_names": list(classes)},
             data_config={
-                "input_size": (3, image_size, image_size),
-                "mean": mean,
-                "std": std,
-                "interpolation": "bicubic" if interpolation == "random" else interpolation,
-                "crop_pct": crop_fraction,
-                "crop_mode": crop_mode,
+                "input_size": (3, preprocessing.image_size, preprocessing.image_size),
+                "mean": preprocessing.mean,
+                "std": preprocessing.std,
+                "interpolation": preprocessing.interpolation,
+                "crop_pct": preprocessing.crop_fraction,
+                "crop_mode": preprocessing.crop_mode,
             },
             model_args=model_args,
             safe_serialization=True,

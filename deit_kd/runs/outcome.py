@@ -56,10 +56,5 @@ def save_student(run: Run, trainer: Trainer) -> None:
         run.folder / STUDENT_FOLDER,
         model_args=run.student.model_args,
         classes=run.classes,
-        image_size=run.config.data.image_size,
-        mean=run.config.data.mean,
-        std=run.config.data.std,
-        interpolation=run.config.data.interpolation,
-        crop_fraction=run.config.data.crop_fraction,
-        crop_mode=run.config.data.crop_mode,
+        preprocessing=run.config.data.preprocessing,
     )

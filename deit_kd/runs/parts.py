@@ -222,15 +222,7 @@ def build_training_loader(config: Config, photos: Photos, processes: Processes) 
 
 def build_evaluation_transform(config: Config) -> data.Transform:
     """Return what turns an image into the student's evaluation view."""
-    section = config.data
-    return data.evaluation_transform(
-        image_size=section.image_size,
-        mean=section.mean,
-        std=section.std,
-        interpolation="bicubic" if section.interpolation == "random" else section.interpolation,
-        crop_fraction=section.crop_fraction,
-        crop_mode=section.crop_mode,
-    )
+    return data.evaluation_transform(config.data.preprocessing)
 
 
 def build_evaluation_loader(
@@ -323,9 +315,7 @@ def _build_network(
         channels_last=section.channels_last,
         compiled=section.compile,
         classes=classes,
-        student_image_size=config.data.image_size,
-        student_mean=config.data.mean,
-        student_std=config.data.std,
+        student=config.data.preprocessing,
         seed=config.seed,
         dtype=AUTOCAST_DTYPES[teacher_precision(config)] or torch.float32,
         device=processes.device,

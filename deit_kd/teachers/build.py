@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, Preprocessing, Statistics
 from deit_kd.models.create import check_answer, check_arguments, create_model, leave_out_head
 from deit_kd.models.names import check_known, is_kin, plain_twin
 from deit_kd.models.tokens import has_distillation_token
@@ -15,7 +15,7 @@ from deit_kd.models.weights import fit_weights
 from deit_kd.origins import Origin, open_origin, open_published
 from deit_kd.randomness import seed_initialisation
 from deit_kd.teachers.class_map import build_class_map, label_set_names
-from deit_kd.teachers.frozen import FrozenTeacher, FusedHeads, Statistics
+from deit_kd.teachers.frozen import FrozenTeacher, FusedHeads
 from deit_kd.twins import refuse_other_twin, set_layer_norm_eps
 
 SOURCES = "teacher.pretrained, teacher.checkpoint and teacher.fit.epochs"
@@ -37,9 +37,7 @@ def build_teacher(
     channels_last: bool,
     compiled: bool,
     classes: tuple[str, ...],
-    student_image_size: int,
-    student_mean: Statistics,
-    student_std: Statistics,
+    student: Preprocessing,
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -66,9 +64,7 @@ def build_teacher(
         channels_last: memory format.
         compiled: whether to compile it.
         classes: the dataset's class names, in label order.
-        student_image_size: pixels of the batch.
-        student_mean: normalisation of the batch.
-        student_std: the same.
+        student: how the images of the batch were prepared.
         seed: of random weights.
         dtype: of the weights.
         device: where it runs.
@@ -86,7 +82,7 @@ def build_teacher(
         notes.append(f"teacher.name: {name} is left aside, since {origin.name} is a {origin.architecture}")
         name, args = None, {}
     architecture = _architecture(name, origin)
-    size = image_size or origin.preprocessing.image_size or student_image_size
+    size = image_size or origin.preprocessing.image_size or student.image_size
     arguments = {**origin.arguments_of(architecture), **args}
     label_names = None if origin.is_published else origin.classes
     if random_weights and label_set is not None:
@@ -125,13 +121,13 @@ def build_teacher(
     if head and mapping is None and label_names is None and not random_weights:
         notes.append(f"warning: the columns of {origin.name} have no names and are taken in the order of the classes")
     known = origin.preprocessing
-    own_mean: Statistics = mean or known.mean or student_mean
-    own_std: Statistics = std or known.std or student_std
+    own_mean: Statistics = mean or known.mean or student.mean
+    own_std: Statistics = std or known.std or student.std
     interpolation = "bilinear" if known.interpolation == "bilinear" else "bicubic"
     return FrozenTeacher(
         FusedHeads(network) if head and has_distillation_token(network) else network,
-        student_mean=student_mean,
-        student_std=student_std,
+        student_mean=student.mean,
+        student_std=student.std,
         mean=own_mean,
         std=own_std,
         image_size=size,

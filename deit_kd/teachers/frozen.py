@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deit_kd.features import Features, answer_with_features, check_layers, layer_names
-from deit_kd.interfaces import Batch, TeacherOutput
+from deit_kd.interfaces import Batch, Statistics, TeacherOutput
 from deit_kd.models.tokens import heads_of
 from deit_kd.teachers.class_map import ClassMap, described
-
-Statistics = tuple[float, float, float]
-
 
 LONGEST_LIST = 20  # classes of a map that are printed; the run keeps all
 

@@ -13,7 +13,7 @@ from deit_kd.console import say
 from deit_kd.data import Splits
 from deit_kd.distributed import Processes, on_main
 from deit_kd.files import read_json, write_json
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, Preprocessing
 from deit_kd.randomness import VIEWS_VERSION, derive
 from deit_kd.run_folder import HEADS_FILE
 from deit_kd.runs import parts
@@ -120,21 +120,17 @@ def _key(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str
     found_by = {name for name in TeacherSection.model_fields if effects().get(f"teacher.{name}", FIT) & FIT}
     teacher = config.teacher.model_dump(mode="json", include=found_by, exclude={"fit": {"folder"}})
     teacher["checkpoint"] = None  # as the first version had it
-    data = config.data
+    seen = config.data.model_dump(mode="json", include=set(Preprocessing._fields))
+    if seen["crop_mode"] == "center":
+        del seen["crop_mode"]  # the first version had no such field
     return {
         "data": {"train": splits.train.digest(), "validation": splits.validation.digest()},
         "classes": list(splits.train.classes),
         "teacher": teacher,
-        "image_size": data.image_size,
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "interpolation": data.interpolation,
-        "crop_fraction": data.crop_fraction,
+        **seen,
         "precision": config.train.precision,
         "seed": config.seed,
-        # The first version had none of these fields.
-        **({} if data.crop_mode == "center" else {"crop_mode": data.crop_mode}),
-        **({} if views == 1 else {"views": views}),
+        **({} if views == 1 else {"views": views}),  # nor this one
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from deit_kd.config import ANSWERS, VIEWS, Config, differences, flat, keys_that_change
 from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, together
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, Preprocessing
 from deit_kd.models.state import tensors_hash
 from deit_kd.origins import open_origin
 from deit_kd.places import TEACHER_OF_RUN
@@ -53,8 +53,7 @@ def _file_digest(path: str | None) -> str | None:
 
 def validation_identity(config: Config, photos: Photos) -> dict[str, Any]:
     """Return what a view of a validation image depends on, by field."""
-    keys = {"image_size", "crop_fraction", "crop_mode", "interpolation", "mean", "std"}
-    seen = config.data.model_dump(mode="json", include=keys)
+    seen = config.data.model_dump(mode="json", include=set(Preprocessing._fields))
     return {
         "classes": list(photos.classes),
         "validation.images": len(photos),
