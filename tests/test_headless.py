@@ -17,6 +17,7 @@ from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.data.mixing import Example, Mixing
 from deit_kd.data.photos import UNLABELLED
+from deit_kd.interfaces import Preprocessing
 from deit_kd.metrics import neighbour_classes, score_neighbours
 from deit_kd.metrics.linear import linear_classes
 from deit_kd.metrics.neighbours import neighbours_among

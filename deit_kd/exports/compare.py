@@ -73,7 +73,7 @@ def read_again(
     probes = []
     for _, backbone, about in written:
         longer = size_step(backbone) if choices.dynamic_size else 0
-        size = (about.preprocessing.image_size + longer, about.image_size + 2 * longer)
+        size = (about.preprocessing.image_size + longer, about.preprocessing.image_size + 2 * longer)
         probes.append(torch.randn(PROBE_IMAGES, 3, *size, generator=noise))
     with tempfile.TemporaryDirectory() as place:
         for number, images in enumerate(probes):
