@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import Batch, InputError, Student, StudentOutput, Teacher, head_log_probabilities
 from deit_kd.losses import CheckedTerms, Objective, Terms
-from deit_kd.metrics import Agreement, Score
+from deit_kd.metrics import Answered, agreement, answered, joined, score
 from deit_kd.optim import WeightAverage
 from deit_kd.randomness import seed_step
 
@@ -271,8 +271,8 @@ def evaluate(
     Raises:
         InputError: no image can be read.
     """
-    scores: dict[str, dict[str, Score]] = {name: {} for name in models}
-    agreements = {name: Agreement() for name in models}
+    tables: dict[str, list[dict[str, Answered]]] = {name: [] for name in models}
+    taught: list[Tensor] = []
     was_training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
@@ -284,27 +284,30 @@ def evaluate(
         for name, model in models.items():
             with autocast(processes.device, precision):
                 output = _ask(model, batch.images)
-            predictions = {
-                head: scores[name].setdefault(head, Score(classes)).add(log_probabilities, batch.labels)
-                for head, log_probabilities in head_log_probabilities(output, fusion).items()
-            }
-            if teacher_predictions is not None:
-                taught = teacher_predictions[places]
-                predictions["teacher"] = taught[batch.rows()] if batch.missing else taught
-            agreements[name].add(predictions)
+            heads = head_log_probabilities(output, fusion)
+            tables[name].append({head: answered(values, batch.labels) for head, values in heads.items()})
+        if teacher_predictions is not None:
+            of_batch = teacher_predictions[places]
+            taught.append(of_batch[batch.rows()] if batch.missing else of_batch)
     for name, model in models.items():
         model.train(was_training[name])
     total = _readable(total, lacking, processes)
+    teacher = {"teacher": torch.cat(taught)} if taught else {}
+    return {name: _scored(table, teacher, classes, total, processes) for name, table in tables.items()}
+
+
+def _scored(
+    batches: list[dict[str, Answered]], teacher: dict[str, Tensor], classes: int, total: int, processes: Processes
+) -> dict[str, Any]:
+    """Return what `evaluate` returns of one model, from its rows by batch and head."""
+    rows = {head: joined(batch[head] for batch in batches) for head in batches[0]}
     return {
-        name: {
-            "n": total,
-            "heads": {
-                head: scores[name][head].result(total, processes) if head in scores[name] else None
-                for head in ("cls", "dist", "fused")
-            },
-            "agreement": agreements[name].result(total, processes),
-        }
-        for name in models
+        "n": total,
+        "heads": {
+            head: score(rows[head], classes, total, processes) if head in rows else None
+            for head in ("cls", "dist", "fused")
+        },
+        "agreement": agreement({head: of_head.predicted for head, of_head in rows.items()} | teacher, total, processes),
     }
 
 
@@ -390,15 +393,16 @@ def score_teacher(
         ``{"top1", "top5", "nll"}`` over all processes, and the predictions [share] of this process; -1 for images
         that are missing.
     """
-    score = Score(classes)
-    predictions = [torch.empty(0, dtype=torch.long, device=processes.device)]
+    rows: list[Answered] = []
+    predictions = []
     lacking = 0
     for batch in batches:
         batch = batch.to(processes.device)
-        predicted = score.add(teacher(batch).needed_logits().float().log_softmax(-1), batch.labels)
-        predictions.append(batch.at_places(predicted, -1))
+        rows.append(answered(teacher(batch).needed_logits().float().log_softmax(-1), batch.labels))
+        predictions.append(batch.at_places(rows[-1].predicted, -1))
         lacking += len(batch.missing)
-    return score.result(_readable(total, lacking, processes), processes), torch.cat(predictions)
+    total = _readable(total, lacking, processes)
+    return score(joined(rows), classes, total, processes), torch.cat(predictions)
 
 
 def train(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deit_kd.interfaces import StudentOutput
 from deit_kd.metrics import (
+    answered,
     bootstrap_means,
     calibration_gaps,
     class_accuracies,
@@ -39,7 +40,8 @@ def guesses(images: int = 500, classes: int = 6, sharpness: float = 1.0, seed: i
 
 
 def test_scores_of_one_image_are_those_of_a_hand() -> None:
-    values = per_image(torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([1]))
+    log_probabilities = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    values = per_image(log_probabilities, answered(log_probabilities, torch.tensor([1])))
     assert "top5" not in values  # of 3 classes
     assert float(values["top1"]) == 0
     assert float(values["nll"]) == pytest.approx(-math.log(0.3))

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from deit_kd.interfaces import StudentOutput, head_log_probabilities
-from deit_kd.metrics import Agreement, Score, judge, per_image, scale_temperature
-from deit_kd.metrics.counts import ranks
+from deit_kd.metrics import agreement, answered, joined, judge, per_image, ranks, scale_temperature
+from deit_kd.metrics import score as score_of
 from tests.conftest import ONE_PROCESS
 
 
 def score(probabilities: Tensor, labels: list[int]) -> Any:
-    counted = Score(probabilities.shape[-1])
-    counted.add(probabilities.log(), torch.tensor(labels))
-    return counted.result(len(labels), ONE_PROCESS)
+    rows = answered(probabilities.log(), torch.tensor(labels))
+    return score_of(rows, probabilities.shape[-1], len(labels), ONE_PROCESS)
 
 
 def test_top1_top5_and_nll_worked_by_hand() -> None:
@@ -32,12 +31,12 @@ def test_top1_top5_and_nll_worked_by_hand() -> None:
 def test_of_classes_that_tie_the_first_is_the_answer_everywhere() -> None:
     tied = torch.tensor([[0.1, 0.3, 0.1, 0.3, 0.1, 0.1]]).expand(6, 6)
     labels = torch.arange(6)
-    counted = Score(6)
-    assert counted.add(tied, labels).tolist() == tied.argmax(-1).tolist() == [1] * 6
+    rows = answered(tied, labels)
+    assert rows.predicted.tolist() == tied.argmax(-1).tolist() == [1] * 6
     assert ranks(tied, labels).tolist() == [2, 0, 3, 1, 4, 5]
-    for name, values in per_image(tied, labels).items():
+    for name, values in per_image(tied, rows).items():
         if name in ("top1", "top5"):
-            assert values.mean().item() == pytest.approx(counted.result(6, ONE_PROCESS)[name])
+            assert values.mean().item() == pytest.approx(score_of(rows, 6, 6, ONE_PROCESS)[name])
 
 
 def test_what_is_not_a_number_is_no_right_answer() -> None:
@@ -51,12 +50,10 @@ def test_top5_of_five_classes_or_fewer_is_null(classes: int, is_null: bool) -> N
 
 def test_batches_of_any_size_give_the_same_counts() -> None:
     probabilities, labels = torch.rand(50, 8).softmax(-1), torch.randint(8, (50,))
-    whole, parts = Score(8), Score(8)
-    whole.add(probabilities, labels)
-    for some, few in zip(probabilities.split(7), labels.split(7), strict=True):
-        parts.add(some, few)
-    expected = whole.result(50, ONE_PROCESS)
-    assert parts.result(50, ONE_PROCESS) == pytest.approx(expected)
+    batches = zip(probabilities.split(7), labels.split(7), strict=True)
+    parts = joined(answered(some, few) for some, few in batches)
+    expected = score_of(answered(probabilities, labels), 8, 50, ONE_PROCESS)
+    assert score_of(parts, 8, 50, ONE_PROCESS) == expected
 
 
 @pytest.mark.parametrize("gap", [50.0, 90.0, 200.0, 3000.0])
@@ -65,18 +62,16 @@ def test_nll_is_exact_however_certain_a_wrong_answer_is(gap: float) -> None:
     student = StudentOutput(torch.tensor([[gap, 0.0]]), torch.tensor([[2 * gap, 0.0]]))
     label = torch.tensor([1])
     judged = judge(student, label, teacher_logits=student.cls_logits, others={}, fusion="softmax", seed=0)
-    counted = Score(2)
-    counted.add(head_log_probabilities(student)["fused"], label)
+    rows = answered(head_log_probabilities(student)["fused"], label)
     fused = gap + math.log(2)  # half of exp(-gap); the other head adds nothing that fp32 holds
     assert judged["heads"]["cls"]["nll"] == judged["teacher"]["nll"] == pytest.approx(gap)
     assert judged["heads"]["dist"]["nll"] == pytest.approx(2 * gap)
     assert judged["heads"]["fused"]["nll"] == pytest.approx(fused)
     assert judged["heads"]["fused_logits"]["nll"] == pytest.approx(1.5 * gap)
-    assert counted.result(1, ONE_PROCESS)["nll"] == pytest.approx(fused)
+    assert score_of(rows, 2, 1, ONE_PROCESS)["nll"] == pytest.approx(fused)
     assert float(scale_temperature(student.cls_logits.log_softmax(-1), 0.5)[0, 1]) == pytest.approx(-2 * gap)
 
 
 def test_agreement_is_a_fraction_and_null_without_a_partner() -> None:
-    agreement = Agreement()
-    agreement.add({"cls": torch.tensor([0, 1, 2, 3]), "dist": torch.tensor([0, 1, 2, 0]), "fused": torch.zeros(4)})
-    assert agreement.result(4, ONE_PROCESS) == {"cls_teacher": None, "dist_teacher": None, "cls_dist": 0.75}
+    predictions = {"cls": torch.tensor([0, 1, 2, 3]), "dist": torch.tensor([0, 1, 2, 0]), "fused": torch.zeros(4)}
+    assert agreement(predictions, 4, ONE_PROCESS) == {"cls_teacher": None, "dist_teacher": None, "cls_dist": 0.75}

@@ -1,5 +1,6 @@
 """Scores of heads: exact counts while training, and what a split's probabilities say afterwards."""
 
+from deit_kd.metrics.answered import Answered, agreement, answered, joined, ranks, score
 from deit_kd.metrics.calibration import (
     BINS,
     calibration_gaps,
@@ -10,7 +11,6 @@ from deit_kd.metrics.calibration import (
     scale_temperature,
 )
 from deit_kd.metrics.comparison import class_accuracies, disagreement_matrix, followed, mcnemar
-from deit_kd.metrics.counts import Agreement, Score
 from deit_kd.metrics.heads import every_head, judge, per_image
 from deit_kd.metrics.intervals import bootstrap_means, interval
 from deit_kd.metrics.neighbours import neighbour_classes, score_neighbours
@@ -18,8 +18,9 @@ from deit_kd.metrics.representation import linear_cka, token_cosines
 
 __all__ = [
     "BINS",
-    "Agreement",
-    "Score",
+    "Answered",
+    "agreement",
+    "answered",
     "bootstrap_means",
     "calibration_gaps",
     "class_accuracies",
@@ -30,13 +31,16 @@ __all__ = [
     "fit_temperature",
     "followed",
     "interval",
+    "joined",
     "judge",
     "linear_cka",
     "mcnemar",
     "neighbour_classes",
     "per_image",
+    "ranks",
     "reliability",
     "scale_temperature",
+    "score",
     "score_neighbours",
     "token_cosines",
 ]

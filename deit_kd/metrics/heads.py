@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deit_kd.distributed import Processes
 from deit_kd.interfaces import StudentOutput, head_log_probabilities
+from deit_kd.metrics.answered import Answered, agreement, answered, score
 from deit_kd.metrics.calibration import (
     calibration_gaps,
     expected_calibration_error,
@@ -20,11 +22,11 @@ from deit_kd.metrics.calibration import (
     scale_temperature,
 )
 from deit_kd.metrics.comparison import class_accuracies, disagreement_matrix, mcnemar
-from deit_kd.metrics.counts import ranks
 from deit_kd.metrics.intervals import bootstrap_means, interval
 from deit_kd.randomness import generator
 
 FUSIONS = ("softmax", "logits")
+ALONE = Processes(0, 1, torch.device("cpu"))  # answers are those of all processes by now
 
 
 def every_head(output: StudentOutput) -> dict[str, Tensor]:
@@ -52,20 +54,21 @@ def weighted(fusion: str, output: StudentOutput, weight: float) -> Tensor:
     return torch.lerp(dist_logits.float(), cls_logits, weight).log_softmax(-1)
 
 
-def per_image(log_probabilities: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def per_image(log_probabilities: Tensor, rows: Answered) -> dict[str, Tensor]:
     """Return each image's ``top1`` and ``top5`` (0 or 100), ``nll`` in nats and ``brier``, all [n] in float64.
 
     Brier's score is the squared distance of the probabilities from the truth, summed over classes (0 to 2).
     There is no ``top5`` where C <= 5.
+
+    Args:
+        log_probabilities: [n, C].
+        rows: what `answered` says of them.
     """
-    classes = log_probabilities.shape[-1]
-    chosen = log_probabilities.gather(1, labels[:, None])[:, 0].double()
-    rank = ranks(log_probabilities, labels)
-    values = {"top1": 100.0 * (rank < 1).double()}
-    if classes > 5:
-        values["top5"] = 100.0 * (rank < 5).double()
-    values["nll"] = -chosen
-    values["brier"] = log_probabilities.double().exp().square().sum(-1) - 2 * chosen.exp() + 1
+    values = {"top1": 100.0 * rows.top1.double()}
+    if log_probabilities.shape[-1] > 5:
+        values["top5"] = 100.0 * rows.top5.double()
+    values["nll"] = rows.nll
+    values["brier"] = log_probabilities.double().exp().square().sum(-1) - 2 * (-rows.nll).exp() + 1
     return values
 
 
@@ -120,12 +123,7 @@ def judge(
     return {
         "heads": {name: scores.get(name) for name in ("cls", "dist", "fused", "fused_softmax", "fused_logits")},
         "teacher": scores.get("teacher"),
-        "agreement": {
-            f"{a}_{b}": float((predictions[a] == predictions[b]).double().mean())
-            if a in predictions and b in predictions
-            else None
-            for a, b in (("cls", "teacher"), ("dist", "teacher"), ("cls", "dist"))
-        },
+        "agreement": agreement(predictions, len(labels), ALONE),
         "comparisons": _comparisons(predictions, others, labels, seed),
         "disagreement": disagreement_matrix({"truth": labels, **predictions, **students}),
         "by_class": class_accuracies({**predictions, **students}, labels, output.cls_logits.shape[-1]),
@@ -136,15 +134,14 @@ def judge(
 
 
 def _score(log_probabilities: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
-    values, probabilities = per_image(log_probabilities, labels), log_probabilities.exp()
+    rows, probabilities = answered(log_probabilities, labels), log_probabilities.exp()
+    values = per_image(log_probabilities, rows)
     gaps = calibration_gaps(probabilities, labels)
     means = bootstrap_means(torch.cat([torch.stack(list(values.values()), dim=1), gaps], dim=1), seed)
     spread = {name: interval(means[:, column]) for column, name in enumerate(values)}
     spread["ece"] = interval(means[:, len(values) :].abs().sum(-1))
     return {
-        "top1": float(values["top1"].mean()),
-        "top5": float(values["top5"].mean()) if "top5" in values else None,
-        "nll": float(values["nll"].mean()),
+        **score(rows, log_probabilities.shape[-1], len(labels), ALONE),
         "brier": float(values["brier"].mean()),
         "ece": expected_calibration_error(probabilities, labels),
         "intervals": spread,
@@ -222,10 +219,7 @@ def _fit_temperature(log_probabilities: Tensor, labels: Tensor, fitted: Tensor, 
     }
 
 
-def _short_score(log_probabilities: Tensor, labels: Tensor) -> dict[str, float]:
-    values = per_image(log_probabilities, labels)
-    return {
-        "top1": float(values["top1"].mean()),
-        "nll": float(values["nll"].mean()),
-        "ece": expected_calibration_error(log_probabilities.exp(), labels),
-    }
+def _short_score(log_probabilities: Tensor, labels: Tensor) -> dict[str, float | None]:
+    found = score(answered(log_probabilities, labels), log_probabilities.shape[-1], len(labels), ALONE)
+    ece = expected_calibration_error(log_probabilities.exp(), labels)
+    return {"top1": found["top1"], "nll": found["nll"], "ece": ece}

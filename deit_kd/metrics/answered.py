@@ -1,0 +1,82 @@
+"""One row for each image that a head was asked about, and the exact scores that follow, on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deit_kd.distributed import Processes
+
+
+class Answered(NamedTuple):
+    """What one head said about images, a row each."""
+
+    predicted: Tensor  # [n], its classes
+    rank: Tensor  # [n], how many classes it puts before the label's; 0 is a right answer
+    nll: Tensor  # [n], of the label in nats, float64
+
+    @property
+    def top1(self) -> Tensor:
+        """Whether each answer is right [n]."""
+        return self.rank < 1
+
+    @property
+    def top5(self) -> Tensor:
+        """Whether the label is among the first five [n]."""
+        return self.rank < 5
+
+
+def answered(log_probabilities: Tensor, labels: Tensor) -> Answered:
+    """Return the rows of a head's log-probabilities [n, C]; `labels` are [n]."""
+    nll = -log_probabilities.gather(1, labels[:, None])[:, 0].double()
+    return Answered(log_probabilities.argmax(-1), ranks(log_probabilities, labels), nll)
+
+
+def joined(rows: Iterable[Answered]) -> Answered:
+    """Return the rows of several batches as one."""
+    return Answered(*(torch.cat(column) for column in zip(*rows, strict=True)))
+
+
+def ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return how many classes [B] stand before the label's in `scores` [B, C]; 0 is a right answer.
+
+    Of classes with the same probability the first stands first, as in ``argmax``; ``topk`` leaves that open, and
+    logits in bf16 do tie.
+    """
+    chosen = scores.gather(1, labels[:, None])
+    larger = ~(scores <= chosen)  # what is not a number stands before everything
+    before = torch.arange(scores.shape[1], device=labels.device) < labels[:, None]
+    return (larger | ((scores == chosen) & before)).sum(1)
+
+
+def score(rows: Answered, classes: int, total: int, processes: Processes) -> dict[str, float | None]:
+    """Return ``top1`` and ``top5`` in percent and ``nll`` in nats over the rows of all processes.
+
+    Args:
+        rows: this process's.
+        classes: C; there is no ``top5`` of five classes or fewer.
+        total: rows of all processes.
+        processes: that share the images.
+    """
+    sums = torch.stack([rows.top1.sum().double(), rows.top5.sum().double(), rows.nll.sum()])
+    top1, top5, nll = processes.sum(sums).tolist()
+    return {"top1": 100 * top1 / total, "top5": 100 * top5 / total if classes > 5 else None, "nll": nll / total}
+
+
+def agreement(predictions: Mapping[str, Tensor], total: int, processes: Processes) -> dict[str, float | None]:
+    """Return on which share of all processes' images two predictors gave the same class; None where one is missing.
+
+    Args:
+        predictions: this process's classes [n] of ``cls``, ``dist`` and ``teacher``, those there are.
+        total: images of all processes.
+        processes: that share the images.
+    """
+    shares: dict[str, float | None] = {}
+    for first, second in (("cls", "teacher"), ("dist", "teacher"), ("cls", "dist")):
+        both = first in predictions and second in predictions
+        same = (predictions[first] == predictions[second]).sum() if both else None
+        shares[f"{first}_{second}"] = None if same is None else int(processes.sum(same)) / total
+    return shares
