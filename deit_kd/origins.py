@@ -162,7 +162,7 @@ def open_model(key: str, path: str | Path) -> nn.Module:
         num_classes=origin.class_count or 0,
         **origin.model_args,
     )
-    fit_weights(key, model, origin.state, source=origin.name, whole=True)
+    fit_weights(key, model, origin.state, source=origin.name, strict=True)
     return model
 
 

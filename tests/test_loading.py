@@ -285,7 +285,7 @@ def test_file_that_is_no_state_dict_is_refused(tmp_path: Path, content, reason):
 def test_runs_own_student_must_be_whole(tmp_path: Path):
     path = saved(tmp_path, source(PLAIN).state_dict(), "deit .pth")
     with pytest.raises(InputError, match="is missing"):
-        student(checkpoint=path, whole=True)
+        student(checkpoint=path, strict=True)
 
 
 def test_local_dir_says_what_the_student_saw(tmp_path: Path):

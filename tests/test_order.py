@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deit_kd import InputError
-from deit_kd.data.order import BLOCK_PHOTOS, Dealer, ViewKey, epoch_order
+from deit_kd.data.order import BLOCK_PHOTOS, TrainingBatchSampler, ViewKey, epoch_order
 from deit_kd.randomness import VIEWS_VERSION
 
 lawful = settings(deadline=None, max_examples=60, derandomize=True)
@@ -32,7 +32,7 @@ def deal(**options: Any) -> list[list[ViewKey]]:
         "pairs": True,
         "epochs": 2,
     }
-    return list(Dealer(**{**base, **options}))
+    return list(TrainingBatchSampler(**{**base, **options}))
 
 
 @lawful
@@ -167,13 +167,13 @@ def test_the_last_incomplete_batch_is_dropped() -> None:
 
 
 def test_dealing_goes_on_from_any_step() -> None:
-    dealer = Dealer(
+    batch_sampler = TrainingBatchSampler(
         photos=50, repeats=2, seed=0, batch_size=8, accumulation_steps=2, rank=1, processes=2, pairs=True, epochs=3
     )
-    whole = list(dealer)
-    dealer.first_step = 7
-    assert list(dealer) == whole[14:]
-    assert len(dealer) == len(whole) - 14
+    whole = list(batch_sampler)
+    batch_sampler.first_step = 7
+    assert list(batch_sampler) == whole[14:]
+    assert len(batch_sampler) == len(whole) - 14
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_a_folder_of_transformers_answers_as_it_does_there(tmp_path: Path) -> No
         output = theirs((IMAGES - 0.5) / 0.5)
     expected = ((output.cls_logits.softmax(-1) + output.distillation_logits.softmax(-1)) / 2).log()
     torch.testing.assert_close(answers(teacher(checkpoint=str(folder))), expected, rtol=1e-4, atol=1e-5)
-    scored = tiny_student(checkpoint=str(folder), args={**STUDENT_ARGS, "act_layer": "quick_gelu"}, whole=True).eval()
+    scored = tiny_student(checkpoint=str(folder), args={**STUDENT_ARGS, "act_layer": "quick_gelu"}, strict=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(scored((IMAGES - 0.5) / 0.5).cls_logits, output.cls_logits, rtol=1e-4, atol=1e-5)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deit_kd.data import Photos, TrainingLoader, training_transform
-from deit_kd.data.order import Dealer
+from deit_kd.data.order import TrainingBatchSampler
 from deit_kd.interfaces import Batch
 from tests.conftest import training_loader
 
@@ -74,10 +74,12 @@ def test_a_longer_run_deals_the_view_epochs_again_mixing_included() -> None:
 def test_view_epochs_that_come_again_show_every_view_equally_often(count: int, repeats: int, pairs: int) -> None:
     if count // repeats * repeats < 2 * pairs or count // repeats < 2:
         return
-    dealer = Dealer(**{**DEALT, "photos": count, "repeats": repeats, "batch_size": 2 * pairs, "epochs": 12 * repeats})
-    dealer.view_epochs = repeats
-    dealt = Counter((key.epoch, key.position) for batch in dealer for key in batch)
-    assert len(dealt) == repeats * dealer.views_per_epoch
+    batch_sampler = TrainingBatchSampler(
+        **{**DEALT, "photos": count, "repeats": repeats, "batch_size": 2 * pairs, "epochs": 12 * repeats}
+    )
+    batch_sampler.view_epochs = repeats
+    dealt = Counter((key.epoch, key.position) for batch in batch_sampler for key in batch)
+    assert len(dealt) == repeats * batch_sampler.views_per_epoch
     assert max(dealt.values()) - min(dealt.values()) <= 1
 
 
@@ -94,13 +96,13 @@ def test_a_cycled_run_continues_in_the_middle_as_it_would_have_gone_on() -> None
 def test_the_dealer_repeats_the_order_of_the_view_epoch(count: int, repeats: int, epochs: int, cycle: int) -> None:
     if count // repeats < 2:
         return
-    dealer = Dealer(**{**DEALT, "photos": count, "repeats": repeats, "epochs": epochs})
-    plain = list(dealer)
-    dealer.view_epochs = cycle
+    batch_sampler = TrainingBatchSampler(**{**DEALT, "photos": count, "repeats": repeats, "epochs": epochs})
+    plain = list(batch_sampler)
+    batch_sampler.view_epochs = cycle
     # Batches of one pair: all views but an odd last one are dealt every time.
-    if dealer.views_per_epoch == dealer.steps_per_epoch * 2:
-        period = cycle * dealer.steps_per_epoch
-        assert list(dealer) == [plain[step % period] for step in range(len(plain))]
+    if batch_sampler.views_per_epoch == batch_sampler.steps_per_epoch * 2:
+        period = cycle * batch_sampler.steps_per_epoch
+        assert list(batch_sampler) == [plain[step % period] for step in range(len(plain))]
 
 
 @pytest.mark.parametrize("options", [{}, {"repeats": 3}, {"mixup": 0.0, "cutmix": 0.0}, {"workers": 2}])

@@ -1,4 +1,4 @@
-"""Loaders: workers that make views, in the order that the dealer lays down."""
+"""Loaders: workers that make views, in the order of the batch sampler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from deit_kd.data.decode import UnreadableImage
 from deit_kd.data.mixing import Example, Mixing, missing_of
-from deit_kd.data.order import Dealer, ViewKey
+from deit_kd.data.order import TrainingBatchSampler, ViewKey
 from deit_kd.data.photos import Photos
 from deit_kd.data.sharing import PREFETCHED, received
 from deit_kd.data.transforms import Transform
@@ -146,32 +146,34 @@ def _serve_and_stand_back(worker: int) -> None:
 class TrainingLoader:
     """All batches of a run in order; iterate from any step."""
 
-    def __init__(self, views: Views, dealer: Dealer, mixing: Mixing, workers: int, pin_memory: bool) -> None:
-        self._views, self._dealer, self._mixing = views, dealer, mixing
+    def __init__(
+        self, views: Views, batch_sampler: TrainingBatchSampler, mixing: Mixing, workers: int, pin_memory: bool
+    ) -> None:
+        self._views, self._batch_sampler, self._mixing = views, batch_sampler, mixing
         self._workers, self._pin_memory = workers, pin_memory
-        self.steps_per_epoch = dealer.steps_per_epoch
-        self.total_steps = dealer.total_steps
-        self.views_per_epoch = dealer.views_per_epoch
+        self.steps_per_epoch = batch_sampler.steps_per_epoch
+        self.total_steps = batch_sampler.total_steps
+        self.views_per_epoch = batch_sampler.views_per_epoch
 
     def cycle_views(self, view_epochs: int) -> None:
         """Deal the views of `view_epochs` epochs over and over, however many epochs the run has."""
-        self._dealer.view_epochs = view_epochs
+        self._batch_sampler.view_epochs = view_epochs
 
     def order_as(self, version: int) -> None:
         """Deal the photos in the order of an earlier version of views, see `epoch_order`."""
-        self._dealer.version = version
+        self._batch_sampler.version = version
 
     def batches(self, first_step: int, lent: bool = False) -> Iterable[Batch]:
         """Return this process's micro-batches from `first_step` to the end of the run.
 
         With `lent`, which spares a copy, a batch's images may be overwritten once the next batch is asked for.
         """
-        self._dealer.first_step = first_step
-        return self._load(self._dealer, lent)
+        self._batch_sampler.first_step = first_step
+        return self._load(self._batch_sampler, lent)
 
     def views_of_step(self, step: int) -> list[ViewKey]:
         """Return which views this process sees in optimiser step `step` (from 0)."""
-        return self._dealer.of_step(step)
+        return self._batch_sampler.of_step(step)
 
     def views(self, view_ids: np.ndarray, batch_size: int) -> Iterable[Batch]:
         """Return any views in batches, whatever batches they are trained in, for any process.
@@ -180,7 +182,7 @@ class TrainingLoader:
             view_ids: [n, 2], epoch and position; the partners that mixing needs are added.
             batch_size: images, in this process.
         """
-        return self._load(self._dealer.blocks(self._dealer.whole(view_ids), batch_size))
+        return self._load(self._batch_sampler.blocks(self._batch_sampler.whole(view_ids), batch_size))
 
     def _load(self, blocks: Iterable[list[ViewKey]], lent: bool = False) -> Iterable[Batch]:
         batches = _Plainly(
@@ -233,7 +235,7 @@ def build_training_loader(
         switch_probability=mix_switch_probability,
         label_smoothing=label_smoothing,
     )
-    dealer = Dealer(
+    batch_sampler = TrainingBatchSampler(
         photos=len(photos),
         repeats=repeats,
         seed=seed,
@@ -244,7 +246,7 @@ def build_training_loader(
         pairs=mixing.is_on,
         epochs=epochs,
     )
-    return TrainingLoader(Views(photos, transform, seed, skip), dealer, mixing, workers, pin_memory)
+    return TrainingLoader(Views(photos, transform, seed, skip), batch_sampler, mixing, workers, pin_memory)
 
 
 class _Photos(Dataset[Example]):

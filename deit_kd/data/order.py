@@ -64,7 +64,7 @@ def _shuffled_rounds(block: np.ndarray, rounds: int, choices: np.random.Generato
     return np.concatenate(orders)
 
 
-class Dealer(Sampler[list[ViewKey]]):
+class TrainingBatchSampler(Sampler[list[ViewKey]]):
     """Deals the whole of training, micro-batch by micro-batch, to one process.
 
     Optimiser step s of an epoch takes positions ``[s * batch_size, (s + 1) * batch_size)``; micro-step a of

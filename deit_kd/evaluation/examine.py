@@ -215,8 +215,15 @@ def is_as_trained(examination: Examination) -> bool:
 
     def how(config: Config) -> tuple[Any, ...]:
         seen, teacher = config.data.model_dump(include=SEEN), config.teacher
-        eyes = teacher.image_size, teacher.mean, teacher.std, teacher.args, teacher.class_map, teacher.label_set
-        return config.student, seen, config.evaluate.fusion, teacher.store, eyes, _whose(teacher)
+        preprocessing = (
+            teacher.image_size,
+            teacher.mean,
+            teacher.std,
+            teacher.args,
+            teacher.class_map,
+            teacher.label_set,
+        )
+        return config.student, seen, config.evaluate.fusion, teacher.store, preprocessing, _whose(teacher)
 
     return same_photos and how(config) == how(own)
 

@@ -208,7 +208,7 @@ def load_student(source: Source, config: Config, classes: tuple[str, ...], proce
         InputError: its weights cannot be had, or are another model's.
     """
     own = None if source.run is None else str(source.checkpoint or source.run)
-    student = parts.build_student(config, classes, checkpoint=own, whole=True)
+    student = parts.build_student(config, classes, checkpoint=own, strict=True)
     account = student.account
     if account is None or account.initialised or account.derived:
         new = "all of it" if account is None else ", ".join([*account.initialised, *account.derived])

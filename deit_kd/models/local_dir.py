@@ -31,7 +31,7 @@ class KnownPreprocessing(NamedTuple):
 
 
 @with_config(ConfigDict(extra="allow"))
-class Eyes(TypedDict, total=False):
+class PretrainedCfg(TypedDict, total=False):
     """How images reach a model, as timm's ``pretrained_cfg`` and ``config.json`` say it."""
 
     input_size: tuple[int, Pixels, Pixels]
@@ -44,14 +44,14 @@ class Eyes(TypedDict, total=False):
     label_names: list[str] | Numbered | None
 
 
-class LocalDir(Eyes, total=False):
+class LocalDir(PretrainedCfg, total=False):
     """What we read of the ``config.json`` beside weights: timm's, or transformers'."""
 
     architecture: str
     model_args: dict[str, Any]
     model_type: str | None
     id2label: Numbered
-    pretrained_cfg: Eyes
+    pretrained_cfg: PretrainedCfg
 
 
 @with_config(ConfigDict(extra="allow"))

@@ -99,7 +99,7 @@ def fit_weights(
     source: str,
     new_heads: bool = False,
     token: str = "cls",
-    whole: bool = False,
+    strict: bool = False,
 ) -> Account:
     """Load `state` into `model`, adapt what has one right way to be adapted, and account for every tensor.
 
@@ -115,7 +115,7 @@ def fit_weights(
         new_heads: give the model new heads even where the old ones fit.
         token: ``cls`` starts a distillation token that the source lacks from its class token, with a little
             noise, and the token's head from the class head; ``scratch`` leaves both as they were drawn.
-        whole: nothing may be new, derived or left out, as for a teacher or a run's own student.
+        strict: nothing may be new, derived or left out, as for a teacher or a run's own student.
 
     Raises:
         InputError: a tensor is missing, unknown or of another shape, with the first differences.
@@ -133,7 +133,7 @@ def fit_weights(
             problems.append(f"{name} is of {taken.dtype}")
             continue
         is_head = name.startswith(heads)
-        if is_head and not whole and (new_heads or (taken is not None and taken.shape != drawn.shape)):
+        if is_head and not strict and (new_heads or (taken is not None and taken.shape != drawn.shape)):
             account.initialised.append(name)
         elif taken is not None and taken.shape == drawn.shape:
             fitted[name] = taken
@@ -145,19 +145,19 @@ def fit_weights(
             used.add(name)
         elif taken is not None:
             problems.append(f"{name} is {list(taken.shape)}, not {list(drawn.shape)}")
-        elif not whole and name in ORIGINS:
+        elif not strict and name in ORIGINS:
             origin = ORIGINS[name]
             if origin in account.loaded and (token == "cls" or name.startswith("fc_norm")):
                 fitted[name] = _with_noise(fitted[origin]) if name == "dist_token" else fitted[origin].clone()
                 account.derived[name] = origin
             else:
                 account.initialised.append(name)
-        elif not whole and is_head:
+        elif not strict and is_head:
             account.initialised.append(name)
         else:
             problems.append(f"{name} is missing")
     for name in given.keys() - used:
-        if not whole and (name in ORIGINS or name.startswith(heads)):
+        if not strict and (name in ORIGINS or name.startswith(heads)):
             account.left_out.append(name)
         elif name not in own:
             problems.append(f"{name} is unknown")

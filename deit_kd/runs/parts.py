@@ -244,9 +244,9 @@ def build_evaluation_loader(
 
 
 def build_student(
-    config: Config, classes: tuple[str, ...], checkpoint: str | None = None, whole: bool = False
+    config: Config, classes: tuple[str, ...], checkpoint: str | None = None, strict: bool = False
 ) -> TimmStudent:
-    """Return the recipe's student with its first weights or, if `whole`, with all of its own.
+    """Return the recipe's student with its first weights or, if `strict`, with all of its own.
 
     `checkpoint` is where these are, unless the recipe's section says it.
     """
@@ -264,7 +264,7 @@ def build_student(
         new_heads=section.new_heads,
         freeze=section.freeze,
         channels_last=section.channels_last,
-        whole=whole,
+        strict=strict,
         seed=config.seed,
     )
 

@@ -35,7 +35,7 @@ def build_student(
     new_heads: bool = False,
     freeze: str = "none",
     channels_last: bool | None = None,
-    whole: bool = False,
+    strict: bool = False,
     seed: int,
 ) -> TimmStudent:
     """Build a student with seeded initial weights.
@@ -55,7 +55,7 @@ def build_student(
         new_heads: draw new heads even where the weights' own have as many classes.
         freeze: ``none``, ``patch_embed``, ``backbone`` (tokens and heads learn) or ``all_but_heads``.
         channels_last: memory format, see `TimmStudent`.
-        whole: the weights must be this very student's, every tensor of them.
+        strict: the weights must be this very student's, every tensor of them.
         seed: of the run.
 
     Raises:
@@ -91,7 +91,7 @@ def build_student(
     account = None
     if origin is not None:
         other_classes = origin.classes is not None and (origin.classes != classes or origin.columns is not None)
-        account = _fit(key, backbone, origin, architecture, args, image_size, whole, new_heads or other_classes, token)
+        account = _fit(key, backbone, origin, architecture, args, image_size, strict, new_heads or other_classes, token)
     student = TimmStudent(
         backbone,
         model_args={**size_argument(architecture, image_size), **args},
@@ -111,14 +111,14 @@ def _fit(
     architecture: str,
     args: dict[str, Any],
     image_size: int,
-    whole: bool,
+    strict: bool,
     new_heads: bool,
     token: str,
 ) -> Account:
     account = fit_weights(
-        key, backbone, origin.state, source=origin.name, new_heads=new_heads, token=token, whole=whole
+        key, backbone, origin.state, source=origin.name, new_heads=new_heads, token=token, strict=strict
     )
-    if origin.layer_norm_eps is not None and whole:
+    if origin.layer_norm_eps is not None and strict:
         set_layer_norm_eps(backbone, origin.layer_norm_eps)
     refuse_other_twin(key, backbone, origin, architecture, args, image_size)
     return account

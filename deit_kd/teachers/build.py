@@ -98,7 +98,7 @@ def build_teacher(
         **arguments,
     )
     if not random_weights:
-        fit_weights("teacher", network, origin.state, source=origin.name, whole=True)
+        fit_weights("teacher", network, origin.state, source=origin.name, strict=True)
         if origin.layer_norm_eps is not None:
             set_layer_norm_eps(network, origin.layer_norm_eps)
         refuse_other_twin("teacher.args", network, origin, architecture, arguments, size)

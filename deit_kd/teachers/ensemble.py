@@ -16,7 +16,7 @@ COMBINATIONS = ("mean", "draw")
 
 
 class EnsembleTeacher(nn.Module):
-    """Answers with several frozen teachers, each with its own eyes and class map.
+    """Answers with several frozen teachers, each with its own preprocessing and class map.
 
     ``mean`` is the log of the weighted mean of their probabilities at T = 1, so that a temperature acts on the
     ensemble's distribution. ``draw`` lets one teacher answer each view, drawn by weight from the view's epoch and

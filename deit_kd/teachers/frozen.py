@@ -107,7 +107,7 @@ class FrozenTeacher(nn.Module):
         self.ask_for(())
 
     def lines(self, role: str = "teacher") -> list[str]:
-        """Return what a person is told about its eyes and its class map."""
+        """Return what a person is told about its preprocessing and its class map."""
         seen = "the student's size" if self._image_size is None else f"{self._image_size} px"
         lines = [f"{role}: {self.facts.get('name', type(self.network).__name__)} sees {seen}", *self._notes]
         if not self.has_head:
@@ -158,7 +158,7 @@ class FrozenTeacher(nn.Module):
             images = batch.images
             if not len(images):  # attention on CUDA refuses an empty batch
                 images = images.new_zeros(1, *images.shape[1:])
-            images = self._eyes(images)
+            images = self._preprocess(images)
             features: Features = {}
             if self._answer_with_features is None:
                 logits = self._answer(images)
@@ -170,7 +170,7 @@ class FrozenTeacher(nn.Module):
                 return TeacherOutput(None, found or None)
             return TeacherOutput(logits if self._map is None else self._map(logits), found or None)
 
-    def _eyes(self, images: Tensor) -> Tensor:
+    def _preprocess(self, images: Tensor) -> Tensor:
         if self._image_size is not None and images.shape[-1] != self._image_size:
             images = F.interpolate(images, size=self._image_size, mode=self._interpolation, antialias=True)
         if self._renormalises:
