@@ -31,7 +31,8 @@ from deit_kd.losses import soft_distillation
 from deit_kd.runs import parts
 from deit_kd.runs.run import prepare
 from deit_kd.store import VALIDATION, LabelStore, Record, epoch_part
-from deit_kd.teaching import stored
+from deit_kd.teaching import recording, store_identity
+from deit_kd.teaching.stored import stored_teacher
 from tests.conftest import assert_same_scores, evaluated
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
@@ -323,7 +324,7 @@ def test_an_old_store_is_read_in_the_order_that_it_was_made_in(
 ) -> None:
     options: dict[str, Any] = {"augment.repeats": 3, "train.epochs": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(stored, "VIEWS_VERSION", 1)
+        patch.setattr(recording, "VIEWS_VERSION", 1)
         store = home.build(tmp_path / "store", 1, **options)
     assert store.views_version == 1
     config, _ = parse_config(
@@ -331,7 +332,7 @@ def test_an_old_store_is_read_in_the_order_that_it_was_made_in(
     )
     assert check(config, str(tmp_path / "store"), 100)["changed_share"] == 0
     run = prepare(config, ONE_PROCESS)
-    stored.stored_teacher(run)
+    stored_teacher(run)
     order = epoch_order(150, 3, 0, 0, version=1)
     assert [key.photo for key in run.loader.views_of_step(0)] == order[:16].tolist()
 
@@ -344,7 +345,7 @@ def test_another_form_of_record_is_refused_on_resume(home: Home, hard: Path, sof
 
 def ready(arguments: list[str]) -> Any:
     config, _ = parse_config(arguments)
-    return stored.stored_teacher(prepare(config, ONE_PROCESS))
+    return stored_teacher(prepare(config, ONE_PROCESS))
 
 
 @pytest.mark.parametrize(
@@ -511,7 +512,7 @@ def test_other_libraries_are_refused_until_a_check_passes(
     home: Home, soft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(soft, tmp_path / "store")
-    monkeypatch.setattr(stored, "version", lambda name: "99.0+cpu" if name == "pillow" else "1")
+    monkeypatch.setattr(store_identity, "version", lambda name: "99.0+cpu" if name == "pillow" else "1")
     arguments = home.arguments(**{"teacher.store": tmp_path / "store"})
     with pytest.raises(InputError, match=r"pillow: '[\d.]+' in the store, '99\.0' here.*run deit-kd store check"):
         ready(arguments)
@@ -529,7 +530,7 @@ def test_a_check_finds_views_that_are_made_otherwise(
     shutil.copytree(hard if kind == "hard" else soft, tmp_path / "store")
     before = (tmp_path / "store" / "store.json").read_bytes()
     seed_view = deit_kd.data.loader.seed_view
-    monkeypatch.setattr(stored, "version", lambda name: "99.0")
+    monkeypatch.setattr(store_identity, "version", lambda name: "99.0")
     monkeypatch.setattr("deit_kd.data.loader.seed_view", lambda seed, *view: seed_view(seed + 1, *view))
     assert main(["store", "check", str(tmp_path / "store"), *home.arguments(), "--samples", "60"]) == 2
     assert (tmp_path / "store" / "store.json").read_bytes() == before
