@@ -21,8 +21,8 @@ from deit_kd import Batch, FrozenTeacher, InputError
 from deit_kd.cli import main
 from deit_kd.interfaces import Preprocessing
 from deit_kd.models.layouts import to_transformers
-from deit_kd.teachers import build_teacher
-from tests.conftest import STUDENT, STUDENT_ARGS, tiny, write_photos
+from tests.helpers import STUDENT, STUDENT_ARGS, tiny, write_photos
+from tests.tiny_parts import tiny_teacher, write_transformers_folder
 
 NAMES = ("ant", "bee", "cat", "dog")
 COLUMNS = {"ant": (2,), "bee": (0,), "cat": (3, 4), "dog": (1,)}  # of the first teacher, as only its map knows
@@ -90,22 +90,8 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Form]:
     shutil.copytree(second / "student", home / "local-dir")
     save_file(state, home / "bare.safetensors")
     torch.save({"model": state}, home / "bare.pth")
-    (home / "transformers").mkdir()
-    save_file(to_transformers(state), home / "transformers/model.safetensors")
-    said = {
-        "model_type": "deit",
-        "patch_size": 8,
-        "image_size": 16,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 128,
-        "layer_norm_eps": 1e-6,
-        "id2label": dict(enumerate(NAMES)),
-    }
-    (home / "transformers/config.json").write_text(json.dumps(said))
     processor = {"image_mean": RUNS_EYES[1], "image_std": RUNS_EYES[2], "do_center_crop": False}
-    (home / "transformers/preprocessor_config.json").write_text(json.dumps(processor))
+    write_transformers_folder(home / "transformers", to_transformers(state), NAMES, processor)
 
     in_order = {name: (column,) for column, name in enumerate(NAMES)}
     places = {
@@ -183,23 +169,14 @@ def test_a_teacher_answers_in_the_datasets_classes_or_is_refused(
 
 def built_or_refused(form: Form, classes: tuple[str, ...], file: str | None) -> tuple[FrozenTeacher | None, str]:
     try:
-        teacher = build_teacher(
+        teacher = tiny_teacher(
             name=form.name,
-            pretrained=False,
             checkpoint=form.checkpoint,
-            random_weights=False,
             class_map=file,
             args=form.args,
-            image_size=None,
-            mean=None,
-            std=None,
             channels_last=False,
-            compiled=False,
             classes=classes,
             student=Preprocessing(*BATCHES_EYES, "bicubic", 1.0),
-            seed=0,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
         )
     except InputError as error:
         return None, str(error)

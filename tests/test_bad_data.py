@@ -31,20 +31,18 @@ from deit_kd.interfaces import InputError, Missing
 from deit_kd.runs.data_errors import DataErrors
 from deit_kd.store import VALIDATION, LabelStore, epoch_part
 from deit_kd.store.record import is_missing
-from tests.conftest import (
-    ONE_PROCESS,
-    REPOSITORY,
+from tests.helpers import ONE_PROCESS, REPOSITORY, heads_in, records, refused, tiny
+from tests.started import torchrun
+from tests.tiny_parts import (
     array_photos,
     folder_splits,
-    records,
-    tiny,
+    make_batch,
+    pixel_teacher,
     tiny_student,
+    trainer,
     training_loader,
+    transform,
 )
-from tests.test_bad_input import refused
-from tests.test_engine import make_batch, pixel_teacher, trainer
-from tests.test_processes import torchrun
-from tests.test_views import transform
 
 BAD_TRAIN = ("bars/001.png", "bars/002.png", "dots/005.png", "dots/006.png", "rings/003.png", "rings/011.png")
 BAD_VALIDATION = ("bars/000.png", "rings/004.png")
@@ -66,10 +64,6 @@ def bad_root(photos_root: Path, tmp_path: Path) -> Path:
 
 def errors(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "data_errors.jsonl").read_text().splitlines()]
-
-
-def heads(folder: Path) -> Any:
-    return json.loads((folder / "heads.json").read_text())
 
 
 def lacking(batch: Batch, *rows: int) -> Batch:
@@ -247,7 +241,7 @@ def test_a_run_that_skips_lists_what_it_left_out_and_counts_only_what_it_saw(bad
     of_validation = [(line["step"], line["epoch"]) for line in lines if line["split"] == "validation"]
     assert of_validation == [(0, None)] * 2 + [(6, 0)] * 2 + [(12, 1)] * 2
     assert [record["missing"] for record in records(tmp_path / "run") if record["kind"] == "step"][-1] == 12
-    found = heads(tmp_path / "run")
+    found = heads_in(tmp_path / "run")
     assert found["n"] == 19
     assert set(found["unreadable"]) == set(BAD_VALIDATION)
 
@@ -286,13 +280,13 @@ def test_too_many_in_validation_are_refused_before_anything_but_their_list_is_wr
 def test_a_resumed_run_lists_each_view_once_and_ends_as_the_unbroken_one(bad_root: Path, tmp_path: Path) -> None:
     arguments = tiny(bad_root, tmp_path / "run", **SKIP)
     assert main(["train", *arguments]) == 0
-    before, listed, scored = records(tmp_path / "run"), errors(tmp_path / "run"), heads(tmp_path / "run")
+    before, listed, scored = records(tmp_path / "run"), errors(tmp_path / "run"), heads_in(tmp_path / "run")
     max((tmp_path / "run" / "checkpoints").iterdir()).unlink()
     (tmp_path / "run" / "heads.json").unlink()
     with open(tmp_path / "run" / "data_errors.jsonl", "a") as file:
         file.write('{"step": 9, "spl')
     assert main(["train", *arguments, "--resume", "auto"]) == 0
-    assert (records(tmp_path / "run"), errors(tmp_path / "run"), heads(tmp_path / "run")) == (before, listed, scored)
+    assert (records(tmp_path / "run"), errors(tmp_path / "run"), heads_in(tmp_path / "run")) == (before, listed, scored)
 
 
 def test_photos_in_memory_are_skipped_alike(bad_root: Path, tmp_path: Path) -> None:
@@ -313,7 +307,7 @@ def test_a_teacher_is_fitted_without_what_cannot_be_read(bad_root: Path, tmp_pat
     }
     assert main(["train", *tiny(bad_root, tmp_path / "run", **{**SKIP, **fit, "train__epochs": 1})]) == 0
     (teacher,) = (tmp_path / "teachers").iterdir()
-    assert heads(teacher)["n"] == 19
+    assert heads_in(teacher)["n"] == 19
     assert {line["path"] for line in errors(teacher) if line["split"] == "train"} == set(BAD_TRAIN)
 
 
@@ -333,8 +327,8 @@ def test_two_processes_and_accumulation_leave_out_what_one_process_does(photos_r
         if one["kind"] == "step":
             assert one["missing"] == other["missing"]
             assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    assert heads(tmp_path / "one")["n"] == heads(tmp_path / "two")["n"] == 19
-    assert heads(tmp_path / "one")["unreadable"] == heads(tmp_path / "two")["unreadable"]
+    assert heads_in(tmp_path / "one")["n"] == heads_in(tmp_path / "two")["n"] == 19
+    assert heads_in(tmp_path / "one")["unreadable"] == heads_in(tmp_path / "two")["unreadable"]
 
 
 def test_lines_of_all_processes_are_written_once_and_the_limit_counts_photos(tmp_path: Path) -> None:
@@ -373,7 +367,7 @@ def test_a_store_of_hard_labels_with_marks_is_read_and_recorded_on(bad_root: Pat
     recipe = tiny(bad_root, tmp_path / "online", **options, teacher__store_mode="record")
     assert main(["train", *recipe]) == 0
     assert main(["train", *tiny(bad_root, tmp_path / "stored", **options)]) == 0
-    assert heads(tmp_path / "online") == heads(tmp_path / "stored")
+    assert heads_in(tmp_path / "online") == heads_in(tmp_path / "stored")
     assert main(["store", "build", *recipe, "--store", str(tmp_path / "store")]) == 0
 
 
@@ -389,7 +383,7 @@ def test_a_store_marks_what_it_could_not_ask_and_its_run_is_the_online_one(
     for one, other in zip(records(tmp_path / "online"), records(tmp_path / "stored"), strict=True):
         if one["kind"] == "step":
             assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
-    online, replayed = heads(tmp_path / "online"), heads(tmp_path / "stored")
+    online, replayed = heads_in(tmp_path / "online"), heads_in(tmp_path / "stored")
     assert online["unreadable"] == replayed["unreadable"]
     assert online["teacher"] == pytest.approx(replayed["teacher"])
 
@@ -569,7 +563,7 @@ def test_a_program_that_is_told_to_stop_ends_though_it_has_workers(photos_root: 
 def test_evaluation_leaves_out_the_same_photos_as_training_did(bad_root: Path, tmp_path: Path) -> None:
     assert main(["train", *tiny(bad_root, tmp_path / "run", **SKIP)]) == 0
     assert main(["eval", str(tmp_path / "run"), "--to", str(tmp_path / "eval")]) == 0
-    trained, evaluated = heads(tmp_path / "run"), heads(tmp_path / "eval")
+    trained, evaluated = heads_in(tmp_path / "run"), heads_in(tmp_path / "eval")
     assert (trained["n"], trained["unreadable"]) == (evaluated["n"], evaluated["unreadable"])
     for head in ("cls", "dist", "fused"):
         assert trained["heads"][head]["top1"] == pytest.approx(evaluated["heads"][head]["top1"])

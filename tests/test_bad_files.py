@@ -22,9 +22,8 @@ from deit_kd.evaluation.sources import open_source
 from deit_kd.interfaces import InputError, printable
 from deit_kd.origins import open_model, open_origin
 from deit_kd.store import LabelStore, epoch_part
-from tests.conftest import CLASSES, Finished, snapshot, tiny, write_photos
-from tests.test_bad_input import refused
-from tests.test_store_folder import begin, fill
+from tests.helpers import CLASSES, Finished, refused, snapshot, tiny, write_photos
+from tests.tiny_parts import begin_store, fill_store
 
 
 class Payload:
@@ -98,7 +97,7 @@ def test_a_pickle_among_checkpoints_is_passed_over(tmp_path: Path, ran: Path) ->
 
 
 def test_a_pickle_in_a_store_does_not_run(tmp_path: Path, ran: Path) -> None:
-    store = begin(tmp_path / "store")
+    store = begin_store(tmp_path / "store")
     malicious(store.folder / f"{epoch_part(0)}.safetensors", ran, "state dict")
     with pytest.raises(InputError, match="truncated or altered"):
         store.verify([epoch_part(0)])
@@ -184,21 +183,21 @@ def test_an_index_of_shards_leads_nowhere(tmp_path: Path) -> None:
 
 
 def test_names_in_a_store_lead_nowhere(tmp_path: Path) -> None:
-    manifest = json.loads((begin(tmp_path / "store").folder / "store.json").read_text())
+    manifest = json.loads((begin_store(tmp_path / "store").folder / "store.json").read_text())
     manifest["classes"] = ["../../secret"] * len(manifest["classes"])
     manifest["parts"] = ["../../secret.safetensors"]
     (tmp_path / "store/store.json").write_text(json.dumps(manifest))
-    fill(LabelStore(tmp_path / "store"), 0)
+    fill_store(LabelStore(tmp_path / "store"), 0)
     assert {path.name for path in tmp_path.iterdir()} == {"store"}
     assert {path.name for path in (tmp_path / "store").iterdir()} == {"store.json", f"{epoch_part(0)}.safetensors"}
 
 
 def test_a_link_in_a_store_deletes_nothing_elsewhere(tmp_path: Path) -> None:
-    store = begin(tmp_path / "store")
+    store = begin_store(tmp_path / "store")
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/model.safetensors").write_bytes(b"years of work")
     (store.folder / f"{epoch_part(0)}.pieces").symlink_to(tmp_path / "precious")
-    for act in (lambda: store.missing(epoch_part(0)), lambda: fill(store, 0)):
+    for act in (lambda: store.missing(epoch_part(0)), lambda: fill_store(store, 0)):
         with pytest.raises(InputError, match="is a link"):
             act()
     assert snapshot(tmp_path / "precious") == {"model.safetensors": b"years of work"}
@@ -208,7 +207,7 @@ def test_a_link_where_a_file_is_being_written_is_not_followed(tmp_path: Path) ->
     (tmp_path / "precious").write_text("years of work")
     (tmp_path / "store").mkdir()
     (tmp_path / "store/.store.json.partial").symlink_to(tmp_path / "precious")
-    begin(tmp_path / "store")
+    begin_store(tmp_path / "store")
     assert (tmp_path / "precious").read_text() == "years of work"
 
 

@@ -9,27 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError
 from deit_kd.runs import parts
 from deit_kd.runs.run import prepare
-from tests.conftest import Finished, as_arguments, snapshot, tiny, write_photos
-
-TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the one line that `arguments` are refused with."""
-    capsys.readouterr()
-    code = main(arguments)
-    lines = capsys.readouterr().err.splitlines()
-    assert code == 2
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
-
+from tests.helpers import STUDENT_ARGS, Finished, as_arguments, refused, snapshot, tiny, write_photos
 
 KEYS = [
     ({"student__nmae": "x"}, "student.nmae: unknown key (nearest: student.name"),
@@ -78,10 +63,13 @@ MODELS = [
     ({"student__name": "levit_128s", "student__args": "{}", "data__image_size": 224}, "second head but no distill"),
     ({"student__name": "iformer_m_distilled", "student__args": "{}"}, "second head but no distillation token"),
     ({"data__image_size": 20}, "data.image_size: 20 is not a multiple of student.name's patch size 8; use 16 or 24"),
-    ({"student__args": {**TINY, "num_heads": 5}}, "student.name: "),
-    ({"student__args": {**TINY, "embed_dim": "wide"}}, "student.name: "),
-    ({"student__args": {**TINY, "depht": 2}}, "depht"),
-    ({"student__args": {**TINY, "img_size": 64}}, "student.args: img_size cannot be given here; set the section's"),
+    ({"student__args": {**STUDENT_ARGS, "num_heads": 5}}, "student.name: "),
+    ({"student__args": {**STUDENT_ARGS, "embed_dim": "wide"}}, "student.name: "),
+    ({"student__args": {**STUDENT_ARGS, "depht": 2}}, "depht"),
+    (
+        {"student__args": {**STUDENT_ARGS, "img_size": 64}},
+        "student.args: img_size cannot be given here; set the section's",
+    ),
     (
         {"student__name": "deit_tiny_distilled_patch16_224.fb_in22k"},
         "'deit_tiny_distilled_patch16_224.fb_in22k' has a tag that timm does not know (nearest: deit_tiny_d",
@@ -282,7 +270,7 @@ CHANGES = [
     ({"seed": 1}, "seed: 0 in the run, 1 here"),
     ({"optim__lr": 2e-3}, "optim.lr: 0.001 in the run, 0.002 here"),
     ({"train__batch_size": 12}, "train.batch_size: 8 in the run, 12 here"),
-    ({"student__args": {**TINY, "depth": 1}}, "student.args: "),
+    ({"student__args": {**STUDENT_ARGS, "depth": 1}}, "student.args: "),
     ({"augment__mixup": 0}, "augment.mixup: 0.8 in the run, 0.0 here"),
 ]
 

@@ -14,7 +14,7 @@ from deit_kd.config import parse_config
 from deit_kd.jobs.bench import Clock, as_timm_gives_it
 from deit_kd.runs.lesson import Lesson
 from deit_kd.runs.run import prepare
-from tests.conftest import ONE_PROCESS, tiny
+from tests.helpers import ONE_PROCESS, tiny
 
 QUICK = ["--rounds", "2", "--steps", "1", "--photos", "8"]
 LOOPS = {"loop, no teacher", "loop, teacher online", "loop, label store"}

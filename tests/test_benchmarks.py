@@ -17,7 +17,7 @@ from benchmarks.zoo import same
 from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.interfaces import InputError
-from tests.conftest import REPOSITORY, STUDENT, as_arguments, tiny
+from tests.helpers import REPOSITORY, STUDENT, as_arguments, heads_in, tiny
 
 Program = Callable[..., str]
 
@@ -88,7 +88,7 @@ def test_heads_are_compared_over_seeds(runs: Path, tmp_path: Path, program: Prog
         assert main(["eval", str(tmp_path / name)]) == 0
     printed = program("compare_heads", str(tmp_path), "--variants", "hard", "--seeds", "0")
     rows = [[cell.strip() for cell in line.split("│")] for line in printed.splitlines() if "│ hard" in line]
-    heads = json.loads((tmp_path / "hard-0" / "heads.json").read_text())["heads"]
+    heads = heads_in(tmp_path / "hard-0")["heads"]
     assert len(rows) == 4
     for name in ("cls", "dist"):
         assert [row[3] for row in rows if row[2] == name] == [f"{heads[name]['top1']:.1f}"]
@@ -147,7 +147,7 @@ def test_arms_are_trained_over_folds_and_compared(photos_root: Path, tmp_path: P
     printed = program("folds", *options)
     assert "begins: " not in printed
     assert "soft: no run of fold 0 of 2" in printed
-    heads = json.loads((tmp_path / "to/joined/soft/heads.json").read_text())
+    heads = heads_in(tmp_path / "to/joined/soft")
     (row, *_) = (row for row in heads["comparisons"] if row["second"] == "none")
     assert f"{row['difference']:+.2f}" in printed
     (teacher,) = (file.parent for file in tmp_path.glob("teachers/*/heads.json"))

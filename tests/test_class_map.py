@@ -11,8 +11,8 @@ import torch
 from timm.data import ImageNetInfo
 
 from deit_kd import Batch, FrozenTeacher, InputError, soft_distillation
-from deit_kd.interfaces import Preprocessing
-from deit_kd.teachers import ClassMap, build_class_map, build_teacher, check_score, least_top1
+from deit_kd.teachers import ClassMap, build_class_map, check_score, least_top1
+from tests.tiny_parts import seen_at, tiny_teacher
 
 IMAGENETTE = (
     "n01440764",
@@ -41,27 +41,9 @@ def mapped(classes, columns=1000, label_names=None, timm_tag=False, label_set="i
     )
 
 
-def teacher(**overrides):
-    fields = {
-        "name": "test_resnet",
-        "pretrained": False,
-        "checkpoint": None,
-        "random_weights": False,
-        "label_set": None,
-        "class_map": None,
-        "args": {},
-        "image_size": 32,
-        "mean": None,
-        "std": None,
-        "channels_last": False,
-        "compiled": False,
-        "classes": IMAGENETTE,
-        "student": Preprocessing(32, MEAN, STD, "bicubic", 1.0),
-        "seed": 0,
-        "dtype": torch.float32,
-        "device": torch.device("cpu"),
-    }
-    return build_teacher(**{**fields, **overrides})
+def teacher(**options):
+    own = {"random_weights": False, "image_size": 32, "channels_last": False, "classes": IMAGENETTE}
+    return tiny_teacher(**{**own, "student": seen_at(32), **options})
 
 
 def batch(images):

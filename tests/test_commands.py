@@ -23,7 +23,7 @@ from deit_kd.config import Config
 from deit_kd.data import evaluation_transform, load_image
 from deit_kd.interfaces import Preprocessing
 from deit_kd.runs import parts
-from tests.conftest import (
+from tests.helpers import (
     CLASSES,
     FULL,
     MEAN,
@@ -32,6 +32,7 @@ from tests.conftest import (
     Finished,
     assert_same_scores,
     evaluated,
+    heads_in,
     records,
     snapshot,
     tiny,
@@ -149,7 +150,7 @@ def test_eval_scores_other_photos_and_another_fusion(finished: Finished, photos_
             path.unlink()
     arguments = ["--data.root", str(root), "--evaluate.fusion", "logits", "--evaluate.batch_size", "4"]
     assert main(["eval", str(finished.folder), *arguments, "--to", str(tmp_path / "to")]) == 0
-    assert json.loads((tmp_path / "to" / "heads.json").read_text())["n"] == 6
+    assert heads_in(tmp_path / "to")["n"] == 6
 
 
 def test_eval_scores_the_training_split(finished: Finished) -> None:
@@ -275,7 +276,7 @@ def test_the_fitted_teacher_is_scored_before_the_first_step(
 
 def heads_of(arguments: list[str], folder: Path) -> Any:
     assert main(["train", *arguments]) == 0
-    return json.loads((folder / "heads.json").read_text())
+    return heads_in(folder)
 
 
 def test_without_distillation_only_the_class_head_is_scored(photos_root: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from deit_kd.cli import main
 from deit_kd.config import ANSWERS, FIT, NOTHING, VIEWS, Config, effects, known_keys, parse_config
 from deit_kd.config.effects import RESULT, Effect
 from deit_kd.config.sections import Section
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from deit_kd.evaluation.sources import open_source
 from deit_kd.interfaces import InputError, Preprocessing
 from deit_kd.runs import parts
 from deit_kd.teaching.store_identity import validation_identity
-from tests.conftest import MEAN, STD, Finished, array_photos, evaluated, tiny, write_photos
+from tests.helpers import MEAN, STD, Finished, evaluated, heads_in, tiny, write_photos
+from tests.tiny_parts import array_photos
 
 MODES = ("center", "border", "squash")
 PUBLISHED = ["coat_lite_medium_384.in1k", "deit3_small_patch16_224.fb_in1k", "tf_efficientnetv2_s.in21k_ft_in1k"]
@@ -84,7 +84,7 @@ def test_a_student_is_saved_with_its_mode(squashed: Path) -> None:
 
 
 def score_of(folder: Path) -> Any:
-    return json.loads((folder / "heads.json").read_text())["heads"]["cls"]
+    return heads_in(folder)["heads"]["cls"]
 
 
 def test_a_run_and_its_saved_student_are_scored_alike(squashed: Path, tmp_path: Path) -> None:

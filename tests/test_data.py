@@ -16,7 +16,8 @@ from torchvision.datasets import Imagenette
 from deit_kd import InputError
 from deit_kd.data import Photos, Splits, load_image
 from deit_kd.data.photos import split_by_hash
-from tests.conftest import CLASSES, REPOSITORY, array_photos, folder_splits, write_photos
+from tests.helpers import CLASSES, REPOSITORY, write_photos
+from tests.tiny_parts import array_photos, folder_splits
 
 CLOTHING = REPOSITORY.parent / "shared" / "data" / "clothing160"
 

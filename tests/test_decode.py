@@ -15,8 +15,8 @@ from deit_kd import InputError
 from deit_kd.data import UnreadableImage, evaluation_transform, load_image
 from deit_kd.data.decode import Stamp
 from deit_kd.interfaces import Preprocessing
-from tests.conftest import MEAN, STD, folder_splits, write_photos
-from tests.test_views import transform
+from tests.helpers import MEAN, STD, write_photos
+from tests.tiny_parts import folder_splits, transform
 
 
 def pixels(path: Path) -> list[tuple[int, ...]]:

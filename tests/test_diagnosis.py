@@ -27,7 +27,7 @@ from deit_kd.probes import (
     stages,
     token_attention,
 )
-from tests.conftest import SEVEN_CLASSES, short
+from tests.helpers import SEVEN_CLASSES, heads_in, short
 
 CPU = torch.device("cpu")
 
@@ -173,7 +173,7 @@ def test_a_diagnosis_holds_tokens_layers_attention_and_whom_the_heads_follow(run
     assert [layer["layer"] for layer in found["tokens"]] == ["input", "block 1", "block 2"]
     assert not found["collapsed"]
     assert (len(found["cka"]["matrix"]), len(found["cka"]["matrix"][0])) == (2, len(found["cka"]["teacher"]))
-    heads = json.loads((tmp_path / "heads.json").read_text())
+    heads = heads_in(tmp_path)
     wrong = round(heads["n"] * heads["disagreement"]["matrix"][0][heads["disagreement"]["names"].index("teacher")])
     assert {head: sum(counts.values()) for head, counts in found["followed"].items()} == dict.fromkeys(
         ("cls", "dist", "fused"), wrong

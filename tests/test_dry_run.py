@@ -10,8 +10,7 @@ import pytest
 from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.jobs.dry_run import dry_run
-from tests.conftest import FULL, Finished, as_arguments, snapshot, tiny
-from tests.test_bad_input import refused
+from tests.helpers import FULL, Finished, as_arguments, refused, snapshot, tiny
 
 
 @pytest.fixture(autouse=True)

@@ -9,42 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deit_kd import Batch, Distiller, Objective, TeacherOutput
+from deit_kd import Batch, TeacherOutput
 from deit_kd.engine import Trainer, evaluate, score_teacher, train
-from deit_kd.optim import WeightAverage, build_optimizer, build_schedule
-from tests.conftest import ONE_PROCESS, tiny_student
-
-
-def make_batch(size: int = 8, seed: int = 0) -> Batch:
-    chance = torch.Generator().manual_seed(seed)
-    labels = torch.randint(3, (size,), generator=chance)
-    images = torch.randn(size, 3, 16, 16, generator=chance)
-    return Batch(images, nn.functional.one_hot(labels, 3).float(), labels)
-
-
-def pixel_teacher(batch: Batch) -> TeacherOutput:
-    """Answer with a few pixels, so that a teacher is a plain function of its batch."""
-    return TeacherOutput(3 * batch.images[:, :, 0, 0])
-
-
-def trainer(drop_path: float = 0.0, kind: str = "soft", ema: float = 0.0, **options: Any) -> Trainer:
-    model = tiny_student(drop_path=drop_path)
-    optimizer = build_optimizer(
-        model.backbone, name="sgd", lr=0.1, lr_reference_batch=0, weight_decay=0.0, args={}, batch_size=8
-    )
-    base: dict[str, Any] = {
-        "distiller": Distiller(model, pixel_teacher, Objective(kind)),
-        "model": model,
-        "optimizer": optimizer,
-        "schedule": build_schedule(optimizer, warmup_epochs=0, warmup_lr=0.0, min_lr=0.0, epochs=2, steps_per_epoch=5),
-        "ema": WeightAverage(model, decay=ema) if ema else None,
-        "scaler": torch.amp.GradScaler("cpu", enabled=False),
-        "processes": ONE_PROCESS,
-        "accumulation_steps": 1,
-        "clip_grad_norm": None,
-        "seed": 0,
-    }
-    return Trainer(**{**base, **options})
+from deit_kd.optim import build_optimizer, build_schedule
+from tests.helpers import ONE_PROCESS
+from tests.tiny_parts import make_batch, pixel_teacher, tiny_student, trainer
 
 
 def terms(learner: Trainer, step: int = 0) -> Tensor:

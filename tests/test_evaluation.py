@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from deit_kd.cli import main
 from deit_kd.models.layouts import to_transformers
-from tests.conftest import MEAN, SEVEN_CLASSES, STD, Finished, assert_same_scores, tiny, write_photos
+from tests.helpers import MEAN, SEVEN_CLASSES, STD, Finished, assert_same_scores, heads_in, tiny, write_photos
+from tests.tiny_parts import write_transformers_folder
 
 INPUT = ("--data.image_size", "16", "--data.workers", "0", "--train.precision", "off", "--train.device", "cpu")
 
@@ -27,13 +28,13 @@ INPUT = ("--data.image_size", "16", "--data.workers", "0", "--train.precision", 
 def evaluate(folder: Path, *arguments: str) -> Any:
     """Evaluate and return what ``heads.json`` holds."""
     assert main(["eval", *arguments, "--to", str(folder)]) == 0
-    return json.loads((folder / "heads.json").read_text())
+    return heads_in(folder)
 
 
 def test_a_run_scores_as_it_did_at_its_end(runs: Path, tmp_path: Path) -> None:
     heads = evaluate(tmp_path, str(runs / "distilled"))
     assert heads["n"] == 35
-    assert_same_scores(heads, json.loads((runs / "distilled/heads.json").read_text()))
+    assert_same_scores(heads, heads_in(runs / "distilled"))
 
 
 def exported(runs: Path) -> list[str]:
@@ -73,25 +74,19 @@ def test_every_kind_of_source_gives_the_numbers_of_the_run(runs: Path, tmp_path:
 
 def assert_scores_of(run: Path, found: Any) -> None:
     """Assert that an evaluation holds the scores with which a run without distillation ended."""
-    scores = json.loads((run / "heads.json").read_text())["heads"]["cls"]
+    scores = heads_in(run)["heads"]["cls"]
     assert found["heads"]["cls"]["top1"] == pytest.approx(scores["top1"])
     assert found["heads"]["cls"]["nll"] == pytest.approx(scores["nll"], rel=1e-4)
 
 
 def stock_vit_folder(runs: Path) -> str:
     """Write `plain` as transformers writes a ViT, whose processor says nothing of a crop."""
-    folder = runs / "stock"
-    folder.mkdir()
     state = to_transformers(load_file(runs / "plain/student/model.safetensors"))
     names = {name: re.sub("^deit", "vit", name).replace("cls_classifier", "classifier") for name in state}
-    save_file({names[name]: tensor for name, tensor in state.items()}, folder / "model.safetensors")
-    shape = {"patch_size": 8, "image_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    more = {"intermediate_size": 128, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
-    labels = {"id2label": dict(enumerate(sorted(SEVEN_CLASSES)))}
-    (folder / "config.json").write_text(json.dumps({"model_type": "vit", **shape, **more, **labels}))
+    state = {names[name]: tensor for name, tensor in state.items()}
     seen = {"image_mean": MEAN, "image_std": STD, "size": {"height": 16, "width": 16}, "resample": 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(seen))
-    return str(folder)
+    classes = sorted(SEVEN_CLASSES)
+    return str(write_transformers_folder(runs / "stock", state, classes, seen, model_type="vit"))
 
 
 def test_a_stock_vit_whose_processor_knows_no_crop_is_read(runs: Path, tmp_path: Path) -> None:
@@ -118,7 +113,7 @@ def test_a_teacher_can_be_named_for_a_student_without_a_run(runs: Path, tmp_path
     teacher = ["--teacher.name", "deit_tiny_patch16_224", "--teacher.checkpoint", str(runs / "plain")]
     shape = ["--teacher.args", '{"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}']
     heads = evaluate(tmp_path, str(runs / "distilled/student"), *options, *teacher, *shape)
-    plain = json.loads((runs / "plain/heads.json").read_text())
+    plain = heads_in(runs / "plain")
     assert heads["teacher"]["nll"] == pytest.approx(plain["heads"]["cls"]["nll"])
 
 
@@ -166,7 +161,7 @@ def test_predictions_have_a_row_for_every_image(runs: Path, tmp_path: Path) -> N
 def test_a_second_student_is_compared_image_by_image(runs: Path, tmp_path: Path) -> None:
     heads = evaluate(tmp_path, str(runs / "distilled"), "--against", str(runs / "plain"))
     assert heads["disagreement"]["names"] == ["truth", "cls", "dist", "fused", "teacher", "plain"]
-    plain = json.loads((runs / "plain/heads.json").read_text())
+    plain = heads_in(runs / "plain")
     assert heads["disagreement"]["matrix"][0][-1] == pytest.approx(1 - plain["heads"]["cls"]["top1"] / 100)
 
 
@@ -221,7 +216,7 @@ def test_two_processes_count_exactly_as_one(runs: Path, tmp_path: Path) -> None:
     subprocess.run(
         [*launch, "eval", *arguments, "--to", str(tmp_path / "two")], check=True, env=environment, timeout=120
     )
-    together = json.loads((tmp_path / "two/heads.json").read_text())
+    together = heads_in(tmp_path / "two")
     assert together["n"] == alone["n"] == 34
     assert together["unreadable"] == alone["unreadable"]
     assert together["disagreement"] == alone["disagreement"]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deit_kd.cli import main
-from tests.conftest import SEVEN_CLASSES, evaluated, short, snapshot, write_photos
+from tests.helpers import SEVEN_CLASSES, evaluated, heads_in, short, snapshot, write_photos
 
 INPUT = ["--data.workers", "0", "--train.precision", "off", "--train.device", "cpu"]
 
@@ -28,10 +28,6 @@ def run(runs: Path, tmp_path: Path) -> Path:
 
 def folders(place: Path) -> set[str]:
     return {path.name for path in place.iterdir()}
-
-
-def heads_in(folder: Path) -> Any:
-    return json.loads((folder / "heads.json").read_text())
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ from deit_kd.config import parse_config
 from deit_kd.evaluation.folds import folded_students
 from deit_kd.evaluation.sources import open_source
 from deit_kd.metrics import bootstrap_means, interval, mcnemar
-from tests.conftest import tiny, write_photos
-from tests.test_bad_input import refused
+from tests.helpers import heads_in, refused, tiny, write_photos
 
 ARMS = {
     "soft": {"distill__kind": "soft", "teacher__random_weights": None, "teacher__fit__epochs": 1},
@@ -64,7 +63,7 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
 def joined(home: Path) -> dict[str, Any]:
     """What was found of both recipes together, by name."""
     assert main(["eval", *runs_of(home, "soft", "none"), "--to", str(home / "joined")]) == 0
-    return {name: json.loads((home / "joined" / name / "heads.json").read_text()) for name in ARMS}
+    return {name: heads_in(home / "joined" / name) for name in ARMS}
 
 
 def test_every_photo_is_scored_once_by_the_run_that_held_it_out(home: Path, joined: dict[str, Any]) -> None:
@@ -83,7 +82,7 @@ def test_every_photo_is_scored_once_by_the_run_that_held_it_out(home: Path, join
 
 
 def test_a_score_is_the_mean_over_all_photos(home: Path, joined: dict[str, Any]) -> None:
-    by_fold = [json.loads((home / f"soft-{fold}" / "heads.json").read_text()) for fold in range(3)]
+    by_fold = [heads_in(home / f"soft-{fold}") for fold in range(3)]
     for head in ("cls", "dist", "fused"):
         for key in ("top1", "nll"):
             mean = sum(heads["n"] * heads["heads"][head][key] for heads in by_fold) / 27
@@ -108,7 +107,7 @@ def test_two_recipes_are_compared_photo_by_photo(home: Path, joined: dict[str, A
 
 def test_the_same_runs_in_another_order_give_the_same_numbers(home: Path, joined: dict[str, Any]) -> None:
     assert main(["eval", *runs_of(home, "soft")[::-1], "--to", str(home / "backwards")]) == 0
-    heads = json.loads((home / "backwards" / "heads.json").read_text())
+    heads = heads_in(home / "backwards")
     assert heads["heads"] == joined["soft"]["heads"]
 
 
@@ -121,7 +120,7 @@ def test_missing_folds_are_named_and_students_compared_on_those_that_all_have(
     assert "soft: no run of fold 2 of 3" in told
     assert "none: no run of fold 0 of 3" in told
     assert "compared on the folds that all of them have: 1" in told
-    heads = json.loads((tmp_path / "soft" / "heads.json").read_text())
+    heads = heads_in(tmp_path / "soft")
     assert (heads["n"], heads["folds"]["missing"]) == (9, [0, 2])
 
 
@@ -219,7 +218,7 @@ def test_all_of_other_photos_are_scored_where_folds_are_unset(home: Path, tmp_pa
     root = write_photos(tmp_path / "others", {"train": 3, "validation": 4})
     unset = ["--data.folds", "null", "--data.fold", "null"]
     assert main(["eval", str(home / "soft-0"), "--data.root", str(root), *unset, "--to", str(tmp_path / "to")]) == 0
-    assert json.loads((tmp_path / "to" / "heads.json").read_text())["n"] == 12
+    assert heads_in(tmp_path / "to")["n"] == 12
 
 
 def test_photos_that_have_moved_are_the_same(home: Path, tmp_path: Path) -> None:
@@ -257,7 +256,7 @@ def test_a_report_has_a_section_for_each_recipe(page: Path, joined: dict[str, An
     assert re.findall(r'class="heads" data-run="(.*?)"', html) == ["soft", "none"]
     assert "curves, layers and images are those of soft-0" in html
     for name, heads in joined.items():
-        assert json.loads((page / name / "heads.json").read_text()) == heads
+        assert heads_in(page / name) == heads
 
 
 def test_a_report_names_the_folds_by_which_it_scores(page: Path, joined: dict[str, Any]) -> None:
@@ -267,5 +266,5 @@ def test_a_report_names_the_folds_by_which_it_scores(page: Path, joined: dict[st
 
 def test_a_run_of_a_fold_alone_is_reported_as_a_run(home: Path, tmp_path: Path) -> None:
     assert main(["report", str(home / "none-1"), "--to", str(tmp_path)]) == 0
-    heads = json.loads((tmp_path / "heads.json").read_text())
+    heads = heads_in(tmp_path)
     assert (heads["student"], heads["n"], "folds" in heads) == ("none-1", 9, False)

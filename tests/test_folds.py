@@ -21,7 +21,8 @@ from deit_kd.interfaces import InputError
 from deit_kd.runs.parts import build_splits
 from deit_kd.teaching.fit import teacher_folder
 from deit_kd.teaching.store_identity import identity
-from tests.conftest import REPOSITORY, array_photos, folder_splits, tiny, write_photos
+from tests.helpers import REPOSITORY, tiny, write_photos
+from tests.tiny_parts import array_photos, folder_splits
 
 CLOTHING = REPOSITORY.parent / "shared" / "data" / "clothing160"
 NAMES = st.lists(st.text("abcdefgh0123456789/._-é", min_size=1, max_size=9), unique=True, min_size=1, max_size=60)

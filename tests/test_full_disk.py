@@ -17,9 +17,20 @@ from deit_kd.exports import FORMATS, missing_libraries
 from deit_kd.interfaces import InputError, Preprocessing
 from deit_kd.models.state import save_local_dir
 from deit_kd.origins import open_origin
-from tests.conftest import CLASSES, MEAN, STD, STUDENT_ARGS, Finished, snapshot, tiny, tiny_student
-from tests.test_bad_input import refused
-from tests.test_resume import assert_same_end, copied, newest_two
+from tests.helpers import (
+    CLASSES,
+    MEAN,
+    STD,
+    STUDENT_ARGS,
+    Finished,
+    assert_same_end,
+    copied,
+    newest_two,
+    refused,
+    snapshot,
+    tiny,
+)
+from tests.tiny_parts import tiny_student
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from deit_kd.models.state import save_local_dir
 from deit_kd.models.tokens import graft, is_grafted
 from deit_kd.models.weights import fit_weights
 from deit_kd.origins import open_model
-from tests.test_loading import CLASSES, TINY, student
+from tests.helpers import FIVE_CLASSES, TINY
+from tests.tiny_parts import student_of_five
 
 # name, arguments beside TINY, image size
 HOSTS = [
@@ -136,7 +137,7 @@ def test_patch_dropout_spares_both_tokens():
 
 
 def test_patch_dropout_spares_both_tokens_of_timms_own_distilled_model():
-    model = student("deit_tiny_distilled_patch16_224", args={**TINY, "patch_drop_rate": 0.5}).backbone.train()
+    model = student_of_five("deit_tiny_distilled_patch16_224", args={**TINY, "patch_drop_rate": 0.5}).backbone.train()
     model.dist_token.data.fill_(100.0)
     kept = model.patch_drop(model._pos_embed(model.patch_embed(torch.randn(8, 3, 32, 32))))
     assert (kept[:, 1] > 50).all()
@@ -156,7 +157,7 @@ def test_patch_dropout_spares_both_tokens_of_timms_own_distilled_model():
 )
 def test_what_timms_distilled_model_would_not_use_is_refused(args):
     with pytest.raises(InputError, match=f"makes no use of {next(iter(args))}"):
-        student("deit_tiny_distilled_patch16_224", args={**TINY, **args})
+        student_of_five("deit_tiny_distilled_patch16_224", args={**TINY, **args})
 
 
 def test_both_heads_learn():
@@ -169,18 +170,18 @@ def test_both_heads_learn():
 
 
 def test_plain_name_in_a_recipe_gets_a_token():
-    built = student("vit_tiny_patch16_224")
+    built = student_of_five("vit_tiny_patch16_224")
     assert is_grafted(built.backbone)
     assert built.has_distillation_token
     assert built.account is None
 
 
 def test_timms_own_token_is_used_where_there_is_one():
-    assert not is_grafted(student("deit_tiny_distilled_patch16_224").backbone)
+    assert not is_grafted(student_of_five("deit_tiny_distilled_patch16_224").backbone)
 
 
 def test_plain_name_stays_plain_without_distillation():
-    assert not student("vit_tiny_patch16_224", distilled=False).has_distillation_token
+    assert not student_of_five("vit_tiny_patch16_224", distilled=False).has_distillation_token
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_plain_name_stays_plain_without_distillation():
 )
 def test_model_without_a_place_for_the_token_is_refused(name, args, reason):
     with pytest.raises(InputError, match=reason):
-        student(name, args=args, image_size=224 if name.startswith("swin") else 32)
+        student_of_five(name, args=args, image_size=224 if name.startswith("swin") else 32)
 
 
 @pytest.mark.parametrize(
@@ -216,8 +217,8 @@ def test_model_without_a_place_for_the_token_is_refused(name, args, reason):
 )
 def test_what_a_refusal_advises_helps(name, args):
     with pytest.raises(InputError, match=f"set student.args to {{{next(iter(args))}: "):
-        student(name, args=TINY)
-    assert student(name, args={**TINY, **args}).has_distillation_token
+        student_of_five(name, args=TINY)
+    assert student_of_five(name, args={**TINY, **args}).has_distillation_token
 
 
 @pytest.mark.parametrize(
@@ -229,16 +230,16 @@ def test_what_a_refusal_advises_helps(name, args):
     ],
 )
 def test_saved_student_is_opened_again(tmp_path, name, args, size):
-    built = student(name, args=args, image_size=size).eval()
+    built = student_of_five(name, args=args, image_size=size).eval()
     save_local_dir(
         built.backbone,
         tmp_path / "student",
         model_args=built.model_args,
-        classes=CLASSES,
+        classes=FIVE_CLASSES,
         preprocessing=Preprocessing(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 1.0),
     )
     opened = TimmStudent(open_model("student", tmp_path / "student")).eval()
     images = torch.randn(2, 3, size, size)
     assert torch.equal(opened(images).dist_logits, built(images).dist_logits)
-    again = student(name, args=args, image_size=size, checkpoint=str(tmp_path / "student"), whole=True).eval()
+    again = student_of_five(name, args=args, image_size=size, checkpoint=str(tmp_path / "student"), whole=True).eval()
     assert torch.equal(again(images).cls_logits, built(images).cls_logits)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deit_kd import Batch, Distiller, FrozenTeacher, InputError, Objective, TimmStudent
+from deit_kd import Distiller, FrozenTeacher, InputError, Objective, TimmStudent
 from deit_kd.features import POOLED, answer_with_features, check_layers, layer_names, shapes
 from deit_kd.interfaces import Link, StudentOutput, TeacherOutput
 from deit_kd.losses import (
@@ -31,7 +31,8 @@ from deit_kd.losses.standardised import default_temperature
 from deit_kd.schedules import Schedule, always
 from deit_kd.students import ConnectedStudent, Connectors
 from deit_kd.teachers import GuidedTeacher
-from tests.conftest import MEAN, STD, tiny_student
+from tests.helpers import MEAN, STD
+from tests.tiny_parts import make_batch, tiny_student
 
 seeds = st.integers(0, 2**31)
 
@@ -320,11 +321,6 @@ def frozen(name: str, **options: Any) -> FrozenTeacher:
     return FrozenTeacher(network, student_mean=MEAN, student_std=STD, mean=MEAN, std=STD, image_size=32)
 
 
-def one_batch(count: int = 2, side: int = 32) -> Batch:
-    images = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
-    return Batch(images, torch.full((count, 3), 1 / 3), torch.zeros(count, dtype=torch.long))
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -339,9 +335,9 @@ def one_batch(count: int = 2, side: int = 32) -> Batch:
 )
 def test_a_teachers_answer_is_the_same_when_it_is_asked_for_features(name: str, options: dict[str, Any]) -> None:
     teacher = frozen(name, **options)
-    plain = teacher(one_batch())
+    plain = teacher(make_batch(2, side=32))
     teacher.ask_for([*teacher.layer_names(), POOLED])
-    asked = teacher(one_batch())
+    asked = teacher(make_batch(2, side=32))
     torch.testing.assert_close(asked.logits, plain.logits)
     assert plain.features is None
     assert asked.features is not None
@@ -350,7 +346,7 @@ def test_a_teachers_answer_is_the_same_when_it_is_asked_for_features(name: str, 
     assert {layer: found[layer][0] for layer in widths} == widths
     assert len(found[POOLED]) == 1
     teacher.ask_for(())
-    assert teacher(one_batch()).features is None
+    assert teacher(make_batch(2, side=32)).features is None
 
 
 @pytest.mark.parametrize(("name", "side"), [("coat_tiny", 224), ("crossvit_tiny_240", 240)])
@@ -360,7 +356,7 @@ def test_layers_without_names_of_their_own_are_refused(name: str, side: int) -> 
         with pytest.raises(InputError, match="has no layer"):
             check_layers("teacher", model, ["serial_blocks1"])
         return
-    images, head, pool = one_batch(1, side).images, model.forward_head, nn.Identity()
+    images, head, pool = make_batch(1, side=side).images, model.forward_head, nn.Identity()
     with pytest.raises(InputError, match="one by one"):
         answer_with_features(model, images, layer_names(model)[:1], head=head, pool=pool)
 
@@ -373,7 +369,7 @@ def test_a_layer_that_does_not_exist_is_refused_with_the_nearest() -> None:
 def test_a_teacher_without_a_head_answers_with_features_alone() -> None:
     teacher = frozen("test_resnet", num_classes=0)
     teacher.ask_for([POOLED])
-    logits, features = teacher(one_batch())
+    logits, features = teacher(make_batch(2, side=32))
     assert logits is None
     assert features is not None
     assert features[POOLED].ndim == 2
@@ -382,7 +378,7 @@ def test_a_teacher_without_a_head_answers_with_features_alone() -> None:
 def test_a_students_blocks_are_its_patches_in_rows_and_columns() -> None:
     student = TimmStudent(timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, depth=2))
     student.eval()
-    images = one_batch().images
+    images = make_batch(2, side=32).images
     output = student(images, ["blocks.1", POOLED])
     assert output.features is not None
     tokens = student.backbone.forward_features(images)
@@ -396,8 +392,8 @@ def test_a_students_blocks_are_its_patches_in_rows_and_columns() -> None:
 def connected() -> tuple[ConnectedStudent, FrozenTeacher, Objective]:
     student, teacher = tiny_student(image_size=32), frozen("test_resnet")
     teacher.ask_for([*teacher.layer_names(), POOLED])
-    own = student(one_batch().images, [*layer_names(student.backbone), POOLED]).features
-    theirs = teacher(one_batch()).features
+    own = student(make_batch(2, side=32).images, [*layer_names(student.backbone), POOLED]).features
+    theirs = teacher(make_batch(2, side=32)).features
     assert own is not None
     assert theirs is not None
     links = guide_links(shapes(own), shapes(theirs), blocks=[0, 1], stages=teacher.layer_names()[1:3])
@@ -409,7 +405,7 @@ def connected() -> tuple[ConnectedStudent, FrozenTeacher, Objective]:
 def test_the_guide_teaches_the_blocks_and_the_connectors_and_nothing_of_the_teacher() -> None:
     student, teacher, objective = connected()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    Distiller(student, teacher, objective)(one_batch()).others["guide"].backward()
+    Distiller(student, teacher, objective)(make_batch(2, side=32)).others["guide"].backward()
     assert all(parameter.grad is not None for parameter in student.connectors.parameters())
     backbone = student.student.backbone
     assert backbone.blocks[0].mlp.fc1.weight.grad is not None
@@ -422,7 +418,7 @@ def test_the_guides_loss_falls_when_it_is_followed() -> None:
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     losses = []
     for _ in range(20):
-        terms = Distiller(student, teacher, objective)(one_batch(8))
+        terms = Distiller(student, teacher, objective)(make_batch(8, side=32))
         terms.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -444,10 +440,10 @@ def test_connectors_do_not_move_the_students_first_weights() -> None:
 def test_a_guided_teacher_gives_the_answers_of_one_and_the_features_of_the_other() -> None:
     answers, guide_network = frozen("resnet10t"), frozen("test_resnet")
     guide_network.ask_for([POOLED])
-    output = GuidedTeacher(answers, guide_network)(one_batch())
-    assert torch.equal(output.logits, answers(one_batch()).logits)  # type: ignore[arg-type]
+    output = GuidedTeacher(answers, guide_network)(make_batch(2, side=32))
+    assert torch.equal(output.logits, answers(make_batch(2, side=32)).logits)  # type: ignore[arg-type]
     assert output.features is not None
-    assert torch.equal(output.features[POOLED], guide_network(one_batch()).features[POOLED])  # type: ignore[index]
+    assert torch.equal(output.features[POOLED], guide_network(make_batch(2, side=32)).features[POOLED])  # type: ignore[index]
 
 
 @settings(max_examples=20, deadline=None)

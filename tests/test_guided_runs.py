@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from deit_kd.cli import main
-from tests.conftest import FULL, Finished, records, tiny
-from tests.test_processes import torchrun
-from tests.test_resume import kill
+from tests.helpers import FULL, Finished, heads_in, records, tiny
+from tests.started import kill, torchrun
 
 EPOCHS, STEPS_PER_EPOCH = 4, 3
 GUIDE = {"kind": "guide", "weight": {"start": 2.5, "until": 0.5}, "blocks": [0, 1], "stages": ["layer1", "layer2"]}
@@ -160,7 +159,7 @@ def test_a_guide_alone_needs_no_token_and_is_fitted_in_the_same_command(
     options = {key: value for key, value in FULL.items() if key.startswith("teacher__")}
     options |= {"distill__kind": "none", "teacher__fit__folder": str(tmp_path / "kept"), "teacher__checkpoint": None}
     assert main(["train", *guided(photos_root, tmp_path / "run", tmp_path, **{**options, "train__epochs": 2})]) == 0
-    heads = json.loads((tmp_path / "run" / "heads.json").read_text())
+    heads = heads_in(tmp_path / "run")
     assert heads["heads"]["dist"] is None
     assert heads["teacher"] is not None
     assert steps(tmp_path / "run")[0]["terms"]["guide"]["loss"] > 0

@@ -25,9 +25,9 @@ from deit_kd.models.state import save_local_dir
 from deit_kd.runs.held_out import was_trained_on
 from deit_kd.teachers import check_features, least_top1
 from deit_kd.teaching.fit import teacher_folder
-from tests.conftest import CLASSES, MEAN, STD, folder_splits, tiny, tiny_student
 from tests.forked import two
-from tests.test_teacher import batch, save_teacher, seen, teacher
+from tests.helpers import CLASSES, MEAN, STD, heads_in, tiny
+from tests.tiny_parts import folder_splits, make_batch, save_teacher, seen_at, tiny_student, tiny_teacher
 
 # What neighbours and probes say
 
@@ -74,11 +74,11 @@ def test_a_class_of_one_image_does_not_stop_the_probe() -> None:
 
 def test_a_teacher_without_its_head_answers_with_the_features_under_it(tmp_path: Path) -> None:
     file = save_teacher(tmp_path / "teacher", ("other", "classes"))
-    headless = teacher(checkpoint=str(file), head=False)
+    headless = tiny_teacher(checkpoint=str(file), head=False)
     headless.ask_for(("pooled", "layer2"))
-    answer = headless(batch())
-    network = teacher(seed=7, classes=("other", "classes")).network
-    expected = network.forward_head(network.forward_features(batch().images), pre_logits=True)
+    answer = headless(make_batch(4))
+    network = tiny_teacher(seed=7, classes=("other", "classes")).network
+    expected = network.forward_head(network.forward_features(make_batch(4).images), pre_logits=True)
     assert answer.logits is None
     assert answer.features is not None
     assert torch.allclose(answer.features["pooled"], expected, atol=1e-5)
@@ -87,29 +87,29 @@ def test_a_teacher_without_its_head_answers_with_the_features_under_it(tmp_path:
 
 
 def test_weights_that_never_had_a_head_are_a_teacher_without_one(tmp_path: Path) -> None:
-    state = teacher(seed=7).network.state_dict()
+    state = tiny_teacher(seed=7).network.state_dict()
     file = tmp_path / "backbone.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in state.items() if not name.startswith("fc.")}, file)
-    headless = teacher(checkpoint=str(file), head=False)
+    headless = tiny_teacher(checkpoint=str(file), head=False)
     assert "its weights have no head" in headless.lines()[1]
     with pytest.raises(InputError, match=r"has no head .*or set its head false"):
-        teacher(checkpoint=str(file))
+        tiny_teacher(checkpoint=str(file))
 
 
 def test_a_backbone_that_is_not_whole_is_refused_without_its_head_too(tmp_path: Path) -> None:
-    state = teacher(seed=7).network.state_dict()
+    state = tiny_teacher(seed=7).network.state_dict()
     file = tmp_path / "part.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in state.items() if "layer3" not in name}, file)
     with pytest.raises(InputError, match=r"layer3.*is missing"):
-        teacher(checkpoint=str(file), head=False)
+        tiny_teacher(checkpoint=str(file), head=False)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet", "deit_tiny_distilled_patch16_224"])
 def test_any_network_can_go_without_its_head(name: str) -> None:
     args = {"embed_dim": 24, "depth": 1, "num_heads": 2} if name.startswith("deit") else {}
-    headless = teacher(name=name, args=args, head=False, student=seen(32))
+    headless = tiny_teacher(name=name, args=args, head=False, student=seen_at(32))
     headless.ask_for(("pooled",))
-    features = headless(batch(32)).features
+    features = headless(make_batch(4, side=32)).features
     assert features is not None
     assert features["pooled"].shape[0] == 4
     assert features["pooled"].ndim == 2
@@ -118,7 +118,7 @@ def test_any_network_can_go_without_its_head(name: str) -> None:
 @pytest.mark.parametrize("name", ["convnext_tiny.dinov3_lvd1689m", "convnext_tiny.eupe_lvd1689m"])
 def test_a_tag_that_was_published_without_a_head_says_so_before_it_is_downloaded(name: str) -> None:
     with pytest.raises(InputError, match=f"{name} was published without a head.*set teacher.head .*false"):
-        teacher(name=name, pretrained=True)
+        tiny_teacher(name=name, pretrained=True)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_a_teacher_is_fitted_on_the_labelled_photos_and_found_with_and_without_i
 
 def probed(folder: Path, *arguments: str) -> Any:
     assert main(["eval", *arguments, "--probe", "true", "--to", str(folder)]) == 0
-    return json.loads((folder / "heads.json").read_text())["probe"]
+    return heads_in(folder)["probe"]
 
 
 def test_features_are_scored_beside_those_of_random_weights(
@@ -375,4 +375,4 @@ def test_photos_are_not_scored_by_themselves(
 
 def test_the_labelled_training_photos_of_such_a_run_can_be_scored(pretrained: Pretrained, tmp_path: Path) -> None:
     assert main(["eval", str(pretrained.folder), "--split", "train", "--to", str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "heads.json").read_text())["by_class"]["support"] == [16, 16, 16]
+    assert heads_in(tmp_path)["by_class"]["support"] == [16, 16, 16]

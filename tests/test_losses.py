@@ -24,7 +24,7 @@ from deit_kd import (
     soft_target_cross_entropy,
 )
 from deit_kd.students import TimmStudent
-from tests.conftest import STUDENT, STUDENT_ARGS
+from tests.helpers import STUDENT, STUDENT_ARGS
 
 lawful = settings(deadline=None, max_examples=25, derandomize=True)
 seeds = st.integers(0, 10_000)

@@ -12,7 +12,7 @@ from torch import Tensor
 from deit_kd.interfaces import StudentOutput, head_log_probabilities
 from deit_kd.metrics import agreement, answered, joined, judge, per_image, ranks, scale_temperature
 from deit_kd.metrics import score as score_of
-from tests.conftest import ONE_PROCESS
+from tests.helpers import ONE_PROCESS
 
 
 def score(probabilities: Tensor, labels: list[int]) -> Any:

@@ -13,7 +13,8 @@ from deit_kd import InputError
 from deit_kd.checkpoint import load_checkpoint, save_checkpoint
 from deit_kd.config import parse_config
 from deit_kd.optim import WeightAverage, build_optimizer, build_schedule
-from tests.conftest import REPOSITORY, tiny_student
+from tests.helpers import REPOSITORY
+from tests.tiny_parts import tiny_student
 
 
 def optimizer(**options: Any) -> torch.optim.Optimizer:

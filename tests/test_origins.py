@@ -19,8 +19,8 @@ from deit_kd.evaluation.sources import check_classes, open_source
 from deit_kd.interfaces import Preprocessing
 from deit_kd.models.layouts import to_transformers
 from deit_kd.origins import open_origin
-from deit_kd.teachers import build_teacher
-from tests.conftest import CLASSES, STUDENT, STUDENT_ARGS, Finished, tiny, tiny_student, write_photos
+from tests.helpers import CLASSES, STUDENT, STUDENT_ARGS, Finished, heads_in, tiny, write_photos
+from tests.tiny_parts import tiny_student, tiny_teacher, write_transformers_folder
 
 SEEN = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 1.0)
 ORDER = {"bars": 2, "dots": 0, "rings": 1}  # the columns of a head whose names nobody wrote down
@@ -28,25 +28,8 @@ IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def teacher(**options: Any) -> FrozenTeacher:
-    """Return a teacher of images that are normalised to [-1, 1]."""
-    base: dict[str, Any] = {
-        "name": None,
-        "pretrained": False,
-        "checkpoint": None,
-        "random_weights": False,
-        "args": {},
-        "image_size": None,
-        "mean": None,
-        "std": None,
-        "channels_last": False,
-        "compiled": False,
-        "classes": CLASSES,
-        "seed": 0,
-        "dtype": torch.float32,
-        "device": torch.device("cpu"),
-        "student": SEEN,
-    }
-    return build_teacher(**{**base, **options})
+    """Return a teacher of images that are normalised to [-1, 1]; its weights bring its name."""
+    return tiny_teacher(**{"name": None, "channels_last": False, "student": SEEN, **options})
 
 
 def answers(frozen: FrozenTeacher) -> torch.Tensor:
@@ -190,23 +173,7 @@ def transformers_folder(folder: Path, **config: Any) -> Path:
     """Write a distilled student of our CLASSES as transformers does."""
     torch.manual_seed(3)
     model = timm.create_model(STUDENT, img_size=16, num_classes=3, **STUDENT_ARGS)
-    folder.mkdir()
-    save_file(to_transformers(model.state_dict()), folder / "model.safetensors")
-    said = {
-        "model_type": "deit",
-        "patch_size": 8,
-        "image_size": 16,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 128,
-        "qkv_bias": True,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "id2label": {str(label): name for label, name in enumerate(CLASSES)},
-    }
-    (folder / "config.json").write_text(json.dumps({**said, **config}))
-    return folder
+    return write_transformers_folder(folder, to_transformers(model.state_dict()), **config)
 
 
 def test_a_folder_of_transformers_says_what_it_is(tmp_path: Path) -> None:
@@ -297,7 +264,7 @@ def unfinished(mapped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_checkpoint_of_an_unfinished_run_is_scored(unfinished: Path, mapped: Path, tmp_path: Path) -> None:
     best = str(unfinished / "checkpoints/best.safetensors")
     assert main(["eval", best, "--to", str(tmp_path)]) == 0
-    found, ended = (json.loads((folder / "heads.json").read_text()) for folder in (tmp_path, mapped))
+    found, ended = (heads_in(folder) for folder in (tmp_path, mapped))
     assert found["weights"] == ended["weights"]
     for head in ("cls", "dist", "fused"):
         assert found["heads"][head]["nll"] == pytest.approx(ended["heads"][head]["nll"])
@@ -309,7 +276,7 @@ def test_a_checkpoint_of_an_unfinished_run_is_exported(unfinished: Path, mapped:
     assert main(["export", best, "--format", "timm", "--to", str(tmp_path / "out")]) == 0
     saved, expected = (load_file(f / "model.safetensors") for f in (tmp_path / "out", mapped / "student"))
     assert all(torch.equal(saved[name], expected[name]) for name in expected)
-    heads = json.loads((mapped / "heads.json").read_text())["heads"]
+    heads = heads_in(mapped)["heads"]
     assert f"| cls | {heads['cls']['top1']:.2f} |" in (tmp_path / "out/README.md").read_text()
 
 
@@ -329,11 +296,11 @@ def test_a_run_may_be_named_as_a_teacher_after_another(
 ) -> None:
     """Nothing of the first run's teacher, its name, its args, its eyes, is taken for the second's."""
     assert main(["eval", str(mapped), "--teacher.checkpoint", str(finished.folder), "--to", str(tmp_path / "a")]) == 0
-    found = json.loads((tmp_path / "a/heads.json").read_text())["teacher"]
+    found = heads_in(tmp_path / "a")["teacher"]
     assert found["nll"] == pytest.approx(finished.heads["heads"]["fused"]["nll"], rel=1e-5)
     assert main(["eval", str(finished.folder), "--teacher.checkpoint", str(mapped), "--to", str(tmp_path / "b")]) == 0
-    found = json.loads((tmp_path / "b/heads.json").read_text())["teacher"]
-    assert found["nll"] == pytest.approx(json.loads((mapped / "heads.json").read_text())["heads"]["fused"]["nll"])
+    found = heads_in(tmp_path / "b")["teacher"]
+    assert found["nll"] == pytest.approx(heads_in(mapped)["heads"]["fused"]["nll"])
 
 
 def test_what_a_run_is_wins_over_a_name(mapped: Path) -> None:

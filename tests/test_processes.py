@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +11,8 @@ from typing import Any
 import pytest
 
 from deit_kd.cli import main
-from tests.conftest import FULL, REPOSITORY, Finished, records, tiny
+from tests.helpers import FULL, Finished, heads_in, records, tiny
+from tests.started import KEEP_ALIVE, STANDALONE, kill_family, launched, torchrun
 
 # One epoch with everything random but drop-path, whose seed names the process.
 SHARED = {
@@ -30,48 +25,6 @@ SHARED = {
     "train__ema_decay": 0.9,
     "optim__clip_grad_norm": 1.0,
 }
-
-
-STANDALONE = ("--standalone", "--nproc-per-node", "2")
-KEEP_ALIVE = "keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=120,is_host="
-
-
-def launched(
-    arguments: list[str], said: Path, launcher: tuple[str, ...] = STANDALONE, fault: str | None = None
-) -> subprocess.Popen[bytes]:
-    """Start ``torchrun train.py``, with a fault in one process where `fault` says so (see faulty.py)."""
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher]
-    several_machines = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if "--nnodes" in launcher else {}
-    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    with open(said, "a") as output:
-        return subprocess.Popen(
-            [*command, "train.py" if fault is None else "tests/faulty.py", *arguments],
-            cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": paths, "FAULT": fault or "", **several_machines},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def torchrun(arguments: list[str], said: Path, launcher: tuple[str, ...] = STANDALONE, fault: str | None = None) -> int:
-    """Run ``torchrun train.py`` on two processes; return its exit code."""
-    process = launched(arguments, said, launcher, fault)
-    try:
-        return process.wait(250)
-    finally:
-        kill_family(process.pid)
-
-
-def kill_family(pid: int) -> None:
-    """Kill a process and all that it started, as the loss of a machine does."""
-    children = [
-        int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()
-    ]
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    for child in children:
-        kill_family(child)
 
 
 def shared(finished: Finished, photos_root: Path, output: Path, **options: Any) -> list[str]:
@@ -98,16 +51,12 @@ def assert_same_losses(one: Path, two: Path) -> None:
             assert here[term] == pytest.approx(there[term], rel=1e-5)
 
 
-def heads(folder: Path) -> Any:
-    return json.loads((folder / "heads.json").read_text())
-
-
 def test_two_processes_give_the_losses_of_one(one_and_two: tuple[Path, Path]) -> None:
     assert_same_losses(*one_and_two)
 
 
 def test_two_processes_count_what_one_counts(one_and_two: tuple[Path, Path]) -> None:
-    one, two = map(heads, one_and_two)
+    one, two = map(heads_in, one_and_two)
     assert one["n"] == two["n"] == 21
     assert one["agreement"] == two["agreement"]
     assert one["teacher"]["top1"] == two["teacher"]["top1"]
@@ -120,11 +69,11 @@ def test_two_processes_fit_a_teacher_and_go_on_where_they_were_cut(photos_root: 
     options = {**FULL, "data__workers": 0, "teacher__fit__folder": str(tmp_path / "teachers")}
     arguments = [*tiny(photos_root, tmp_path / "run", **options), "--resume", "auto"]
     assert torchrun(arguments, tmp_path / "said.txt") == 0, (tmp_path / "said.txt").read_text()
-    before, written = heads(tmp_path / "run"), records(tmp_path / "run")
+    before, written = heads_in(tmp_path / "run"), records(tmp_path / "run")
     (tmp_path / "run" / "heads.json").unlink()
     max((tmp_path / "run" / "checkpoints").glob("step-*")).unlink()
     assert torchrun(arguments, tmp_path / "said.txt") == 0, (tmp_path / "said.txt").read_text()
-    assert (heads(tmp_path / "run"), records(tmp_path / "run")) == (before, written)
+    assert (heads_in(tmp_path / "run"), records(tmp_path / "run")) == (before, written)
 
 
 @pytest.mark.parametrize("step", [2, 6], ids=["within the epoch", "at its end, before it is scored"])

@@ -1,4 +1,4 @@
-"""What a person may import from the package."""
+"""What a person may import from the package, and a test module from the others."""
 
 from __future__ import annotations
 
@@ -44,3 +44,10 @@ def test_public_names_have_docstrings() -> None:
 
 def test_there_is_a_version() -> None:
     assert deit_kd.__version__.count(".") == 2
+
+
+def test_no_module_imports_a_test_module() -> None:
+    nodes = [node for module in Path(__file__).parent.glob("*.py") for node in ast.walk(ast.parse(module.read_text()))]
+    imported = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    assert not [name for name in imported if name.startswith(("tests.test_", "tests.conftest"))]

@@ -15,7 +15,7 @@ from torch.distributed.run import get_args_parser
 
 from deit_kd.cli import main
 from deit_kd.interfaces import InputError
-from tests.conftest import REPOSITORY, Finished, write_photos
+from tests.helpers import REPOSITORY, Finished, write_photos
 
 README = REPOSITORY / "README.md"
 PAGES = [str(page.relative_to(REPOSITORY)) for page in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")]]

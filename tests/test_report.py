@@ -17,7 +17,7 @@ from PIL import Image
 from deit_kd.cli import main
 from deit_kd.evaluation.curves import charts_of, read_records
 from deit_kd.figures import Chart, Series, as_png, as_svg, class_bars, line_charts, matrix
-from tests.conftest import short
+from tests.helpers import heads_in, short
 
 CURVES = ["heads", "images_per_second", "learning_rate", "loss"]
 OF_A_RUN = ["classes", "cka", "disagreement", "reliability"]
@@ -65,7 +65,7 @@ def both(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_table_holds_the_numbers_of_heads_json(page: Path) -> None:
-    heads = json.loads((page.parent / "heads.json").read_text())
+    heads = heads_in(page.parent)
     scores = {**heads["heads"], "teacher": heads["teacher"]}
     found = Page(page.read_text()).scores
     assert len(found) == 5 * 5
@@ -75,8 +75,8 @@ def test_the_table_holds_the_numbers_of_heads_json(page: Path) -> None:
 
 
 def test_the_numbers_are_those_of_the_end_of_training(page: Path, runs: Path) -> None:
-    reported = json.loads((page.parent / "heads.json").read_text())
-    trained = json.loads((runs / "distilled/heads.json").read_text())
+    reported = heads_in(page.parent)
+    trained = heads_in(runs / "distilled")
     for head, score in trained["heads"].items():
         assert {key: reported["heads"][head][key] for key in score} == pytest.approx(score)
 
@@ -117,7 +117,7 @@ def test_the_curves_are_the_records(page: Path, runs: Path) -> None:
     assert [float(row["y"]) for row in rows if row["series"] == "distillation"] == expected
     with open(page.parent / "heads.csv") as file:
         last = {row["series"]: float(row["y"]) for row in csv.DictReader(file)}
-    final = json.loads((runs / "distilled/heads.json").read_text())["heads"]
+    final = heads_in(runs / "distilled")["heads"]
     assert last == {head: pytest.approx(score["top1"]) for head, score in final.items()}
 
 
@@ -139,7 +139,7 @@ def test_several_runs_share_one_table_and_are_compared_image_by_image(both: Path
         [*CURVES, "tokens", *(f"distilled/{name}" for name in OF_A_RUN)]
         + [f"plain/{name}" for name in OF_A_RUN if name != "cka"]
     )
-    heads = json.loads((both / "plain/heads.json").read_text())
+    heads = heads_in(both / "plain")
     assert heads["disagreement"]["names"] == ["truth", "cls", "distilled"]
 
 
@@ -309,7 +309,7 @@ def test_a_browser_shows_every_figure_on_a_phone_without_scrolling_sideways(
     match = re.search(r'data-found="([^"]*)"', done.stdout)
     assert match
     found = json.loads(match[1].replace("&quot;", '"'))
-    heads = json.loads((page.parent / "heads.json").read_text())
+    heads = heads_in(page.parent)
     portraits = 16
     assert found == {
         "width": 390,

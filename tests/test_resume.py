@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,76 +19,23 @@ from deit_kd.checkpoint import BEST, load_checkpoint
 from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.runs.run import execute, prepare
-from tests.conftest import ONE_PROCESS, REPOSITORY, Finished, as_arguments, records, signal_in_step, tiny
+from tests.helpers import (
+    ONE_PROCESS,
+    REPOSITORY,
+    Finished,
+    as_arguments,
+    assert_same_end,
+    copied,
+    elsewhere,
+    heads_in,
+    newest_two,
+    records,
+    signal_in_step,
+    tiny,
+)
+from tests.started import KILLED_IN_A_WRITE, kill
 
 FIT_STEPS = 8  # optimiser steps of the teacher's fit; the student's 12 come after them
-
-# train.py itself, which kills itself before the n-th optimiser step of this process.
-KILLED = """
-import os, runpy, signal, sys
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-left, sys.argv[1:] = int(sys.argv[1]), sys.argv[2:]
-def count(*_):
-    global left
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-register_optimizer_step_pre_hook(count)
-runpy.run_path("train.py", run_name="__main__")
-"""
-
-
-# train.py itself, which kills itself when the n-th checkpoint is written whole and about to get its name.
-KILLED_IN_A_WRITE = """
-import os, runpy, signal, sys
-left, sys.argv[1:] = int(sys.argv[1]), sys.argv[2:]
-def watch(event, given):
-    global left
-    if event == "os.rename" and ".step-" in str(given[0]):
-        left -= 1
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(watch)
-runpy.run_path("train.py", run_name="__main__")
-"""
-
-
-def kill(arguments: list[str], before_step: int, said: Path, program: str = KILLED) -> None:
-    command = [sys.executable, "-c", program, str(before_step), *arguments]
-    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    with open(said, "w") as output:  # no pipe: the workers would hold it open for seconds after the kill
-        done = subprocess.run(
-            command,
-            cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": paths},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            timeout=200,
-        )
-    assert done.returncode == -signal.SIGKILL, said.read_text()
-
-
-def elsewhere(finished: Finished, home: Path) -> list[str]:
-    """Return the arguments of the finished run, with its run and teachers under `home`."""
-    return [*finished.arguments, "--output", str(home / "run"), "--teacher.fit.folder", str(home / "teachers")]
-
-
-def assert_same_end(finished: Finished, home: Path) -> None:
-    teacher = next(finished.teachers.iterdir()).name
-    for here, there in ((finished.teachers / teacher, home / "teachers" / teacher), (finished.folder, home / "run")):
-        for file in ("student/model.safetensors", "student/config.json", "heads.json"):
-            assert (here / file).read_bytes() == (there / file).read_bytes(), f"{there / file}"
-        assert records(here) == records(there)
-
-
-def newest_two(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step-*"))[-2:]
-
-
-def copied(finished: Finished, home: Path) -> list[str]:
-    shutil.copytree(finished.folder, home / "run")
-    shutil.copytree(finished.teachers, home / "teachers")
-    return [*elsewhere(finished, home), "--resume", "auto"]
 
 
 @pytest.mark.parametrize(
@@ -282,5 +227,5 @@ def test_the_best_epoch_can_be_scored_and_started_from(finished: Finished, tmp_p
     tops = [record["ema"]["heads"]["fused"]["top1"] for record in epochs]
     assert load_checkpoint(best)["progress"]["step"] == epochs[tops.index(max(tops))]["step"]
     assert main(["eval", str(best), "--to", str(tmp_path / "eval")]) == 0
-    scored = json.loads((tmp_path / "eval/heads.json").read_text())
+    scored = heads_in(tmp_path / "eval")
     assert scored["heads"]["fused"]["top1"] == pytest.approx(max(tops))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/statm").is_file(), reason="they read memory and open files in /proc"

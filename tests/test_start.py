@@ -13,7 +13,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from deit_kd.cli import VERBS
 from deit_kd.config import Data
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 PHOTOS = str(REPOSITORY / "configs" / "photos.yaml")
 CPU_SECONDS = 3.0  # a third of a second where this was written; torch and timm alone are five

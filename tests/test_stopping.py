@@ -22,8 +22,17 @@ from deit_kd.cli import main
 from deit_kd.interfaces import TeacherOutput
 from deit_kd.students import TimmStudent
 from deit_kd.teachers import FrozenTeacher
-from tests.conftest import REPOSITORY, Finished, records, signal_in_step, tiny
-from tests.test_resume import FIT_STEPS, assert_same_end, elsewhere, newest_two
+from tests.helpers import (
+    FIT_STEPS,
+    REPOSITORY,
+    Finished,
+    assert_same_end,
+    elsewhere,
+    newest_two,
+    records,
+    signal_in_step,
+    tiny,
+)
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
 

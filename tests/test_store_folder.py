@@ -18,36 +18,12 @@ from deit_kd.config import differences
 from deit_kd.interfaces import Batch, InputError, TeacherOutput
 from deit_kd.store import VALIDATION, LabelStore, RecordingTeacher, StoredTeacher, epoch_part
 from deit_kd.store import teacher as teacher_module
-
-CLASSES, VIEWS = 6, 20
-
-
-def begin(folder: Path, top: int = 3, **identity: Any) -> LabelStore:
-    manifest = {
-        "identity": {"seed": 0, **identity},
-        "classes": [f"class {i}" for i in range(CLASSES)],
-        "top": top,
-        "views": VIEWS,
-        "validation": 4,
-        "libraries": [{"torch": "2"}],
-        "teacher": {"name": "t", "weights": "w", "random_weights": False},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    return LabelStore.begin(folder, manifest)
-
-
-def answers(epoch: int) -> Tensor:
-    return torch.randn(VIEWS, CLASSES, generator=torch.Generator().manual_seed(epoch))
-
-
-def fill(store: LabelStore, epoch: int) -> None:
-    store.write_piece(epoch_part(epoch), torch.arange(VIEWS), store.record.encode(answers(epoch)))
-    store.finish(epoch_part(epoch))
+from tests.tiny_parts import STORED_CLASSES, STORED_VIEWS, begin_store, fill_store, store_answers
 
 
 def view_batch(view_ids: Tensor | None) -> Batch:
     size = 0 if view_ids is None else len(view_ids)
-    return Batch(torch.zeros(size, 3, 2, 2), torch.zeros(size, CLASSES), torch.zeros(size).long(), view_ids)
+    return Batch(torch.zeros(size, 3, 2, 2), torch.zeros(size, STORED_CLASSES), torch.zeros(size).long(), view_ids)
 
 
 def views(epoch: int, *positions: int) -> Tensor:
@@ -56,24 +32,26 @@ def views(epoch: int, *positions: int) -> Tensor:
 
 @pytest.fixture
 def store(tmp_path: Path) -> LabelStore:
-    store = begin(tmp_path / "store")
-    fill(store, 0)
-    fill(store, 1)
+    store = begin_store(tmp_path / "store")
+    fill_store(store, 0)
+    fill_store(store, 1)
     return store
 
 
 @pytest.mark.parametrize("top", [0, 3, 6])
 def test_a_stored_teacher_answers_any_views_in_any_order(tmp_path: Path, top: int) -> None:
-    store = begin(tmp_path, top)
-    fill(store, 0)
-    fill(store, 1)
+    store = begin_store(tmp_path, top)
+    fill_store(store, 0)
+    fill_store(store, 1)
     view_ids = torch.cat([views(1, 7, 3), views(0, 19, 0), views(1, 0)])
-    asked = torch.stack([answers(1)[7], answers(1)[3], answers(0)[19], answers(0)[0], answers(1)[0]])
+    asked = torch.stack(
+        [store_answers(1)[7], store_answers(1)[3], store_answers(0)[19], store_answers(0)[0], store_answers(1)[0]]
+    )
     answered = StoredTeacher(store, 2)(view_batch(view_ids)).logits
     assert torch.equal(answered, store.record.decode(store.record.encode(asked)))
 
 
-@pytest.mark.parametrize("view_ids", [views(2, 0), views(0, VIEWS), None])
+@pytest.mark.parametrize("view_ids", [views(2, 0), views(0, STORED_VIEWS), None])
 def test_a_view_that_is_not_in_the_store_has_no_answer(store: LabelStore, view_ids: Tensor | None) -> None:
     with pytest.raises(InputError, match=r"teacher\.store"):
         StoredTeacher(store, 2)(view_batch(view_ids))
@@ -84,7 +62,7 @@ class Echo(nn.Module):
 
     def forward(self, batch: Batch) -> TeacherOutput:
         assert batch.view_ids is not None
-        classes = torch.arange(CLASSES)
+        classes = torch.arange(STORED_CLASSES)
         return TeacherOutput(torch.sin(batch.view_ids.sum(-1, keepdim=True) * (classes + 1.0)))
 
 
@@ -95,13 +73,13 @@ def test_records_do_not_depend_on_batches_or_pieces(
 ) -> None:
     monkeypatch.setattr(teacher_module, "VIEWS_PER_PIECE", views_per_piece)
     monkeypatch.setattr(teacher_module, "SECONDS_PER_PIECE", seconds_per_piece)
-    store = begin(tmp_path)
+    store = begin_store(tmp_path)
     recorder = RecordingTeacher(Echo(), store)
-    for block in torch.arange(VIEWS).flip(0).split(blocks):
+    for block in torch.arange(STORED_VIEWS).flip(0).split(blocks):
         recorder(view_batch(views(0, *block.tolist())))
     recorder.flush()
     store.finish(epoch_part(0))
-    asked = Echo()(view_batch(views(0, *range(VIEWS)))).logits
+    asked = Echo()(view_batch(views(0, *range(STORED_VIEWS)))).logits
     expected = store.record.encode(asked)
     for name, column in store.columns(epoch_part(0)).items():
         assert torch.equal(column, expected[name])
@@ -109,12 +87,12 @@ def test_records_do_not_depend_on_batches_or_pieces(
 
 def test_a_recording_teacher_answers_as_the_other_one(tmp_path: Path) -> None:
     batch = view_batch(views(0, 4, 5))
-    assert torch.equal(RecordingTeacher(Echo(), begin(tmp_path))(batch).logits, Echo()(batch).logits)
+    assert torch.equal(RecordingTeacher(Echo(), begin_store(tmp_path))(batch).logits, Echo()(batch).logits)
 
 
 def test_a_recording_teacher_keeps_nothing_of_a_batch_that_may_be_overwritten(tmp_path: Path) -> None:
-    store = begin(tmp_path)
-    recorder, ids = RecordingTeacher(Echo(), store), views(0, *range(VIEWS))
+    store = begin_store(tmp_path)
+    recorder, ids = RecordingTeacher(Echo(), store), views(0, *range(STORED_VIEWS))
     batch = view_batch(ids)
     recorder(batch)
     assert batch.view_ids is not None
@@ -124,16 +102,16 @@ def test_a_recording_teacher_keeps_nothing_of_a_batch_that_may_be_overwritten(tm
 
 
 def test_an_interrupted_epoch_goes_on_from_its_pieces(tmp_path: Path) -> None:
-    store = begin(tmp_path)
+    store = begin_store(tmp_path)
     positions = torch.tensor([1, 5, 2])
-    store.write_piece(epoch_part(0), positions, store.record.encode(answers(0)[positions]))
+    store.write_piece(epoch_part(0), positions, store.record.encode(store_answers(0)[positions]))
     again = LabelStore(tmp_path)
     missing = torch.from_numpy(again.missing(epoch_part(0)))
-    assert sorted({*range(VIEWS)} - {1, 2, 5}) == missing.tolist()
+    assert sorted({*range(STORED_VIEWS)} - {1, 2, 5}) == missing.tolist()
     assert again.epochs == 0
-    again.write_piece(epoch_part(0), missing, again.record.encode(answers(0)[missing]))
+    again.write_piece(epoch_part(0), missing, again.record.encode(store_answers(0)[missing]))
     again.finish(epoch_part(0))
-    assert torch.equal(again.columns(epoch_part(0))["rest"], again.record.encode(answers(0))["rest"])
+    assert torch.equal(again.columns(epoch_part(0))["rest"], again.record.encode(store_answers(0))["rest"])
     assert [path.name for path in tmp_path.glob("*.pieces")] == []
 
 
@@ -168,16 +146,16 @@ def test_a_damaged_epoch_is_found(store: LabelStore, damage: Any) -> None:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_piece_is_asked_for_again(tmp_path: Path, damage: Any) -> None:
-    store = begin(tmp_path)
-    store.write_piece(epoch_part(0), torch.arange(5), store.record.encode(answers(0)[:5]))
+    store = begin_store(tmp_path)
+    store.write_piece(epoch_part(0), torch.arange(5), store.record.encode(store_answers(0)[:5]))
     damage(next(tmp_path.glob("*.pieces/*")))
-    assert len(store.missing(epoch_part(0))) == VIEWS
+    assert len(store.missing(epoch_part(0))) == STORED_VIEWS
 
 
 @pytest.mark.parametrize("other", [{"top": 4}, {"seed": 1}])
 def test_an_epoch_of_another_store_is_found(tmp_path: Path, store: LabelStore, other: dict[str, int]) -> None:
-    stranger = begin(tmp_path / "other", **other)
-    fill(stranger, 1)
+    stranger = begin_store(tmp_path / "other", **other)
+    fill_store(stranger, 1)
     source, goal = (one.folder / "epoch-00001.safetensors" for one in (stranger, store))
     goal.write_bytes(source.read_bytes())
     with pytest.raises(InputError, match="belongs to another store"):
@@ -185,7 +163,7 @@ def test_an_epoch_of_another_store_is_found(tmp_path: Path, store: LabelStore, o
 
 
 def test_only_epochs_without_a_gap_are_counted(store: LabelStore) -> None:
-    fill(store, 3)
+    fill_store(store, 3)
     assert store.epochs == 2
 
 
@@ -196,14 +174,14 @@ def test_a_full_disk_is_one_clear_error_and_leaves_what_was_finished(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    store.write_piece(epoch_part(2), torch.arange(3), store.record.encode(answers(2)[:3]))
+    store.write_piece(epoch_part(2), torch.arange(3), store.record.encode(store_answers(2)[:3]))
     before = {path: path.read_bytes() for path in store.folder.rglob("*") if path.is_file()}
     with monkeypatch.context() as patch:
         patch.setattr(f"deit_kd.files.os.{step}", full)
         with pytest.raises(InputError, match=r"teacher\.store.*No space left on device.*free space"):
-            store.write_piece(epoch_part(2), torch.arange(3, VIEWS), store.record.encode(answers(2)[3:]))
+            store.write_piece(epoch_part(2), torch.arange(3, STORED_VIEWS), store.record.encode(store_answers(2)[3:]))
     assert {path: path.read_bytes() for path in store.folder.rglob("*") if path.is_file()} == before
-    assert len(store.missing(epoch_part(2))) == VIEWS - 3
+    assert len(store.missing(epoch_part(2))) == STORED_VIEWS - 3
 
 
 def test_two_builders_cannot_write_to_one_folder(tmp_path: Path) -> None:
@@ -226,7 +204,7 @@ def test_a_builder_that_was_killed_lets_go(tmp_path: Path) -> None:
 
 def test_a_builder_that_was_killed_at_its_first_file_can_begin_again(tmp_path: Path) -> None:
     (tmp_path / ".store.json.partial").write_text("{")
-    assert begin(tmp_path).epochs == 0
+    assert begin_store(tmp_path).epochs == 0
 
 
 def test_a_store_of_a_later_format_is_refused(store: LabelStore) -> None:
@@ -249,23 +227,23 @@ def test_a_store_of_later_views_is_refused(store: LabelStore, version: Any) -> N
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="something that is no store"):
-        begin(tmp_path)
+        begin_store(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_answer_that_is_not_finite_is_not_kept(store: LabelStore, value: float) -> None:
-    broken = answers(2)
+    broken = store_answers(2)
     broken[3, 2] = value
     with pytest.raises(InputError, match=r"epoch-00002 is not finite; check its weights"):
-        store.write_piece(epoch_part(2), torch.arange(VIEWS), store.record.encode(broken))
+        store.write_piece(epoch_part(2), torch.arange(STORED_VIEWS), store.record.encode(broken))
     assert not store.holds(epoch_part(2))
 
 
 @pytest.mark.parametrize("top", [0, 3, 6])
 @pytest.mark.parametrize("processes", [1, 3])
 def test_validation_answers_are_read_without_asking(tmp_path: Path, top: int, processes: int) -> None:
-    store, logits = begin(tmp_path, top), answers(9)[:4]
+    store, logits = begin_store(tmp_path, top), store_answers(9)[:4]
     store.write_piece(VALIDATION, torch.arange(4), store.record.encode(logits))
     store.finish(VALIDATION, {"top1": 75.0, "top5": None, "nll": 0.5})
     assert LabelStore(tmp_path).score() == {"top1": 75.0, "top5": None, "nll": 0.5}

@@ -33,7 +33,7 @@ from deit_kd.runs.run import prepare
 from deit_kd.store import VALIDATION, LabelStore, Record, epoch_part
 from deit_kd.teaching import recording, store_identity
 from deit_kd.teaching.stored import stored_teacher
-from tests.conftest import assert_same_scores, evaluated
+from tests.helpers import assert_same_scores, evaluated, heads_in
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
 PHOTOS_PER_CLASS = {"train": 15, "validation": 6}
@@ -160,7 +160,7 @@ def test_a_run_on_stored_hard_labels_is_the_online_run_bit_for_bit(
     assert stored == online
     weights = [load_file(tmp_path / run / "student" / "model.safetensors") for run in ("online", "stored")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    heads = [json.loads((tmp_path / run / "heads.json").read_text()) for run in ("online", "stored")]
+    heads = [heads_in(tmp_path / run) for run in ("online", "stored")]
     assert heads[0] == heads[1]
 
 
@@ -551,7 +551,7 @@ def test_evaluating_a_stored_run_reads_the_teacher_from_the_store(
     store = hard if kind == "hard" else soft
     home.train(run, **{"teacher.store": store, "train.epochs": 1, "distill.kind": kind})
     assert main(["eval", str(run), "--diagnose", "true"]) == 0
-    evaluation, trained = evaluated(run), json.loads((run / "heads.json").read_text())
+    evaluation, trained = evaluated(run), heads_in(run)
     assert_same_scores(evaluation, trained)
     assert evaluation["teacher"]["top1"] == trained["teacher"]["top1"]
     assert "teacher" in evaluation["disagreement"]["names"]
@@ -566,7 +566,7 @@ def test_a_teacher_that_is_named_is_asked_instead_of_the_runs_store(home: Home, 
     home.train(run, **{"teacher.store": hard, "train.epochs": 1})
     other = shutil.copytree(home.teacher, tmp_path / "teacher")
     assert main(["eval", str(run), "--teacher.checkpoint", str(other), "--to", str(tmp_path / "to")]) == 0
-    heads = json.loads((tmp_path / "to" / "heads.json").read_text())
+    heads = heads_in(tmp_path / "to")
     assert "teacher" in heads["reliability"]  # which a store of hard labels cannot tell
 
 
@@ -580,7 +580,7 @@ def test_a_student_without_a_run_is_compared_with_a_stored_teacher(home: Home, h
     options = {"--data.root": home.photos, "--data.workers": 0, "--teacher.store": hard, "--to": tmp_path / "to"}
     arguments = [str(part) for pair in options.items() for part in pair]
     assert main(["eval", str(tmp_path / "run" / "student"), *arguments]) == 0
-    teacher = json.loads((tmp_path / "to" / "heads.json").read_text())["teacher"]
+    teacher = heads_in(tmp_path / "to")["teacher"]
     assert teacher["nll"] == LabelStore(hard).score()["nll"]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from deit_kd.data import Photos, TrainingLoader, training_transform
 from deit_kd.data.order import TrainingBatchSampler
 from deit_kd.interfaces import Batch
-from tests.conftest import training_loader
+from tests.tiny_parts import training_loader
 
 DEALT: dict[str, Any] = {
     "photos": 30,

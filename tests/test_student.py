@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from deit_kd import InputError, StudentOutput, TimmStudent, head_probabilities
-from tests.conftest import STUDENT, STUDENT_ARGS, tiny_student
+from tests.helpers import STUDENT, STUDENT_ARGS
+from tests.tiny_parts import tiny_student
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 import time
 from pathlib import Path
@@ -17,51 +16,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from deit_kd import Batch, Distiller, FrozenTeacher, InputError, Objective
-from deit_kd.interfaces import Preprocessing, Statistics
-from deit_kd.teachers import build_teacher
-from tests.conftest import CLASSES, MEAN, STD, tiny_student
-
-
-def seen(image_size: int, mean: Statistics = MEAN) -> Preprocessing:
-    return Preprocessing(image_size, mean, STD, "bicubic", 1.0)
-
-
-def teacher(**options: Any) -> FrozenTeacher:
-    base: dict[str, Any] = {
-        "name": "test_resnet",
-        "pretrained": False,
-        "checkpoint": None,
-        "random_weights": True,
-        "args": {},
-        "image_size": None,
-        "mean": None,
-        "std": None,
-        "channels_last": True,
-        "compiled": False,
-        "classes": CLASSES,
-        "student": seen(16),
-        "seed": 0,
-        "dtype": torch.float32,
-        "device": torch.device("cpu"),
-    }
-    if options.get("checkpoint") or options.get("pretrained"):
-        base["random_weights"] = False
-    return build_teacher(**{**base, **options})
-
-
-def batch(size: int = 16, seed: int = 0) -> Batch:
-    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(seed))
-    labels = torch.tensor([0, 1, 2, 0])
-    return Batch(images, nn.functional.one_hot(labels, 3).float(), labels)
-
-
-def save_teacher(folder: Path, classes: tuple[str, ...] = CLASSES) -> Path:
-    """Save a local-dir with the weights of ``teacher(seed=7)``, for as many classes."""
-    folder.mkdir()
-    state = teacher(seed=7, classes=classes, channels_last=False).network.state_dict()
-    save_file(state, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"label_names": list(classes)}))
-    return folder
+from tests.helpers import CLASSES, MEAN, STD
+from tests.tiny_parts import make_batch, save_teacher, seen_at, tiny_student, tiny_teacher
 
 
 def plain_network(seed: int = 0) -> nn.Module:
@@ -74,20 +30,20 @@ def train_a_step(frozen: FrozenTeacher) -> Distiller:
     distiller = Distiller(student, frozen, Objective("soft"))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     frozen.train()
-    distiller(batch()).loss.backward()
+    distiller(make_batch(4)).loss.backward()
     optimizer.step()
     return distiller
 
 
 def test_it_stays_in_eval_whatever_is_asked() -> None:
-    frozen = teacher()
+    frozen = tiny_teacher()
     nn.ModuleList([frozen]).train()
     frozen.train(True)
     assert not any(module.training for module in frozen.modules())
 
 
 def test_teacher_batchnorm_never_moves() -> None:
-    frozen = teacher()
+    frozen = tiny_teacher()
     before = {name: value.clone() for name, value in frozen.network.named_buffers()}
     train_a_step(frozen)
     assert any("running_mean" in name for name in before)
@@ -95,20 +51,20 @@ def test_teacher_batchnorm_never_moves() -> None:
 
 
 def test_it_stays_frozen_when_it_is_copied_or_averaged() -> None:
-    for copied in (copy.deepcopy(teacher()), ModelEmaV3(teacher()).train().module):
+    for copied in (copy.deepcopy(tiny_teacher()), ModelEmaV3(tiny_teacher()).train().module):
         assert not any(module.training for module in copied.train().modules())
         assert not any(parameter.requires_grad for parameter in copied.parameters())
 
 
 def test_it_has_no_gradient() -> None:
-    frozen = teacher()
+    frozen = tiny_teacher()
     train_a_step(frozen)
     assert all(not p.requires_grad and p.grad is None for p in frozen.parameters())
-    assert not frozen(batch()).logits.requires_grad
+    assert not frozen(make_batch(4)).logits.requires_grad
 
 
 def test_the_students_gradient_flows_beside_it() -> None:
-    student = train_a_step(teacher()).student
+    student = train_a_step(tiny_teacher()).student
     assert isinstance(student, nn.Module)
     assert all(parameter.grad is not None for parameter in student.parameters())
 
@@ -122,48 +78,48 @@ def test_it_sees_the_images_as_it_was_trained_on_them() -> None:
 
     network = plain_network()
     frozen = FrozenTeacher(copy.deepcopy(network), student_mean=MEAN, student_std=STD, mean=own_mean, std=own_std)
-    answered = frozen(batch()._replace(images=normalised(MEAN, STD))).logits
+    answered = frozen(make_batch(4)._replace(images=normalised(MEAN, STD))).logits
     torch.testing.assert_close(answered, network(normalised(own_mean, own_std)).detach(), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(answered, network(normalised(MEAN, STD)), atol=1e-3)
 
 
 def test_a_checkpoints_teacher_sees_the_students_normalisation(tmp_path: Path) -> None:
     folder = save_teacher(tmp_path / "teacher")
-    frozen = teacher(checkpoint=str(folder), student=seen(16, mean=(0.1, 0.2, 0.3)))
-    assert torch.equal(frozen(batch()).logits, teacher(seed=7)(batch()).logits)
+    frozen = tiny_teacher(checkpoint=str(folder), student=seen_at(16, mean=(0.1, 0.2, 0.3)))
+    assert torch.equal(frozen(make_batch(4)).logits, tiny_teacher(seed=7)(make_batch(4)).logits)
 
 
 def test_the_recipes_mean_and_std_win(tmp_path: Path) -> None:
     folder = save_teacher(tmp_path / "teacher")
-    frozen = teacher(checkpoint=str(folder), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    raw = batch().images * torch.tensor(STD).view(1, 3, 1, 1) + torch.tensor(MEAN).view(1, 3, 1, 1)
-    expected = teacher(seed=7)(batch()._replace(images=raw)).logits
-    torch.testing.assert_close(frozen(batch()).logits, expected, rtol=1e-4, atol=1e-5)
+    frozen = tiny_teacher(checkpoint=str(folder), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    raw = make_batch(4).images * torch.tensor(STD).view(1, 3, 1, 1) + torch.tensor(MEAN).view(1, 3, 1, 1)
+    expected = tiny_teacher(seed=7)(make_batch(4)._replace(images=raw)).logits
+    torch.testing.assert_close(frozen(make_batch(4)).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_it_may_see_another_image_size() -> None:
-    frozen = teacher(name="test_vit", image_size=32)
-    assert frozen(batch(16)).logits.shape == (4, 3)
+    frozen = tiny_teacher(name="test_vit", image_size=32)
+    assert frozen(make_batch(4, side=16)).logits.shape == (4, 3)
 
 
 def test_the_same_batch_is_left_as_it_is() -> None:
-    images = batch().images
+    images = make_batch(4).images
     before = images.clone()
-    teacher(mean=(0.5, 0.5, 0.5))(batch()._replace(images=images))
+    tiny_teacher(mean=(0.5, 0.5, 0.5))(make_batch(4)._replace(images=images))
     assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_come_in_fp32_under_any_autocast(dtype: torch.dtype) -> None:
-    frozen = teacher(dtype=dtype)
+    frozen = tiny_teacher(dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = frozen(batch()).logits
+        inside = frozen(make_batch(4)).logits
     assert inside.dtype == torch.float32
-    assert torch.equal(inside, frozen(batch()).logits)
+    assert torch.equal(inside, frozen(make_batch(4)).logits)
 
 
 def test_the_distiller_is_no_owner_of_the_teacher() -> None:
-    distiller = Distiller(tiny_student(), teacher(), Objective("hard"))
+    distiller = Distiller(tiny_student(), tiny_teacher(), Objective("hard"))
     assert not isinstance(distiller, nn.Module)
     assert not any("teacher" in name for name in distiller.student.state_dict())  # type: ignore[attr-defined]
 
@@ -171,7 +127,9 @@ def test_the_distiller_is_no_owner_of_the_teacher() -> None:
 def test_a_checkpoint_gives_its_weights(tmp_path: Path) -> None:
     folder = save_teacher(tmp_path / "teacher")
     for place in (folder, folder / "model.safetensors"):
-        assert torch.equal(teacher(checkpoint=str(place))(batch()).logits, teacher(seed=7)(batch()).logits)
+        assert torch.equal(
+            tiny_teacher(checkpoint=str(place))(make_batch(4)).logits, tiny_teacher(seed=7)(make_batch(4)).logits
+        )
 
 
 @pytest.mark.parametrize("name", ["iformer_m_distilled", "levit_128s"])
@@ -179,7 +137,7 @@ def test_a_network_that_averages_its_two_heads_teaches_with_its_own_weights(tmp_
     torch.manual_seed(7)
     own = timm.create_model(name, num_classes=3).eval()
     save_file({name: tensor.contiguous() for name, tensor in own.state_dict().items()}, tmp_path / "own.safetensors")
-    frozen = teacher(name=name, checkpoint=str(tmp_path / "own.safetensors"), student=seen(224))
+    frozen = tiny_teacher(name=name, checkpoint=str(tmp_path / "own.safetensors"), student=seen_at(224))
     images = torch.randn(2, 3, 224, 224)
     answer = frozen(Batch(images, torch.eye(3)[:2], torch.tensor([0, 1]))).logits
     with torch.no_grad():
@@ -189,16 +147,16 @@ def test_a_network_that_averages_its_two_heads_teaches_with_its_own_weights(tmp_
 def test_a_run_folder_is_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     save_teacher(tmp_path / "run" / "student")
-    frozen = teacher(checkpoint=str(tmp_path / "run"))
-    assert torch.equal(frozen(batch()).logits, teacher(seed=7)(batch()).logits)
+    frozen = tiny_teacher(checkpoint=str(tmp_path / "run"))
+    assert torch.equal(frozen(make_batch(4)).logits, tiny_teacher(seed=7)(make_batch(4)).logits)
 
 
 @pytest.mark.parametrize("saved", [("bars", "rings", "dots"), ("stars", "rings", "bars", "dots")])
 def test_classes_in_another_order_or_among_others_are_found_by_name(tmp_path: Path, saved: tuple[str, ...]) -> None:
-    frozen = teacher(checkpoint=str(save_teacher(tmp_path / "teacher", saved)))
+    frozen = tiny_teacher(checkpoint=str(save_teacher(tmp_path / "teacher", saved)))
     columns = [saved.index(name) for name in CLASSES]
-    everything = teacher(seed=7, classes=saved)(batch()).logits
-    assert torch.equal(frozen(batch()).logits, everything[:, columns])
+    everything = tiny_teacher(seed=7, classes=saved)(make_batch(4)).logits
+    assert torch.equal(frozen(make_batch(4)).logits, everything[:, columns])
 
 
 @pytest.mark.parametrize(
@@ -210,7 +168,7 @@ def test_classes_in_another_order_or_among_others_are_found_by_name(tmp_path: Pa
 )
 def test_a_class_that_the_teacher_does_not_name_is_refused(tmp_path: Path, saved: tuple[str, ...], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        teacher(checkpoint=str(save_teacher(tmp_path / "teacher", saved)))
+        tiny_teacher(checkpoint=str(save_teacher(tmp_path / "teacher", saved)))
 
 
 @pytest.mark.parametrize(
@@ -223,23 +181,23 @@ def test_a_class_that_the_teacher_does_not_name_is_refused(tmp_path: Path, saved
         ({"name": None}, "teacher.name: is not set"),
         ({"name": "resnet19"}, r"not a timm model \(nearest: resnet1"),
         (
-            {"name": "test_vit", "args": {"global_pool": ""}, "student": seen(160)},
+            {"name": "test_vit", "args": {"global_pool": ""}, "student": seen_at(160)},
             r"with \[2, 101, 3\], not \[2, 3",
         ),
         ({"checkpoint": "nowhere"}, "teacher.checkpoint: nowhere holds no weights"),
-        ({"name": "test_vit", "student": seen(20)}, "image_size: 20 is not a multiple of teacher.name's patch"),
+        ({"name": "test_vit", "student": seen_at(20)}, "image_size: 20 is not a multiple of teacher.name's patch"),
     ],
 )
 def test_a_teacher_that_cannot_be_is_refused_in_one_line(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason) as caught:
-        teacher(**options)
+        tiny_teacher(**options)
     assert "\n" not in str(caught.value)
 
 
 def test_without_a_network_pretrained_weights_are_refused_at_once() -> None:
     since = time.perf_counter()
     with pytest.raises(InputError, match="check the network"):
-        teacher(name="regnety_160.deit_in1k", pretrained=True)
+        tiny_teacher(name="regnety_160.deit_in1k", pretrained=True)
     assert time.perf_counter() - since < 20
 
 
@@ -258,7 +216,7 @@ class Bomb:
 def test_a_malicious_checkpoint_does_not_execute(tmp_path: Path, wrap: Any, write: Any) -> None:
     write(wrap(Bomb(tmp_path / "touched")), tmp_path / "evil.pth")
     with pytest.raises(InputError, match=r"evil\.pth"):
-        teacher(checkpoint=str(tmp_path / "evil.pth"))
+        tiny_teacher(checkpoint=str(tmp_path / "evil.pth"))
     assert not (tmp_path / "touched").exists()
 
 
@@ -274,19 +232,19 @@ def test_a_malicious_checkpoint_does_not_execute(tmp_path: Path, wrap: Any, writ
 def test_a_broken_checkpoint_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=r"teacher\.checkpoint: .*weights\.") as caught:
-        teacher(checkpoint=str(tmp_path / name))
+        tiny_teacher(checkpoint=str(tmp_path / name))
     assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(InputError, match="holds no state dict"):
-        teacher(checkpoint=str(tmp_path / "list.pth"))
+        tiny_teacher(checkpoint=str(tmp_path / "list.pth"))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_it_answers_on_the_gpu_as_on_the_cpu() -> None:
-    frozen = teacher(device=torch.device("cuda"))
-    there = frozen(batch().to(torch.device("cuda"))).logits.cpu()
-    torch.testing.assert_close(there, teacher()(batch()).logits, rtol=1e-3, atol=1e-3)
+    frozen = tiny_teacher(device=torch.device("cuda"))
+    there = frozen(make_batch(4).to(torch.device("cuda"))).logits.cpu()
+    torch.testing.assert_close(there, tiny_teacher()(make_batch(4)).logits, rtol=1e-3, atol=1e-3)

@@ -15,10 +15,10 @@ from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.console import console
 from deit_kd.exports import missing_libraries
-from deit_kd.interfaces import Preprocessing
 from deit_kd.jobs.train import train
-from deit_kd.teachers import EnsembleTeacher, build_teacher
-from tests.conftest import assert_same_scores, evaluated
+from deit_kd.teachers import EnsembleTeacher
+from tests.helpers import assert_same_scores, evaluated, heads_in
+from tests.tiny_parts import seen_at, tiny_teacher
 
 SYNSETS = ("n01440764", "n02102040", "n02979186")
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200))
@@ -104,7 +104,7 @@ def test_assistant_chain_of_students(photos, assistant, tmp_path):
     run(photos, first, "--teacher.checkpoint", str(assistant), "--student.checkpoint", str(assistant))
     assert facts(first)["teacher"]["name"] == "vit_tiny_patch16_224"
     heads = run(photos, second, "--teacher.checkpoint", str(first))
-    fused = json.loads((first / "heads.json").read_text())["heads"]["fused"]
+    fused = heads_in(first)["heads"]["fused"]
     assert heads["teacher"]["top1"] == fused["top1"]
     assert heads["teacher"]["nll"] == pytest.approx(fused["nll"], rel=1e-5)
 
@@ -357,24 +357,13 @@ def test_distilled_teacher_answers_with_the_mean_of_its_softmaxes(tmp_path, dtyp
         "deit_tiny_distilled_patch16_224", embed_dim=32, depth=2, num_heads=2, img_size=32, num_classes=3
     ).eval()
     torch.save(network.state_dict(), tmp_path / "t.pth")
-    teacher = build_teacher(
+    teacher = tiny_teacher(
         name="deit_tiny_distilled_patch16_224",
-        pretrained=False,
         checkpoint=str(tmp_path / "t.pth"),
-        random_weights=False,
-        label_set=None,
-        class_map=None,
         args={"embed_dim": 32, "depth": 2, "num_heads": 2},
-        image_size=None,
-        mean=None,
-        std=None,
-        channels_last=True,
-        compiled=False,
         classes=("a", "b", "c"),
-        student=Preprocessing(32, MEAN, STD, "bicubic", 1.0),
-        seed=0,
+        student=seen_at(32),
         dtype=dtype,
-        device=torch.device("cpu"),
     )
     batch = views(2)._replace(images=torch.randn(2, 3, 32, 32))
     with torch.no_grad():

@@ -12,7 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deit_kd.cli import main
-from tests.conftest import short
+from tests.helpers import short
 
 
 def test_plain_lines_tell_both_terms_the_rate_and_the_time_left(

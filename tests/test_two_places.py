@@ -23,9 +23,9 @@ from deit_kd.distributed import finish, on_main, start
 from deit_kd.interfaces import InputError, Stopped
 from deit_kd.store import epoch_part
 from deit_kd.teaching.store_identity import verify
-from tests.conftest import records, short, tiny, write_photos
 from tests.forked import two
-from tests.test_store_folder import begin, fill
+from tests.helpers import records, short, tiny, write_photos
+from tests.tiny_parts import begin_store, fill_store
 
 
 def in_group(act: Callable[[distributed.Processes], int | None], timeout: float = 0.0) -> Callable[[int], int | None]:
@@ -99,9 +99,9 @@ def test_what_the_main_process_or_its_disk_refuses_ends_all_with_one_line(error:
 
 
 def test_checksums_of_a_store_are_shared_out(tmp_path: Path) -> None:
-    store = begin(tmp_path / "store")
+    store = begin_store(tmp_path / "store")
     for epoch in range(4):
-        fill(store, epoch)
+        fill_store(store, epoch)
     parts = [epoch_part(epoch) for epoch in range(4)]
 
     def act(processes: distributed.Processes) -> None:

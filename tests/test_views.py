@@ -16,30 +16,15 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import ColorJitter, Normalize
 
 from deit_kd import Batch, InputError
-from deit_kd.data import Transform, build_evaluation_loader, training_transform
+from deit_kd.data import build_evaluation_loader
 from deit_kd.data.loader import Views
 from deit_kd.data.order import ViewKey
 from deit_kd.data.sharing import PREFETCHED, SharedStack, received
 from deit_kd.randomness import seed_view
-from tests.conftest import MEAN, STD, array_photos, training_loader
+from tests.helpers import MEAN, STD
+from tests.tiny_parts import array_photos, training_loader, transform
 
 PHOTOS = array_photos(24)
-
-
-def transform(**options: Any) -> Transform:
-    base: dict[str, Any] = {
-        "image_size": 16,
-        "mean": MEAN,
-        "std": STD,
-        "interpolation": "random",
-        "auto_augment": "rand-m9-mstd0.5-inc1",
-        "color_jitter": 0.3,
-        "horizontal_flip": 0.5,
-        "scale": (0.3, 1.0),
-        "ratio": (0.75, 4 / 3),
-        "erasing": 0.5,
-    }
-    return training_transform(**{**base, **options})
 
 
 def epoch_views(**options: Any) -> tuple[Tensor, Tensor, Tensor]:
