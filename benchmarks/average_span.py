@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from deit_kd.config import Config, parse_config
-from deit_kd.distributed import finish, start
+from deit_kd.distributed import process_group
 from deit_kd.engine import StepResult, evaluate, train
 from deit_kd.jobs.bench import print_markdown
 from deit_kd.optim import WeightAverage
@@ -28,8 +28,7 @@ HEADS = ("cls", "dist", "fused")
 
 def scores_by_share(config: Config, shares: list[float]) -> tuple[int, dict[str, dict[str, Any]]]:
     """Train one run to its end; return its steps, and the scores of every head by share."""
-    processes = start(config.train.device)
-    try:
+    with process_group(config.train.device) as processes:
         run = prepare(config, processes)
         lesson = ready_lesson(run)
         run = connect(run, lesson)
@@ -56,8 +55,6 @@ def scores_by_share(config: Config, shares: list[float]) -> tuple[int, dict[str,
             fusion=config.evaluate.fusion,
         )
         return steps, {share: result["heads"] for share, result in found.items()}
-    finally:
-        finish()
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from deit_kd.config import Config, build_parser, parse_config, read_recipe
 from deit_kd.console import say
-from deit_kd.distributed import finish, start
+from deit_kd.distributed import process_group
 from deit_kd.evaluation.sources import open_source
 from deit_kd.interfaces import InputError
 from deit_kd.jobs.evaluate import evaluate_folds
@@ -145,10 +145,8 @@ def table(runs: Sequence[Path], folder: Path) -> None:
 def fit(role: str, config: Config) -> None:
     """Fit the teacher, or the guide, of a recipe unless it is there."""
     config = guide_config(config) if role == "guide" else config
-    try:
-        fitted_teacher(config, start(config.train.device), parts.build_splits(config))
-    finally:
-        finish()
+    with process_group(config.train.device) as processes:
+        fitted_teacher(config, processes, parts.build_splits(config))
 
 
 def read_arms(file: Path, base: str | None) -> dict[str, dict[str, Any]]:

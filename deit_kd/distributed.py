@@ -309,6 +309,16 @@ def finish() -> None:
     dist.destroy_process_group()
 
 
+@contextmanager
+def process_group(device_name: str, timeout: float = 0.0) -> Iterator[Processes]:
+    """Be in the process group from `start` to `finish`; the arguments are those of `start`."""
+    processes = start(device_name, timeout)
+    try:
+        yield processes
+    finally:
+        finish()
+
+
 def _leave(signs: Signs, rank: int, count: int) -> None:
     """Let the main process, which may hold the store, wait a moment for those that still read it."""
     signs.leave()

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from deit_kd import distributed
 from deit_kd.checkpoint import CheckpointWriter
 from deit_kd.cli import main
-from deit_kd.distributed import finish, on_main, start
+from deit_kd.distributed import on_main, process_group
 from deit_kd.interfaces import InputError, Stopped
 from deit_kd.store import epoch_part
 from deit_kd.teaching.store_identity import verify
@@ -33,11 +33,8 @@ def in_group(act: Callable[[distributed.Processes], int | None], timeout: float 
 
     def member(rank: int) -> int | None:
         try:
-            processes = start("cpu", timeout)
-            try:
+            with process_group("cpu", timeout) as processes:
                 return act(processes)
-            finally:
-                finish()
         except Stopped as stopped:
             print(stopped, flush=True)
             return stopped.code

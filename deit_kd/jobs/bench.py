@@ -21,7 +21,7 @@ from deit_kd.config import Config, TeacherNetwork
 from deit_kd.console import say
 from deit_kd.data import Photos, Splits
 from deit_kd.data.sharing import PREFETCHED
-from deit_kd.distributed import Processes, finish, start
+from deit_kd.distributed import Processes, process_group
 from deit_kd.engine import Distiller, StepResult, Trainer, train
 from deit_kd.interfaces import Batch, InputError, Teacher
 from deit_kd.losses import Objective
@@ -80,15 +80,12 @@ def bench(
     """
     if rounds < 1 or steps < 1:
         raise InputError(f"bench: --rounds {rounds} and --steps {steps} must be above 0")
-    processes = start(config.train.device)
-    try:
+    with process_group(config.train.device) as processes:
         splits = parts.build_splits(config)
         with open_parts(config, processes, splits, rounds, steps, photos, other_compile) as timed:
             clock = _measure(timed, processes.device, rounds)
         views = len(splits.train) // config.augment.repeats * config.augment.repeats
         return _report(clock, config, processes, views, json_file)
-    finally:
-        finish()
 
 
 def _measure(timed: Parts, device: torch.device, rounds: int) -> Clock:

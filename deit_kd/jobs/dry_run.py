@@ -13,7 +13,7 @@ from torch import nn
 from deit_kd.checkpoint import checkpoint_bytes
 from deit_kd.config import Config
 from deit_kd.console import duration_text, say, size_text
-from deit_kd.distributed import Processes, finish, start
+from deit_kd.distributed import Processes, process_group
 from deit_kd.engine import StepResult, Trainer, evaluate, train
 from deit_kd.interfaces import Batch
 from deit_kd.memory import peak_memory
@@ -55,8 +55,7 @@ def dry_run(config: Config) -> Needs:
     Raises:
         InputError: anything that a run would be refused for before its first step.
     """
-    processes = start(config.train.device)
-    try:
+    with process_group(config.train.device) as processes:
         run = prepare(config, processes)
         lesson = _lesson(run)
         run = connect(run, lesson)
@@ -75,8 +74,6 @@ def dry_run(config: Config) -> Needs:
         if processes.is_main:
             _tell(run, trainer, needs)
         return needs
-    finally:
-        finish()
 
 
 def _lesson(run: Run) -> Lesson:

@@ -10,7 +10,7 @@ from typing import Any
 
 from deit_kd.config import Config
 from deit_kd.console import console, say
-from deit_kd.distributed import finish, start
+from deit_kd.distributed import process_group
 from deit_kd.evaluation.diagnose import (
     ATTENTION_FOLDER,
     DIAGNOSIS_FILE,
@@ -66,8 +66,7 @@ def evaluate_source(
     Raises:
         InputError: the student cannot be had, the photos are of other classes, or none can be read.
     """
-    processes = start(config.train.device)
-    try:
+    with process_group(config.train.device) as processes:
         source = open_source(text)
         examination = examine(source, config, split, processes)
         other = None if against is None else open_source(against)
@@ -88,8 +87,6 @@ def evaluate_source(
                 tell_diagnosis(diagnosis)
                 say(f"diagnosis: {folder / DIAGNOSIS_FILE}   images: {folder / ATTENTION_FOLDER}")
         return heads
-    finally:
-        finish()
 
 
 def evaluate_folds(runs: Sequence[tuple[Source, Config]], folder: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -107,8 +104,7 @@ def evaluate_folds(runs: Sequence[tuple[Source, Config]], folder: Path | None = 
     Raises:
         InputError: a run is none of a fold, or cannot be had, or the photos are not those that it knows.
     """
-    processes = start(runs[0][1].train.device)
-    try:
+    with process_group(runs[0][1].train.device) as processes:
         students = common_folds(folded_students(runs), processes)
         folded = {student.name: examine_folds(student, processes) for student in students}
         examinations = {name: one.whole for name, one in folded.items()}
@@ -126,8 +122,6 @@ def evaluate_folds(runs: Sequence[tuple[Source, Config]], folder: Path | None = 
         if len(found) > 1:
             print_students(found)
         return found
-    finally:
-        finish()
 
 
 def default_folder(examination: Examination, heads: dict[str, Any]) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 from deit_kd.config import Config
 from deit_kd.console import say
 from deit_kd.data import load_image
-from deit_kd.distributed import Processes, finish, start
+from deit_kd.distributed import Processes, process_group
 from deit_kd.engine import autocast
 from deit_kd.evaluation.sources import data_options, load_student, open_source
 from deit_kd.exports.opened import SUFFIX, open_exported
@@ -49,8 +49,7 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
         raise InputError(f"{missing[0]}: is no file; name image files")
     if csv_file is not None:
         check_file_to_be("--csv", csv_file)
-    processes = start(config.train.device)
-    try:
+    with process_group(config.train.device) as processes:
         choose_attention(config.train.attention, processes.device)
         classes, answer = _from_model(place) if place.suffix == SUFFIX else _from_run(place, config, processes)
         transform = parts.build_evaluation_transform(config)
@@ -67,8 +66,6 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
             for index, file in enumerate(block):
                 for name, (values, labels) in best.items():
                     rows.append((str(file), name, classes[int(labels[index])], f"{float(values[index]):.4f}"))
-    finally:
-        finish()
     if csv_file is None:
         _write(sys.stdout, [(printable(path), name, printable(label), share) for path, name, label, share in rows])
         return

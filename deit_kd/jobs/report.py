@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deit_kd.distributed import finish, start
+from deit_kd.distributed import process_group
 from deit_kd.evaluation.page import write_report
 
 
@@ -20,8 +20,5 @@ def report(folders: list[Path], folder: Path | None, device: str = "auto") -> Pa
     Raises:
         InputError: a folder is no finished run, or its photos are not there any more.
     """
-    processes = start(device)
-    try:
+    with process_group(device) as processes:
         return write_report(folders, folder, processes)
-    finally:
-        finish()

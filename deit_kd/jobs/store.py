@@ -12,7 +12,7 @@ import torch
 from deit_kd.config import Config
 from deit_kd.console import ViewMeter, duration_text, say, size_text
 from deit_kd.data import Splits, TrainingLoader
-from deit_kd.distributed import Processes, finish, start
+from deit_kd.distributed import Processes, process_group
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.models.create import choose_attention
 from deit_kd.randomness import generator
@@ -49,8 +49,7 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
     if batch_size < 1 or (epochs is not None and epochs < 1):
         raise InputError(f"store build: --epochs {epochs} and --batch_size {batch_size} must be above 0")
     epochs = epochs or config.train.epochs
-    processes = start(config.train.device)
-    try:
+    with process_group(config.train.device) as processes:
         choose_attention(config.train.attention, processes.device)
         splits = parts.agreed_splits(config, processes)
         loader = _loader_of_all(config, splits, processes)
@@ -67,8 +66,6 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
             errors = parts.build_data_errors(config, splits, store.folder, processes)
             fill_validation(config, store, teacher, splits, processes, errors)
             _fill_epochs(store, RecordingTeacher(teacher, store), loader, range(epochs), processes, batch_size, errors)
-    finally:
-        finish()
 
 
 def check(config: Config, folder: str, samples: int) -> dict[str, float]:
@@ -85,8 +82,7 @@ def check(config: Config, folder: str, samples: int) -> dict[str, float]:
     """
     if samples < 1:
         raise InputError(f"--samples: {samples} is not above 0")
-    processes = start(config.train.device)
-    try:
+    with process_group(config.train.device) as processes:
         choose_attention(config.train.attention, processes.device)
         splits = parts.agreed_splits(config, processes)
         loader = _loader_of_all(config, splits, processes)
@@ -115,8 +111,6 @@ def check(config: Config, folder: str, samples: int) -> dict[str, float]:
             store.accept(libraries_in_use())
             say(f"store: accepts {_named(libraries_in_use())} from now on")
         return result
-    finally:
-        finish()
 
 
 def info(folder: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from deit_kd.config import Config
 from deit_kd.console import say
-from deit_kd.distributed import finish, start
+from deit_kd.distributed import process_group
 from deit_kd.files import refusal
 from deit_kd.interfaces import InputError
 from deit_kd.runs.opening import claimed
@@ -24,16 +24,13 @@ def train(config: Config) -> dict[str, Any]:
     Raises:
         InputError: anything that cannot work; nothing is written then.
     """
-    processes = start(config.train.device, config.train.timeout_seconds)
-    try:
+    with process_group(config.train.device, config.train.timeout_seconds) as processes:
         run = prepare(config, processes)
         with claimed(run.folder, processes):
             heads = _learn(run)
             if config.evaluate.report:
                 _report(run)
         return heads
-    finally:
-        finish()
 
 
 def _report(run: Run) -> None:
