@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import nn
 
+from deit_kd.asking import evaluate
 from deit_kd.config import Config, parse_config
 from deit_kd.distributed import process_group
-from deit_kd.engine import StepResult, evaluate, train
+from deit_kd.engine import StepResult, train
 from deit_kd.jobs.bench import print_markdown
 from deit_kd.optim import WeightAverage
 from deit_kd.runs.lesson import connect

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from deit_kd import Batch, Distiller, FrozenTeacher, Objective
+from deit_kd.asking import collect, evaluate, score_teacher
 from deit_kd.cli import main
 from deit_kd.data import build_evaluation_loader, lost_worker
 from deit_kd.data.mixing import Example, Mixing
-from deit_kd.engine import collect, evaluate, score_teacher
 from deit_kd.interfaces import InputError, Missing
 from deit_kd.runs.data_errors import DataErrors
 from deit_kd.store import VALIDATION, LabelStore, epoch_part

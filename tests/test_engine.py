@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from deit_kd import Batch, TeacherOutput
-from deit_kd.engine import Trainer, evaluate, score_teacher, train
+from deit_kd.asking import evaluate, score_teacher
+from deit_kd.engine import Trainer, train
 from deit_kd.optim import build_optimizer, build_schedule
 from tests.helpers import ONE_PROCESS
 from tests.tiny_parts import make_batch, pixel_teacher, tiny_student, trainer

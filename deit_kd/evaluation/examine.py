@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from deit_kd import data
+from deit_kd.asking import Answers, collect
 from deit_kd.config import Config, TeacherSection, build_parser, parse_config
 from deit_kd.console import say
 from deit_kd.data import Photos
 from deit_kd.distributed import Processes, together
-from deit_kd.engine import Answers, collect
 from deit_kd.evaluation.sources import Source, check_classes, load_student
 from deit_kd.interfaces import Batch, InputError, Preprocessing, head_probabilities
 from deit_kd.metrics import judge

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deit_kd.asking import Answers
 from deit_kd.config import NOTHING, Config, effects, flat, read_recipe
 from deit_kd.console import say
 from deit_kd.data import joined
 from deit_kd.distributed import Processes
-from deit_kd.engine import Answers
 from deit_kd.evaluation.examine import Examination, evaluated, examine, judge_heads
 from deit_kd.evaluation.sources import Source
 from deit_kd.interfaces import InputError, StudentOutput

@@ -10,11 +10,12 @@ from itertools import islice
 
 from torch import nn
 
+from deit_kd.asking import evaluate
 from deit_kd.checkpoint import checkpoint_bytes
 from deit_kd.config import Config
 from deit_kd.console import duration_text, say, size_text
 from deit_kd.distributed import Processes, process_group
-from deit_kd.engine import StepResult, Trainer, evaluate, train
+from deit_kd.engine import StepResult, Trainer, train
 from deit_kd.interfaces import Batch
 from deit_kd.memory import peak_memory
 from deit_kd.runs.lesson import Lesson, connect

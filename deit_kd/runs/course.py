@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deit_kd.asking import evaluate
 from deit_kd.checkpoint import CheckpointWriter
 from deit_kd.console import say, score_text, size_text
 from deit_kd.distributed import on_main
-from deit_kd.engine import StepResult, Trainer, evaluate, train
+from deit_kd.engine import StepResult, Trainer, train
 from deit_kd.interfaces import Batch, InputError, Stopped
 from deit_kd.memory import peak_memory, reset_peak_memory
 from deit_kd.run_folder import CHECKPOINTS, METRICS_FILE

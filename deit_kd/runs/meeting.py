@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from deit_kd.asking import score_teacher
 from deit_kd.config import Config, Guide, TeacherSection
 from deit_kd.console import say, score_text
 from deit_kd.distributed import on_main
-from deit_kd.engine import score_teacher
 from deit_kd.interfaces import InputError
 from deit_kd.models.state import tensors_hash
 from deit_kd.run_folder import (

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deit_kd.asking import score_teacher
 from deit_kd.config import Config, differences
 from deit_kd.console import say
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes, on_main
-from deit_kd.engine import score_teacher
 from deit_kd.interfaces import Batch, InputError, TeacherOutput
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.runs import parts

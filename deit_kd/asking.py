@@ -1,0 +1,179 @@
+"""Asking students and teachers about a split: a row for each image and head, or all logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deit_kd.distributed import Processes
+from deit_kd.engine import ask, autocast
+from deit_kd.interfaces import Batch, InputError, StudentOutput, Teacher, head_log_probabilities
+from deit_kd.metrics import Answered, agreement, answered, joined, score
+
+
+@torch.inference_mode()
+def evaluate(
+    models: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    *,
+    classes: int,
+    total: int,
+    processes: Processes,
+    precision: str,
+    fusion: str,
+    teacher_predictions: Tensor | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Score each model's heads over this process's share of a split, and sum over processes.
+
+    Args:
+        models: students by name, e.g. the model and its average; every one sees each batch once.
+        batches: this process's share.
+        classes: C.
+        total: images of the whole split, of which those that are missing in `batches` do not count.
+        processes: of the run.
+        precision: of autocast.
+        fusion: ``softmax`` or ``logits``, see `head_log_probabilities`.
+        teacher_predictions: [share], the teacher's classes in the order of `batches`; -1 where it has none.
+
+    Returns:
+        By model: ``{"n": …, "heads": {"cls": {"top1", "top5", "nll"}, "dist": …, "fused": …}, "agreement": …}``, with
+        None for heads that are not there; n images were seen.
+
+    Raises:
+        InputError: no image can be read.
+    """
+    tables: dict[str, list[dict[str, Answered]]] = {name: [] for name in models}
+    taught: list[Tensor] = []
+    was_training = {name: model.training for name, model in models.items()}
+    for model in models.values():
+        model.eval()
+    seen = lacking = 0
+    for batch in batches:
+        batch = batch.to(processes.device)
+        places = slice(seen, seen + batch.places)
+        seen, lacking = seen + batch.places, lacking + len(batch.missing)
+        for name, model in models.items():
+            with autocast(processes.device, precision):
+                output = ask(model, batch.images)
+            heads = head_log_probabilities(output, fusion)
+            tables[name].append({head: answered(values, batch.labels) for head, values in heads.items()})
+        if teacher_predictions is not None:
+            of_batch = teacher_predictions[places]
+            taught.append(of_batch[batch.rows()] if batch.missing else of_batch)
+    for name, model in models.items():
+        model.train(was_training[name])
+    total = _readable(total, lacking, processes)
+    teacher = {"teacher": torch.cat(taught)} if taught else {}
+    return {name: _scored(table, teacher, classes, total, processes) for name, table in tables.items()}
+
+
+def _scored(
+    batches: list[dict[str, Answered]], teacher: dict[str, Tensor], classes: int, total: int, processes: Processes
+) -> dict[str, Any]:
+    """Return what `evaluate` returns of one model, from its rows by batch and head."""
+    rows = {head: joined(batch[head] for batch in batches) for head in batches[0]}
+    return {
+        "n": total,
+        "heads": {
+            head: score(rows[head], classes, total, processes) if head in rows else None
+            for head in ("cls", "dist", "fused")
+        },
+        "agreement": agreement({head: of_head.predicted for head, of_head in rows.items()} | teacher, total, processes),
+    }
+
+
+def _readable(total: int, lacking: int, processes: Processes) -> int:
+    """Return how many of `total` images are there, of which this process lacks some; wait for slower ones first."""
+    processes.wait()
+    total -= int(processes.sum(torch.tensor(lacking, device=processes.device)))
+    if not total:
+        raise InputError("data.root: not one image can be read; see deit-kd data check")
+    return total
+
+
+class Answers(NamedTuple):
+    """What a student and perhaps a teacher said about images, on the CPU in fp32."""
+
+    indices: Tensor  # [n], of the images in their split
+    labels: Tensor  # [n]
+    output: StudentOutput  # logits [n, C]
+    teacher_predictions: Tensor | None  # [n]
+    teacher_logits: Tensor | None  # [n, C]; None also where only the teacher's classes are known
+
+
+@torch.inference_mode()
+def collect(
+    student: nn.Module,
+    teacher: Teacher | None,
+    batches: Iterable[Batch],
+    *,
+    classes: int,
+    processes: Processes,
+    precision: str,
+) -> Answers:
+    """Ask a student in eval, and perhaps a teacher, about every image; return the answers of all processes.
+
+    Args:
+        student: answers images with a `StudentOutput`.
+        teacher: answers a `Batch`, or None.
+        batches: this process's share of the split: of P processes, r has the images r, r + P, r + 2P, …
+        classes: C.
+        processes: of the run.
+        precision: of autocast.
+
+    Returns:
+        The answers in the order of the split, the same for any number of processes.
+    """
+    student.eval()
+    rows: list[tuple[Tensor, ...]] = []
+    seen = 0
+    for batch in batches:
+        indices = processes.rank + processes.count * (seen + batch.rows())
+        seen += batch.places
+        if not len(indices):
+            continue
+        batch = batch.to(processes.device)
+        with autocast(processes.device, precision):
+            output = student(batch.images)
+        logits = [output.cls_logits, output.dist_logits, None if teacher is None else teacher(batch).logits]
+        none = torch.empty(len(indices), 0)
+        rows.append((indices, batch.labels.cpu(), *(none if x is None else x.float().cpu() for x in logits)))
+    rows = [row for share in processes.gather(rows) for row in share]
+    if not rows:
+        empty = torch.empty(0, dtype=torch.long)
+        return Answers(empty, empty, StudentOutput(torch.empty(0, classes)), None, None)
+    indices, labels, cls, dist, taught = (torch.cat(column) for column in zip(*rows, strict=True))
+    order = indices.argsort()
+    teacher_logits = taught[order] if taught.shape[1] else None
+    return Answers(
+        indices[order],
+        labels[order],
+        StudentOutput(cls[order], dist[order] if dist.shape[1] else None),
+        None if teacher_logits is None else teacher_logits.argmax(-1),
+        teacher_logits,
+    )
+
+
+@torch.inference_mode()
+def score_teacher(
+    teacher: Teacher, batches: Iterable[Batch], *, classes: int, total: int, processes: Processes
+) -> tuple[dict[str, float | None], Tensor]:
+    """Score a teacher over a split, as `evaluate` does.
+
+    Returns:
+        ``{"top1", "top5", "nll"}`` over all processes, and the predictions [share] of this process; -1 for images
+        that are missing.
+    """
+    rows: list[Answered] = []
+    predictions = []
+    lacking = 0
+    for batch in batches:
+        batch = batch.to(processes.device)
+        rows.append(answered(teacher(batch).needed_logits().float().log_softmax(-1), batch.labels))
+        predictions.append(batch.at_places(rows[-1].predicted, -1))
+        lacking += len(batch.missing)
+    total = _readable(total, lacking, processes)
+    return score(joined(rows), classes, total, processes), torch.cat(predictions)
