@@ -202,6 +202,10 @@ class Trainer:
         student = self.distiller.student
         return student.no_sync() if isinstance(student, DistributedDataParallel) and not last else nullcontext()
 
+    def weights(self) -> dict[str, Any]:
+        """Return the networks that are scored: ``model`` and, where one is kept, its average ``ema``."""
+        return {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps; the teacher is not among it."""
         connectors = {} if self.connectors is None else {"connectors": self.connectors.state_dict()}

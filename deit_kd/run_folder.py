@@ -6,8 +6,9 @@ import json
 import math
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, with_config
 from typing_extensions import NotRequired, TypedDict
@@ -67,7 +68,15 @@ class Facts(TypedDict):
     classes: list[str]
     data: dict[str, str]
     views: NotRequired[int]
+    student: NotRequired[dict[str, Any] | None]  # the account of the weights that it began with
     teacher: TeacherFacts | None
+    processes: NotRequired[int]
+    torch: NotRequired[str]
+
+
+def kept_weights(scored: Collection[str]) -> Literal["model", "ema"]:
+    """Return which weights a run keeps of those that it scores: the averaged ones where there are any."""
+    return "ema" if "ema" in scored else "model"
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -75,9 +84,11 @@ class HeadScores(TypedDict):
     """What the ``heads.json`` of a run holds."""
 
     n: int
+    unreadable: NotRequired[dict[str, str]]  # reasons, by the names of images that are not among the n
     weights: str
     heads: dict[str, ScoreRecord | None]
     teacher: ScoreRecord | None
+    agreement: NotRequired[dict[str, float | None]]
 
 
 def read_facts(folder: Path) -> Facts:

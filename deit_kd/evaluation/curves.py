@@ -15,7 +15,7 @@ from deit_kd.console import score_text
 from deit_kd.figures import Chart, Series, colour_of
 from deit_kd.files import checked
 from deit_kd.interfaces import InputError
-from deit_kd.run_folder import METRICS_FILE, FeatureRecord, ScoreRecord
+from deit_kd.run_folder import METRICS_FILE, FeatureRecord, ScoreRecord, kept_weights
 
 Step = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -202,8 +202,8 @@ def troubles_of(records: Records) -> str:
 
 
 def scores_of(epoch: Mapping[str, Any]) -> Any:
-    """Return an epoch's result of the weights that the run will keep: the averaged ones where there are any."""
-    return epoch.get("ema", epoch["model"])
+    """Return an epoch's result of the weights that the run will keep."""
+    return epoch[kept_weights(epoch)]
 
 
 def rows_of(chart: Chart) -> list[dict[str, Any]]:

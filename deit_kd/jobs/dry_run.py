@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
-from torch import nn
-
 from deit_kd.asking import evaluate
 from deit_kd.checkpoint import checkpoint_bytes
 from deit_kd.config import Config
@@ -106,13 +104,10 @@ def _time_steps(run: Run, trainer: Trainer) -> float:
 
 
 def _time_evaluation(run: Run, trainer: Trainer) -> float:
-    models: dict[str, nn.Module] = {"model": run.student}
-    if trainer.ema is not None:
-        models["ema"] = trainer.ema.module
     one: Iterable[Batch] = islice(run.validation, 1)
     since = time.perf_counter()
     evaluate(
-        models,
+        trainer.weights(),
         one,
         classes=len(run.classes),
         total=len(run.splits.validation),

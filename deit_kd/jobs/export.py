@@ -19,7 +19,7 @@ from deit_kd.exports import FORMATS, HEADS, OPSET, About, CannotHold, Choices, e
 from deit_kd.files import read_json
 from deit_kd.interfaces import InputError, nearest
 from deit_kd.models.create import choose_attention
-from deit_kd.run_folder import CONFIG_FILE, HEADS_FILE, read_head_scores
+from deit_kd.run_folder import CONFIG_FILE, HEADS_FILE, kept_weights, read_head_scores
 
 LARGEST_OPSET = 23
 
@@ -93,7 +93,7 @@ def _scores_of(run: Path, checkpoint: Path) -> Mapping[str, Any] | None:
     epochs = [record for record in read_records(run) if (record["kind"], record["step"]) == ("epoch", step)]
     if not epochs:
         return None
-    weights = "ema" if "ema" in epochs[-1] else "model"
+    weights = kept_weights(epochs[-1])
     return {**epochs[-1][weights], "weights": weights, "teacher": epochs[-1]["teacher"]}
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from deit_kd.config import Config
 from deit_kd.console import say
 from deit_kd.distributed import process_group
 from deit_kd.files import refusal
 from deit_kd.interfaces import InputError
+from deit_kd.run_folder import HeadScores
 from deit_kd.runs.opening import claimed
 from deit_kd.runs.prepared import Run
 from deit_kd.runs.run import execute, prepare
@@ -18,7 +18,7 @@ from deit_kd.teaching.ready import ready_lesson
 from deit_kd.teaching.recording import recording
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config) -> HeadScores:
     """Train the student of `config`, its teacher first where the recipe says so; return ``heads.json``.
 
     Raises:
@@ -48,7 +48,7 @@ def _report(run: Run) -> None:
             say(f"warning: the run is whole, but its report failed ({reason}); deit-kd report {run.folder} tries again")
 
 
-def _learn(run: Run) -> dict[str, Any]:
+def _learn(run: Run) -> HeadScores:
     lesson = ready_lesson(run)
     if run.config.teacher.store is None or not isinstance(lesson.answers, NetworkTeacher):
         return execute(run, lesson)

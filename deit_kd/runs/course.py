@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from deit_kd.asking import evaluate
 from deit_kd.checkpoint import CheckpointWriter
@@ -17,7 +17,7 @@ from deit_kd.distributed import on_main
 from deit_kd.engine import StepResult, Trainer, train
 from deit_kd.interfaces import Batch, InputError, Stopped
 from deit_kd.memory import peak_memory, reset_peak_memory
-from deit_kd.run_folder import CHECKPOINTS, METRICS_FILE
+from deit_kd.run_folder import CHECKPOINTS, METRICS_FILE, FeatureRecord, ScoreRecord, kept_weights
 from deit_kd.runs import parts
 from deit_kd.runs.journal import Journal
 from deit_kd.runs.lesson import Lesson, build_distiller
@@ -37,7 +37,7 @@ class Course:
     journal: Journal
     checkpoints: CheckpointWriter
     watch: Watch
-    teacher_score: dict[str, Any] | None
+    teacher_score: ScoreRecord | FeatureRecord | None
     teacher_predictions: Tensor | None
     after_epoch: AfterEpoch | None
     scores: dict[str, Any] = field(default_factory=dict)  # of the last epoch that ended here
@@ -188,7 +188,7 @@ class Course:
         self.journal.record("epoch", step, {"epoch": epoch, **scores, "teacher": self.teacher_score})
         if run.processes.is_main:
             say(_epoch_note(epoch, run.config.train.epochs, scores, self.teacher_score))
-        heads = scores["model" if self.trainer.ema is None else "ema"]["heads"]
+        heads = scores[kept_weights(scores)]["heads"]
         top1 = (heads["fused"] or heads["cls"])["top1"]
         is_best = top1 > self.progress.best_top1
         self.progress.best_top1 = max(top1, self.progress.best_top1)
@@ -199,11 +199,8 @@ class Course:
         run, trainer = self.run, self.trainer
         trainer.align_buffers()
         epoch = run.errors.step // run.loader.steps_per_epoch - 1
-        models: dict[str, nn.Module] = {"model": run.student}
-        if trainer.ema is not None:
-            models["ema"] = trainer.ema.module
         scores = evaluate(
-            models,
+            trainer.weights(),
             run.errors.watch("validation", self.watch.until_signal(run.validation), epoch),
             classes=len(run.classes),
             total=len(run.splits.validation),

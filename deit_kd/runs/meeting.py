@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -13,9 +13,7 @@ from deit_kd.console import say, score_text
 from deit_kd.distributed import on_main
 from deit_kd.interfaces import InputError
 from deit_kd.models.state import tensors_hash
-from deit_kd.run_folder import (
-    read_facts,
-)
+from deit_kd.run_folder import TeacherFacts, read_facts
 from deit_kd.runs import parts
 from deit_kd.runs.lesson import Answers, Lesson
 from deit_kd.runs.prepared import Run
@@ -24,17 +22,18 @@ from deit_kd.store import RecordingTeacher, StoredTeacher
 from deit_kd.teachers import FrozenTeacher, check_columns, check_features, check_score
 
 
-def meet_teachers(run: Run, lesson: Lesson) -> tuple[dict[str, Any] | None, Tensor | None]:
+def meet_teachers(run: Run, lesson: Lesson) -> tuple[TeacherFacts | None, Tensor | None]:
     """Score who teaches before the first step; refuse one that cannot be right, or differs between processes."""
     if lesson.answers is None and lesson.guide is None:
         return None, None
     if lesson.answers is None:
         assert lesson.guide is not None
-        return _met(run, "guide", lesson.guide, lesson.guide_source, _guide_section(run.config))
+        facts, predictions = _met(run, "guide", lesson.guide, lesson.guide_source, _guide_section(run.config))
+        return cast(TeacherFacts, facts), predictions
     facts, predictions = _met(run, "teacher", lesson.answers, lesson.source, run.config.teacher)
     if lesson.guide is not None:
         facts["guide"], _ = _met(run, "guide", lesson.guide, lesson.guide_source, _guide_section(run.config))
-    return facts, predictions
+    return cast(TeacherFacts, facts), predictions
 
 
 def _guide_section(config: Config) -> TeacherSection | Guide:

@@ -10,9 +10,7 @@ from rich.table import Table
 from deit_kd.console import console
 from deit_kd.engine import Trainer
 from deit_kd.models.state import save_local_dir
-from deit_kd.run_folder import (
-    STUDENT_FOLDER,
-)
+from deit_kd.run_folder import STUDENT_FOLDER, HeadScores, kept_weights
 from deit_kd.runs.prepared import Run
 
 
@@ -37,7 +35,7 @@ def print_heads(result: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def head_scores(weights: str, result: dict[str, Any], teacher_score: Any, unreadable: dict[str, str]) -> dict[str, Any]:
+def head_scores(weights: str, result: dict[str, Any], teacher_score: Any, unreadable: dict[str, str]) -> HeadScores:
     """Return what ``heads.json`` holds, from one result of `evaluate`; the `unreadable` images are not among the n."""
     return {
         "n": result["n"],
@@ -50,7 +48,9 @@ def head_scores(weights: str, result: dict[str, Any], teacher_score: Any, unread
 
 
 def save_student(run: Run, trainer: Trainer) -> None:
-    final: Any = run.student if trainer.ema is None else trainer.ema.module
+    """Save the weights that a run keeps, in timm's local-dir layout."""
+    weights = trainer.weights()
+    final = weights[kept_weights(weights)]
     save_local_dir(
         final.backbone,
         run.folder / STUDENT_FOLDER,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import closing
-from typing import Any
 
 import torch
 
@@ -24,6 +23,10 @@ from deit_kd.run_folder import (
     FACTS_FILE,
     HEADS_FILE,
     STUDENT_FOLDER,
+    Facts,
+    HeadScores,
+    TeacherFacts,
+    kept_weights,
 )
 from deit_kd.runs import parts
 from deit_kd.runs.course import Course
@@ -91,7 +94,7 @@ def prepare(
     )
 
 
-def execute(run: Run, lesson: Lesson | None = None, after_epoch: AfterEpoch | None = None) -> dict[str, Any]:
+def execute(run: Run, lesson: Lesson | None = None, after_epoch: AfterEpoch | None = None) -> HeadScores:
     """Train `run` from its `lesson` to its end; return what ``heads.json`` holds.
 
     `after_epoch(epoch, beat)` is called in every process when the steps of an epoch are done; where it takes long, it
@@ -135,7 +138,7 @@ def execute(run: Run, lesson: Lesson | None = None, after_epoch: AfterEpoch | No
             run, lesson, trainer, progress, journal, checkpoints, watch, teacher_score, teacher_predictions, after_epoch
         )
         scores = course.to_the_end()
-    weights = "model" if trainer.ema is None else "ema"
+    weights = kept_weights(scores)
     unreadable = run.errors.unreadable("validation", run.loader.total_steps)
     heads = head_scores(weights, scores[weights], teacher_score, unreadable)
 
@@ -188,9 +191,9 @@ def average_line(average: WeightAverage, total_steps: int) -> str:
     return f"warning: {line}, so that it is the plain mean of all of them; set train.ema_decay lower, or null"
 
 
-def _write_facts(run: Run, teacher_facts: dict[str, Any] | None) -> None:
+def _write_facts(run: Run, teacher_facts: TeacherFacts | None) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
-    facts = {
+    facts: Facts = {
         "data": run.data_facts,
         "views": VIEWS_VERSION,
         "classes": list(run.classes),
