@@ -274,7 +274,9 @@ def _step_note(step: int, total: int, record: dict[str, Any], kind: str) -> str:
     return f"step {step}/{total}  {terms}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s"
 
 
-def _epoch_note(epoch: int, epochs: int, results: dict[str, Any], teacher_score: ScoreRecord | FeatureRecord | None) -> str:
+def _epoch_note(
+    epoch: int, epochs: int, results: dict[str, Any], teacher_score: ScoreRecord | FeatureRecord | None
+) -> str:
     pieces = [f"epoch {epoch + 1}/{epochs}"]
     for name, result in results.items():
         tops = [f"{head} {score['top1']:.1f}" for head, score in result["heads"].items() if score is not None]
