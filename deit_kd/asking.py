@@ -90,7 +90,7 @@ def _readable(total: int, lacking: int, processes: Processes) -> int:
     processes.wait()
     total -= int(processes.sum(torch.tensor(lacking, device=processes.device)))
     if not total:
-        raise InputError("data.root: not one image can be read; see deit-kd data check")
+        raise InputError("data.root: no image can be read; run deit-kd data check")
     return total
 
 

@@ -201,7 +201,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"train.device: {name!r} is no device; use auto, cpu or cuda") from error
+        raise InputError(f"train.device: {name!r} is not a device; use auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"train.device: {name!r}, but this machine has no CUDA device; use auto or cpu")
     return device

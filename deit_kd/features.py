@@ -28,7 +28,7 @@ def check_layers(key: str, model: nn.Module, names: Sequence[str]) -> None:
     known = layer_names(model)
     for name in names:
         if name != POOLED and name not in known:
-            kind, cure = type(model).__name__, f"use of {', '.join(known)}" if known else "use a pooled term"
+            kind, cure = type(model).__name__, f"choose from {', '.join(known)}" if known else "use a pooled term"
             raise InputError(f"{key}: {kind} has no layer {name!r}{nearest(name, known)}; {cure}")
 
 

@@ -17,7 +17,7 @@ from deit_kd.interfaces import InputError
 CURES = {
     errno.ENOSPC: "free space, or name another folder",
     errno.EDQUOT: "free some of your quota, or name another folder",
-    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or name another folder",
+    errno.EFBIG: "raise the file size limit (ulimit -f), or name another folder",
     errno.EROFS: "name a folder that can be written",
     errno.EACCES: "change its permissions, or name another folder",
     errno.EPERM: "change its permissions, or name another folder",
@@ -28,7 +28,9 @@ def refusal(error: OSError) -> InputError | None:
     """Return what to tell a person whose disk or system refused us; None where the fault may be our own."""
     if error.errno not in CURES:
         return None
-    return InputError(f"{error.filename or 'a file'}: {error.strerror}; {CURES[error.errno]}; what was finished stays")
+    return InputError(
+        f"{error.filename or 'a file'}: {error.strerror}; {CURES[error.errno]}; what was finished is kept"
+    )
 
 
 def check_file_to_be(key: str, file: Path) -> None:
@@ -36,7 +38,7 @@ def check_file_to_be(key: str, file: Path) -> None:
     if file.is_dir():
         raise InputError(f"{key}: {file} is a folder; name a file")
     if not file.absolute().parent.is_dir():
-        raise InputError(f"{key}: {file.parent} is no folder; make it, or name another file than {file}")
+        raise InputError(f"{key}: {file.parent} is not a folder; create it, or name a file other than {file}")
     check_writable(key, file.parent)
 
 

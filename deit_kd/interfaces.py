@@ -149,7 +149,7 @@ class TeacherOutput(NamedTuple):
             InputError: the teacher has no head.
         """
         if self.logits is None:
-            raise InputError("teacher: has no head, so there are no answers to learn from; name another for them")
+            raise InputError("teacher: has no head, so there are no logits to learn from; name one that has a head")
         return self.logits
 
 

@@ -54,7 +54,7 @@ def build_optimizer(
             **arguments,
         )
         if getattr(optimizer, "is_second_order", False):
-            raise ValueError("it needs second derivatives, which a step here does not make")
+            raise ValueError("it needs second derivatives, which a training step here does not compute")
         return optimizer
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or ["timm refuses it"])[0]

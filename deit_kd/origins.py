@@ -230,7 +230,7 @@ def _teacher_of(key: str, name: str, asked: frozenset[str]) -> Origin:
     def read() -> dict[str, Tensor]:
         if known not in (None, weights.digest):
             raise InputError(
-                f"{key}: {weights.name} holds other weights than when {run} learned from it; name the old ones"
+                f"{key}: the weights of {weights.name} have changed since {run} learned from it; name the old ones"
             )
         return weights.state
 
@@ -265,13 +265,13 @@ def _run_of_student(key: str, name: str, asked: frozenset[str]) -> Path:
             return _run_of_student(key, source, _asking(key, name, asked))
     run = run_of(Path(name.removeprefix(LOCAL_DIR)))
     if run is None or name.endswith(TEACHER_OF_RUN):
-        raise InputError(f"{key}: {name} is no run, and has no teacher; name a run")
+        raise InputError(f"{key}: {name} is not a run, so it has no teacher; name a run")
     return run
 
 
 def _asking(key: str, name: str, asked: frozenset[str]) -> frozenset[str]:
     if name in asked:
-        raise InputError(f"{key}: {name} learned from itself, it says; name another run")
+        raise InputError(f"{key}: {name} records that it learned from itself; name another run")
     return asked | {name}
 
 

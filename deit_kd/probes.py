@@ -104,7 +104,7 @@ def block_attention(backbone: nn.Module, images: Tensor) -> list[Tensor]:
     with torch.no_grad():
         found = [weights.float().cpu() for weights in extract(images).values()]
     if not found:
-        raise InputError("train.attention: a fused attention holds no weights to look at; use plain")
+        raise InputError("train.attention: fused attention does not keep its weights; use plain")
     return found
 
 

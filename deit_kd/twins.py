@@ -57,8 +57,8 @@ def refuse_other_twin(
     if found:
         shown = "; ".join(sorted(found)[:3])
         raise InputError(
-            f"{key}: {origin.name} fits the model and would answer otherwise ({len(found)} differences: {shown}); give "
-            "the model the args of its own"
+            f"{key}: {origin.name} fits the model but would answer differently ({len(found)} differences: {shown}); "
+            "give the model the args that it was trained with"
         )
 
 

@@ -219,7 +219,7 @@ def test_scores_and_agreement_are_over_what_is_there_and_the_teacher_stays_align
 
 
 def test_a_split_of_which_nothing_can_be_read_is_refused() -> None:
-    with pytest.raises(InputError, match="not one image can be read"):
+    with pytest.raises(InputError, match="no image can be read"):
         score_teacher(pixel_teacher, [lacking(make_batch(2), 0, 1)], classes=3, total=2, processes=ONE_PROCESS)
 
 
@@ -422,7 +422,7 @@ def test_a_view_that_could_be_asked_then_and_not_now_is_refused(
     bad = root / "train" / BAD_TRAIN[0]
     bad.write_bytes(b"x" * bad.stat().st_size)  # the size is all that a store knows of a photo's content
     line = refused(["train", *options, "--teacher.store", str(tmp_path / "store")], capsys)
-    assert "whose photo could be read then and cannot be now" in line
+    assert "whose photo could be read when the store was built and is unreadable now" in line
 
 
 def test_a_view_that_could_not_be_asked_then_and_can_be_now_is_refused(
@@ -436,7 +436,7 @@ def test_a_view_that_could_not_be_asked_then_and_can_be_now_is_refused(
     assert main(["store", "build", *options, "--store", str(tmp_path / "store")]) == 0
     bad.write_bytes(content)
     line = refused(["train", *options, "--teacher.store", str(tmp_path / "store")], capsys)
-    assert "whose photo could not be read then and can be now" in line
+    assert "whose photo was unreadable when the store was built and can be read now" in line
 
 
 @pytest.fixture
@@ -471,7 +471,7 @@ def test_a_folder_that_disappears_ends_the_run_and_keeps_the_checkpoint(
     at_step(3, lambda: shutil.rmtree(root))
     options = {"train__checkpoint_every_steps": 2, "data__on_error": skip}
     line = refused(["train", *tiny(root, tmp_path / "run", **options)], capsys)
-    assert f"data.root: {root}/train has disappeared" in line
+    assert f"data.root: {root}/train disappeared" in line
     assert checkpoints(tmp_path / "run") == ["step-000000002.safetensors"]
 
 

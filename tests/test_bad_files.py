@@ -295,7 +295,7 @@ def test_a_name_that_no_encoding_holds_is_refused(tmp_path: Path, capsys: pytest
     root = write_photos(tmp_path / "photos", {"train": 2, "validation": 2})
     folder = os.fsencode(root / "train" / CLASSES[0])
     os.rename(folder + b"/000.png", folder + b"/caf\xe9.png")
-    assert "caf\\udce9.png is no UTF-8; rename it" in refused(["train", *tiny(root, tmp_path / "run")], capsys)
+    assert "caf\\udce9.png is not valid UTF-8; rename it" in refused(["train", *tiny(root, tmp_path / "run")], capsys)
 
 
 def test_class_names_of_a_table_can_be_read_again(hostile: Path) -> None:

@@ -33,7 +33,7 @@ KEYS = [
     ({"data__download": "maybe"}, "data.download: 'maybe' Expected a bool"),
     ({"data__validation_fraction": 1.0}, "data.validation_fraction: '1.0'"),
     ({"augment__scale": "[1.0, 0.2]"}, "augment.scale: (1.0, 0.2): must be [low, high]"),
-    ({"augment__auto_augment": "banana"}, "augment.auto_augment: 'banana' is no policy of timm's"),
+    ({"augment__auto_augment": "banana"}, "augment.auto_augment: 'banana' is not a timm policy"),
     ({"augment__repeats": 40}, "augment.repeats: 40 is too many for 48 photos"),
     ({"distill__kind": "medium"}, "distill.kind: 'medium' Expected a Literal['none', 'soft', 'hard', 'standardised']"),
     ({"distill__alpha": 1.5}, "distill.alpha: 1.5: must be between 0 and 1"),
@@ -76,7 +76,7 @@ MODELS = [
     ),
     (
         {"student__name": "crossvit_tiny_240", "student__args": "{}", "distill__kind": "none", "data__image_size": 48},
-        "data.image_size: 'crossvit_tiny_240' cannot see 48 pixels",
+        "data.image_size: 'crossvit_tiny_240' does not accept images of 48 pixels",
     ),
     ({"student__args": "[1]"}, "student.args: '[1]' Expected a dict"),
     ({"student__checkpoint": "nowhere"}, "student.checkpoint: nowhere is not there"),
@@ -195,13 +195,13 @@ RUN_CASES = [
     (["eval", "RUN", "--split", "test"], "test"),
     (["eval", "RUN", "--data.root", "nowhere"], "data.root: nowhere is not a folder"),
     (["eval", "RUN", "--evaluate.fuson", "logits"], "evaluate.fuson: unknown key (nearest: evaluate.fusion"),
-    (["predict", "RUN", "nowhere.png"], "nowhere.png: is no file"),
+    (["predict", "RUN", "nowhere.png"], "nowhere.png: is not a file"),
     (["predict", "RUN", "RUN/heads.json"], "heads.json: cannot be read as an image"),
     (["predict", "RUN", "PHOTO", "--head", "second"], "second"),
     (["predict", "RUN"], "files"),
     (["predict", "RUN", "PHOTO", "--csv", "nowhere/out.csv"], "nowhere/out.csv"),
-    (["plot", "RUN", "--to", "nowhere/out.png"], "--to: nowhere is no folder; make it, or name another file"),
-    (["data", "check", "PHOTO/../..", "--json", "nowhere/f.json"], "--json: nowhere is no folder"),
+    (["plot", "RUN", "--to", "nowhere/out.png"], "--to: nowhere is not a folder; create it, or name a file other"),
+    (["data", "check", "PHOTO/../..", "--json", "nowhere/f.json"], "--json: nowhere is not a folder"),
 ]
 
 
@@ -254,7 +254,7 @@ def test_a_folder_that_holds_something_else_is_never_written_to(
     resume: list[str], photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    assert "holds something that is no run" in refused(["train", *tiny(photos_root, tmp_path), *resume], capsys)
+    assert "holds something that is not a run" in refused(["train", *tiny(photos_root, tmp_path), *resume], capsys)
     assert list(snapshot(tmp_path)) == ["thesis.tex"]
 
 
@@ -281,7 +281,7 @@ def test_another_recipe_is_not_resumed(
 ) -> None:
     before = snapshot(finished.folder)
     line = refused(["train", *finished.arguments, "--resume", "auto", *as_arguments(**options)], capsys)
-    assert "was begun with another recipe" in line
+    assert "was started with another recipe" in line
     assert expected in line
     assert snapshot(finished.folder) == before
 

@@ -120,9 +120,9 @@ def test_mapping_file_takes_columns_ids_and_labels(tmp_path: Path, name, text):
         ({"a": 1, "b": "n01443537"}, "cannot tell these classes apart"),
         ({"a": 1}, "1 of 2 classes have no column of the teacher: b"),
         ({"a": 1, "b": []}, "1 of 2 classes have no column of the teacher: b"),
-        ({"a": 1.5, "b": 1}, "no column, WordNet id or label"),
-        ({"a": True, "b": 1}, "no column, WordNet id or label"),
-        ([1, 2], "is no mapping"),
+        ({"a": 1.5, "b": 1}, "not a column, a WordNet id or a label"),
+        ({"a": True, "b": 1}, "not a column, a WordNet id or a label"),
+        ([1, 2], "is not a mapping"),
     ],
 )
 def test_mapping_file_that_cannot_be_right_is_refused(tmp_path: Path, entry, reason):
@@ -195,7 +195,7 @@ def test_numbers_with_zeros_are_labels_too(tmp_path: Path):
 def test_a_class_that_stands_twice_in_json_is_refused(tmp_path: Path):
     file = tmp_path / "map.json"
     file.write_text('{"a": 1, "b": 2, "a": 3}')
-    with pytest.raises(InputError, match="'a' stands twice"):
+    with pytest.raises(InputError, match="'a' appears twice"):
         mapped(("a", "b"), file=file)
 
 
@@ -205,7 +205,7 @@ def test_a_class_that_stands_twice_in_json_is_refused(tmp_path: Path):
 )
 def test_a_row_for_a_class_that_is_not_there_is_refused(tmp_path: Path, name, text):
     (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=r"maps 'dgo', which is no class of the dataset \(nearest: dog\)"):
+    with pytest.raises(InputError, match=r"maps 'dgo', which is not a class of the dataset \(nearest: dog\)"):
         mapped(("cat", "dog"), file=tmp_path / name)
 
 
@@ -280,7 +280,7 @@ def test_same_names_in_the_same_order_need_no_map():
         ({"label_set": None}, "columns have no names"),  # a person's 1000-class teacher is not ImageNet
         ({"label_set": "imagenet-12k"}, "11821 classes, the teacher's head 1000"),
         ({"label_set": "imagenet"}, "use one of imagenet-1k"),
-        ({"label_names": ("a", "b"), "label_set": None}, "2 class names lie beside weights of 1000 columns"),
+        ({"label_names": ("a", "b"), "label_set": None}, "2 class names, but the weights have 1000 columns"),
     ],
 )
 def test_columns_without_the_right_names_are_refused(fields, reason):

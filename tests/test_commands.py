@@ -225,7 +225,7 @@ def test_any_difference_fits_anew_and_is_named(
     teachers = shutil.copytree(finished.teachers, tmp_path / "teachers")
     fit = ["--teacher.fit.folder", str(teachers), "--teacher.fit.epochs", "2"]
     said = train_again(finished, tmp_path / "run", capsys, "--data.workers", "0", *fit, *options)
-    assert re.search(r"teacher: fitting test_resnet anew, since these differ from one that is there: (.*)", said)
+    assert re.search(r"teacher: fitting test_resnet from scratch, since an existing one differs: (.*)", said)
     assert reason in said
     assert len(list(teachers.iterdir())) == 2
 
@@ -242,7 +242,7 @@ def test_a_fit_that_goes_on_is_not_called_anew(
         (fitted / file).unlink()
     options = ["--data.workers", "0", "--teacher.fit.folder", str(teachers)]
     said = train_again(finished, tmp_path / "run", capsys, *options)
-    assert "teacher: fitting test_resnet goes on\n" in said
+    assert "teacher: fitting test_resnet (resumed)\n" in said
     assert "anew" not in said
 
 
@@ -255,7 +255,7 @@ def test_a_fit_that_is_refused_speaks_of_its_own_folder(
     (taken / "thesis.tex").write_text("precious")
     options = ["--teacher.fit.folder", str(tmp_path / "teachers"), "--output", str(tmp_path / "run")]
     assert main(["train", *finished.arguments, *options]) == 2
-    assert f"teacher.fit.folder: {taken} holds something that is no run" in capsys.readouterr().err
+    assert f"teacher.fit.folder: {taken} holds something that is not a run" in capsys.readouterr().err
 
 
 def test_other_photos_fit_anew(finished: Finished, photos_root: Path, tmp_path: Path, capsys: Any) -> None:

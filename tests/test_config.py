@@ -119,8 +119,8 @@ YAML_CASES = [
     ("seed: -1", "seed: '-1'"),
     ("recipe: ../elsewhere", "recipe: '../elsewhere': must be the name of one folder"),
     ("student: other.Class", "student: 'other.Class': Input should be a valid dictionary"),
-    ("student: !!python/object/apply:os.getcwd []", "config: is no YAML (could not determine a constructor"),
-    ("student: !!python/name:os.getcwd", "config: is no YAML (could not determine a constructor"),
+    ("student: !!python/object/apply:os.getcwd []", "config: is not YAML (could not determine a constructor"),
+    ("student: !!python/name:os.getcwd", "config: is not YAML (could not determine a constructor"),
     ("student: {args: {1: 2}}", "student.args.1"),
     ("student: {args: {a: !!binary aGVsbG8=}}", "student.args.a"),
     ("student: {args: &all {all: *all}}", "config: the alias *all stands within itself"),
@@ -129,8 +129,8 @@ YAML_CASES = [
     ("x0: &x0 1\n" + "".join(f"x{n}: &x{n} [{f'*x{n - 1}, ' * 9}]\n" for n in range(1, 12)), "100000 values"),
     ("seed: " + "9" * 5000, "config: holds a value that cannot be read"),
     ("train: {epochs: 1" + "0" * 400 + "}", "train.epochs: "),
-    ("train: [1, 2", "config: is no YAML (while parsing a flow sequence in line 1, column 8"),
-    ("- 1", "config: is no recipe"),
+    ("train: [1, 2", "config: is not YAML (while parsing a flow sequence in line 1, column 8"),
+    ("- 1", "config: is not a recipe"),
 ]
 
 

@@ -140,7 +140,7 @@ BAD = {
     "signature alone": b"\x89PNG\r\n\x1a\n",
     "bomb": png(30_000, 30_000, depth=8, colour=0, rows=b"\0" * 1000),
     "cut": png(64, 64, depth=8, colour=2, rows=np.random.default_rng(0).bytes(64 * 193))[:900],
-    "pixels of 32 bits": b"Pf\n2 1\n-1.0\n" + struct.pack("<2f", 0.2, 0.9),
+    "32-bit pixels": b"Pf\n2 1\n-1.0\n" + struct.pack("<2f", 0.2, 0.9),
 }
 
 
@@ -192,7 +192,7 @@ def test_a_file_that_changes_in_use_is_never_merely_unreadable(root: Path, chang
 def test_a_folder_that_disappears_is_named_and_not_its_photos(root: Path) -> None:
     found = folder_splits(root).train
     (root / "train").rename(root / "elsewhere")
-    with pytest.raises(InputError, match=r"^data\.root: .*/train has disappeared") as caught:
+    with pytest.raises(InputError, match=r"^data\.root: .*/train disappeared") as caught:
         found.image(0)
     assert not isinstance(caught.value, UnreadableImage)
 

@@ -235,4 +235,4 @@ def test_tokens_that_are_one_at_the_input_are_a_warning(
         *("--data.root", str(runs / "photos"), "--data.image_size", "16", "--data.workers", "0"),
     )
     assert found["collapsed"]
-    assert "warning: the two tokens are one at the input" in capsys.readouterr().out
+    assert "warning: the two tokens are the same at the input" in capsys.readouterr().out

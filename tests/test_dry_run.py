@@ -45,7 +45,7 @@ def test_a_teacher_that_must_be_fitted_first_is_said(
     photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["train", *tiny(photos_root, tmp_path / "run", **FULL), "--dry-run"])
-    assert "is not fitted yet, which 2 epochs will do first" in capsys.readouterr().out
+    assert "is not fitted yet; a fit of 2 epochs comes first" in capsys.readouterr().out
 
 
 def test_a_teacher_that_is_fitted_is_used(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +74,7 @@ def test_the_store_is_as_large_as_said(photos_root: Path, tmp_path: Path) -> Non
     ("decay", "line"),
     [
         (0.75, "average: over 4 steps, 66.7 % of the run's 6"),
-        (0.99, "warning: average: over 100 steps, 1666.7 % of the run's 6, so that it is the plain mean of all"),
+        (0.99, "warning: average: over 100 steps, 1666.7 % of the run's 6, so it is the plain mean of all"),
         ("null", "average: over 3 steps, 5.0 % of the run's 60"),
     ],
 )

@@ -246,7 +246,7 @@ def empty_split(root: Path) -> list[str]:
     ("options", "words"),
     [
         (another_order, ["7 classes", "3", "class 0", "'<b>cup'", "'apple'", "in this order"]),
-        (no_images, ["not one of 7 images", "cannot be read as an image"]),
+        (no_images, ["none of the 7 images", "cannot be read as an image"]),
         (empty_split, ["no class folders"]),
     ],
 )
@@ -274,8 +274,8 @@ def unfinished(runs: Path, tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (unfinished, ["no finished run", "--resume auto"]),
-        (lambda runs, tmp: str(tmp), ["is no run", "config.json"]),
+        (unfinished, ["not a finished run", "--resume auto"]),
+        (lambda runs, tmp: str(tmp), ["is neither a run", "config.json"]),
         (lambda runs, tmp: str(tmp / "nowhere.pth"), ["is not there"]),
         (lambda runs, tmp: "deit_tinny_distilled_patch16_224", ["not a timm model", "deit_tiny_distilled"]),
         (lambda runs, tmp: "deit_tiny_distilled_patch16_224", ["1000 classes", "the data have 7"]),

@@ -141,7 +141,7 @@ def test_a_report_that_fails_leaves_a_whole_run_and_one_line(
     assert (run / "student" / "model.safetensors").is_file()
     said = capsys.readouterr()
     assert said.err == ""
-    assert f"its report failed (RuntimeError: no font was found); deit-kd report {run} tries again" in " ".join(
+    assert f"its report failed (RuntimeError: no font was found); try again with deit-kd report {run}" in " ".join(
         said.out.split()
     )
     assert not (run / "report" / "report.html").exists()

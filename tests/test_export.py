@@ -251,7 +251,7 @@ def test_torch_export_carries_its_facts_inside_and_nothing_of_the_machine_that_w
 
 def test_positions_of_one_size_are_refused_for_a_dynamic_size(tmp_path):
     row = "eva, rotary positions (EVA-02, DINOv3)"
-    with pytest.raises(CannotHold, match="its positions are of one size"):
+    with pytest.raises(CannotHold, match="its position embedding has a fixed size"):
         write("torch-export", student(row), tmp_path / "out", about(row), Choices(dynamic_size=True))
     assert not (tmp_path / "out").exists()
 
@@ -262,8 +262,8 @@ def test_positions_of_one_size_are_refused_for_a_dynamic_size(tmp_path):
         ("timm", ["--outputs", "fused"], "timm has no choice of outputs"),
         ("torch-export", ["--opset", "19"], "torch-export has none"),
         ("onnx", ["--opset", "9"], "use 18 to 23"),
-        ("onnx", ["--outputs", "cls", "cls"], "once at most"),
-        ("onnx", ["--outputs", "teacher"], "once at most"),
+        ("onnx", ["--outputs", "cls", "cls"], "at most once"),
+        ("onnx", ["--outputs", "teacher"], "at most once"),
         ("torch-export", ["--outputs", "dist"], "the student has cls"),
     ],
 )

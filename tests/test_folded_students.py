@@ -241,7 +241,7 @@ def test_options_of_one_student_are_refused_for_several(
 
 def test_several_runs_without_folds_are_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(["eval", str(runs / "distilled"), str(runs / "plain")], capsys)
-    assert "is no run of a fold" in line
+    assert "is not a run of a fold" in line
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,10 @@ REFUSED = [
     ({"folds": 5, "fold": -1}, "data.fold: -1: Input should be greater than or equal to 0"),
     ({"folds": "five", "fold": 0}, "data.folds: 'five' Expected one of int, null"),
     ({"folds": 24, "fold": 0}, "data.folds: 24 is more than the 23 photo(s) of class 'bars'; use fewer folds"),
-    ({"folds": 2, "fold": 0, "validation_split": "train"}, "data.validation_split: holds 'bars/000.png', which is in"),
+    (
+        {"folds": 2, "fold": 0, "validation_split": "train"},
+        "data.validation_split: holds 'bars/000.png', which is also in",
+    ),
 ]
 
 

@@ -55,7 +55,7 @@ def test_a_checkpoint_that_does_not_fit_ends_the_run_and_costs_nothing(
     good = older.read_bytes()
     with largest_file(40_000):
         line = refused(["train", *arguments], capsys)
-    assert "File too large; raise the limit of a file's size (ulimit -f)" in line
+    assert "File too large; raise the file size limit (ulimit -f)" in line
     assert str(run) in line
     assert newest_two(run) == [older]
     assert older.read_bytes() == good

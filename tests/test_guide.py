@@ -234,8 +234,8 @@ def test_alpha_one_without_distillation_leaves_the_labels_out() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"terms": [term(always(1)), term(always(2))]}, "guide is there twice"),
-        ({"kind": "soft", "terms": [LogitTerm("soft", always(1))]}, "soft is there twice"),
+        ({"terms": [term(always(1)), term(always(2))]}, "guide appears twice"),
+        ({"kind": "soft", "terms": [LogitTerm("soft", always(1))]}, "soft appears twice"),
         ({"kind": "none", "alpha": 1.0}, "nothing else teaches"),
         ({"alpha": Schedule(0.5, 1.5)}, "alpha: 1.5"),
         ({"temperature": Schedule(3.0, 0.0)}, "temperature: 0 is not above 0"),

@@ -101,7 +101,7 @@ def test_two_processes_across_the_stop_give_the_losses_of_one(photos_root: Path,
     assert main(["train", *guided(photos_root, tmp_path / "one", teacher, **options)]) == 0
     two = guided(photos_root, tmp_path / "two", teacher, **options)
     assert torchrun(two, tmp_path / "said.txt") == 0, (tmp_path / "said.txt").read_text()
-    assert "guide: over after step 6" in (tmp_path / "said.txt").read_text()
+    assert "guide: ended after step 6" in (tmp_path / "said.txt").read_text()
     pairs = list(zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True))
     assert len(pairs) == EPOCHS * STEPS_PER_EPOCH
     for here, there in pairs:
@@ -163,7 +163,7 @@ def test_a_guide_alone_needs_no_token_and_is_fitted_in_the_same_command(
     assert heads["heads"]["dist"] is None
     assert heads["teacher"] is not None
     assert steps(tmp_path / "run")[0]["terms"]["guide"]["loss"] > 0
-    assert "guide: over after step 3" in capsys.readouterr().out
+    assert "guide: ended after step 3" in capsys.readouterr().out
 
 
 def test_a_wrong_stage_is_told_before_a_teacher_is_fitted(
@@ -223,4 +223,4 @@ def test_a_resumed_run_with_another_guide_is_refused(
     shutil.rmtree(tmp_path / "run" / "student")
     other = ["--resume", "auto", "--guide.checkpoint", str(teacher / "seed-1")]
     assert main(["train", *arguments, *other]) == 2
-    assert "other weights of the guide" in capsys.readouterr().err
+    assert "other weights for the guide" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def test_weights_that_never_had_a_head_are_a_teacher_without_one(tmp_path: Path)
     save_file({name: tensor.contiguous() for name, tensor in state.items() if not name.startswith("fc.")}, file)
     headless = tiny_teacher(checkpoint=str(file), head=False)
     assert "its weights have no head" in headless.lines()[1]
-    with pytest.raises(InputError, match=r"has no head .*or set its head false"):
+    with pytest.raises(InputError, match=r"has no head .*or set its head to false"):
         tiny_teacher(checkpoint=str(file))
 
 
@@ -227,7 +227,7 @@ def test_a_teacher_without_a_head_is_known_by_its_neighbours(pretrained: Pretrai
     assert f"teacher k-NN {score['knn']:.1f}" in pretrained.printed
     assert "its head" not in pretrained.printed  # random weights have none
     assert pretrained.read("heads.json")["teacher"] is None
-    assert "labels teach nothing" in pretrained.printed
+    assert "does not learn from labels" in pretrained.printed
     assert f"k-NN {score['knn']:.2f} %" in (pretrained.folder / "report/report.html").read_text()
 
 
@@ -294,7 +294,7 @@ def empty(tmp_path: Path) -> Path:
     [
         (lambda root, tmp: tmp / "nowhere", {}, ["data.unlabelled", "nowhere is not there"]),
         (lambda root, tmp: empty(tmp), {}, ["data.unlabelled", "has no images"]),
-        (lambda root, tmp: root / "validation", {}, ["data.unlabelled", "beside those of validation"]),
+        (lambda root, tmp: root / "validation", {}, ["data.unlabelled", "besides those of the validation split"]),
         (lambda root, tmp: root, {"distill__alpha": 0.5}, ["data.unlabelled", "set distill.kind none and distill.al"]),
         (lambda root, tmp: root, {"distill__kind": "soft", "teacher__head": True}, ["data.unlabelled", "no labels"]),
         (lambda root, tmp: root, {"distill__terms": []}, ["distill.alpha", "nothing else teaches"]),

@@ -99,7 +99,7 @@ def test_a_teacher_whose_weights_were_exchanged_is_refused(mapped: Path, tmp_pat
     save_file(network(seed=6).state_dict(), tmp_path / "other.safetensors")
     facts["teacher"]["source"] = str(tmp_path / "other.safetensors")
     (run / "run.json").write_text(json.dumps(facts))
-    with pytest.raises(InputError, match="holds other weights than when"):
+    with pytest.raises(InputError, match="have changed since"):
         teacher(checkpoint=f"{run}:teacher")
 
 
@@ -146,9 +146,9 @@ OTHERWISE = [
 def test_weights_of_a_network_that_answers_otherwise_are_refused(
     mapped: Path, args: Any, name: str, reason: str
 ) -> None:
-    with pytest.raises(InputError, match=f"student.checkpoint: .* would answer otherwise .*{reason}"):
+    with pytest.raises(InputError, match=f"student.checkpoint: .* would answer differently .*{reason}"):
         tiny_student(checkpoint=str(mapped), args=args, name=name)
-    with pytest.raises(InputError, match=f"teacher.args: .* would answer otherwise .*{reason}"):
+    with pytest.raises(InputError, match=f"teacher.args: .* would answer differently .*{reason}"):
         teacher(checkpoint=str(mapped), name=name, args=args)
 
 
@@ -306,7 +306,7 @@ def test_a_run_may_be_named_as_a_teacher_after_another(
 def test_what_a_run_is_wins_over_a_name(mapped: Path) -> None:
     frozen = teacher(checkpoint=str(mapped), name="resnet18", args={"stem_width": 3})
     assert frozen.facts["name"] == STUDENT
-    assert any("resnet18 is left aside" in line for line in frozen.lines())
+    assert any("resnet18 is ignored" in line for line in frozen.lines())
 
 
 # Whose classes a student answers with.
@@ -354,11 +354,11 @@ def test_photos_of_a_students_classes_may_be_scored(
         (lambda _: THOUSAND, tuple(sorted(map(str, range(1000)))), "class 2 is '2' there and '10' here"),
         (lambda _: THOUSAND, tuple(f"{number:04d}" for number in range(1, 1001)), "class 0 is '0' there and '0001'"),
         (lambda _: THOUSAND, SYNSETS[1:2] + SYNSETS[:1] + SYNSETS[2:], "class 0 is 'n01440764' there and 'n01443537'"),
-        (lambda _: THOUSAND, WORDS[:10], "answers in 1000 classes, the data have 10"),
+        (lambda _: THOUSAND, WORDS[:10], "has 1000 classes, the data have 10"),
         (of_ten, WORDS[:10], "class 0 is 'n01440764' there and 'thing 0000' here"),
         (of_ten, NUMBERS[:10], "class 0 is 'n01440764' there and '0000' here"),
-        (bare, WORDS[:10], "nothing says which classes it answers with, and their count does not tell"),
-        (bare, WORDS[:9], "answers in 10 classes, the data have 9"),
+        (bare, WORDS[:10], "nothing says which classes its head stands for, and their number does not tell"),
+        (bare, WORDS[:9], "has 10 classes, the data have 9"),
     ],
 )
 def test_photos_of_other_classes_are_refused(tmp_path: Path, source: Any, classes: Any, reason: str) -> None:

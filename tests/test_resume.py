@@ -127,7 +127,7 @@ def test_a_run_of_other_views_is_not_resumed(
     facts = tmp_path / "run" / "run.json"
     facts.write_text(facts.read_text().replace('"views": 2', '"views": 1'))
     assert main(["train", *arguments]) == 2
-    assert "was begun with another recipe (views: version 1 -> 2)" in capsys.readouterr().err
+    assert "was started with another recipe (views: version 1 in the run, 2 here)" in capsys.readouterr().err
 
 
 def test_other_weights_of_the_teacher_are_not_resumed(
@@ -139,7 +139,7 @@ def test_other_weights_of_the_teacher_are_not_resumed(
     state["fc.bias"] += 1e-3
     save_file(state, weights)
     assert main(["train", *arguments]) == 2
-    assert "was begun with other weights of the teacher" in capsys.readouterr().err
+    assert "was started with other weights for the teacher" in capsys.readouterr().err
 
 
 def test_resume_auto_without_an_output_goes_on_with_the_newest_run(

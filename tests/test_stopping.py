@@ -192,7 +192,7 @@ def test_bad_steps_are_left_out_counted_and_named(photos_root: Path, tmp_path: P
         assert (view["epoch"], view["position"]) == (0, 8 * (record["step"] - 1) + 2)
         assert (photos_root / "train" / view["photo"]).is_file()
     assert main(["report", str(tmp_path / "run")]) == 0
-    assert "3 steps left out for a gradient that was not finite" in (tmp_path / "run/report/report.html").read_text()
+    assert "3 steps left out because the gradient was not finite" in (tmp_path / "run/report/report.html").read_text()
 
 
 def test_a_run_gives_up_after_too_many_bad_steps_in_a_row(
@@ -236,7 +236,7 @@ def test_answers_of_the_teacher_that_are_not_finite_are_counted_and_teach_nothin
         assert main(["train", *tiny(photos_root, tmp_path / "run", train__log_every_steps=3)]) == 0
     steps = [record for record in records(tmp_path / "run") if record["kind"] == "step"]
     assert [(record["teacher_not_finite"], record["bad_steps"]) for record in steps] == [(2, 0), (1, 0)]
-    assert "2 answers of the teacher not finite" in capsys.readouterr().out
+    assert "2 teacher answers not finite" in capsys.readouterr().out
 
 
 def test_a_run_gives_up_on_a_teacher_whose_answers_are_not_finite(
@@ -245,7 +245,7 @@ def test_a_run_gives_up_on_a_teacher_whose_answers_are_not_finite(
     arguments = tiny(photos_root, tmp_path / "run", train__max_bad_steps=3, train__epochs=2)
     with speechless({1, 2, 4, 5, 6, 7}):
         assert main(["train", *arguments]) == 2
-    assert "teacher: in each of the last 3 steps an answer was not finite" in capsys.readouterr().err
+    assert "teacher: each of the last 3 steps had an answer that was not finite" in capsys.readouterr().err
     assert records(tmp_path / "run")[-1]["step"] == 6
 
 

@@ -220,13 +220,13 @@ def test_a_store_of_later_views_is_refused(store: LabelStore, version: Any) -> N
     manifest = json.loads(file.read_text())
     manifest["identity"]["views.version"] = version
     file.write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"answers views of version .*; build it anew"):
+    with pytest.raises(InputError, match=r"answers views of version .*; rebuild it"):
         LabelStore(store.folder)
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="something that is no store"):
+    with pytest.raises(InputError, match="something that is not a label store"):
         begin_store(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

@@ -297,7 +297,7 @@ def test_a_longer_run_cycles_and_keeps_to_its_epochs_when_the_store_has_grown(ho
     options = {"teacher.store": tmp_path / "store", "train.epochs": 3}
     with console.capture() as capture:
         records = home.train(tmp_path / "run", **options)
-    assert "1 epochs of views, dealt over and over for 3 epochs" in capture.get()
+    assert "1 epochs of views, repeated for 3 epochs" in capture.get()
     home.build(tmp_path / "store", 2)
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     checkpoints[-1].unlink()
@@ -588,7 +588,7 @@ def test_a_student_without_a_run_is_compared_with_a_stored_teacher(home: Home, h
     ("arguments", "said"),
     [
         (["build"], "--store: is not set"),
-        (["build", "--store", "S", "--distill.kind", "none"], "'none' asks no teacher"),
+        (["build", "--store", "S", "--distill.kind", "none"], "'none' needs no answers of a teacher"),
         (["build", "--store", "S", "--epochs", "0"], "must be above 0"),
         (["build", "--teacher.store_mode", "record"], "teacher.store_mode: record needs a folder to fill"),
         (["check", "S"], "S is not there"),
@@ -621,7 +621,7 @@ def test_info_says_what_is_in_a_store_and_what_may_use_it(home: Home, hard: Path
     out = capture.get()
     for fact in (
         "2 epochs of 150 views, 60 validation images",
-        "the hard label alone of 10 classes, 2 bytes",
+        "only the hard label of 10 classes, 2 bytes",
         "augment.scale: [0.6, 1.0]",
         "teacher.name: test_resnet",
         "may be used with distill.kind hard, and with any student",

@@ -164,11 +164,11 @@ def test_a_checkpoint_gives_its_weights(tmp_path: Path, suffix: str) -> None:
         ({"args": {"no_such_argument": 1}}, "cannot be created .*no_such_argument"),
         (
             {"name": "vit_tiny_patch16_224", "args": {**STUDENT_ARGS, "global_pool": ""}},
-            r"answers two images with \[2, 6, 3\], not \[2, 3\] finite logits; see student.args",
+            r"returns \[2, 6, 3\] for two images, not \[2, 3\] finite logits; see student.args",
         ),
         (
             {"name": "test_convnext", "args": {"global_pool": ""}, "distilled": False, "image_size": 64},
-            r"answers two images with \[2, 3, 2, 2\], not \[2, 3\]",
+            r"returns \[2, 3, 2, 2\] for two images, not \[2, 3\]",
         ),
         ({"name": "xcit_nano_12_p16_224", "args": {}}, "is a Xcit, .*: it is built around one class token"),
         ({"name": "convnext_atto", "args": {}}, "is a ConvNeXt, .*: it has no class token to stand beside"),

@@ -193,7 +193,7 @@ def test_all_processes_go_on_from_the_checkpoint_of_the_main_one_or_none_does(
     said = (tmp_path / "said.txt").read_text()
     newest = newest_first(tmp_path / "0")[0].name
     assert said.count("error: ") == said.count(f"error: resume: run/checkpoints/{newest} is ") == 1, said
-    assert "but process 0 goes on from it" in said
+    assert "but process 0 resumes from it" in said
     assert "(process 1)" in said
     assert not (tmp_path / "0/run/heads.json").exists()
 
@@ -231,7 +231,7 @@ def test_a_full_disk_of_the_main_process_ends_all_with_one_line(photos_root: Pat
     assert two(act, tmp_path / "said.txt") == [2, 2]
     said = (tmp_path / "said.txt").read_text()
     assert said.count("error: ") == 1, said
-    assert "File too large; raise the limit of a file's size" in said
+    assert "File too large; raise the file size limit" in said
     assert "Traceback" not in said
 
 
@@ -257,7 +257,7 @@ def test_a_disk_that_lets_a_checkpoint_wait_is_waited_for(
         return main(["train", *arguments])
 
     assert two(act, tmp_path / "said.txt") == [0, 0], (tmp_path / "said.txt").read_text()
-    assert "waiting for process 0, which waits until its disk has" in (tmp_path / "said.txt").read_text()
+    assert "waiting for process 0, which waits for the previous checkpoint" in (tmp_path / "said.txt").read_text()
 
 
 def test_what_a_resumed_recording_run_still_has_to_ask_beats_the_watch(photos_root: Path, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_three_augment_is_grey_solarised_or_blurred() -> None:
 
 @pytest.mark.parametrize("policy", ["banana", "rand-m9-foo1", "rand-m9-w7", "augmix-q3", "v0-foo1", "originals"])
 def test_a_policy_that_timm_does_not_know_is_one_line(policy: str) -> None:
-    with pytest.raises(InputError, match=rf"^augment\.auto_augment: '{policy}' is no policy") as caught:
+    with pytest.raises(InputError, match=rf"^augment\.auto_augment: '{policy}' is not a timm policy") as caught:
         transform(auto_augment=policy)
     assert "\n" not in str(caught.value)
 

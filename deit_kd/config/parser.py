@@ -56,7 +56,7 @@ def _plain(annotation: Any) -> Any:
 
 
 def _keys_of(section: Section, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
-    """Yield the path, the field and the default of every key that is no section itself."""
+    """Yield the path, the field and the default of every key that is not itself a section."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section):
@@ -78,7 +78,7 @@ def load_recipe(text: str) -> Any:
 
     Raises:
         InputError: it is nested too deeply, its aliases stand for too much, or an integer has too many digits.
-        YAMLError: it is no YAML, or names an object.
+        YAMLError: it is not YAML, or names an object.
     """
     _check_size(text)
     try:
@@ -93,14 +93,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Return the keys of a recipe file as they stand there, unchecked.
 
     Raises:
-        InputError: it is missing, or is no recipe.
+        InputError: it is missing, or is not a recipe.
     """
     try:
         tree = load_recipe(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); name a run of deit_kd") from error
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: is no recipe, which is YAML of keys and values; name a run of deit_kd")
+        raise InputError(f"{path}: is not a recipe, which is YAML of keys and values; name a run of deit_kd")
     return tree
 
 
@@ -171,11 +171,11 @@ def _one_line(message: str) -> str:
     """Turn an error of jsonargparse or pydantic into ``key: value, reason, cure``."""
     if message.startswith("Problems parsing config: "):
         where = re.sub(r'in "<unicode string>", ', "in ", " ".join(message.split(": ", 1)[1].split()))
-        return f"config: is no YAML ({where}); correct the recipe file"
+        return f"config: is not YAML ({where}); correct the recipe file"
     if "codec can't decode" in message:
-        return f"config: is no text ({message}); name a recipe file"
+        return f"config: is not text ({message}); name a recipe file"
     if message.startswith("Unexpected config: "):
-        return "config: is no recipe, which is YAML of keys and values such as 'seed: 0'"
+        return "config: is not a recipe, which is YAML of keys and values such as 'seed: 0'"
     unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
     unknown = unknown or re.search(r"Option '([\w.]+)' is not accepted", message)
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)

@@ -58,18 +58,18 @@ def load_image(path: Path, before: Stamp | None = None) -> Image.Image:
             found = os.fstat(file.fileno())
             if before is not None and before != (found.st_size, found.st_mtime_ns):
                 raise InputError(
-                    f"{path}: was changed while it was in use; put it back and go on with --resume auto, or "
-                    "begin another output"
+                    f"{path}: was changed while it was in use; restore it and continue with --resume auto, or name "
+                    "another output"
                 )
             return _as_rgb(Image.open(file))
     except InputError:
         raise
     except Exception as error:  # a codec meets a damaged file with anything from SyntaxError to struct.error
         if isinstance(error, FileNotFoundError) and before is not None and before.size >= 0:
-            raise InputError(f"{path}: was removed while it was in use; put it back") from error
+            raise InputError(f"{path}: was removed while it was in use; restore it") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # which names no file but the opened one
-            reason = "no known format" if found.st_size else "no bytes"
+            reason = "unknown format" if found.st_size else "empty file"
         raise UnreadableImage(f"{path}: cannot be read as an image ({reason}); repair or remove the file") from error
 
 
@@ -80,7 +80,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError("pixels of 32 bits do not say what is white")
+        raise ValueError("32-bit pixels do not say which value is white")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -75,7 +75,7 @@ def check_encoding(key: str, path: str) -> None:
     try:
         path.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{key}: {path} is no UTF-8; rename it") from error
+        raise InputError(f"{key}: {path} is not valid UTF-8; rename it") from error
 
 
 def _check_same_classes(splits: Splits) -> None:

@@ -93,7 +93,7 @@ def _all_photos(splits: Splits) -> tuple[Photos, list[str]]:
     twice = [name for name, count in Counter(photos.names).items() if count > 1]
     if twice:
         raise InputError(
-            f"data.validation_split: holds {twice[0]!r}, which is in the training split, too; name another folder"
+            f"data.validation_split: holds {twice[0]!r}, which is also in the training split; name another folder"
         )
     in_split = [*splits.train.names, *splits.validation.names]
     order = sorted(range(len(photos)), key=photos.names.__getitem__)

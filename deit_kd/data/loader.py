@@ -108,8 +108,8 @@ def lost_worker(error: RuntimeError) -> InputError | None:
     if not said.startswith(("DataLoader worker", "DataLoader timed out")):
         return None
     return InputError(
-        f"data.workers: {said.rstrip('. ')}; if memory ran out, use fewer, then go on with --resume auto: what was "
-        "saved stays"
+        f"data.workers: {said.rstrip('. ')}; if memory ran out, use fewer, then continue with --resume auto; what was "
+        "saved is kept"
     )
 
 

@@ -66,8 +66,8 @@ class Photos:
         except InputError as error:
             if not self.root.is_dir():
                 raise InputError(
-                    f"data.root: {self.root} has disappeared while it was in use; bring it back, then go on with "
-                    "--resume auto"
+                    f"data.root: {self.root} disappeared while it was in use; restore it, then continue with --resume "
+                    "auto"
                 ) from error
             raise
 

@@ -54,7 +54,7 @@ def training_transform(
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise InputError(
-            f"augment.auto_augment: {auto_augment!r} is no policy of timm's; use rand-m9-mstd0.5-inc1, 3a or null"
+            f"augment.auto_augment: {auto_augment!r} is not a timm policy; use rand-m9-mstd0.5-inc1, 3a or null"
         ) from error
     _keep_one_bit_of_posterise(transform)
     return Compose(in_fewer_passes(transform.transforms))

@@ -28,8 +28,8 @@ def unlabelled_photos(folder: str, validation: Photos) -> Photos:
     names = sorted(path.relative_to(top).as_posix() for path in kept)
     if not names:
         raise InputError(
-            f"data.unlabelled: {folder} has no images ({', '.join(IMG_EXTENSIONS)}) beside those of validation; name a "
-            "folder with some"
+            f"data.unlabelled: {folder} has no images ({', '.join(IMG_EXTENSIONS)}) besides those of the validation "
+            "split; name a folder with some"
         )
     for name in names:
         check_encoding("data.unlabelled", str(top / name))

@@ -119,7 +119,7 @@ def _record(line: str, place: str) -> dict[str, Any]:
         if not missing:
             return dict(checked(record, KINDS[record["kind"]]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{place}: is no record of a run ({error}); name a run of deit_kd") from error
+        raise InputError(f"{place}: is not a record of a run ({error}); name a run of deit_kd") from error
     raise InputError(f"{place}: has no column {missing[0]!r}; name a run of this version of deit_kd")
 
 
@@ -188,7 +188,7 @@ def _term_charts(runs: Mapping[str, Records]) -> dict[str, Chart]:
                     lines.append(Series(prefix + kind, at, values, colour_of("", len(lines))))
             if at[-1] < steps[-1]["step"]:
                 ends.append((f"{prefix}{kind} ends", at[-1]))
-    charts = {"terms": Chart("Further terms, before weighing", "step", "", losses, marks=ends)} if losses else {}
+    charts = {"terms": Chart("Further terms, unweighted", "step", "", losses, marks=ends)} if losses else {}
     if cosines:
         charts["connectors"] = Chart("Connectors and their targets", "step", "cosine", cosines, marks=ends)
     return charts
@@ -198,7 +198,7 @@ def troubles_of(records: Records) -> str:
     """Return in words how many steps were left out, and how often the teacher's answer was not finite."""
     steps = [record for record in records if record["kind"] == "step"]
     left_out, wrong = (sum(record.get(key, 0) for record in steps) for key in ("bad_steps", "teacher_not_finite"))
-    return f"{left_out} steps left out for a gradient that was not finite; {wrong} answers of the teacher were not"
+    return f"{left_out} steps left out because the gradient was not finite; {wrong} teacher answers were not finite"
 
 
 def scores_of(epoch: Mapping[str, Any]) -> Any:

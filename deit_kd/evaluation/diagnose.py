@@ -142,7 +142,7 @@ def _rows_of(names: list[str], examination: Examination) -> list[int]:
     rows = {examination.photos.names[index]: row for row, index in enumerate(examination.answers.indices.tolist())}
     for name in names:
         if name not in rows:
-            raise InputError(f"--images: {name!r} is no readable image of the split{nearest(name, rows)}")
+            raise InputError(f"--images: {name!r} is not a readable image of the split{nearest(name, rows)}")
     return [rows[name] for name in names]
 
 
@@ -299,8 +299,8 @@ def tell_diagnosis(diagnosis: Diagnosis) -> None:
         say(f"cosine of the two tokens: {cosines}")
     if numbers["collapsed"]:
         say(
-            f"warning: the two tokens are one at the input (cosine {numbers['tokens'][0]['mean']:.4f}, above "
-            f"{COLLAPSED}): the distillation token adds nothing; start it from other values than the class token's"
+            f"warning: the two tokens are the same at the input (cosine {numbers['tokens'][0]['mean']:.4f}, above "
+            f"{COLLAPSED}): the distillation token adds nothing; start it from values other than the class token's"
         )
     for head, counts in (numbers["followed"] or {}).items():
         say(

@@ -83,13 +83,13 @@ def examine(source: Source, config: Config, split: str, processes: Processes) ->
     unreadable = dict(sorted(pair for share in processes.gather(mine) for pair in share.items()))
     if not len(answers.labels):
         raise InputError(
-            f"data.root: not one of {len(photos)} images of {split!r} can be read; {first_reason(unreadable)}"
+            f"data.root: none of the {len(photos)} images of {split!r} can be read; {first_reason(unreadable)}"
         )
     if stored is not None:
         if bool((stored.predictions[answers.indices] < 0).any()):
             raise InputError(
-                f"teacher.store: {config.teacher.store} has no answer to photos that could not be read then and can be "
-                "now; build it anew"
+                f"teacher.store: {config.teacher.store} has no answers for photos that were unreadable when it was "
+                "built and can be read now; rebuild it"
             )
         logits = None if stored.logits is None else stored.logits[answers.indices]
         answers = answers._replace(teacher_predictions=stored.predictions[answers.indices], teacher_logits=logits)
@@ -152,7 +152,7 @@ def _teacher(
         if source.run is None or is_another:
             raise
         if processes.is_main:
-            say(f"without the teacher: {error}")
+            say(f"scored without the teacher: {error}")
         return None
 
 

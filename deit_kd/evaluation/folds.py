@@ -88,14 +88,15 @@ def folded_students(runs: Sequence[tuple[Source, Config]]) -> list[FoldedStudent
         data = config.data
         if source.run is None or data.folds is None or data.fold is None:
             raise InputError(
-                f"{source.name}: is no run of a fold (data.folds), which several students must be; compare two others "
-                "with --against"
+                f"{source.name}: is not a run of a fold (data.folds), as several students must be; compare two other "
+                "students with --against"
             )
         key = json.dumps([recipe_but_fold(source.run), str(Path(data.root or data.name).resolve()), data.folds])
         group = groups.setdefault(key, {})
         if data.fold in group:
             raise InputError(
-                f"{source.run}: is fold {data.fold} of the same recipe as {group[data.fold][0].run}; name one of them"
+                f"{source.run}: is fold {data.fold} of the same recipe as {group[data.fold][0].run}; name only one of "
+                "them"
             )
         group[data.fold] = source, config
     names = _names(groups.values())
@@ -152,8 +153,8 @@ def common_folds(students: Sequence[FoldedStudent], processes: Processes) -> lis
     if len(counts) > 1:
         (few, first), (many, second) = sorted(counts.items())[:2]
         raise InputError(
-            f"data.folds: {first.name} has {few} and {second.name} has {many}, which hold out other photos; name "
-            "runs of the same folds"
+            f"data.folds: {first.name} has {few} and {second.name} has {many}, so they hold out different photos; name "
+            "runs with the same number of folds"
         )
     if not students:
         return []
@@ -163,7 +164,7 @@ def common_folds(students: Sequence[FoldedStudent], processes: Processes) -> lis
             missing = ", ".join(map(str, student.missing))
             say(f"{student.name}: no run of fold {missing} of {student.folds}")
     if not common:
-        raise InputError("data.fold: there is no fold that all of these students have a run of; train the missing ones")
+        raise InputError("data.fold: these students have no fold in common; train the missing runs")
     if processes.is_main and any(set(student.runs) != common for student in students):
         say(f"compared on the folds that all of them have: {', '.join(map(str, sorted(common)))}")
     return [replace(student, runs={fold: student.runs[fold] for fold in sorted(common)}) for student in students]

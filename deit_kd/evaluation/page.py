@@ -132,7 +132,7 @@ def _draw(folder: Path, subjects: Mapping[str, Subject], records: Mapping[str, R
 def _open_run(folder: Path) -> Source:
     source = open_source(str(folder))
     if source.run is None:
-        raise InputError(f"{folder}: is no run (it has no {CONFIG_FILE}); a report needs its records")
+        raise InputError(f"{folder}: is not a run (it has no {CONFIG_FILE}); a report needs its records")
     return source
 
 
@@ -203,7 +203,7 @@ def _section(run: Seen, figures: Figures, several: bool) -> dict[str, Any]:
     shown = [
         figures.add(
             f"{prefix}disagreement",
-            matrix("Share of images on which two differ", names, names, disagreement["matrix"]),
+            matrix("Share of images on which two predictors differ", names, names, disagreement["matrix"]),
             disagreement,
             "DeiT, Table 4: distillation brings the student nearer to its teacher (.133 to .102).",
         ),
@@ -212,7 +212,9 @@ def _section(run: Seen, figures: Figures, several: bool) -> dict[str, Any]:
     ]
     if numbers["cka"] is not None:
         cka = numbers["cka"]
-        values = matrix("Which teacher's stage is a block like?", cka["student"], cka["teacher"], cka["matrix"], 2)
+        values = matrix(
+            "Which stage of the teacher is each block like?", cka["student"], cka["teacher"], cka["matrix"], 2
+        )
         caption = f"Linear centred kernel alignment (CKA) over {cka['images']} images."
         shown.append(figures.add(f"{prefix}cka", values, cka, caption))
     return {
@@ -243,7 +245,7 @@ def _class_figure(prefix: str, heads: Mapping[str, Any], figures: Figures) -> di
     order = sorted(filled, key=gain, reverse=True)
     ends = order if len(order) <= MOST_CLASSES else order[: MOST_CLASSES // 2] + order[-MOST_CLASSES // 2 :]
     bars = class_bars(
-        "By class, those first that dist gains" if "dist" in by_class else "By class, the hardest first",
+        "By class, largest gain of dist first" if "dist" in by_class else "By class, hardest first",
         [classes[index] for index in ends],
         {name: [by_class[name][index] for index in ends] for name in present if name != "teacher"},
     )
@@ -251,7 +253,7 @@ def _class_figure(prefix: str, heads: Mapping[str, Any], figures: Figures) -> di
         {"class": classes[index], "support": by_class["support"][index], **{n: by_class[n][index] for n in present}}
         for index in order
     ]
-    caption = f"{len(ends)} of {len(order)} classes; all of them in the CSV file." if len(ends) < len(order) else ""
+    caption = f"{len(ends)} of {len(order)} classes; the CSV file has all of them." if len(ends) < len(order) else ""
     return figures.add(f"{prefix}classes", bars, rows, caption)
 
 

@@ -62,14 +62,16 @@ def open_source(text: str) -> Source:
     if run is not None and (is_checkpoint or (path / CONFIG_FILE).is_file()):
         return _from_run(text, run, path if is_checkpoint else None)
     if run is None and path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"{text}: is no run (it has no {CONFIG_FILE}) and no exported folder (no config.json)")
+        raise InputError(
+            f"{text}: is neither a run (no {CONFIG_FILE}) nor an exported folder (no config.json); name one of these"
+        )
     return _from_weights(text, path)
 
 
 def _from_run(text: str, run: Path, checkpoint: Path | None) -> Source:
     if checkpoint is None and not (run / HEADS_FILE).is_file():
         raise InputError(
-            f"{run}: is no finished run (it has no {HEADS_FILE}); name one of its {CHECKPOINTS}, or finish it with "
+            f"{run}: is not a finished run (it has no {HEADS_FILE}); name one of its {CHECKPOINTS}, or finish it with "
             "--resume auto"
         )
     recipe = ["--config", str(run / CONFIG_FILE), "--teacher.fit.epochs", "0"]  # it is fitted by now
@@ -83,7 +85,7 @@ def _from_weights(text: str, path: Path) -> Source:
         raise InputError(f"{text}: config.json names no timm architecture; export it as a timm local-dir")
     if origin.layer_norm_eps is not None and origin.preprocessing.mean is None:
         raise InputError(
-            f"{text}: has no preprocessor_config.json, which says how images are seen; save its processor there"
+            f"{text}: has no preprocessor_config.json, which says how images are prepared; save its processor there"
         )
     if origin.columns is not None:
         raise InputError(f"{text}: answers through a class map; name it as the --teacher.checkpoint of a student")
@@ -156,7 +158,10 @@ def check_classes(source: Source, ours: tuple[str, ...]) -> None:
     is_imagenet = count == 1000 and (theirs is None or source.origin.is_published)
     if is_imagenet and len(ours) == 1000 and not any(map(WORDNET_ID.fullmatch, ours)):
         if not all(map(NUMBER.fullmatch, ours)):
-            say(f"warning: {source.name} answers in ImageNet's 1000 classes, and the folders are taken in their order")
+            say(
+                f"warning: {source.name} has ImageNet's 1000 classes, and the class folders are assumed to be in the "
+                "same order"
+            )
             return
         theirs = tuple(map(str, range(1000)))
     elif is_imagenet:
@@ -164,21 +169,19 @@ def check_classes(source: Source, ours: tuple[str, ...]) -> None:
     if theirs is None:
         if count not in (None, len(ours)):
             raise InputError(
-                f"data.root: {source.name} answers in {count} classes, the data have {len(ours)}; name photos of its "
-                "classes"
+                f"data.root: {source.name} has {count} classes, the data have {len(ours)}; name photos of its classes"
             )
         raise InputError(
-            f"{source.name}: nothing says which classes it answers with, and their count does not tell; write "
-            '{"label_names": ["…", …]} in the order of its head into config.json beside its weights'
+            f"{source.name}: nothing says which classes its head stands for, and their number does not tell; "
+            'write {"label_names": ["…", …]}, in the order of its head, to config.json beside its weights'
         )
     for position in range(max(len(theirs), len(ours))):
         there = theirs[position] if position < len(theirs) else None
         here = ours[position] if position < len(ours) else None
         if there is None or here is None or not _is_same(there, here):
             raise InputError(
-                f"data.root: {source.name} answers in {len(theirs)} classes, the data have {len(ours)}; class "
-                f"{position} is {_quoted(there)} there and {_quoted(here)} here. Name photos of the same classes, in "
-                "this order"
+                f"data.root: {source.name} has {len(theirs)} classes, the data have {len(ours)}; class {position} is "
+                f"{_quoted(there)} there and {_quoted(here)} here. Name photos of the same classes, in this order"
             )
 
 
@@ -212,5 +215,7 @@ def load_student(source: Source, config: Config, classes: tuple[str, ...], proce
     account = student.account
     if account is None or account.initialised or account.derived:
         new = "all of it" if account is None else ", ".join([*account.initialised, *account.derived])
-        raise InputError(f"{source.name}: has not learned all of the student (new: {new[:120]}); name its own weights")
+        raise InputError(
+            f"{source.name}: has no weights for part of the student (new: {new[:120]}); name the student's own weights"
+        )
     return student.to(processes.device).eval()

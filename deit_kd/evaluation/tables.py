@@ -86,7 +86,7 @@ def _compared(row: Mapping[str, Any]) -> tuple[str, str, str]:
 def print_comparison(result: Mapping[str, Any]) -> None:
     """Print McNemar's test of each two heads, who disagrees with whom, and the best weight of the fusion."""
     if result["comparisons"]:
-        table = Table(title="the same images: who alone is right, and McNemar's test")
+        table = Table(title="the same images: where only one is right, and McNemar's test")
         for column in ("first", "second", "alone right", "difference, points", "p"):
             table.add_column(column, justify="left" if column in ("first", "second") else "right")
         for row in result["comparisons"]:

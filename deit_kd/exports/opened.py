@@ -74,7 +74,7 @@ def open_exported(file: Path) -> OpenedModel:
         ) from error
     given = {*(output.name for output in session.get_outputs())}
     if not given >= set(facts["outputs"]) or [one.name for one in session.get_inputs()] != ["images"]:
-        raise InputError(f"{file}: has other inputs or outputs than it says; export the run again")
+        raise InputError(f"{file}: its inputs or outputs are not those that it describes; export the run again")
     return OpenedModel(facts, session)
 
 

@@ -82,16 +82,16 @@ def _reason(model: Any) -> str | None:
     if not isinstance(model.fc_norm, nn.Identity):
         return "it has a norm after pooling"
     if type(model.patch_embed) is not PatchEmbed or not isinstance(model.patch_embed.norm, nn.Identity):
-        return f"its stem is a {type(model.patch_embed).__name__} that is no plain patch embedding"
+        return f"its stem is a {type(model.patch_embed).__name__}, not a plain patch embedding"
     if model.pos_embed is None or not isinstance(model.norm, nn.LayerNorm):
-        return "it has no absolute position embedding, or another final norm"
+        return "it has no absolute position embedding, or a different final norm"
     return next((reason for block in model.blocks if (reason := _block_reason(block)) is not None), None)
 
 
 def _block_reason(block: Any) -> str | None:
     plain = type(block) is Block and type(block.attn) is Attention and type(block.mlp) is Mlp
     if not plain or type(block.mlp.act) is not nn.GELU:
-        return "its blocks are no plain ViT blocks (SwiGLU, parallel, post-norm or another attention)"
+        return "its blocks are not plain ViT blocks (SwiGLU, parallel, post-norm or another attention)"
     if block.attn.proj.bias is None or block.mlp.fc1.bias is None or block.mlp.fc2.bias is None:
         return "its blocks have projections without a bias"
     extras = (block.attn.q_norm, block.attn.k_norm, block.attn.norm, block.mlp.norm)

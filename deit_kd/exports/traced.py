@@ -103,7 +103,7 @@ def resizable(backbone: nn.Module) -> nn.Module:
         model.patch_embed.flatten, model.patch_embed.output_fmt = False, Layout.NHWC
         return model
     if getattr(model, "pos_embed", None) is not None or hasattr(model, "rope") or hasattr(model, "patch_embed"):
-        raise CannotHold("its positions are of one size (dynamic_size)")
+        raise CannotHold("its position embedding has a fixed size (dynamic_size)")
     return model
 
 
@@ -132,7 +132,9 @@ def write_onnx(backbone: nn.Module, folder: Path, about: About, choices: Choices
     model: Any = program.model_proto
     opset = next(known.version for known in model.opset_import if known.domain in ("", "ai.onnx"))
     if opset != choices.opset:
-        raise InputError(f"--opset: torch writes this student in opset {opset}, not in {choices.opset}; name that one")
+        raise InputError(
+            f"--opset: torch writes this student in opset {opset}, not in {choices.opset}; use --opset {opset}"
+        )
     _forget_the_machine(model)
     facts = _facts(module, about, choices) | {"opset": opset}
     for name, value in facts.items():

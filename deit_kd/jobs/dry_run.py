@@ -85,8 +85,8 @@ def _lesson(run: Run) -> Lesson:
             continue
         if is_unfitted(recipe, run.splits) and run.processes.is_main:
             say(
-                f"{role}: {recipe.teacher.name} is not fitted yet, which {recipe.teacher.fit.epochs} epochs will do "
-                "first, not counted here; unfitted weights stand in for it"
+                f"{role}: {recipe.teacher.name} is not fitted yet; a fit of {recipe.teacher.fit.epochs} epochs comes "
+                "first and is not counted here; measured with untrained weights"
             )
     return ready_lesson(run, may_fit=False)
 
@@ -133,8 +133,8 @@ def _tell(run: Run, trainer: Trainer, needs: Needs) -> None:
     copies = config.keep_checkpoints + 2
     say(f"memory: {size_text(needs.memory)} at the peak, {_of_what(run.processes)}")
     say(
-        f"time: about {duration_text(needs.epoch_seconds)} an epoch ({run.loader.steps_per_epoch} steps of "
-        f"{needs.step_seconds:.3g} s, evaluation {needs.evaluation_seconds:.3g} s a batch), "
+        f"time: about {duration_text(needs.epoch_seconds)} per epoch ({run.loader.steps_per_epoch} steps of "
+        f"{needs.step_seconds:.3g} s, evaluation {needs.evaluation_seconds:.3g} s per batch), "
         f"{duration_text(config.epochs * needs.epoch_seconds)} for {config.epochs} epochs"
     )
     say(
@@ -150,4 +150,4 @@ def _tell(run: Run, trainer: Trainer, needs: Needs) -> None:
 
 def _of_what(processes: Processes) -> str:
     what = "on the GPU" if processes.device.type == "cuda" else "resident, without the loader's workers"
-    return f"{what}, each of {processes.count} processes" if processes.count > 1 else what
+    return f"{what}, for each of {processes.count} processes" if processes.count > 1 else what

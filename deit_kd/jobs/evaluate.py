@@ -159,7 +159,7 @@ def _without_root(what: dict[str, Any]) -> dict[str, Any]:
 def tell(heads: dict[str, Any], examination: Examination, folder: Path) -> None:
     """Print the tables of an evaluation and where its files are."""
     if heads["heads"]["dist"] is None:
-        say(f"{heads['student']} has no distillation head: its class head alone is scored")
+        say(f"{heads['student']} has no distillation head: only its class head is scored")
     if examination.unreadable:
         say(
             f"{len(examination.unreadable)} of {len(examination.photos)} images cannot be read and are left out: "

@@ -42,7 +42,7 @@ def export_student(
             or needs a library that is missing, or the folder is there already.
     """
     if source.run is None:
-        raise InputError(f"{source.name}: is no run, nor a checkpoint of one; name the folder of a run")
+        raise InputError(f"{source.name}: is neither a run nor a checkpoint of one; name the folder of a run")
     if format_name not in FORMATS:
         raise InputError(
             f"--format: {format_name!r} is unknown; use one of {', '.join(FORMATS)}{nearest(format_name, FORMATS)}"
@@ -55,7 +55,7 @@ def export_student(
     of_checkpoint = "" if source.checkpoint is None else f"-{source.checkpoint.stem}"
     target = to or source.run / "export" / f"{format_name}{of_checkpoint}"
     if target.exists():
-        raise InputError(f"--to: {target} is there already; remove it, or name another folder")
+        raise InputError(f"--to: {target} already exists; remove it, or name another folder")
     choose_attention("auto", torch.device("cpu"))
     facts, classes = source.facts, source.classes or ()
     student = load_student(source, config, classes, Processes(0, 1, torch.device("cpu")))
@@ -104,10 +104,10 @@ def _check(choices: Choices, format_name: str) -> None:
     if choices.opset != OPSET and format_name != "onnx":
         raise InputError(f"--opset: {format_name} has none; use --format onnx")
     if not OPSET <= choices.opset <= LARGEST_OPSET:
-        raise InputError(f"--opset: {choices.opset} is not written; use {OPSET} to {LARGEST_OPSET}")
+        raise InputError(f"--opset: {choices.opset} is not supported; use {OPSET} to {LARGEST_OPSET}")
     unknown = [name for name in choices.outputs or () if name not in HEADS]
     if unknown or len(set(choices.outputs or ())) != len(choices.outputs or ()):
-        raise InputError(f"--outputs: {' '.join(choices.outputs or ())}; use each of {', '.join(HEADS)} once at most")
+        raise InputError(f"--outputs: {' '.join(choices.outputs or ())}; use each of {', '.join(HEADS)} at most once")
 
 
 class _Fitted(TypedDict):

@@ -46,7 +46,7 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
     """
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise InputError(f"{missing[0]}: is no file; name image files")
+        raise InputError(f"{missing[0]}: is not a file; name image files")
     if csv_file is not None:
         check_file_to_be("--csv", csv_file)
     with process_group(config.train.device) as processes:

@@ -45,7 +45,7 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
     if folder is None:
         raise InputError("--store: is not set; name the folder of the label store")
     if not config.distill.has_token:
-        raise InputError("distill.kind: 'none' asks no teacher for its answers; set soft or hard")
+        raise InputError("distill.kind: 'none' needs no answers of a teacher; set soft or hard")
     if batch_size < 1 or (epochs is not None and epochs < 1):
         raise InputError(f"store build: --epochs {epochs} and --batch_size {batch_size} must be above 0")
     epochs = epochs or config.train.epochs
@@ -97,19 +97,19 @@ def check(config: Config, folder: str, samples: int) -> dict[str, float]:
         result = _compare(store, teacher, batches, processes.device)
         if processes.is_main:
             say(
-                f"store: {folder}, all checksums hold; {len(drawn)} views asked again: largest difference "
+                f"store: {folder}, all checksums match; {len(drawn)} views run again: largest difference "
                 f"{result['largest_difference']:.4f} (on average {100 * result['mean_gap_share']:.2f} % of the logits' "
                 f"spread), argmax changed in {100 * result['changed_share']:.2f} %"
             )
         if result["changed_share"] > LARGEST_CHANGED_SHARE or not result["mean_gap_share"] <= LARGEST_GAP_SHARE:
             raise InputError(
-                f"store check: {folder} holds other answers than this teacher gives to these views (allowed: "
+                f"store check: {folder} disagrees with this teacher's answers to these views (allowed: "
                 f"{100 * LARGEST_CHANGED_SHARE:g} % of the argmax, {100 * LARGEST_GAP_SHARE:g} % of the spread); build "
                 "a store with these libraries"
             )
         if processes.is_main and libraries_in_use() not in store.manifest["libraries"]:
             store.accept(libraries_in_use())
-            say(f"store: accepts {_named(libraries_in_use())} from now on")
+            say(f"store: now accepts {_named(libraries_in_use())}")
         return result
 
 
@@ -121,7 +121,7 @@ def info(folder: str) -> None:
     """
     store = LabelStore(folder)
     record, views = store.record, store.manifest["views"]
-    kept = "the hard label alone" if not record.holds_logits else f"{min(record.top, record.classes)} logits"
+    kept = "only the hard label" if not record.holds_logits else f"{min(record.top, record.classes)} logits"
     say(
         f"{folder}: {store.epochs} epochs of {views} views, {store.manifest['validation']} validation images, "
         f"{size_text(store.bytes_on_disk)}"
@@ -129,12 +129,12 @@ def info(folder: str) -> None:
     say(f"a record: {kept} of {record.classes} classes, {record.bytes_per_view} bytes")
     begun = [path.name.removesuffix(".pieces") for path in sorted(store.folder.glob("*.pieces"))]
     if begun:
-        say(f"unfinished: {', '.join(begun)}; deit-kd store build goes on with them")
+        say(f"unfinished: {', '.join(begun)}; deit-kd store build continues them")
     if store.manifest["teacher"]["random_weights"]:
         say("warning: the teacher has random weights and teaches nothing")
     if store.holds(VALIDATION):
         say(f"teacher: top-1 {store.score()['top1']:.2f} % on the validation images")
-    say("made for, and refused where it differs:")
+    say("built for these values, and refused where one differs:")
     for field, value in store.manifest["identity"].items():
         shown = f"{len(value)} names" if field == "classes" else value
         say(f"  {field}: {shown}")

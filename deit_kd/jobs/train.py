@@ -45,7 +45,10 @@ def _report(run: Run) -> None:
         reason = str(told) if isinstance(told, InputError) else f"{type(told).__name__}: {told}"
         if run.processes.is_main:
             reason = " ".join(reason.split())
-            say(f"warning: the run is whole, but its report failed ({reason}); deit-kd report {run.folder} tries again")
+            say(
+                f"warning: the run is complete, but its report failed ({reason}); try again with deit-kd report "
+                f"{run.folder}"
+            )
 
 
 def _learn(run: Run) -> HeadScores:

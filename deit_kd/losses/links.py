@@ -40,7 +40,8 @@ def guide_links(
     for name in chosen:
         if name not in theirs:
             raise InputError(
-                f"distill.terms: the teacher has no stage {name!r}{nearest(name, theirs)}; use of {', '.join(theirs)}"
+                f"distill.terms: the teacher has no stage {name!r}{nearest(name, theirs)}; choose from "
+                f"{', '.join(theirs)}"
             )
     places = _spread(len(own), len(chosen)) if blocks is None else blocks
     for place in places:
@@ -48,7 +49,8 @@ def guide_links(
             raise InputError(f"distill.terms: the student has no block {place}; use 0 to {len(own) - 1}")
     if len(places) != len(chosen) or not chosen:
         raise InputError(
-            f"distill.terms: {len(places)} blocks cannot be guided by {len(chosen)} stages; name as many of each"
+            f"distill.terms: {len(places)} blocks cannot be guided by {len(chosen)} stages; name the same number of "
+            "each"
         )
     names = list(own)
     pairs = [(names[place], stage) for place, stage in zip(places, chosen, strict=True)]
@@ -81,7 +83,7 @@ def _link(term: str, block: str, stage: str, own: Sequence[int], theirs: Sequenc
         ):
             raise InputError(
                 f"distill.terms: {block} has a grid of {own[1]} x {own[2]} and {stage} of {theirs[1]} x {theirs[2]}, "
-                f"which cannot be averaged to one{'' if grid is None else f' of {grid} x {grid}'}; choose another "
-                "stage, grid or image_size of the teacher"
+                f"which cannot be averaged to one{'' if grid is None else f' of {grid} x {grid}'}; choose "
+                "another stage, grid or image_size of the teacher"
             )
     return Link(f"{term} {block} {stage}", block, stage, own[0], theirs[0])

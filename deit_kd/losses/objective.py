@@ -82,9 +82,9 @@ class Objective:
         kinds = [kind, *(term.kind for term in terms)]
         twice = next((name for name in kinds if kinds.count(name) > 1), None)
         if twice is not None:
-            raise InputError(f"distill.terms: {twice} is there twice; keep one")
+            raise InputError(f"distill.terms: {twice} appears twice; keep one")
         if not self.learns_from_labels and not self.terms:
-            raise InputError("distill.alpha: 1 leaves the labels out, and nothing else teaches; add a term")
+            raise InputError("distill.alpha: 1 ignores the labels, and nothing else teaches; add a term")
 
     @property
     def learns_from_labels(self) -> bool:

@@ -131,13 +131,13 @@ def check_answer(
     except Exception as error:  # what a recipe's arguments and size lead to shows in the forward pass alone
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{size_key}: {name!r} cannot see {image_size} pixels ({reason}); set another size, other {section}.args "
-            f"or {section}.channels_last"
+            f"{size_key}: {name!r} does not accept images of {image_size} pixels ({reason}); set another size, other "
+            f"{section}.args or {section}.channels_last"
         ) from error
     for logits in heads:
         if logits is not None and (logits.shape != (2, columns) or not logits.isfinite().all()):
             raise InputError(
-                f"{section}.name: {name!r} answers two images with {list(logits.shape)}, not [2, {columns}] finite "
+                f"{section}.name: {name!r} returns {list(logits.shape)} for two images, not [2, {columns}] finite "
                 f"logits; see {section}.args"
             )
 
@@ -153,7 +153,8 @@ def leave_out_head(section: str, name: str, network: nn.Module, image_size: int)
         model.reset_classifier(0)
     except Exception as error:  # each of timm's models has a method of its own
         raise InputError(
-            f"{section}.head: {name!r} cannot go without its head ({' '.join(str(error).split())[:160]}); name another"
+            f"{section}.head: {name!r} does not work without its head ({' '.join(str(error).split())[:160]}); name "
+            "another"
         ) from error
     width = getattr(model, "head_hidden_size", model.num_features)
     check_answer(section, name, lambda images: [model.forward_head(model.forward_features(images))], image_size, width)

@@ -122,7 +122,7 @@ def _edge(file: Path, seen: Preprocessor, key: Literal["crop_size", "size"]) -> 
     size: int | Edges = seen.get(key, Edges())
     edge = size if isinstance(size, int) else size.get("shortest_edge", size.get("height"))
     if edge is None:
-        raise InputError(f"{file}: {key} has neither shortest_edge nor height; save its processor anew")
+        raise InputError(f"{file}: {key} has neither shortest_edge nor height; save its processor again")
     return edge
 
 

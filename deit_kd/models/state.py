@@ -65,15 +65,17 @@ def read_state(key: str, file: Path) -> dict[str, Tensor]:
 def _load_state(key: str, file: Path) -> dict[str, Tensor]:
     if file.suffix != ".safetensors" and TorchVersion(torch.__version__) < LEAST_TORCH:
         raise InputError(
-            f"{key}: {file} is not opened by torch {torch.__version__}, in which such a file can run code "
-            f"(CVE-2026-24747); save it as .safetensors, or upgrade to torch {LEAST_TORCH}"
+            f"{key}: {file} is not opened, since it could run code in torch {torch.__version__} (CVE-2026-24747); save "
+            f"it as .safetensors, or upgrade to torch {LEAST_TORCH}"
         )
     try:
         if file.suffix == ".safetensors":
             return _without_the_rest(load_file(file))
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        raise InputError(f"{key}: {file} holds more than tensors and is not unpickled; save its state dict") from error
+        raise InputError(
+            f"{key}: {file} holds more than tensors and is not unpickled; save only its state dict"
+        ) from error
     except Exception as error:  # a damaged file makes its reader stumble over anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{key}: {file} cannot be read as weights ({reason}); name another file") from error

@@ -101,8 +101,8 @@ def complete_distilled_vit(key: str, model: Any, args: Mapping[str, Any]) -> Non
     for argument, is_given in unused.items():
         if is_given:
             raise InputError(
-                f"{key}: timm's {type(model).__name__} makes no use of {argument}; leave it out, or name a vit_* "
-                "model, which a distillation token is grafted onto"
+                f"{key}: timm's {type(model).__name__} does not use {argument}; leave it out, or name a vit_* model, "
+                "which a distillation token is grafted onto"
             )
     for module in model.modules():
         if hasattr(module, "num_prefix_tokens"):  # patch dropout, which would drop and move the second token

@@ -104,7 +104,7 @@ class Course:
         reset_peak_memory(run.processes.device)
         if run.processes.is_main and self.progress.step < run.loader.total_steps:
             now = size_text(peak_memory(run.processes.device))
-            say(f"{over}: over after step {self.progress.step}; memory was {size_text(peak)} at its peak, {now} now")
+            say(f"{over}: ended after step {self.progress.step}; memory peaked at {size_text(peak)} and is {now} now")
 
     def _record(self, overdue: bool) -> bool:
         """Write the record of the steps since the last one; return whether a checkpoint is overdue anywhere."""
@@ -159,8 +159,8 @@ class Course:
         if self.progress.bad_in_a_row >= most:
             raise InputError(
                 f"train: the last {self.progress.bad_in_a_row} steps had no finite gradient and were left out "
-                f"(train.max_bad_steps is {most}); the records bad_step of {run.folder / METRICS_FILE} name the views: "
-                f"lower optim.lr or set train.precision off, and begin another output"
+                f"(train.max_bad_steps is {most}); the bad_step records in {run.folder / METRICS_FILE} name the views: "
+                "lower optim.lr or set train.precision off, and start again with another output"
             )
 
     def _give_up_without_answers(self) -> None:
@@ -172,8 +172,8 @@ class Course:
         steps, most = self.progress.unanswered_in_a_row, self.run.config.train.max_bad_steps
         if steps >= most:
             raise InputError(
-                f"teacher: in each of the last {steps} steps an answer was not finite (train.max_bad_steps is {most}); "
-                "set teacher.precision off, or name other weights, and begin another output"
+                f"teacher: each of the last {steps} steps had an answer that was not finite (train.max_bad_steps is "
+                f"{most}); set teacher.precision off or name other weights, and start again with another output"
             )
 
     def _end_epoch(self) -> None:
@@ -216,7 +216,7 @@ class Course:
         self.run.errors.tell()
         state = {"trainer": self.trainer.state(), "progress": self.progress.state(self.run.processes)}
         step = self.progress.step
-        work = "waits until its disk has the checkpoint before"
+        work = "waits for the previous checkpoint to reach its disk"
         on_main(self.run.processes, lambda: self.checkpoints.save(step, state, is_best), work)
         self._saved = time.monotonic()
 
@@ -270,7 +270,7 @@ def _step_note(step: int, total: int, record: dict[str, Any], kind: str) -> str:
     if record["bad_steps"]:
         terms += f", {record['bad_steps']} steps left out"
     if record["teacher_not_finite"]:
-        terms += f", {record['teacher_not_finite']} answers of the teacher not finite"
+        terms += f", {record['teacher_not_finite']} teacher answers not finite"
     return f"step {step}/{total}  {terms}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s"
 
 

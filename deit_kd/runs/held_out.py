@@ -48,8 +48,9 @@ def check_fold(key: str, weights: str, here: Data, splits: Splits) -> None:
     has_folds = theirs.folds is not None or here.folds is not None
     if has_folds and _place(theirs) == _place(here) and not was_trained_on(run, splits):
         raise InputError(
-            f"{key}: {weights} held out {_fold_of(theirs)} of these photos, and here it is {_fold_of(here)}: it has "
-            "learned from some of them; name one of the same fold, trained with the photos that are there now"
+            f"{key}: {weights} held out {_fold_of(theirs)} of these photos, but this recipe holds out "
+            f"{_fold_of(here)}, so it has learned from some of them; name weights of the same fold, trained with the "
+            "photos that are there now"
         )
 
 
@@ -60,8 +61,8 @@ def check_own_fold(run: Path, here: Data, splits: Splits) -> None:
     is_own = (here.folds, here.fold) == (own.folds, own.fold)
     if own.folds is not None and is_own and not was_trained_on(run, splits):
         raise InputError(
-            f"data.fold: {run} held out {_fold_of(own)} of {own.root}, and {here.root} has other photos; score them "
-            "all with --data.folds null --data.fold null"
+            f"data.fold: {run} held out {_fold_of(own)} of {own.root}, but {here.root} has other photos; score all of "
+            "them with --data.folds null --data.fold null"
         )
 
 

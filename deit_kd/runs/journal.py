@@ -25,7 +25,7 @@ from deit_kd.run_folder import METRICS_FILE, lines_until
 def check_tracking(wandb: bool) -> None:
     """Raise an InputError where Weights & Biases is asked for and not installed."""
     if wandb and importlib.util.find_spec("wandb") is None:
-        raise InputError("tracking.wandb: true, but wandb is not installed; pip install wandb, or set it false")
+        raise InputError("tracking.wandb: true, but wandb is not installed; pip install wandb, or set it to false")
 
 
 class WandbBoard:

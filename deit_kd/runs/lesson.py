@@ -46,7 +46,7 @@ class Lesson:
             InputError: nothing here can.
         """
         if self._network is None:
-            raise InputError("distill.terms: features are compared, but nobody gives them; add an online guide")
+            raise InputError("distill.terms: features are compared, but nothing provides them; add an online guide")
         return self._network
 
     @property
@@ -151,6 +151,6 @@ def _check_same(whose: str, plain: StudentOutput | TeacherOutput, asked: Student
     for before, after in [*zip(plain[:-1], asked[:-1], strict=True), *both]:
         if before is not None and after is not None and not torch.allclose(before, after, rtol=1e-2, atol=1e-3):
             raise InputError(
-                f"distill.terms: {whose} answers otherwise when it is asked for features (timm's forward_intermediates"
-                " leaves a layer out); name another network"
+                f"distill.terms: {whose} answers differently when it is asked for features (timm's "
+                "forward_intermediates skips a layer); name another network"
             )

@@ -55,7 +55,7 @@ def _met(
     else:
         facts["weights"] = tensors_hash(teacher.state_dict())
     if not run.processes.same_everywhere([facts["weights"], facts.get("store")]):
-        raise InputError(f"{role}: its weights differ between processes; give all of them the same file")
+        raise InputError(f"{role}: its weights differ between processes; give every process the same file")
     if run.checkpoint is not None:
         on_main(run.processes, lambda: _refuse_other_teacher(run, role, facts))
     if isinstance(teacher, FrozenTeacher) and not teacher.has_head:
@@ -66,7 +66,7 @@ def _met(
     else:
         facts["score"], predictions = score_teacher(
             teacher,
-            run.processes.busy_over("asks the teacher", run.errors.watch("validation", run.validation)),
+            run.processes.busy_over("runs the teacher", run.errors.watch("validation", run.validation)),
             classes=len(run.classes),
             total=len(run.splits.validation),
             processes=run.processes,
@@ -111,4 +111,4 @@ def _refuse_other_teacher(run: Run, role: str, facts: dict[str, Any]) -> None:
     if role == "guide" and "guide" in before:
         before = before["guide"]
     if any(before.get(key) != facts.get(key) for key in ("weights", "store")):
-        raise InputError(f"resume: {run.folder} was begun with other weights of the {role}; name the same ones")
+        raise InputError(f"resume: {run.folder} was started with other weights for the {role}; name the same ones")

@@ -87,7 +87,7 @@ def open_folder(config: Config, processes: Processes, data_facts: dict[str, str]
                 return load_checkpoint(*chosen)
         except ValueError as error:
             raise InputError(
-                f"resume: {error}, but process 0 goes on from it; let all processes see the same folder, or delete "
+                f"resume: {error}, but process 0 resumes from it; let all processes see the same folder, or delete "
                 "that checkpoint"
             ) from error
 
@@ -99,7 +99,7 @@ def _newest(config: Config, folder: Path, data_facts: dict[str, str] | None) -> 
     if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= LEFTOVERS):
         return None
     if not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"output: {folder} holds something that is no run; name another folder")
+        raise InputError(f"output: {folder} holds something that is not a run; name another folder")
     if config.resume != "auto":
         raise InputError(
             f"output: {folder} already holds a run; continue it with --resume auto, or name another folder"
@@ -122,5 +122,6 @@ def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) ->
     changed += [f"data ({split}): other photos" for split in data_facts if before_data.get(split) != data_facts[split]]
     if changed:
         raise InputError(
-            f"resume: {folder} was begun with another recipe ({'; '.join(changed)}); undo that, or name another output"
+            f"resume: {folder} was started with another recipe ({'; '.join(changed)}); undo that, or name another "
+            "output"
         )

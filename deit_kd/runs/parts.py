@@ -92,10 +92,10 @@ def _refuse_others(processes: Processes, split: str, photos: Photos, digest: str
         if digest != expected:
             ours = photos.lines()
             differing = sorted({line.split("\t")[0] for line in set(ours) ^ set(theirs)})
-            first = f"the first that differs is {differing[0]}" if differing else "they are decoded otherwise"
+            first = f"the first that differs is {differing[0]}" if differing else "they are decoded differently"
             raise InputError(
-                f"data.root: {len(ours)} photos of {split!r} are not the {len(theirs)} of process 0 ({first}); give "
-                "every process the same photos"
+                f"data.root: the {len(ours)} photos of {split!r} differ from the {len(theirs)} of process 0 ({first}); "
+                "give every process the same photos"
             )
 
     together(processes, refuse)

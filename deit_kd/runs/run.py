@@ -67,7 +67,8 @@ def prepare(
             splits = splits._replace(train=splits.train.in_memory(parts.skips(config)))
     if len(splits.validation) < processes.count:
         raise InputError(
-            f"data: {len(splits.validation)} validation images are fewer than {processes.count} processes; use fewer"
+            f"data: {len(splits.validation)} validation images are fewer than {processes.count} processes; use fewer "
+            "processes"
         )
     loader = parts.build_training_loader(config, splits.train, processes)
     with processes.busy("builds the student"):
@@ -188,7 +189,7 @@ def average_line(average: WeightAverage, total_steps: int) -> str:
     line = f"average: over {average.span:.0f} steps, {share:.1f} % of the run's {total_steps}"
     if average.span <= total_steps:
         return line
-    return f"warning: {line}, so that it is the plain mean of all of them; set train.ema_decay lower, or null"
+    return f"warning: {line}, so it is the plain mean of all of them; lower train.ema_decay, or set it to null"
 
 
 def _write_facts(run: Run, teacher_facts: TeacherFacts | None) -> None:
@@ -217,6 +218,9 @@ def _say_start(run: Run, trainer: Trainer, first_step: int) -> None:
     if trainer.ema is not None:
         say(average_line(trainer.ema, run.loader.total_steps))
     if not run.objective.learns_from_labels:
-        say(f"labels teach nothing: score the features with deit-kd eval {run.folder} --probe true, not the heads")
+        say(
+            f"the run does not learn from labels: score the features with deit-kd eval {run.folder} --probe true, not "
+            "the heads"
+        )
     for line in run.student.account.lines() if run.student.account is not None and not first_step else ():
         say(line)

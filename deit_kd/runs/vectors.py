@@ -47,12 +47,10 @@ def collect_vectors(
             rows.append((indices, batch.labels, ask(batch.to(processes.device)).float().cpu()))
     rows = [row for share in processes.gather(rows) for row in share]
     if not rows:
-        raise InputError("data.root: not one image can be read; see deit-kd data check")
+        raise InputError("data.root: no image can be read; run deit-kd data check")
     indices, labels, features = (torch.cat(column) for column in zip(*rows, strict=True))
     if not features.isfinite().all():
-        raise InputError(
-            f"{whose} answers with pooled features that are not finite; check its weights, or set precision off"
-        )
+        raise InputError(f"{whose}: its pooled features are not finite; check its weights, or set precision off")
     order = indices.argsort()
     return Vectors(labels[order], features[order])
 
@@ -71,7 +69,7 @@ def score_headless(run: Run, teacher: FrozenTeacher) -> dict[str, Any]:
 
     teacher.ask_for((POOLED,))
     watched = run.errors.watch("validation", run.validation)
-    vectors = collect_vectors("teacher", ask, run.processes.busy_over("asks the teacher", watched), run.processes)
+    vectors = collect_vectors("teacher", ask, run.processes.busy_over("runs the teacher", watched), run.processes)
     teacher.ask_for(())
     run.errors.tell()
     work = "compares the teacher's features"

@@ -85,19 +85,17 @@ class LabelStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         if not (self.folder / MANIFEST).is_file():
-            raise InputError(f"teacher.store: {folder} is no label store; make one with deit-kd store build")
+            raise InputError(f"teacher.store: {folder} is not a label store; make one with deit-kd store build")
         written = read_json(self.folder / MANIFEST, dict[str, Any]).get("format")
         if written != FORMAT:
-            raise InputError(
-                f"teacher.store: {folder} has format {written}, this version reads {FORMAT}; build it anew"
-            )
+            raise InputError(f"teacher.store: {folder} has format {written}, this version reads {FORMAT}; rebuild it")
         self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST, Manifest)
         # A store made before there were versions of views is of the first.
         self.views_version: int = self.manifest["identity"].get(VIEWS_FIELD, 1)
         if self.views_version not in range(1, VIEWS_VERSION + 1):
             raise InputError(
                 f"teacher.store: {folder} answers views of version {self.views_version}, this version of deit_kd makes "
-                f"those up to {VIEWS_VERSION}; build it anew"
+                f"versions up to {VIEWS_VERSION}; rebuild it"
             )
         self.record = Record(len(self.manifest["classes"]), self.manifest["top"])
         self._open: tuple[str, Columns] | None = None
@@ -117,7 +115,9 @@ class LabelStore:
         place = Path(folder).expanduser()
         if not (place / MANIFEST).is_file():
             if any(not path.name.startswith(".") for path in place.iterdir()):
-                raise InputError(f"teacher.store: {folder} holds something that is no store; name another folder")
+                raise InputError(
+                    f"teacher.store: {folder} holds something that is not a label store; name another folder"
+                )
             with _said_clearly(place):
                 write_json(place / MANIFEST, {"format": FORMAT, **manifest})
         return cls(folder)
@@ -177,8 +177,8 @@ class LabelStore:
         if bool((gone := is_missing(found)).any()):
             epoch, position = view_ids[gone][0].tolist()
             raise InputError(
-                f"teacher.store: {self.folder} has no answer to view {position} of epoch {epoch}, whose photo could "
-                f"not be read then and can be now; {self._cure(epoch)}"
+                f"teacher.store: {self.folder} has no answer to view {position} of epoch {epoch}, whose photo was "
+                f"unreadable when the store was built and can be read now; {self._cure(epoch)}"
             )
         return found
 
@@ -195,7 +195,7 @@ class LabelStore:
             epoch, position = view_ids[present][0].tolist()
             raise InputError(
                 f"teacher.store: {self.folder} answers view {position} of epoch {epoch}, whose photo could be read "
-                f"then and cannot be now; repair the photo, or {self._cure(epoch)}"
+                f"when the store was built and is unreadable now; repair the photo, or {self._cure(epoch)}"
             )
 
     def _cure(self, epoch: int) -> str:
@@ -252,7 +252,7 @@ class LabelStore:
             if metadata["digest"] != _hash(columns, metadata):
                 raise self._broken(self._file(part), "its checksum differs")
             if not is_whole(columns) or not self.record.names_its_classes(columns):
-                raise self._broken(self._file(part), "a record is no answer")
+                raise self._broken(self._file(part), "a record is not a valid answer")
 
     def _read(self, file: Path, rows: int | None) -> tuple[Columns, dict[str, str]]:
         """Map the columns of a file: `rows` of them, or any number where that is None."""
@@ -265,7 +265,7 @@ class LabelStore:
         if metadata.get("store") != self.digest:
             raise self._broken(file, "it belongs to another store")
         if not {"notes", "digest"} <= metadata.keys() or not self._are_records(columns, rows):
-            raise self._broken(file, "it holds no records" if rows is None else f"it has not {rows} records")
+            raise self._broken(file, "it holds no records" if rows is None else f"it does not hold {rows} records")
         return columns, metadata
 
     def _are_records(self, columns: Columns, rows: int | None) -> bool:
@@ -377,7 +377,9 @@ class LabelStore:
     def _pieces_folder(self, part: str) -> Path:
         folder = self.folder / f"{part}.pieces"
         if folder.is_symlink():
-            raise InputError(f"teacher.store: {folder} is a link, and pieces are deleted in time; remove the link")
+            raise InputError(
+                f"teacher.store: {folder} is a link, and pieces are deleted once they are joined; remove the link"
+            )
         return folder
 
 
@@ -395,5 +397,5 @@ def _said_clearly(folder: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         raise InputError(
             f"teacher.store: {folder} cannot be written ({reason}); free space or name another folder, then run the "
-            "same command again: what was finished stays"
+            "same command again; what was finished is kept"
         ) from error

@@ -42,7 +42,7 @@ class StoredTeacher:
             InputError: a view is not in the store, or one that `batch` lacks is, or a part is damaged.
         """
         if batch.view_ids is None:
-            raise InputError("teacher.store: only views of the training loader can be answered, which have view_ids")
+            raise InputError("teacher.store: answers only views of the training loader, which have view_ids")
         view_ids = batch.view_ids.cpu()
         for epoch in set(view_ids[:, 0].tolist()) - self._verified:
             self._verify(epoch_part(epoch))

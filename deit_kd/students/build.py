@@ -128,7 +128,9 @@ def _freeze(backbone: nn.Module, what: str) -> None:
     if what == "none":
         return
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()):
-        raise InputError("student.freeze: a frozen BatchNorm would still move its statistics; freeze a ViT, or nothing")
+        raise InputError(
+            "student.freeze: a frozen BatchNorm would still update its statistics; freeze a ViT or nothing"
+        )
     for name, parameter in backbone.named_parameters():
         learns = {
             "patch_embed": not name.startswith(_PATCH_EMBEDDING),

@@ -79,7 +79,7 @@ def build_teacher(
     origin = _origin(name, pretrained, checkpoint, random_weights)
     notes: list[str] = []
     if origin.record is not None and name is not None and not is_kin(name, str(origin.architecture)):
-        notes.append(f"teacher.name: {name} is left aside, since {origin.name} is a {origin.architecture}")
+        notes.append(f"teacher.name: {name} is ignored, since {origin.name} is a {origin.architecture}")
         name, args = None, {}
     architecture = _architecture(name, origin)
     size = image_size or origin.preprocessing.image_size or student.image_size
@@ -188,8 +188,8 @@ def _check_tag_has_head(name: str) -> None:
     cfg = timm.get_pretrained_cfg(name)
     if cfg is not None and cfg.has_weights and not cfg.num_classes:
         raise InputError(
-            f"teacher.pretrained: {name} was published without a head, so that it has features to teach by and no "
-            "logits; set teacher.head (of a guide, guide.head) false, and compare features (a guide or pooled term)"
+            f"teacher.pretrained: {name} was published without a head, so it has features to teach with but no logits; "
+            "set teacher.head (guide.head for a guide) to false, and compare features (a guide or pooled term)"
         )
 
 
@@ -204,6 +204,7 @@ def _columns(architecture: str, origin: Origin, needs_head: bool) -> int:
     if not found:
         raise InputError(
             f"teacher: {origin.name} has no head ({', '.join(heads) or 'timm names none'}), and a teacher's head is "
-            "never made up; use weights that were trained to classify, or set its head false and compare features"
+            "never initialised at random; use weights that were trained to classify, or set its head to false and "
+            "compare features"
         )
     return int(found[0])

@@ -148,10 +148,13 @@ def _label_names(
     if label_names is not None:
         if label_columns is None and len(label_names) != columns:
             raise InputError(
-                f"teacher: {len(label_names)} class names lie beside weights of {columns} columns; repair config.json"
+                f"teacher: config.json has {len(label_names)} class names, but the weights have {columns} columns; "
+                "correct it"
             )
         if label_columns is not None and max(column for group in label_columns for column in group) >= columns:
-            raise InputError(f"teacher: its record names a column that weights of {columns} columns do not have")
+            raise InputError(
+                f"teacher: its record names a column beyond the {columns} of the weights; name the weights themselves"
+            )
         return label_names
     if label_set is not None:
         known = label_set_names(label_set)
@@ -183,8 +186,8 @@ def _check_classes_of_file(classes: tuple[str, ...], entries: Mapping[str, Any],
     unknown = [name for name in entries if name not in set(classes)]
     if unknown:
         raise InputError(
-            f"teacher.class_map: {file} maps {unknown[0]!r}, which is no class of the dataset"
-            f"{nearest(unknown[0], classes)}; correct it, or leave it out"
+            f"teacher.class_map: {file} maps {unknown[0]!r}, which is not a class of the "
+            f"dataset{nearest(unknown[0], classes)}; correct it, or leave it out"
         )
 
 
@@ -228,16 +231,18 @@ def read_mapping(file: str) -> dict[str, list[str]]:
         raise InputError(f"teacher.class_map: {file} cannot be read ({error.strerror}); name a CSV or JSON") from error
     except _Twice as error:
         raise InputError(
-            f"teacher.class_map: {str(error)!r} stands twice in {file}; give a class its columns as one list"
+            f"teacher.class_map: {str(error)!r} appears twice in {file}; give a class its columns as one list"
         ) from error
     except (ValueError, KeyError, AttributeError, RecursionError, csv.Error) as error:
         raise InputError(
-            f'teacher.class_map: {file} is no mapping; write JSON {{"class": column, …}} or CSV class,teacher'
+            f'teacher.class_map: {file} is not a mapping; write JSON {{"class": column, …}} or CSV class,teacher'
         ) from error
     mapping: dict[str, list[str]] = {}
     for name, entry in pairs:
         if isinstance(entry, bool) or not isinstance(entry, int | str):
-            raise InputError(f"teacher.class_map: {entry!r} of {name!r} in {file} is no column, WordNet id or label")
+            raise InputError(
+                f"teacher.class_map: {entry!r} of {name!r} in {file} is not a column, a WordNet id or a label"
+            )
         mapping.setdefault(name, []).append(str(entry))
     return mapping
 
@@ -275,8 +280,8 @@ def _from_entries(
         for column in group:
             if column in owner:
                 raise InputError(
-                    f"teacher: column {column} would speak for both {owner[column]!r} and {name!r}; "
-                    "the teacher cannot tell these classes apart: merge them, or map them to different columns"
+                    f"teacher: column {column} is mapped to both {owner[column]!r} and {name!r}; the teacher cannot "
+                    "tell these classes apart: merge them, or map them to different columns"
                 )
             owner[column] = name
     return ClassMap(groups, places.labels)
@@ -350,13 +355,13 @@ class _Places:
         if len(found) == 1:
             return found[0]
         if found:
-            where = f" in {self._file}" if self._file else ", its own,"
+            where = f" in {self._file}" if self._file else " (its own name)"
             raise InputError(
                 f"teacher.class_map: {entry!r} of {name!r}{where} is the name of columns "
                 f"{' and '.join(str(group[0]) for group in found)}; write the number"
             )
         raise InputError(
-            f"teacher.class_map: the teacher has no {entry!r}, which {self._file} gives {name!r}{self.nearest(entry)}"
+            f"teacher.class_map: the teacher has no {entry!r}, which {self._file} maps {name!r} to{self.nearest(entry)}"
         )
 
     def nearest(self, name: str) -> str:

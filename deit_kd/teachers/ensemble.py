@@ -41,7 +41,7 @@ class EnsembleTeacher(nn.Module):
         super().__init__()
         if len(members) != len(weights) or not members or min(weights) <= 0:
             raise InputError(
-                f"teacher.members: {len(members)} teachers have weights {list(weights)}; give each one > 0"
+                f"teacher.members: {len(members)} teachers have weights {list(weights)}; give each a weight above 0"
             )
         if combine not in COMBINATIONS:
             raise InputError(f"teacher.combine: {combine!r} is unknown; use one of {', '.join(COMBINATIONS)}")

@@ -113,7 +113,7 @@ class FrozenTeacher(nn.Module):
         if not self.has_head:
             left_out = self.facts.get("head_left_out")
             its_own = f"its head of {left_out} columns is left out" if left_out else "its weights have no head"
-            lines.append(f"{role}: {its_own}; it teaches by its features alone")
+            lines.append(f"{role}: {its_own}; it teaches with its features only")
         columns = self.facts.get("class_map") or {}
         for name, group in list(columns.items())[:LONGEST_LIST]:
             lines.append(

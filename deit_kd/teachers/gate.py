@@ -41,8 +41,8 @@ def check_score(name: str, top1: float, nll: float, labels: Sequence[int], min_t
     """
     if not math.isfinite(nll):
         raise InputError(
-            f"teacher: {name} answers the validation set with outputs that are not finite; check its "
-            "weights, or set teacher.precision off"
+            f"teacher: the outputs of {name} on the validation set are not finite; check its weights, or set "
+            "teacher.precision off"
         )
     least = least_top1(labels) if min_top1 is None else min_top1
     if top1 < least:
@@ -95,9 +95,9 @@ def check_columns(
         )
     more = f"; {len(pairs) - LONGEST_LIST} more" if len(pairs) > LONGEST_LIST else ""
     raise InputError(
-        f"teacher.class_map: {facts['name']} seems to have its columns in another order ({'; '.join(seen)}{more}); "
+        f"teacher.class_map: the columns of {facts['name']} seem to be in another order ({'; '.join(seen)}{more}); "
         f"give teacher.class_map a JSON of all classes{_entries(facts, classes, pairs)}, see docs/guide/teachers.md, "
-        "or mend the folders of these photos; teacher.min_top1 0 lets it teach as it is"
+        "or correct the folders of these photos; teacher.min_top1 0 lets it teach as it is"
     )
 
 

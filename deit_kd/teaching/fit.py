@@ -55,7 +55,7 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
         except InputError as error:
             raise InputError(_in_the_recipes_keys(str(error))) from error
         if processes.is_main:
-            how = _why(key, folder) if run.checkpoint is None else " goes on"
+            how = _why(key, folder) if run.checkpoint is None else " (resumed)"
             say(f"teacher: fitting {config.teacher.name}{how}")
         execute(run)
         on_main(processes, lambda: write_json(folder / KEY_FILE, key))
@@ -180,7 +180,7 @@ def _why(key: dict[str, Any], folder: Path) -> str:
     if not others:
         return ""
     found = min((_changed(other, key) for other in others), key=len)
-    return f" anew, since these differ from one that is there: {'; '.join(found)}"
+    return f" from scratch, since an existing one differs: {'; '.join(found)}"
 
 
 def _changed(before: dict[str, Any], key: dict[str, Any]) -> list[str]:

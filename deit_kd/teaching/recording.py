@@ -66,7 +66,7 @@ def recording(
             fill_epoch(store, recorder, run.loader, epoch, processes, size, run.errors, lambda batch: beat())
 
         if processes.is_main:
-            say(f"store: {config.teacher.store} is filled, {store.record.bytes_per_view} bytes a view")
+            say(f"store: filling {config.teacher.store}, {store.record.bytes_per_view} bytes per view")
         yield recorder, after_epoch
 
 
@@ -119,12 +119,13 @@ def writing(
             refuse_libraries(store)
             if top is not None and top != store.record.top:
                 raise InputError(
-                    f"teacher.store_top: {store.record.top} in the store, {top} here; use its own, or name another "
+                    f"teacher.store_top: {store.record.top} in the store, {top} here; use the store's, or name another "
                     "folder"
                 )
             if not config.distill.takes_hard_labels and not store.record.holds_logits:
                 raise InputError(
-                    f"distill.kind: {config.distill.kind!r} needs logits; {folder} holds hard labels alone"
+                    f"distill.kind: {config.distill.kind!r} needs logits, but {folder} holds only hard labels; name "
+                    "another folder"
                 )
 
         on_main(processes, enter, f"opens {folder}")
@@ -156,7 +157,7 @@ def fill_validation(
     batches = parts.build_evaluation_loader(config, splits.validation, processes)
     score, _ = score_teacher(
         asked,
-        processes.busy_over("asks the teacher", errors.watch("validation", batches)),
+        processes.busy_over("runs the teacher", errors.watch("validation", batches)),
         classes=len(splits.validation.classes),
         total=len(splits.validation),
         processes=processes,
@@ -206,7 +207,7 @@ def fill_epoch(
     """Ask for what an epoch still lacks, each process its share of blocks."""
     processes.wait()
     part = epoch_part(epoch)
-    missing: Any = processes.share(on_main(processes, lambda: store.missing(part), f"looks what {part} lacks"))
+    missing: Any = processes.share(on_main(processes, lambda: store.missing(part), f"looks for what {part} lacks"))
     block = batch_size + batch_size % 2
     starts = range(processes.rank * block, len(missing), processes.count * block)
     if len(starts):

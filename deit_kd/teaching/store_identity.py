@@ -47,7 +47,7 @@ def _file_digest(path: str | None) -> str | None:
     if path is None:
         return None
     if not Path(path).is_file():
-        raise InputError(f"teacher.class_map: {path} is no file; name a CSV or JSON file")
+        raise InputError(f"teacher.class_map: {path} is not a file; name a CSV or JSON file")
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
 
@@ -112,8 +112,8 @@ def refuse_differences(store: LabelStore, found: list[str]) -> None:
     if found:
         more = f"; {len(found) - 3} more" if len(found) > 3 else ""
         raise InputError(
-            f"teacher.store: {store.folder} holds answers to other questions ({'; '.join(found[:3])}{more}); undo "
-            "that, or name another store"
+            f"teacher.store: {store.folder} was built for other settings ({'; '.join(found[:3])}{more}); undo that, or "
+            "name another store"
         )
 
 
@@ -124,7 +124,7 @@ def refuse_libraries(store: LabelStore) -> None:
     fewest = min((differences(known, here, IN_THE_STORE) for known in accepted), key=len)
     raise InputError(
         f"teacher.store: {store.folder} was made with other libraries ({'; '.join(fewest)}), which may change a view; "
-        "run deit-kd store check on it, which lets these use it if the answers hold"
+        "run deit-kd store check on it: if its answers still hold, these versions may use it"
     )
 
 

@@ -44,8 +44,8 @@ def stored_teacher(run: Run) -> StoredTeacher:
     refuse_libraries(store)
     if not config.distill.takes_hard_labels and not store.record.holds_logits:
         raise InputError(
-            f"distill.kind: {config.distill.kind!r} needs logits, but {config.teacher.store} holds the hard label "
-            f"alone; build another with --teacher.store_top {SOFT_TOP}"
+            f"distill.kind: {config.distill.kind!r} needs logits, but {config.teacher.store} holds only hard labels; "
+            f"build another with --teacher.store_top {SOFT_TOP}"
         )
     # A builder may add an epoch while the processes look.
     epochs: int = processes.share(on_main(processes, lambda: _epochs_to_read(run, store)))
@@ -63,7 +63,7 @@ def stored_teacher(run: Run) -> StoredTeacher:
 
     together(processes, look)
     if processes.is_main:
-        cycled = f", dealt over and over for {config.train.epochs} epochs" if needed < config.train.epochs else ""
+        cycled = f", repeated for {config.train.epochs} epochs" if needed < config.train.epochs else ""
         say(f"store: {config.teacher.store}, {needed} epochs of views{cycled}; the teacher is not in memory")
     run.loader.cycle_views(epochs)
     run.loader.order_as(store.views_version)
@@ -78,7 +78,10 @@ def _epochs_to_read(run: Run, store: LabelStore) -> int:
     facts = read_facts(run.folder)["teacher"]
     begun = epochs if facts is None else facts.get("view_epochs", epochs)
     if begun > epochs:
-        raise InputError(f"resume: {run.folder} was begun with {begun} epochs of the store, which has {epochs} now")
+        raise InputError(
+            f"resume: {run.folder} was started with {begun} epochs of the store, which now has {epochs}; restore them, "
+            "or name another output"
+        )
     return begun
 
 
@@ -123,5 +126,5 @@ def open_store(folder: str) -> LabelStore:
     """
     store = LabelStore(folder)
     if not store.epochs:
-        raise InputError(f"teacher.store: {folder} holds no whole epoch yet; run deit-kd store build on it")
+        raise InputError(f"teacher.store: {folder} holds no complete epoch yet; run deit-kd store build on it")
     return store
