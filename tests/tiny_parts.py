@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from deit_kd import Batch, Distiller, FrozenTeacher, Objective, TeacherOutput
 from deit_kd.data import (
+    Mixing,
     Photos,
     Splits,
+    TrainingBatchSampler,
     TrainingLoader,
     Transform,
+    Views,
     build_splits,
-    build_training_loader,
     training_transform,
 )
 from deit_kd.engine import Trainer
@@ -48,25 +50,16 @@ def folder_splits(root: Path | None, **options: Any) -> Splits:
     return build_splits(**{**base, **options})
 
 
-def training_loader(photos: Photos, transform: Any, **options: Any) -> TrainingLoader:
+def training_loader(
+    photos: Photos, transform: Any, *, seed: int = 0, workers: int = 0, skip: bool = False, **options: Any
+) -> TrainingLoader:
     """Return the loader of one process that mixes, one epoch in batches of 8 unless `options` say otherwise."""
-    base: dict[str, Any] = {
-        "seed": 0,
-        "repeats": 1,
-        "mixup": 0.8,
-        "cutmix": 1.0,
-        "mix_probability": 1.0,
-        "mix_switch_probability": 0.5,
-        "label_smoothing": 0.1,
-        "batch_size": 8,
-        "accumulation_steps": 1,
-        "epochs": 1,
-        "rank": 0,
-        "processes": 1,
-        "workers": 0,
-        "pin_memory": False,
-    }
-    return build_training_loader(photos, transform, **{**base, **options})
+    mixes = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
+    mixes |= {name: options.pop(name) for name in mixes if name in options}
+    mixing = Mixing(len(photos.classes), seed, **mixes)
+    order = {"repeats": 1, "batch_size": 8, "accumulation_steps": 1, "epochs": 1, "rank": 0, "processes": 1, **options}
+    sampler = TrainingBatchSampler(photos=len(photos), seed=seed, pairs=mixing.is_on, **order)
+    return TrainingLoader(Views(photos, transform, seed, skip), sampler, mixing, workers, False)
 
 
 def tiny_student(**options: Any) -> TimmStudent:

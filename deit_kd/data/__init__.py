@@ -3,20 +3,24 @@
 from deit_kd.data.decode import UnreadableImage, load_image
 from deit_kd.data.folder import one_split
 from deit_kd.data.folds import joined
-from deit_kd.data.loader import TrainingLoader, build_evaluation_loader, build_training_loader, lost_worker
+from deit_kd.data.loader import TrainingLoader, Views, build_evaluation_loader, lost_worker
+from deit_kd.data.mixing import Mixing
+from deit_kd.data.order import TrainingBatchSampler
 from deit_kd.data.photos import Photos, Splits
 from deit_kd.data.sets import build_splits
 from deit_kd.data.transforms import Transform, evaluation_transform, training_transform
 
 __all__ = [
+    "Mixing",
     "Photos",
     "Splits",
+    "TrainingBatchSampler",
     "TrainingLoader",
     "Transform",
     "UnreadableImage",
+    "Views",
     "build_evaluation_loader",
     "build_splits",
-    "build_training_loader",
     "evaluation_transform",
     "joined",
     "load_image",

@@ -201,54 +201,6 @@ class TrainingLoader:
         return received(batches, self._workers, lent)
 
 
-def build_training_loader(
-    photos: Photos,
-    transform: Transform,
-    *,
-    seed: int,
-    repeats: int,
-    mixup: float,
-    cutmix: float,
-    mix_probability: float,
-    mix_switch_probability: float,
-    label_smoothing: float,
-    batch_size: int,
-    accumulation_steps: int,
-    epochs: int,
-    rank: int,
-    processes: int,
-    workers: int,
-    pin_memory: bool,
-    skip: bool = False,
-) -> TrainingLoader:
-    """Return the loader of training views for one process; with `skip` it leaves out what cannot be read.
-
-    Raises:
-        InputError: the batch cannot be dealt evenly, or the set is smaller than one batch.
-    """
-    mixing = Mixing(
-        classes=len(photos.classes),
-        seed=seed,
-        mixup=mixup,
-        cutmix=cutmix,
-        probability=mix_probability,
-        switch_probability=mix_switch_probability,
-        label_smoothing=label_smoothing,
-    )
-    batch_sampler = TrainingBatchSampler(
-        photos=len(photos),
-        repeats=repeats,
-        seed=seed,
-        batch_size=batch_size,
-        accumulation_steps=accumulation_steps,
-        rank=rank,
-        processes=processes,
-        pairs=mixing.is_on,
-        epochs=epochs,
-    )
-    return TrainingLoader(Views(photos, transform, seed, skip), batch_sampler, mixing, workers, pin_memory)
-
-
 class _Photos(Dataset[Example]):
     def __init__(self, sight: Sight, indices: range) -> None:
         self._sight, self._indices = sight, indices

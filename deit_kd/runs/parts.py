@@ -185,7 +185,11 @@ def build_data_errors(
 
 
 def build_training_loader(config: Config, photos: Photos, processes: Processes) -> data.TrainingLoader:
-    """Return the loader of this process's training views."""
+    """Return the loader of this process's training views.
+
+    Raises:
+        InputError: the batch cannot be dealt evenly, or the set is smaller than one batch.
+    """
     augment = config.augment
     transform = data.training_transform(
         image_size=config.data.image_size,
@@ -199,25 +203,29 @@ def build_training_loader(config: Config, photos: Photos, processes: Processes) 
         ratio=augment.ratio,
         erasing=augment.erasing,
     )
-    return data.build_training_loader(
-        photos.in_memory(skips(config)) if config.data.in_memory else photos,
-        transform,
+    mixing = data.Mixing(
+        classes=len(photos.classes),
         seed=config.seed,
-        repeats=augment.repeats,
         mixup=augment.mixup,
         cutmix=augment.cutmix,
-        mix_probability=augment.mix_probability,
-        mix_switch_probability=augment.mix_switch_probability,
+        probability=augment.mix_probability,
+        switch_probability=augment.mix_switch_probability,
         label_smoothing=augment.label_smoothing,
+    )
+    batch_sampler = data.TrainingBatchSampler(
+        photos=len(photos),
+        repeats=augment.repeats,
+        seed=config.seed,
         batch_size=config.train.batch_size,
         accumulation_steps=config.train.accumulation_steps,
-        epochs=config.train.epochs,
         rank=processes.rank,
         processes=processes.count,
-        workers=config.data.workers,
-        pin_memory=processes.device.type == "cuda",
-        skip=skips(config),
+        pairs=mixing.is_on,
+        epochs=config.train.epochs,
     )
+    kept = photos.in_memory(skips(config)) if config.data.in_memory else photos
+    views = data.Views(kept, transform, config.seed, skips(config))
+    return data.TrainingLoader(views, batch_sampler, mixing, config.data.workers, processes.device.type == "cuda")
 
 
 def build_evaluation_transform(config: Config) -> data.Transform:
