@@ -6,7 +6,10 @@ import os
 import re
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,3 +36,22 @@ def test_neither_memory_nor_open_files_grow_over_a_hundred_steps() -> None:
     done = program("soak", "--steps", "100")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"steps: 105, evaluations: 3; .* open files by -?\d+ ", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("before", "here", "is_same"),
+    [
+        ({"nll": 0.5, "top1": 50.0}, {"nll": 0.5 + 1e-15, "top1": 50.0}, True),
+        ({"nll": 0.5}, {"nll": 0.5 + 1e-9}, False),
+        ({"top1": 50.0}, {"top1": 50.0 + 1e-14}, False),
+        ([{"loss": 1.0}], [{"loss": 1.0}, {"loss": 1.0}], False),
+        ({"heads": {"dist": None}}, {"heads": {"dist": None}}, True),
+        ({"heads": {"dist": None}}, {"heads": {}}, False),
+        (b"weights", b"weightz", False),
+    ],
+)
+def test_a_replay_forgives_nothing_but_the_last_digits_of_a_likelihood(before: Any, here: Any, is_same: bool) -> None:
+    loader = SourceFileLoader("replay", str(REPOSITORY / "scripts/replay"))
+    replay = module_from_spec(spec_from_loader("replay", loader))
+    loader.exec_module(replay)
+    assert replay.same(before, here) == is_same
