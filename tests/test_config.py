@@ -199,3 +199,24 @@ def test_a_key_says_what_it_changes(path: str, effect: Effect) -> None:
 def test_every_key_of_a_recipe_says_what_it_changes() -> None:
     sections = {name for name in known_keys() if any(key.startswith(f"{name}.") for key in known_keys())}
     assert set(effects()) == set(known_keys()) - sections
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "labels and the teacher's hard labels, alpha 0.5"),
+        (["--distill.kind", "none"], "labels alone"),
+        (["--distill.kind", "none", "--distill.terms", '[{"kind": "guide", "weight": 2}]'], "labels; guide, weight 2"),
+        (
+            ["--distill.kind", "soft", "--distill.terms", '[{"kind": "pooled", "weight": {"start": 1, "until": 0.5}}]'],
+            "labels and the teacher's soft labels, alpha 0.5, temperature 3; pooled, weight 1 until 0.5 of the run, "
+            "then 0",
+        ),
+        (
+            ["--distill.kind", "none", "--distill.alpha", "1", "--distill.terms", '[{"kind": "pooled"}]'],
+            "no labels; pooled, weight 1",
+        ),
+    ],
+)
+def test_a_recipe_says_in_words_what_the_student_learns_from(options: list[str], words: str) -> None:
+    assert parse_config(options)[0].distill.described() == words

@@ -162,6 +162,18 @@ class Distill(Section):
                 raise ValueError("must be above 0, start and end alike")
         return value
 
+    def described(self) -> str:
+        """Return in words what the student learns from."""
+        alpha, temperature = in_words(self.alpha), in_words(self.temperature)
+        how = {
+            "none": "no labels" if self.alpha == 1 else "labels" if self.terms else "labels alone",
+            "hard": f"labels and the teacher's hard labels, alpha {alpha}",
+            "soft": f"labels and the teacher's soft labels, alpha {alpha}, temperature {temperature}",
+            "standardised": f"labels and the teacher's standardised logits, alpha {alpha}, temperature {temperature}",
+        }
+        terms = [f"{term.kind}, weight {in_words(term.weight)}" for term in self.terms]
+        return "; ".join([how[self.kind], *terms])
+
     @property
     def has_token(self) -> bool:
         """Whether the student needs a distillation token."""

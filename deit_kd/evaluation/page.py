@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from deit_kd.config import Config, build_parser, in_words, parse_config
+from deit_kd.config import Config, build_parser, parse_config
 from deit_kd.console import say, score_text
 from deit_kd.distributed import Processes
 from deit_kd.evaluation.curves import Records, charts_of, names_of, read_records, rows_of, troubles_of
@@ -172,21 +172,13 @@ def _see(name: str, folder: Path, subjects: Mapping[str, Subject], troubles: str
 def _facts(config: Config, facts: Mapping[str, Any], heads: Mapping[str, Any]) -> dict[str, Any]:
     """Return what was trained from what, in words."""
     teacher = facts["teacher"]
-    train, distill = config.train, config.distill
-    alpha, temperature = in_words(distill.alpha), in_words(distill.temperature)
-    how = {
-        "none": "none: without labels" if distill.alpha == 1 else "none: plain supervised training",
-        "hard": f"hard, alpha {alpha}",
-        "soft": f"soft, alpha {alpha}, temperature {temperature}",
-        "standardised": f"standardised, alpha {alpha}, temperature {temperature}",
-    }
-    terms = [f"{term.kind}, weight {in_words(term.weight)}" for term in distill.terms]
+    train = config.train
     return {
         "student": f"{config.student.name}, {config.data.image_size} px",
         "teacher": "none"
         if teacher is None
         else f"{teacher['name']}, {score_text(heads['teacher'] or teacher['score'], 2)} %",
-        "distillation": "; ".join([how[distill.kind], *terms]),
+        "learned from": config.distill.described(),
         "data": f"{config.data.root or config.data.name}, {len(facts['classes'])} classes",
         "training": f"{train.epochs} epochs, batch {train.batch_size}, seed {config.seed}, precision {train.precision}",
         "scored": f"{heads['n']} validation images, weights: {heads['weights']}"

@@ -215,6 +215,7 @@ def _say_start(run: Run, trainer: Trainer, first_step: int) -> None:
         + (f", continued from step {first_step}" if first_step else "")
         + f"; writes {run.folder}"
     )
+    say(f"learns from {run.config.distill.described()}")
     if trainer.ema is not None:
         say(average_line(trainer.ema, run.loader.total_steps))
     if not run.objective.learns_from_labels:
