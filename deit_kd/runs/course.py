@@ -63,7 +63,7 @@ class Course:
             on_main(self.run.processes, self.checkpoints.wait, "writes the checkpoint")
         finally:
             self.checkpoints.wait()
-        if not self.scores:  # all steps were done before
+        if not self.scores:  # all steps had been done already
             self.scores = self._score()
             self._stop_if_asked()
         return self.scores
@@ -91,7 +91,7 @@ class Course:
             self._stop(self.watch.signal)
 
     def _let_go(self) -> None:
-        """Go on without what is over by the next epoch: terms, connectors, and who taught for them."""
+        """Drop what the next epoch no longer needs: ended terms, their connectors and their teachers."""
         run, distiller = self.run, self.trainer.distiller
         rest = run.objective.remaining(self.progress.step / run.loader.total_steps)
         if rest.active == distiller.objective.active:
@@ -100,7 +100,7 @@ class Course:
         peak = peak_memory(run.processes.device)
         self.trainer.distiller = build_distiller(run, self.lesson, self.progress.step)
         del distiller
-        gc.collect()  # a wrapper of DDP is a circle
+        gc.collect()  # a DDP wrapper is a reference cycle
         reset_peak_memory(run.processes.device)
         if run.processes.is_main and self.progress.step < run.loader.total_steps:
             now = size_text(peak_memory(run.processes.device))
@@ -126,7 +126,7 @@ class Course:
         return is_overdue
 
     def _terms(self, measured: dict[str, dict[str, float | None]]) -> dict[str, Any]:
-        """Return the further terms that were live, each with its weight; nothing where there are none."""
+        """Return the further terms that were active, each with its weight; empty if there are none."""
         if not measured:
             return {}
         objective = self.trainer.distiller.objective
@@ -139,7 +139,7 @@ class Course:
         return {"terms": live}
 
     def _record_bad_steps(self) -> None:
-        """Write which views had no finite loss in the steps that were left out; give up where there are too many.
+        """Record which views had no finite loss in the steps left out; give up if there are too many.
 
         Raises:
             InputError: `train.max_bad_steps` in a row.
@@ -149,7 +149,7 @@ class Course:
             {
                 "step": bad.step,
                 "process": run.processes.rank,
-                **{name: repr(value) for name, value in bad.terms.items()},  # JSON knows no nan
+                **{name: repr(value) for name, value in bad.terms.items()},  # JSON has no NaN
                 "views": _named_views(run, bad),
             }
             for bad in self.progress.bad_steps[:most]
@@ -164,7 +164,7 @@ class Course:
             )
 
     def _give_up_without_answers(self) -> None:
-        """Give up where the teacher's answers have not been finite for too long.
+        """Give up if the teacher's answers have not been finite for too long.
 
         Raises:
             InputError: `train.max_bad_steps` in a row.
@@ -177,7 +177,7 @@ class Course:
             )
 
     def _end_epoch(self) -> None:
-        """Score the epoch that has ended; where a signal comes first, the checkpoint says that it is not scored."""
+        """Score the epoch that has ended; if a signal comes first, the checkpoint notes that it is not scored yet."""
         run, step = self.run, self.progress.step
         epoch = step // run.loader.steps_per_epoch - 1
         scores = self._score()
@@ -221,13 +221,13 @@ class Course:
         self._saved = time.monotonic()
 
     def _stop_if_asked(self) -> None:
-        """Stop where any process has heard a signal, since an evaluation ends before its end then."""
+        """Stop if any process has received a signal: an evaluation then ends early."""
         heard = [number for number in self.run.processes.gather(self.watch.signal) if number is not None]
         if heard:
             self._stop(heard[0])
 
     def _stop(self, number: int) -> None:
-        """Write a checkpoint and end the run, as the signal `number` asks.
+        """Write a checkpoint and end the run because of signal `number`.
 
         Raises:
             Stopped: always.
@@ -243,7 +243,7 @@ class Course:
 
 
 def _noting(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the training batches, and note what each lacks under the step that it belongs to."""
+    """Yield the training batches, and note the missing views of each under its step."""
     first = run.errors.step
     for index, batch in enumerate(batches):
         run.errors.step = first + index // run.config.train.accumulation_steps + 1
@@ -252,7 +252,7 @@ def _noting(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def _named_views(run: Run, bad: BadStep) -> list[dict[str, Any]]:
-    """Return the views of a step whose loss is not finite; where every loss is, all of them."""
+    """Return the views of a step whose loss is not finite; all of them if every loss is finite."""
     keys = run.loader.views_of_step(bad.step - 1)
     chosen = [key for key, finite in zip(keys, bad.is_finite, strict=False) if not finite] or keys
     names = run.splits.train.names

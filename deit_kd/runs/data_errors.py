@@ -1,4 +1,4 @@
-"""Photos that a run could not read: ``data_errors.jsonl``, and when there are too many."""
+"""Photos that a run could not read: they are listed in ``data_errors.jsonl``, and too many end the run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from deit_kd.run_folder import DATA_ERRORS_FILE, lines_until
 
 
 class DataErrors:
-    """``data_errors.jsonl``: a line for each view that is missing, since its photo cannot be read.
+    """``data_errors.jsonl``: a line for each view that is missing because its photo cannot be read.
 
-    Every process notes what its own batches lack; `tell`, which all of them call, brings the notes together, so that
-    one process writes and all of them stop alike when there are too many.
+    Every process notes what its own batches lack. `tell`, which all of them call, collects the notes, so that one
+    process writes them and all stop together when there are too many.
 
     Args:
         folder: of the run, or of the label store.
         names: of the photos, by split.
-        most: photos that may be unreadable.
+        most: how many photos may be unreadable.
         processes: of the run.
         first_step: steps already done; lines after it, of a run that was cut short, are dropped.
-        skips: whether anything can be missing; where not, nothing is told nor written.
+        skips: whether anything can be missing; if not, nothing is exchanged or written.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class DataErrors:
         first_step: int = 0,
         skips: bool = True,
     ) -> None:
-        self.step = first_step  # that what is noted belongs to
+        self.step = first_step  # of what is noted now
         self._file = folder / DATA_ERRORS_FILE
         self._names, self._most, self._processes, self._skips = names, most, processes, skips
         self._lines: dict[tuple[Any, ...], dict[str, Any]] = {}  # by what they are about
@@ -49,7 +49,7 @@ class DataErrors:
         self._noted: list[dict[str, Any]] = []
 
     def watch(self, split: str, batches: Iterable[Batch], epoch: int | None = None) -> Iterator[Batch]:
-        """Yield `batches` and note what they lack; `epoch` is the one that is evaluated, where they are no views."""
+        """Yield `batches` and note what they lack; `epoch` is the one being evaluated, for batches without views."""
         for batch in batches:
             self.note(split, batch, epoch)
             yield batch
@@ -70,7 +70,7 @@ class DataErrors:
             )
 
     def tell(self) -> None:
-        """Write what all processes have noted since.
+        """Write what all processes have noted since the last call.
 
         Raises:
             InputError: more photos than allowed cannot be read; on every process.
@@ -92,11 +92,11 @@ class DataErrors:
             say(f"left out: {found} photos so far, the last: {last}")
 
     def views(self, split: str) -> int:
-        """Return how many views of a split were missing, as far as it was told."""
+        """Return how many views of a split were missing, as of the last `tell`."""
         return sum(line["split"] == split for line in self._lines.values())
 
     def unreadable(self, split: str, step: int) -> dict[str, str]:
-        """Return why photos of a split could not be read at one step, by name, as far as it was told."""
+        """Return why photos of a split could not be read at one step, by name, as of the last `tell`."""
         return {
             line["path"]: line["reason"]
             for line in self._lines.values()

@@ -1,4 +1,4 @@
-"""What must not have learned from the photos that a fold holds out: students, teachers and guides of other runs."""
+"""Checks that students, teachers and guides of other runs have not learned from the photos that a fold holds out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deit_kd.run_folder import FACTS_FILE, read_facts, run_of
 
 
 def check_checkpoints(config: Config, splits: Splits) -> None:
-    """Refuse a recipe that names weights which have learned from photos that `splits` hold out, see `check_fold`."""
+    """Refuse a recipe whose weights have learned from photos that `splits` hold out, see `check_fold`."""
     for key, weights in _checkpoints(config):
         if weights is not None:
             check_fold(key, weights, config.data, splits)
@@ -29,17 +29,16 @@ def _checkpoints(config: Config) -> Iterator[tuple[str, str | None]]:
 
 
 def check_fold(key: str, weights: str, here: Data, splits: Splits) -> None:
-    """Refuse the weights of a run that has learned from photos which are held out here.
+    """Refuse the weights of a run that has learned from photos that are held out here.
 
     Args:
-        key: what names them.
-        weights: where they are; only those of a run tell what they have learned from.
-        here: the section of these data.
-        splits: of these data.
+        key: the recipe's key that names them.
+        weights: where they are; only for those of a run is it known what they have learned from.
+        here: the ``data`` section of this recipe.
+        splits: of this recipe.
 
     Raises:
-        InputError: the run lies over the same folder of photos, either has folds, and what it was trained with and
-            scored on are not these splits.
+        InputError: the run used the same folder of photos, either has folds, and its splits were not these.
     """
     run = run_of(path_of(weights))
     if run is None or not (run / FACTS_FILE).is_file():
@@ -55,7 +54,7 @@ def check_fold(key: str, weights: str, here: Data, splits: Splits) -> None:
 
 
 def check_own_fold(run: Path, here: Data, splits: Splits) -> None:
-    """Refuse photos that a run has learned from, and folds of other photos that only its recipe asks for."""
+    """Refuse photos that a run has learned from, and its recipe's folds where the photos are others."""
     check_fold("data.fold", str(run), here, splits)
     own = recipe_of(run).data
     is_own = (here.folds, here.fold) == (own.folds, own.fold)
@@ -67,9 +66,9 @@ def check_own_fold(run: Path, here: Data, splits: Splits) -> None:
 
 
 def was_trained_on(run: Path, splits: Splits) -> bool:
-    """Return whether a run learned from, and was scored on, exactly these photos, wherever they lie.
+    """Return whether a run learned from, and was scored on, exactly these photos, wherever they are stored.
 
-    Photos without labels may be any others than those of validation.
+    Photos without labels may be any but those of validation.
     """
     facts, compared = read_facts(run)["data"], splits._asdict()
     if recipe_of(run).data.unlabelled is not None:

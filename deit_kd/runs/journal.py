@@ -23,13 +23,13 @@ from deit_kd.run_folder import METRICS_FILE, lines_until
 
 
 def check_tracking(wandb: bool) -> None:
-    """Raise an InputError where Weights & Biases is asked for and not installed."""
+    """Raise an InputError if Weights & Biases is asked for but not installed."""
     if wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("tracking.wandb: true, but wandb is not installed; pip install wandb, or set it to false")
 
 
 class WandbBoard:
-    """Weights & Biases, as if it were TensorBoard; a run that is resumed goes on there, too."""
+    """Weights & Biases, with TensorBoard's interface; a resumed run continues there, too."""
 
     def __init__(self, folder: Path, project: str, recipe: Mapping[str, Any]) -> None:
         wandb: Any = importlib.import_module("wandb")
@@ -48,16 +48,16 @@ class WandbBoard:
 
 
 class Journal:
-    """Writes ``metrics.jsonl`` and ``tensorboard/``, and tells the person; silent where it is not the main process.
+    """Writes ``metrics.jsonl`` and ``tensorboard/``, and reports progress; silent outside the main process.
 
     Args:
         folder: of the run.
         title: of the progress line.
         total_steps: of the run.
         first_step: steps already done; records after it, of a run that was cut short, are dropped.
-        is_main: whether this process writes and talks.
-        wandb_project: log to this project of Weights & Biases, too; None does not.
-        recipe: what is kept there of the run.
+        is_main: whether this process writes and prints.
+        wandb_project: also log to this Weights & Biases project, unless it is None.
+        recipe: kept there as the run's config.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Journal:
                 board.add_scalar(f"{kind}/{name}", value, step)
 
     def progress(self, step: int, note: str) -> None:
-        """Move the bar; where there is no terminal, print a line."""
+        """Move the bar, or print a line if there is no terminal."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step, note=note)
         elif self._is_main:

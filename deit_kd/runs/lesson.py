@@ -1,4 +1,4 @@
-"""What a run learns from: who gives the answers, who gives the features, and how long each is needed."""
+"""What a run learns from: what provides the logits, what provides the features, and how long each is needed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Lesson:
     """What a run learns from.
 
     Args:
-        answers: gives the logits, and the features where there is no guide; None for a run without a teacher.
-        source: where its weights or its answers come from; None is timm, or random ones.
-        guide: gives the features in its place.
+        answers: provides the logits, and the features unless there is a guide; None for a run without a teacher.
+        source: where its weights or its answers come from; None is timm or random weights.
+        guide: provides the features instead.
         guide_source: where the guide's weights come from.
     """
 
@@ -40,10 +40,10 @@ class Lesson:
 
     @property
     def feature_giver(self) -> FrozenTeacher:
-        """The network that gives the features.
+        """The network that provides the features.
 
         Raises:
-            InputError: nothing here can.
+            InputError: there is none.
         """
         if self._network is None:
             raise InputError("distill.terms: features are compared, but nothing provides them; add an online guide")
@@ -57,14 +57,14 @@ class Lesson:
         return giver if isinstance(giver, FrozenTeacher) else None
 
     def teacher_for(self, needs: Needs) -> Teacher | None:
-        """Return who teaches from now on, asked for no more than `needs`; who is not needed any more is let go."""
+        """Return the teacher from now on, which computes no more than `needs`; release networks no longer needed."""
         if needs.links:
             self.feature_giver.ask_for(needs.teacher_features)
         else:
-            if self._network is not None:  # also the one that a recorder asks
+            if self._network is not None:  # also the one inside a recorder
                 self._network.ask_for(())
             self.guide = None
-        # A recorder goes on to fill its store.
+        # A recorder continues to fill its store.
         gives_nothing = not needs.logits and (self.guide is not None or not needs.links)
         if gives_nothing and not isinstance(self.answers, RecordingTeacher):
             self.answers = None
@@ -72,9 +72,10 @@ class Lesson:
 
 
 def build_distiller(run: Run, lesson: Lesson, step: int) -> Distiller:
-    """Return what makes the loss from the epoch of `step` on: the student and its teacher, wrapped for this run.
+    """Return what computes the loss from the epoch of `step` on: the student and its teacher, wrapped for this run.
 
-    What is over by the start of that epoch is left out, so that it costs nothing; DDP and `torch.compile` see the rest.
+    Terms that have ended by the start of that epoch are left out, so they cost nothing; DDP and `torch.compile` see
+    only the rest.
     """
     epoch_start = step // run.loader.steps_per_epoch * run.loader.steps_per_epoch
     objective = run.objective.remaining(epoch_start / run.loader.total_steps)
@@ -91,7 +92,7 @@ def build_distiller(run: Run, lesson: Lesson, step: int) -> Distiller:
 
 
 def connect(run: Run, lesson: Lesson) -> Run:
-    """Return `run` with its objective and, where features are compared, the connectors that it needs.
+    """Return `run` with its objective and, if features are compared, the connectors that it needs.
 
     Raises:
         InputError: see `match_features`.
@@ -106,10 +107,10 @@ def connect(run: Run, lesson: Lesson) -> Run:
 
 
 def match_features(run: Run, lesson: Lesson) -> Objective:
-    """Return the run's objective, once student and teacher were asked for the features that it compares.
+    """Ask student and teacher for the features to compare, and return the run's objective.
 
     Raises:
-        InputError: a feature cannot be had from the student or the teacher, or they cannot be compared.
+        InputError: the student or the teacher does not provide a feature, or the features cannot be compared.
     """
     if not run.config.distill.needs_features:
         return parts.build_objective(run.config, {}, {})
@@ -146,7 +147,7 @@ def _teacher_shapes(giver: FrozenTeacher, image: torch.Tensor, with_maps: bool) 
 
 
 def _check_same(whose: str, plain: StudentOutput | TeacherOutput, asked: StudentOutput | TeacherOutput) -> None:
-    """Refuse a network whose answers are others when it is asked for features, which timm promises for none."""
+    """Refuse a network whose answers change when it is asked for features; timm does not guarantee that they do not."""
     both = [(feature, (asked.features or {})[name]) for name, feature in (plain.features or {}).items()]
     for before, after in [*zip(plain[:-1], asked[:-1], strict=True), *both]:
         if before is not None and after is not None and not torch.allclose(before, after, rtol=1e-2, atol=1e-3):

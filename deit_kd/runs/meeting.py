@@ -1,4 +1,4 @@
-"""The first meeting of a run and who teaches it: scores, gates, and the same weights everywhere and after a resume."""
+"""A run meets its teachers: scores, gates, and the same weights in every process and after a resume."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deit_kd.teachers import FrozenTeacher, check_columns, check_features, check
 
 
 def meet_teachers(run: Run, lesson: Lesson) -> tuple[TeacherFacts | None, Tensor | None]:
-    """Score who teaches before the first step; refuse one that cannot be right, or differs between processes."""
+    """Score the teachers before the first step; refuse one that cannot be right or differs between processes."""
     if lesson.answers is None and lesson.guide is None:
         return None, None
     if lesson.answers is None:
@@ -43,7 +43,7 @@ def _guide_section(config: Config) -> TeacherSection | Guide:
 def _met(
     run: Run, role: str, teacher: Answers, source: str | None, section: TeacherSection | Guide
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """Return what a run records about one who teaches, and its predictions on validation, once it may teach."""
+    """Check one teacher; return what the run records about it, and its predictions on validation."""
     facts: dict[str, Any] = {
         "name": section.name,
         **teacher.facts,
@@ -89,7 +89,7 @@ def _met(
 def _met_headless(
     run: Run, role: str, facts: dict[str, Any], teacher: FrozenTeacher, section: TeacherSection | Guide
 ) -> dict[str, Any]:
-    """Return what a run records about a teacher without a head, once its features may teach."""
+    """Check the features of a teacher without a head; return what the run records about it."""
     facts["score"] = score_headless(run, teacher)
     if not facts["random_weights"]:
         check_features(facts["name"], facts["score"]["knn"], run.splits.validation.labels, section.min_top1)

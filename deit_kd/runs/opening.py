@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what it goes on from, and what it may not be resumed with."""
+"""The folder of a run: who may write to it, which checkpoint it resumes from, and which recipe it accepts."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from deit_kd.run_folder import (
 )
 
 RUNS = Path("runs")
-SECONDS_BETWEEN_TRIES = 1.0  # to be the only one who writes to a folder
-# What a run leaves that was killed before its first step.
+SECONDS_BETWEEN_TRIES = 1.0  # to get the lock of a folder
+# What a run that was killed before its first step leaves behind.
 LEFTOVERS = {LOCK, DATA_ERRORS_FILE, FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
 
 
 @contextmanager
 def claimed(folder: Path, processes: Processes, waiting: str | None = None) -> Iterator[None]:
-    """Keep the folder of a run from all others until it ends, while its teacher is fitted, too.
+    """Lock the folder of a run until the run ends, also while its teacher is fitted.
 
     Args:
         folder: of the run.
         processes: of the run.
-        waiting: what a person is told while another run has it; None does not wait.
+        waiting: printed while another run holds it; None does not wait.
 
     Raises:
-        InputError: another run has it, and is not waited for.
+        InputError: another run holds it, and `waiting` is None.
     """
     taken = f"output: {folder} is being written by another run; wait for it, or name another folder"
     with ExitStack() as stack:
@@ -64,11 +64,11 @@ def claimed(folder: Path, processes: Processes, waiting: str | None = None) -> I
 
 
 def open_folder(config: Config, processes: Processes, data_facts: dict[str, str] | None) -> tuple[Path, Any]:
-    """Return the run's folder and the checkpoint to go on from; refuse a folder that holds something else.
+    """Return the run's folder and the checkpoint to resume from; refuse a folder that holds something else.
 
-    Where `data_facts` is None, the folder is known to be of this recipe and these photos.
+    If `data_facts` is None, the folder is known to belong to this recipe and these photos.
 
-    The main process chooses; the others, whose disks may look otherwise, load what it has chosen.
+    The main process chooses the checkpoint; the others, whose disks may differ, load the same one.
     """
     folder = Path(config.output) if config.output is not None else None
     if folder is None:
@@ -95,7 +95,7 @@ def open_folder(config: Config, processes: Processes, data_facts: dict[str, str]
 
 
 def _newest(config: Config, folder: Path, data_facts: dict[str, str] | None) -> Found | None:
-    """Return the checkpoint that a run goes on from, if any."""
+    """Return the checkpoint that a run resumes from, if any."""
     if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= LEFTOVERS):
         return None
     if not (folder / CONFIG_FILE).is_file():
@@ -114,7 +114,7 @@ def _newest(config: Config, folder: Path, data_facts: dict[str, str] | None) -> 
 
 def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) -> None:
     before = flat(read_recipe(folder / CONFIG_FILE))
-    now = dict.fromkeys(before) | flat(config.model_dump(mode="json"))  # a key that is gone has changed, too
+    now = dict.fromkeys(before) | flat(config.model_dump(mode="json"))  # a key that no longer exists has changed, too
     changed = differences(before, {key: now[key] for key in now if effects().get(key) != NOTHING}, "in the run")
     facts = read_facts(folder)
     before_data, before_views = facts["data"], facts.get("views", 1)

@@ -1,4 +1,4 @@
-"""What a run ends with: the scores of its heads and the student that is kept."""
+"""What a run ends with: the scores of its heads and the student that it saves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the sections of a config to the parts that several jobs build alike."""
+"""Builds, from the sections of a config, the parts that several jobs share."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build_splits(config: Config) -> Splits:
     """Return the recipe's dataset.
 
     Raises:
-        InputError: it cannot be had, or weights that the recipe names have learned from photos that it holds out.
+        InputError: it cannot be loaded, or weights that the recipe names have learned from photos that it holds out.
     """
     section = config.data
     splits = data.build_splits(
@@ -64,7 +64,7 @@ def agreed_splits(config: Config, processes: Processes) -> Splits:
     """Return the recipe's dataset, which every process lists for itself.
 
     Raises:
-        InputError: it cannot be had, or is not the same everywhere.
+        InputError: it cannot be loaded, or is not the same everywhere.
     """
 
     def listed() -> Splits:
@@ -77,7 +77,7 @@ def agreed_splits(config: Config, processes: Processes) -> Splits:
 
 
 def compare_photos(processes: Processes, photos: Mapping[str, Photos]) -> None:
-    """Raise an InputError where a process has other photos of a split than the main one."""
+    """Raise an InputError if a process has other photos of a split than the main process."""
     for split, ours in photos.items():
         with processes.busy("lists the photos"):
             digest = ours.digest()
@@ -143,10 +143,10 @@ def build_objective(config: Config, student: Shapes, teacher: Shapes) -> Objecti
     Args:
         config: the recipe.
         student: the shapes of the features that it can answer with, by name.
-        teacher: the same; both are read only where the recipe compares features.
+        teacher: the same; both are read only if the recipe compares features.
 
     Raises:
-        InputError: features cannot be had, or cannot be compared.
+        InputError: features do not exist, or cannot be compared.
     """
     section = config.distill
     temperature = None if section.temperature is None else as_schedule(section.temperature)
@@ -173,7 +173,7 @@ def skips(config: Config) -> bool:
 def build_data_errors(
     config: Config, splits: Splits, folder: Path, processes: Processes, first_step: int = 0
 ) -> DataErrors:
-    """Return what lists the photos that cannot be read."""
+    """Return the list of photos that cannot be read."""
     return DataErrors(
         folder,
         {split: photos.names for split, photos in splits._asdict().items()},
@@ -236,8 +236,8 @@ def build_evaluation_transform(config: Config) -> data.Transform:
 def build_evaluation_loader(
     config: Config, photos: Photos, processes: Processes, skip: bool | None = None
 ) -> Iterable[Batch]:
-    """Return the loader of this process's share of a split; `skip` leaves out what cannot be read, as the recipe says
-    where it is None.
+    """Return the loader of this process's share of a split; `skip` leaves out what cannot be read; None follows the
+    recipe.
     """
     return data.build_evaluation_loader(
         photos,
@@ -256,7 +256,7 @@ def build_student(
 ) -> TimmStudent:
     """Return the recipe's student with its first weights or, if `strict`, with all of its own.
 
-    `checkpoint` is where these are, unless the recipe's section says it.
+    `checkpoint` is where these are, unless the recipe's section names them.
     """
     section = config.student
     return build_timm_student(
@@ -291,7 +291,7 @@ def teacher_precision(config: Config) -> str:
 def build_teacher(
     config: Config, classes: tuple[str, ...], processes: Processes, checkpoint: str | None
 ) -> NetworkTeacher:
-    """Return the recipe's teacher or teachers; `checkpoint` is where the weights of the only one are, if anywhere."""
+    """Return the recipe's teacher or teachers; `checkpoint` holds the weights of a single teacher, if it has any."""
     section = config.teacher
     if section.members:
         return EnsembleTeacher(
@@ -309,7 +309,7 @@ def _build_network(
     section = config.teacher
     return build_frozen_teacher(
         name=network.name,
-        # A teacher that is fitted starts from timm's weights, and its checkpoint holds what became of them.
+        # A fitted teacher starts from timm's weights, and its checkpoint holds the fitted ones.
         pretrained=network.pretrained and not section.fit.epochs,
         checkpoint=checkpoint,
         random_weights=network.random_weights,

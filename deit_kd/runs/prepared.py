@@ -18,7 +18,7 @@ from deit_kd.losses import Objective
 from deit_kd.runs.data_errors import DataErrors
 from deit_kd.students import Connectors, TimmStudent
 
-AfterEpoch = Callable[[int, Callable[[], None]], None]  # of an epoch, and a sign of progress to give
+AfterEpoch = Callable[[int, Callable[[], None]], None]  # of an epoch, and the heartbeat to call
 
 
 @dataclass
@@ -37,8 +37,8 @@ class Run:
     schedule: Scheduler
     checkpoint: Any  # named parts, or None
     errors: DataErrors  # photos that cannot be read
-    objective: Objective = field(default_factory=lambda: Objective("none"))  # until its lesson is known
-    connectors: Connectors | None = None  # of features that are compared
+    objective: Objective = field(default_factory=lambda: Objective("none"))  # replaced once its lesson is known
+    connectors: Connectors | None = None  # of the features that are compared
 
     @property
     def classes(self) -> tuple[str, ...]:

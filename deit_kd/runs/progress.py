@@ -1,4 +1,4 @@
-"""How far a run is, and what its steps gave since the last record."""
+"""How far a run is, and the results of its steps since the last record."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class BadStep(NamedTuple):
 
 
 class Progress:
-    """How far a run is: steps done, what they gave since the last record, and the best epoch.
+    """How far a run is: steps done, their results since the last record, and the best epoch.
 
-    Until the next record, what steps gave stays on the device.
+    Results stay on the device until the next record.
     """
 
     def __init__(self, device: torch.device, further_terms: tuple[str, ...] = ()) -> None:
@@ -34,14 +34,14 @@ class Progress:
         self.epoch_is_scored = True
         self.bad_in_a_row = 0
         self.unanswered_in_a_row = 0  # steps in which an answer of the teacher was not finite
-        self.bad_steps: list[BadStep] = []  # of the last record, in this process
+        self.bad_steps: list[BadStep] = []  # since the last record, in this process
         self._results: list[StepResult] = []
         columns = len(STEP_TERMS) + 2 * len(further_terms)
-        self._earlier = torch.zeros(0, columns, device=device)  # what a checkpoint kept of its last steps
+        self._earlier = torch.zeros(0, columns, device=device)  # rows that a checkpoint kept since the last record
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave what has passed out of the rate."""
+        """Exclude the time until now from the rate."""
         self._since, self._steps_since = time.perf_counter(), 0
 
     def add(self, result: StepResult) -> None:
@@ -51,9 +51,9 @@ class Progress:
         self._results.append(result)
 
     def read(self, processes: Processes, batch_size: int, overdue: bool = False) -> tuple[dict[str, Any], bool]:
-        """Return the means over finite steps and processes, and start anew; the one place that waits for the device.
+        """Return the means over finite steps and processes, and start over; the one place that waits for the device.
 
-        Also returns whether any process says that something is `overdue`.
+        Also returns whether any process is `overdue`.
         """
         rows = self._rows()
         finite = rows[:, :3].isfinite().all(1)
@@ -112,7 +112,7 @@ class Progress:
         }
 
     def load_state(self, state: dict[str, Any], processes: Processes) -> None:
-        """Go back to a state that `state()` gave, also on another number of processes."""
+        """Restore a state that `state()` returned, also with another number of processes."""
         self.step, self.best_top1 = state["step"], state["best_top1"]
         self.epoch_is_scored, self.bad_in_a_row = state["epoch_is_scored"], state["bad_in_a_row"]
         self.unanswered_in_a_row = state.get("unanswered_in_a_row", 0)

@@ -39,7 +39,7 @@ from deit_kd.runs.prepared import AfterEpoch, Run
 from deit_kd.runs.progress import Progress
 from deit_kd.stopping import Watch
 
-AVERAGED_SHARE = 1 / 20  # of a run's steps, by the average of the weights, where the recipe names no decay
+AVERAGED_SHARE = 1 / 20  # of a run's steps, covered by the average of the weights unless the recipe sets a decay
 
 
 def prepare(
@@ -50,8 +50,8 @@ def prepare(
     Args:
         config: its recipe.
         processes: that train it.
-        splits: its photos, where they are at hand.
-        is_named_by_recipe: whether the folder's name stands for all that the run depends on; it then goes on with
+        splits: its photos, if they are already listed.
+        is_named_by_recipe: whether the folder's name identifies everything that the run depends on; it then resumes
             whatever else has changed.
 
     Raises:
@@ -62,7 +62,7 @@ def prepare(
     check_tracking(config.tracking.wandb)
     choose_attention(config.train.attention, processes.device)
     splits = splits or parts.agreed_splits(config, processes)
-    if config.data.in_memory:  # here, so that a teacher's fit shares what was decoded
+    if config.data.in_memory:  # here, so that a teacher's fit shares the decoded photos
         with processes.busy("decodes the photos"):
             splits = splits._replace(train=splits.train.in_memory(parts.skips(config)))
     if len(splits.validation) < processes.count:
@@ -98,8 +98,8 @@ def prepare(
 def execute(run: Run, lesson: Lesson | None = None, after_epoch: AfterEpoch | None = None) -> HeadScores:
     """Train `run` from its `lesson` to its end; return what ``heads.json`` holds.
 
-    `after_epoch(epoch, beat)` is called in every process when the steps of an epoch are done; where it takes long, it
-    calls `beat`.
+    `after_epoch(epoch, beat)` is called in every process when the steps of an epoch are done; if it takes long, it must
+    call `beat`.
 
     Raises:
         InputError: the teacher cannot be right, or no step has a finite gradient.
@@ -116,7 +116,7 @@ def execute(run: Run, lesson: Lesson | None = None, after_epoch: AfterEpoch | No
     trainer = build_trainer(run, lesson, progress.step)
     if run.checkpoint is not None:
         trainer.load_state(run.checkpoint["trainer"])
-    prepared.checkpoint = run.checkpoint = None  # or its tensors would stay in memory to the end
+    prepared.checkpoint = run.checkpoint = None  # or its tensors would stay in memory until the end
 
     def begin() -> None:
         _write_facts(run, teacher_facts)
@@ -184,7 +184,7 @@ def _average(run: Run) -> WeightAverage | None:
 
 
 def average_line(average: WeightAverage, total_steps: int) -> str:
-    """Return what a person is told about the average of the weights."""
+    """Return the line that is printed about the average of the weights."""
     share = 100 * average.span / total_steps
     line = f"average: over {average.span:.0f} steps, {share:.1f} % of the run's {total_steps}"
     if average.span <= total_steps:

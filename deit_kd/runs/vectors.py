@@ -1,4 +1,4 @@
-"""One vector an image, gathered over a split; and how a teacher without a head scores by it."""
+"""One vector per image, gathered over a split, and the score of a teacher without a head by these vectors."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def collect_vectors(
     """Return the vectors of all processes, the same for any number of them.
 
     Args:
-        whose: for a person, where something is wrong.
-        ask: answers a batch with vectors [B, D].
+        whose: the name to use in an error.
+        ask: returns the vectors [B, D] of a batch.
         batches: this process's share of the split: of P processes, r has the images r, r + P, r + 2P, …
         processes: of the job.
 

@@ -1,4 +1,4 @@
-"""Fit a teacher: a plain supervised run on the same data, kept and found again under everything it depends on."""
+"""Fit a teacher: a plain supervised run on the same data, kept under a hash of all it depends on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deit_kd.teachers import NetworkTeacher
 
 KEY_FILE = "teacher_key.json"
 
-# Keys of a run that fits a teacher, and where the recipe has them.
+# Keys of a run that fits a teacher, and their keys in the recipe.
 _KEYS = (
     (r"output: ", "teacher.fit.folder: "),
     (r"student\.drop_path", "teacher.fit.drop_path"),
@@ -34,7 +34,7 @@ _KEYS = (
 
 
 def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path:
-    """Return the folder of the teacher that `config` fits; train it where it is not there yet.
+    """Return the folder of the teacher that `config` fits; train it if it does not exist yet.
 
     Raises:
         InputError: the teacher's name or recipe cannot work.
@@ -48,7 +48,7 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
     if _is_there(folder, processes):
         return folder
     with claimed(folder, processes, f"teacher: another run is fitting {folder}; waiting until it is done"):
-        if _is_there(folder, processes):  # by now
+        if _is_there(folder, processes):  # in the meantime
             return folder
         try:
             run = prepare(_fit_config(config, folder), processes, splits, is_named_by_recipe=True)
@@ -63,7 +63,7 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
 
 
 def _is_there(folder: Path, processes: Processes) -> bool:
-    """Return whether the main process finds a teacher that was fitted to the end; say so."""
+    """Return whether the main process finds a completely fitted teacher, and print it."""
     found: bool = processes.share((folder / HEADS_FILE).is_file())
     if found and processes.is_main:
         say(f"teacher: found {folder}")
@@ -71,14 +71,14 @@ def _is_there(folder: Path, processes: Processes) -> bool:
 
 
 def teacher_folder(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> Path:
-    """Return where the teacher that `config` fits is kept, whether it is there or not; `views` is their version."""
+    """Return where the teacher that `config` fits is kept, whether it exists or not, for the version `views`."""
     key = json.dumps(_key(config, splits, views), sort_keys=True)
     digest = hashlib.blake2b(key.encode(), digest_size=5).hexdigest()
     return Path(config.teacher.fit.folder) / f"{config.teacher.name}-{digest}"
 
 
 def online_teacher(config: Config, processes: Processes, splits: Splits) -> tuple[NetworkTeacher, str | None]:
-    """Return the recipe's teacher, fitted first where the recipe says so, and where its weights come from."""
+    """Return the recipe's teacher, fitted first if the recipe says so, and where its weights come from."""
     checkpoint = config.teacher.checkpoint
     if config.teacher.fit.epochs:
         checkpoint = str(fitted_teacher(config, processes, splits))
@@ -89,8 +89,8 @@ def online_teacher(config: Config, processes: Processes, splits: Splits) -> tupl
 def guide_config(config: Config) -> Config | None:
     """Return the recipe with its guide in the teacher's place, so that both are fitted and found alike.
 
-    Where a label store answers and the recipe names no other guide, that is the teacher's own network. None where the
-    teacher gives the features with its answers, or none are compared.
+    If a label store provides the logits and the recipe names no other guide, this is the teacher's own network. None if
+    the teacher provides the features with its logits, or none are compared.
     """
     if not config.distill.needs_features:
         return None
@@ -103,7 +103,7 @@ def guide_config(config: Config) -> Config | None:
 
 
 def is_unfitted(config: Config, splits: Splits) -> bool:
-    """Return whether the recipe's teacher is still to be fitted."""
+    """Return whether the recipe's teacher has not been fitted yet."""
     return bool(config.teacher.fit.epochs) and not (teacher_folder(config, splits) / HEADS_FILE).is_file()
 
 
@@ -160,21 +160,21 @@ def _fit_config(config: Config, folder: Path) -> Config:
         ),
         evaluate=config.evaluate,
         recipe=config.recipe,
-        seed=derive("teacher's fit", config.seed) >> 1,  # the student's views are not those that the teacher learned
+        seed=derive("teacher's fit", config.seed) >> 1,  # not the views that the student will see
         output=str(folder),
         resume="auto",
     )
 
 
 def _in_the_recipes_keys(message: str) -> str:
-    """Return what a run that fits a teacher says, with the keys that it has in the recipe."""
+    """Return a message of a run that fits a teacher, with the recipe's names for its keys."""
     for pattern, recipe in _KEYS:
         message = re.sub(rf"\b{pattern}", recipe, message)
     return message
 
 
 def _why(key: dict[str, Any], folder: Path) -> str:
-    """Say which fields keep the most similar fitted teacher of that name from being used."""
+    """Say which fields differ from the most similar fitted teacher of that name."""
     name = folder.name.rsplit("-", 1)[0]
     others = [read_json(path) for path in folder.parent.glob(f"{name}-*/{KEY_FILE}") if path.parent != folder]
     if not others:

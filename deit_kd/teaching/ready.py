@@ -1,4 +1,4 @@
-"""Who teaches a run: nobody, a network, one that is fitted first, a label store, a guide beside them."""
+"""The teacher of a run: none, a network, one that is fitted first, a label store, and a guide beside it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from deit_kd.teaching.stored import stored_teacher
 
 
 def ready_lesson(run: Run, may_fit: bool = True) -> Lesson:
-    """Return who teaches the run, fitted first where the recipe says so.
+    """Return the teachers of the run, fitted first if the recipe says so.
 
     Args:
         run: a prepared run.
-        may_fit: otherwise a network with random weights stands in for one that is still to be fitted.
+        may_fit: otherwise a network that has not been fitted yet is replaced by one with random weights.
 
     Raises:
-        InputError: a teacher cannot be had, or cannot give the features that the recipe compares.
+        InputError: a teacher cannot be built, or does not provide the features that the recipe compares.
     """
     config, splits, processes = run.config, run.splits, run.processes
     distill, guide = config.distill, guide_config(config)
     if may_fit and distill.needs_features and is_unfitted(guide or config, splits):
-        match_features(run, ready_lesson(run, may_fit=False))  # a wrong stage is told before hours of fitting
+        match_features(run, ready_lesson(run, may_fit=False))  # a wrong stage is refused before hours of fitting
     lesson = Lesson()
     if distill.has_token or (distill.needs_features and guide is None):
         if config.teacher.reads_store:

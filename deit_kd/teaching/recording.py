@@ -1,4 +1,4 @@
-"""How a recipe's teacher fills a label store, alone or while it teaches."""
+"""A recipe's teacher fills a label store, on its own or while it teaches."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ SOFT_TOP = 10  # logits kept for soft labels unless teacher.store_top says other
 def recording(
     run: Run, teacher: NetworkTeacher, checkpoint: str | None
 ) -> Iterator[tuple[RecordingTeacher, AfterEpoch]]:
-    """Fill the run's store while it trains: yield the teacher to ask, and what to call after every epoch.
+    """Fill the run's store while it trains: yield the teacher to use, and what to call after every epoch.
 
     Raises:
-        InputError: the store is of other views or another teacher, or somebody else writes to it.
+        InputError: the store is of other views or another teacher, or another process writes to it.
     """
     config, processes = run.config, run.processes
     assert config.teacher.store is not None
@@ -80,7 +80,7 @@ def writing(
     teacher: NetworkTeacher,
     checkpoint: str | None,
 ) -> Iterator[LabelStore]:
-    """Open a store that every process may write pieces to, or begin it; nobody else writes to it meanwhile.
+    """Open or begin a store that every process may write pieces to, locked against other programs.
 
     Args:
         config: the recipe.
@@ -88,11 +88,11 @@ def writing(
         splits: the recipe's photos.
         loader: of the recipe's views.
         processes: of the job.
-        teacher: that will be asked.
-        checkpoint: where its weights come from; None is timm, or random ones.
+        teacher: whose answers are recorded.
+        checkpoint: where its weights come from; None is timm or random weights.
 
     Raises:
-        InputError: the store is of other views or another teacher, or somebody else writes to it.
+        InputError: the store is of other views or another teacher, or another process writes to it.
     """
     fields = identity(config, splits) | {"teacher.weights": weights_hash(teacher, checkpoint)}
     top = config.teacher.store_top
@@ -130,7 +130,7 @@ def writing(
 
         on_main(processes, enter, f"opens {folder}")
         store = LabelStore(folder)
-        loader.order_as(store.views_version)  # one that is there goes on as it was begun
+        loader.order_as(store.views_version)  # an existing store keeps its order
         verify(store, processes.share(store.parts), processes)
         yield store
 
@@ -150,7 +150,7 @@ def fill_validation(
     processes: Processes,
     errors: DataErrors,
 ) -> None:
-    """Ask for every image of the validation set, and keep the answers and their score."""
+    """Run the teacher on every image of the validation set, and keep the answers and their score."""
     if processes.share(store.holds(VALIDATION)):
         return
     asked = _Listener(teacher, store.record)
@@ -170,7 +170,7 @@ def fill_validation(
 
 
 class _Listener:
-    """Asks a teacher and keeps the records of its answers, in order."""
+    """Runs a teacher and keeps the records of its answers, in order."""
 
     def __init__(self, teacher: NetworkTeacher, record: Record) -> None:
         self._teacher, self._record = teacher, record
@@ -204,7 +204,7 @@ def fill_epoch(
     errors: DataErrors,
     advance: Callable[[Batch], None] = lambda batch: None,
 ) -> None:
-    """Ask for what an epoch still lacks, each process its share of blocks."""
+    """Record what an epoch still lacks, each process its share of blocks."""
     processes.wait()
     part = epoch_part(epoch)
     missing: Any = processes.share(on_main(processes, lambda: store.missing(part), f"looks for what {part} lacks"))

@@ -1,4 +1,4 @@
-"""What a label store depends on, from a recipe and its photos, and who may not read or write one."""
+"""What a label store depends on, from a recipe and its photos, and which recipes may not use it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from deit_kd.teaching.fit import teacher_folder
 
 IN_THE_STORE = "in the store"
 SHAPE = ("classes", "views", "validation")  # of a store's parts
-OF_A_STORE = ("data.", "augment.", "teacher.")  # where the keys begin that it depends on, beside the seed
-LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")  # that views depend on
+OF_A_STORE = ("data.", "augment.", "teacher.")  # prefixes of the keys that it depends on, besides the seed
+LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")  # that the views depend on
 
 
 def identity(config: Config, splits: Splits) -> dict[str, Any]:
@@ -63,10 +63,10 @@ def validation_identity(config: Config, photos: Photos) -> dict[str, Any]:
 
 
 def identity_without_teacher(config: Config, splits: Splits, views: int) -> dict[str, Any]:
-    """Return what can be said of a recipe whose teacher is not in memory, and perhaps not on this machine.
+    """Return what is known of a recipe whose teacher is not in memory, and perhaps not on this machine.
 
-    Weights are compared where their file is at hand. A recipe that names no teacher takes the store's. Where one is
-    fitted, it is the one of the version of `views`.
+    Weights are compared if their file is at hand. A recipe that names no teacher takes the store's. A fitted teacher is
+    the one for the version `views`.
     """
     fields, section = identity(config, splits), config.teacher
     if section.name is None and section.checkpoint is None and not section.members:
@@ -80,7 +80,7 @@ def identity_without_teacher(config: Config, splits: Splits, views: int) -> dict
 
 
 def weights_source(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str, str]:
-    """Return where a recipe's weights come from, to compare where they are not at hand."""
+    """Return where a recipe's weights come from, to compare if the weights are not at hand."""
     section = config.teacher
     if section.fit.epochs:
         return {"teacher.source": teacher_folder(config, splits, views).name}
@@ -90,7 +90,7 @@ def weights_source(config: Config, splits: Splits, views: int = VIEWS_VERSION) -
 
 
 def weights_hash(teacher: NetworkTeacher | None, checkpoint: str | None) -> str:
-    """Return a hash of the weights' file or, where they come from none, of the network."""
+    """Return a hash of the weights' file or, if there is none, of the network."""
     if checkpoint is None or checkpoint.endswith(TEACHER_OF_RUN):
         assert teacher is not None
         return tensors_hash(teacher.state_dict())
@@ -103,7 +103,7 @@ def libraries_in_use() -> dict[str, str]:
 
 
 def refuse_other(store: LabelStore, here: dict[str, Any]) -> None:
-    """Raise an InputError with both values of every field of `here` that the store was not made for."""
+    """Raise an InputError with both values of every field of `here` that differs from the store's."""
     refuse_differences(store, differences(store.manifest["identity"], here, IN_THE_STORE))
 
 

@@ -1,4 +1,4 @@
-"""Lessons that are read from a label store: which epochs, checked, and what the store knows of the validation set."""
+"""Lessons from a label store: its epochs, checked, and what it knows about the validation set."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from deit_kd.teaching.store_identity import (
 
 
 def stored_teacher(run: Run) -> StoredTeacher:
-    """Return the teacher that is read from the run's store, after every file that it needs was checked.
+    """Check the files of the run's store, and return the teacher that reads it.
 
-    The run's loader deals the epochs of the store over and over, as many of them as show all photos equally often. A
-    run that is resumed keeps to those it began with.
+    The run's loader repeats the epochs of the store, as many of them as show all photos equally often. A resumed run
+    keeps to those that it started with.
 
     Raises:
         InputError: the store is of other views or another teacher, is damaged, or holds too little.
@@ -47,7 +47,7 @@ def stored_teacher(run: Run) -> StoredTeacher:
             f"distill.kind: {config.distill.kind!r} needs logits, but {config.teacher.store} holds only hard labels; "
             f"build another with --teacher.store_top {SOFT_TOP}"
         )
-    # A builder may add an epoch while the processes look.
+    # A builder may add an epoch while the processes look at the store.
     epochs: int = processes.share(on_main(processes, lambda: _epochs_to_read(run, store)))
     needed = min(epochs, config.train.epochs)
 
@@ -58,7 +58,7 @@ def stored_teacher(run: Run) -> StoredTeacher:
 
     def look() -> None:
         for epoch in range(needed):
-            store.columns(epoch_part(epoch))  # whole, by its length and header; its checksum when it is first read
+            store.columns(epoch_part(epoch))  # complete, by length and header; the checksum waits until it is read
         verify_once(VALIDATION)
 
     together(processes, look)
@@ -71,7 +71,7 @@ def stored_teacher(run: Run) -> StoredTeacher:
 
 
 def _epochs_to_read(run: Run, store: LabelStore) -> int:
-    """Return how many epochs of the store a run deals: all that it needs, or as many as it was begun with."""
+    """Return how many epochs of the store a run uses: all that it needs, or as many as it was started with."""
     epochs = store.epochs
     if run.checkpoint is None:
         return epochs if epochs >= run.config.train.epochs else _epochs_of_all_photos(epochs, run.config)
@@ -86,7 +86,7 @@ def _epochs_to_read(run: Run, store: LabelStore) -> int:
 
 
 def _epochs_of_all_photos(epochs: int, config: Config) -> int:
-    """Return how many of a store's epochs show all photos equally often, however often they are dealt."""
+    """Return how many of a store's epochs show all photos equally often, however often they are repeated."""
     repeats = config.augment.repeats
     if epochs >= repeats:
         return epochs // repeats * repeats
@@ -100,16 +100,16 @@ def _epochs_of_all_photos(epochs: int, config: Config) -> int:
 class StoredAnswers(NamedTuple):
     """What a store knows about the validation set."""
 
-    score: dict[str, Any]  # ``top1``, ``top5`` and ``nll``, as they were measured
+    score: dict[str, Any]  # ``top1``, ``top5`` and ``nll``, as measured
     predictions: Tensor  # [n]
     logits: Tensor | None  # [n, C]; None where the store holds hard labels alone
 
 
 def stored_validation(config: Config, photos: Photos) -> StoredAnswers:
-    """Return what the teacher said about `photos`, read from the recipe's store.
+    """Return the teacher's answers to `photos`, read from the recipe's store.
 
     Raises:
-        InputError: the photos are not the store's validation set, or are seen otherwise.
+        InputError: the photos are not the store's validation set, or are preprocessed differently.
     """
     assert config.teacher.store is not None
     store = LabelStore(config.teacher.store)
@@ -119,7 +119,7 @@ def stored_validation(config: Config, photos: Photos) -> StoredAnswers:
 
 
 def open_store(folder: str) -> LabelStore:
-    """Return a store that holds an epoch at least.
+    """Return a store that holds at least one epoch.
 
     Raises:
         InputError: there is none.
