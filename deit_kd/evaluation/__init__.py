@@ -1,1 +1,1 @@
-"""Asking students and judging what they say."""
+"""Scoring students and looking into them."""

@@ -21,11 +21,11 @@ Step = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class TermRecord(TypedDict):
-    """What a further term of the objective gave, before weighing."""
+    """A further term of the objective, unweighted."""
 
     loss: float | None
     weight: float
-    cosine: NotRequired[float | None]  # of what its connectors answer and what they are compared with
+    cosine: NotRequired[float | None]  # between the outputs of its connectors and their targets
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -33,7 +33,7 @@ class StepRecord(TypedDict):
     """A line of ``metrics.jsonl`` about some steps."""
 
     step: Step
-    classification: float | None  # where no step had a finite loss
+    classification: float | None  # None if no step had a finite loss
     distillation: float | None
     lr: float
     images_per_second: float
@@ -87,7 +87,7 @@ def names_of(folders: Sequence[Path]) -> dict[str, Path]:
     """Return runs by the names of their folders.
 
     Raises:
-        InputError: two are called the same.
+        InputError: two have the same name.
     """
     names: dict[str, Path] = {}
     for folder in folders:
@@ -126,10 +126,10 @@ def _record(line: str, place: str) -> dict[str, Any]:
 def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
     """Return the charts ``loss``, ``heads``, ``learning_rate`` and ``images_per_second`` of one or several runs.
 
-    Runs whose objective has further terms have ``terms`` as well and, where features are compared, ``connectors``.
+    Runs whose objective has further terms also have ``terms`` and, if features are compared, ``connectors``.
 
-    One run has a colour for each head, several have a colour for each run. The heads are those of the averaged
-    weights where the run keeps them.
+    With one run each head has a colour, with several each run. Heads are scored with the averaged weights if the run
+    keeps them.
     """
     several = len(runs) > 1
     loss: list[Series] = []
@@ -195,7 +195,7 @@ def _term_charts(runs: Mapping[str, Records]) -> dict[str, Chart]:
 
 
 def troubles_of(records: Records) -> str:
-    """Return in words how many steps were left out, and how often the teacher's answer was not finite."""
+    """Return a sentence about the steps that were left out and the teacher's answers that were not finite."""
     steps = [record for record in records if record["kind"] == "step"]
     left_out, wrong = (sum(record.get(key, 0) for record in steps) for key in ("bad_steps", "teacher_not_finite"))
     return f"{left_out} steps left out because the gradient was not finite; {wrong} teacher answers were not finite"

@@ -1,4 +1,4 @@
-"""What the token learned that the label did not say, and where the two tokens look (DeiT, Table 4 and section 5)."""
+"""What the distillation token learned beyond the labels, and where both tokens look (DeiT, Table 4 and section 5)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ GALLERY = 8
 
 DIAGNOSIS_FILE = "diagnosis.json"
 ATTENTION_FOLDER = "attention"
-PICTURES = ("gallery", "disputed")  # what their names begin with
+PICTURES = ("gallery", "disputed")  # prefixes of their file names
 
 
 @dataclass(frozen=True)
@@ -86,22 +86,21 @@ class Diagnosis:
 
     numbers: dict[str, Any]
     gallery: list[Portrait]  # where the two heads differ most
-    disputed: list[Portrait]  # where the teacher contradicts the label most surely
+    disputed: list[Portrait]  # where the teacher contradicts the label with the highest confidence
 
 
 def diagnose(examination: Examination, chosen: list[str]) -> Diagnosis:
-    """Look into a student that has been examined.
+    """Diagnose a student that has been examined.
 
     Layers are compared over up to 256 images spread evenly over the split. In the numbers, ``tokens`` are the
     cosines of the two tokens at the input (as learned, before positions are added) and after every block;
-    ``collapsed`` says that they are one at the input, so that the second token is of no use; ``cka`` aligns the
-    student's blocks with the teacher's stages; ``followed`` counts whom the heads follow where label and teacher
-    disagree.
+    ``collapsed`` means that they are the same at the input, so the second token is of no use; ``cka`` aligns the
+    student's blocks with the teacher's stages; ``followed`` counts how often each head follows the label or the teacher
+    where the two disagree.
 
     Args:
-        examination: a student and what it said about a split.
-        chosen: names of images for the gallery; where there are none, those with the largest distance between
-            the heads.
+        examination: a student and its answers to a split.
+        chosen: names of images for the gallery; if empty, those with the largest distance between the heads.
 
     Raises:
         InputError: a chosen image is not in the split.
@@ -147,7 +146,7 @@ def _rows_of(names: list[str], examination: Examination) -> list[int]:
 
 
 def _distance(heads: dict[str, Tensor]) -> Tensor:
-    """Return the total variation [n] between the heads, 0 to 1; of one head, how unsure it is."""
+    """Return the total variation [n] between the heads, 0 to 1; for a single head, its uncertainty."""
     if "dist" not in heads:
         return 1 - heads["cls"].max(-1).values
     return (heads["cls"] - heads["dist"]).abs().sum(-1) / 2
@@ -206,7 +205,7 @@ def _probe_layers(examination: Examination, rows: list[int]) -> tuple[list[dict[
 
 
 def _by_image(said: dict[str, Tensor], batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    """Yield what layers said about whole images; blocks between convolutions (mobilevit) see pieces of them."""
+    """Yield the outputs of layers that see whole images; blocks between convolutions (mobilevit) see pieces of them."""
     return ((name, output) for name, output in said.items() if len(output) == len(batch.images) and output.ndim > 2)
 
 
@@ -249,9 +248,9 @@ def _portraits(examination: Examination, rows: list[int]) -> list[Portrait]:
 
 def _attention(examination: Examination, batch: Batch) -> TokenAttention | None:
     tokens, backbone = _leading_tokens(examination), examination.student.backbone
-    if not tokens or not blocks(backbone) or getattr(backbone, "cls_token", None) is None:  # registers are no head's
+    if not tokens or not blocks(backbone) or getattr(backbone, "cls_token", None) is None:  # no head reads registers
         return None
-    # A fused attention never holds its weights: look into a twin that is built with the plain one.
+    # Fused attention does not keep its weights: use a copy of the model built with plain attention.
     choose_attention("plain", batch.images.device)
     classes = examination.photos.classes
     twin = load_student(examination.source, examination.config, classes, examination.processes)
@@ -292,7 +291,7 @@ def remove_diagnosis(folder: Path) -> None:
 
 
 def tell_diagnosis(diagnosis: Diagnosis) -> None:
-    """Print the cosines of the tokens, whom the heads follow, and a warning where the tokens have collapsed."""
+    """Print the cosines of the tokens, what the heads follow, and a warning if the tokens have collapsed."""
     numbers = diagnosis.numbers
     if numbers["tokens"]:
         cosines = "  ".join(f"{layer['layer']} {layer['mean']:.2f}" for layer in numbers["tokens"])

@@ -1,4 +1,4 @@
-"""A student, a split, and what the student and its teacher said about it: what every judgement starts from."""
+"""A student, a split, and the answers of the student and its teacher to it: every evaluation starts from these."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from deit_kd.teaching.stored import StoredAnswers, stored_validation
 
 @dataclass(frozen=True)
 class Examination:
-    """A student, a split, and what the student and its teacher said about it."""
+    """A student, a split, and the answers of the student and its teacher to it."""
 
     source: Source
     config: Config
@@ -38,30 +38,30 @@ class Examination:
     processes: Processes
     photos: Photos
     student: TimmStudent
-    teacher: NetworkTeacher | None  # None also where a label store answers for it
-    teacher_score: dict[str, Any] | None  # ``top1``, ``top5`` and ``nll`` that a label store measured over the split
+    teacher: NetworkTeacher | None  # also None if a label store answers for it
+    teacher_score: dict[str, Any] | None  # ``top1``, ``top5`` and ``nll`` over the split, recorded in a label store
     answers: Answers
     unreadable: dict[int, str]  # the reason, by index in the split
 
     @property
     def speaker(self) -> str:
-        """Which head speaks for the student: its fused one, or the class head where it has no other."""
+        """Which head speaks for the student: its fused one, or the class head if it has no other."""
         return "cls" if self.answers.output.dist_logits is None else "fused"
 
     def heads(self) -> dict[str, Tensor]:
-        """Return the probabilities [n, C] of the heads there are: ``cls``, ``dist`` and ``fused``."""
+        """Return the probabilities [n, C] of the heads that it has: ``cls``, ``dist`` and ``fused``."""
         return dict(head_probabilities(self.answers.output, self.config.evaluate.fusion))
 
     def predictions(self) -> dict[str, Tensor]:
-        """Return the classes [n] of the heads there are."""
+        """Return the classes [n] of the heads that it has."""
         return {head: probabilities.argmax(-1) for head, probabilities in self.heads().items()}
 
 
 def examine(source: Source, config: Config, split: str, processes: Processes) -> Examination:
-    """Ask a student, and its teacher where there is one, about every readable image of a split.
+    """Run a student, and its teacher if there is one, on every readable image of a split.
 
     Raises:
-        InputError: the student cannot be had, the photos are of other classes, or none can be read.
+        InputError: the student cannot be built, the photos are of other classes, or none can be read.
     """
     choose_attention(config.train.attention, processes.device)
     photos = _photos(source, config, split, processes)
@@ -138,9 +138,10 @@ def _teacher(
     try:
         if section.store is not None and (source.run is None or ("store" in of_the_run and not is_another)):
             return stored_validation(config, photos)
-        checkpoint, changes = section.checkpoint, {"compile": False}  # a compiled network calls no hooks of its layers
+        # A compiled network does not call the hooks of its layers.
+        checkpoint, changes = section.checkpoint, {"compile": False}
         if not (is_another or source.run is None or section.members or section.random_weights):
-            # The run's record says how its teacher answered; what is still to be said was typed.
+            # The run's record describes its teacher; what is left comes from the command line.
             own = _own_config(source).teacher
             checkpoint = f"{source.run}{TEACHER_OF_RUN}"
             described = ("pretrained", "label_set", "class_map", "args", "image_size", "mean", "std")
@@ -157,19 +158,19 @@ def _teacher(
 
 
 def _whose(teacher: TeacherSection) -> tuple[Any, ...]:
-    """Return what tells one teacher from another."""
+    """Return what distinguishes one teacher from another."""
     return teacher.name, teacher.pretrained, teacher.checkpoint, teacher.random_weights, teacher.members
 
 
 def _own_config(source: Source) -> Config:
-    """Return what a source stands for, without what a person overrides."""
+    """Return the recipe of a source, without command-line overrides."""
     return parse_config(source.recipe, build_parser("deit-kd eval"))[0]
 
 
 def examine_other(source: Source, first: Examination, split: str, processes: Processes) -> dict[str, Tensor]:
-    """Return what each head of a second student predicts [n] for the images that the first has seen.
+    """Return what each head of a second student predicts [n] for the images of the first.
 
-    Its own recipe says how it sees them; where they lie is the first one's.
+    Its own recipe says how to preprocess them; their folder is the first one's.
 
     Raises:
         InputError: as `examine` does.
@@ -186,7 +187,7 @@ SEEN = set(Preprocessing._fields)  # of the section data
 
 
 def evaluated(examination: Examination) -> dict[str, Any]:
-    """Return what was evaluated: photos, how they were seen, whose weights, and whom they were compared with."""
+    """Return what was evaluated: photos, preprocessing, weights, and the teacher they were compared with."""
     config, network = examination.config, examination.teacher
     teacher: dict[str, Any] | None = None
     if network is not None:
@@ -205,7 +206,7 @@ def evaluated(examination: Examination) -> dict[str, Any]:
 
 
 def is_as_trained(examination: Examination) -> bool:
-    """Return whether a run is evaluated on its own photos, as it sees them, with its own teacher and fusion."""
+    """Return whether a run is evaluated on its own photos, with its own preprocessing, teacher and fusion."""
     source, config = examination.source, examination.config
     if source.run is None:
         return False
@@ -229,7 +230,7 @@ def is_as_trained(examination: Examination) -> bool:
 
 
 def beside(name: str, examinations: Mapping[str, Examination]) -> dict[str, dict[str, Tensor]]:
-    """Return what the heads of the others predict [n] that saw the same photos as the examination called `name`."""
+    """Return the predictions [n] of the other students that saw the same photos as the examination called `name`."""
     own = examinations[name]
     return {
         other: examination.predictions()
@@ -253,7 +254,7 @@ def judge_heads(examination: Examination, others: Mapping[str, dict[str, Tensor]
         fusion=config.evaluate.fusion,
         seed=config.seed,
     )
-    if judged["teacher"] is not None:  # a store rounds its logits, but has measured before
+    if judged["teacher"] is not None:  # a store rounds its logits, but holds the scores from before
         judged["teacher"] |= examination.teacher_score or {}
     return {
         "n": len(answers.labels),

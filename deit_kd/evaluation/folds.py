@@ -1,4 +1,4 @@
-"""Students that were trained once for each fold: which runs belong together, and their answers as those of one."""
+"""Students that were trained once for each fold: which runs belong together, and their answers joined."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FoldedStudent:
 
     name: str
     folds: int  # how many there are
-    runs: dict[int, tuple[Source, Config]]  # by fold, in order, those there are
+    runs: dict[int, tuple[Source, Config]]  # by fold, in order; those that exist
 
     @property
     def missing(self) -> list[int]:
@@ -40,14 +40,14 @@ class FoldedStudent:
 
 @dataclass(frozen=True)
 class FoldedExamination:
-    """What the runs of one recipe said about the photos that each has held out."""
+    """The answers of the runs of one recipe to the photos that each has held out."""
 
     student: FoldedStudent
-    whole: Examination  # as if one student had said it; ``student`` and ``teacher`` are those of the first fold
+    whole: Examination  # as if one student had answered; ``student`` and ``teacher`` are those of the first fold
     by_fold: dict[int, Examination]
 
     def judge(self, others: Mapping[str, dict[str, Tensor]]) -> dict[str, Any]:
-        """Return what `judge_heads` finds beside `others`, and ``folds``: how many, those left out, runs and top-1."""
+        """Return the result of `judge_heads`, and ``folds``: their number, those left out, their runs and top-1."""
         top1 = {
             str(fold): {
                 head: 100 * float((predicted == examination.answers.labels).double().mean())
@@ -64,7 +64,7 @@ class FoldedExamination:
 
 
 def fold_scores(heads: Mapping[str, Any]) -> str:
-    """Say how the head that speaks for a student scores by fold."""
+    """Return a line with the score of a student's main head by fold."""
     folds = heads["folds"]
     speaker = "fused" if heads["heads"]["fused"] is not None else "cls"
     by_fold = ", ".join(f"{fold}: {top1[speaker]:.2f}" for fold, top1 in folds["top1"].items())
@@ -72,16 +72,16 @@ def fold_scores(heads: Mapping[str, Any]) -> str:
 
 
 def folded_students(runs: Sequence[tuple[Source, Config]]) -> list[FoldedStudent]:
-    """Group runs that differ in nothing but the fold that they hold out, and in what never changes a result.
+    """Group runs that differ only in the fold that they hold out and in keys that never change a result.
 
-    The weights of a fold's own teacher may differ, too, where they are of a run: its recipe is compared. Runs of
-    different seeds are different students, as their recipes are.
+    The weights of a fold's own teacher may also differ if they come from a run: its recipe is compared instead. Runs
+    with different seeds are different students.
 
     Args:
-        runs: each with its recipe and what a person overrides.
+        runs: each with its recipe, command-line overrides included.
 
     Raises:
-        InputError: one is no run of a fold, or two are of the same fold of one recipe.
+        InputError: one is not a run of a fold, or two are of the same fold of one recipe.
     """
     groups: dict[str, dict[int, tuple[Source, Config]]] = {}
     for source, config in runs:
@@ -107,7 +107,7 @@ def folded_students(runs: Sequence[tuple[Source, Config]]) -> list[FoldedStudent
 
 
 def recipe_but_fold(run: Path, learners: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return what the result of a run depends on besides its photos: its recipe, and those of its teachers' runs.
+    """Return what the result of a run depends on besides its photos: its recipe and its teachers' recipes.
 
     Args:
         run: its folder.
@@ -133,7 +133,7 @@ def _sources_of(teacher: dict[str, Any]) -> list[str]:
 
 
 def _names(groups: Iterable[Mapping[int, tuple[Source, Config]]]) -> list[str]:
-    """Return what each group of runs is called: as its first run without the fold, or as that run."""
+    """Return the name of each group of runs: that of its first run, without the fold if possible."""
     names: list[str] = []
     for group in groups:
         run = group[min(group)][0].run
@@ -147,7 +147,7 @@ def common_folds(students: Sequence[FoldedStudent], processes: Processes) -> lis
     """Return the students with the folds that all of them have; say which are missing.
 
     Raises:
-        InputError: they are of other numbers of folds, or none is common.
+        InputError: their numbers of folds differ, or they have no fold in common.
     """
     counts = {student.folds: student for student in students}
     if len(counts) > 1:
@@ -171,10 +171,10 @@ def common_folds(students: Sequence[FoldedStudent], processes: Processes) -> lis
 
 
 def examine_folds(student: FoldedStudent, processes: Processes) -> FoldedExamination:
-    """Ask the run of every fold about the photos that it held out, so that each photo has one answer.
+    """Run every fold's student on the photos that it held out, so that each photo has one answer.
 
     Raises:
-        InputError: a run cannot be had, or the photos are not those that it was trained with and scored on.
+        InputError: a run cannot be loaded, or the photos are not those that it was trained with and scored on.
     """
     by_fold = {
         fold: examine(source, config, "validation", processes) for fold, (source, config) in student.runs.items()

@@ -55,13 +55,13 @@ class Subject:
 
     runs: list[str]  # names of the runs
     whole: Examination
-    inside: Examination  # of the run that is looked into, the first fold's
+    inside: Examination  # of the run whose layers are shown: the first fold's
     folded: FoldedExamination | None = None
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A finished run, what its heads score, and what is inside."""
+    """A finished run, the scores of its heads, and the diagnosis of its layers."""
 
     name: str
     facts: dict[str, Any]
@@ -71,7 +71,7 @@ class Seen:
 
 @dataclass
 class Figures:
-    """Collects the figures of a page; each also lies beside it as PNG, with its numbers as JSON or CSV."""
+    """Collects the figures of a page; each is also written beside it as PNG, with its numbers as JSON or CSV."""
 
     folder: Path
     drawn: list[str] = field(default_factory=list)
@@ -98,7 +98,7 @@ def write_report(folders: list[Path], folder: Path | None, processes: Processes)
         if processes.is_main:
             _draw(folder, subjects, records)
     finally:
-        processes.wait()  # the others do, whatever becomes of the page
+        processes.wait()  # the others wait, whether or not the page succeeds
     return folder / REPORT_FILE
 
 
@@ -155,7 +155,7 @@ def _subjects(sources: Mapping[str, Source], processes: Processes) -> dict[str, 
 
 
 def _see(name: str, folder: Path, subjects: Mapping[str, Subject], troubles: str) -> Seen:
-    """Judge and look into one subject, and write what was found; the others that saw the same photos stand beside."""
+    """Score and diagnose one subject, and write the results; others that saw the same photos are compared with it."""
     subject = subjects[name]
     own = subject.whole
     others = beside(name, {other: one.whole for other, one in subjects.items()})
@@ -170,7 +170,7 @@ def _see(name: str, folder: Path, subjects: Mapping[str, Subject], troubles: str
 
 
 def _facts(config: Config, facts: Mapping[str, Any], heads: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was trained from what, in words."""
+    """Describe in words what was trained, and from what."""
     teacher = facts["teacher"]
     train = config.train
     return {
@@ -225,7 +225,7 @@ def _section(run: Seen, figures: Figures, several: bool) -> dict[str, Any]:
 
 
 def _class_figure(prefix: str, heads: Mapping[str, Any], figures: Figures) -> dict[str, str]:
-    """Draw accuracy by class, those first on which the two heads differ most."""
+    """Draw accuracy by class, starting with the classes on which the two heads differ most."""
     by_class, classes = heads["by_class"], heads["classes"]
     present = [name for name in ("cls", "dist", "fused", "teacher") if name in by_class]
     filled = [index for index, support in enumerate(by_class["support"]) if support]

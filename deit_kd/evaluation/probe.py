@@ -1,4 +1,4 @@
-"""``deit-kd eval --probe true``: what a student's features are worth without its heads."""
+"""``deit-kd eval --probe true``: how good a student's features are without its heads."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def probe(examination: Examination) -> dict[str, Any] | None:
     """Score the pooled features of a student, and of one with random weights, from the training photos to the split.
 
     Returns:
-        In the main process, JSON: the number of training ``images``, and what `judge_features` finds of ``student``
-        and ``random``; None in the others.
+        In the main process, JSON: the number of training ``images``, and the results of `judge_features` for
+        ``student`` and ``random``; None in the others.
 
     Raises:
-        InputError: the split holds training photos, or see `collect_vectors`.
+        InputError: the split holds training photos; see also `collect_vectors`.
     """
     config, processes = parts.with_labels(examination.config), examination.processes
     train = together(processes, lambda: parts.build_splits(config).train)

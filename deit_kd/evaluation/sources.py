@@ -1,4 +1,4 @@
-"""Where a student comes from: a run, a folder of timm's or transformers', a file of weights, or timm by name."""
+"""Where a student comes from: a run, a timm or transformers folder, a file of weights, or a timm name."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from deit_kd.run_folder import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, STUDENT_FOL
 from deit_kd.runs import parts
 from deit_kd.students import TimmStudent
 
-WORDNET_ID = re.compile(r"n[0-9]{8}")  # how timm calls the classes of its ImageNet models
+WORDNET_ID = re.compile(r"n[0-9]{8}")  # timm's names for the classes of its ImageNet models
 NUMBER = re.compile(r"[0-9]{1,9}")
-HEADS = ("head.weight", "fc.weight", "classifier.weight", "head.fc.weight")  # where most of timm's models have one
+HEADS = ("head.weight", "fc.weight", "classifier.weight", "head.fc.weight")  # of most timm models
 
 
 class Source(NamedTuple):
     """A student that was named on the command line, before its weights are read."""
 
-    name: str  # as a person calls it
-    recipe: list[str]  # the options that it stands for; what is typed after it overrides them
+    name: str  # as given on the command line
+    recipe: list[str]  # the options that it stands for; the command line overrides them
     origin: Origin
     run: Path | None = None  # None for anything but a run
-    checkpoint: Path | None = None  # of the run, to be read instead of the student that it ended with
+    checkpoint: Path | None = None  # of the run, to read instead of its final student
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """What it answers with; None where only their count is known, or nothing."""
+        """Its classes; None if only their number is known, or nothing."""
         return self.origin.classes
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a run was made from; nothing for another source."""
+        """The facts of a run; empty for any other source."""
         return {} if self.run is None else dict(read_facts(self.run))
 
 
@@ -74,7 +74,7 @@ def _from_run(text: str, run: Path, checkpoint: Path | None) -> Source:
             f"{run}: is not a finished run (it has no {HEADS_FILE}); name one of its {CHECKPOINTS}, or finish it with "
             "--resume auto"
         )
-    recipe = ["--config", str(run / CONFIG_FILE), "--teacher.fit.epochs", "0"]  # it is fitted by now
+    recipe = ["--config", str(run / CONFIG_FILE), "--teacher.fit.epochs", "0"]  # it has been fitted already
     name = run.resolve().name if checkpoint is None else f"{run.resolve().name}-{checkpoint.stem}"
     return Source(name, recipe, open_origin("eval", text), run, checkpoint)
 
@@ -101,7 +101,7 @@ def _from_timm(name: str) -> Source:
 
 
 def _options(text: str, origin: Origin) -> list[str]:
-    """Return the options that weights stand for, as far as they say what they are."""
+    """Return the options that weights stand for, as far as they are described."""
     options = ["--student.checkpoint", text, *_kind(origin.is_distilled)]
     if origin.architecture is None:
         return options
@@ -114,7 +114,7 @@ def _options(text: str, origin: Origin) -> list[str]:
 
 
 def options_before(source: Source, typed: list[str]) -> list[str]:
-    """Return the options that a source stands for; where another teacher is typed, nothing of its own teacher's."""
+    """Return the options that a source stands for, without its teacher's if the command line names another teacher."""
     is_another = any(option.partition("=")[0] == "--teacher.checkpoint" for option in typed)
     return [*source.recipe, *as_options(TeacherSection(), "teacher.")] if is_another else source.recipe
 
@@ -124,7 +124,7 @@ def _kind(distilled: bool) -> list[str]:
 
 
 def _input_of(known: KnownPreprocessing) -> list[str]:
-    """Return the options of what reaches a network; what it does not say is timm's."""
+    """Return the options of a network's input; what is not known is timm's default."""
     return data_options(
         Preprocessing(
             known.image_size or 224,
@@ -148,11 +148,11 @@ def data_options(preprocessing: Preprocessing) -> list[str]:
 def check_classes(source: Source, ours: tuple[str, ...]) -> None:
     """Refuse photos of other classes than the student's, or in another order.
 
-    Names are compared one by one, numbers as numbers. A 1000-way head of ImageNet that carries no names of its own
-    is taken by its count, with a warning, where the folders have names that are no WordNet ids.
+    Names are compared one by one, numbers as numbers. A 1000-way head without names of its own is taken for ImageNet's,
+    with a warning if the folders' names are not WordNet ids.
 
     Raises:
-        InputError: with the first class that differs, or where nothing says what the student answers with.
+        InputError: a class differs (the first one is named), or the student's classes are not known.
     """
     theirs, count = source.classes, _class_count(source)
     is_imagenet = count == 1000 and (theirs is None or source.origin.is_published)
@@ -186,7 +186,7 @@ def check_classes(source: Source, ours: tuple[str, ...]) -> None:
 
 
 def _class_count(source: Source) -> int | None:
-    """Return how many classes a student answers with; None where nobody knows its head."""
+    """Return how many classes a student has; None if its head is not known."""
     known = source.origin.class_count
     if known is not None or source.origin.is_published:
         return known
@@ -208,7 +208,7 @@ def load_student(source: Source, config: Config, classes: tuple[str, ...], proce
     """Return the student of `source` in eval, on its device.
 
     Raises:
-        InputError: its weights cannot be had, or are another model's.
+        InputError: its weights cannot be read, or belong to another model.
     """
     own = None if source.run is None else str(source.checkpoint or source.run)
     student = parts.build_student(config, classes, checkpoint=own, strict=True)

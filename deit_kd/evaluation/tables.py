@@ -11,7 +11,7 @@ from deit_kd.console import console, say
 
 
 def print_scores(result: Mapping[str, Any]) -> None:
-    """Print every head's scores of an evaluation, with their 95 % intervals, and what calibration mends."""
+    """Print every head's scores of an evaluation, with their 95 % intervals, and what calibration improves."""
     table = Table(title=f"{result['student']}: {result['n']} images, weights: {result['weights']}; [95 % interval]")
     columns = {"top-1 %": "top1", "top-5 %": "top5", "NLL": "nll", "Brier": "brier", "ECE": "ece"}
     for column in ("head", *columns, "T", "NLL at T"):
@@ -29,7 +29,7 @@ def print_scores(result: Mapping[str, Any]) -> None:
 
 
 def print_probe(result: Mapping[str, Any]) -> None:
-    """Print what the features of a student are worth, beside those of its architecture with random weights."""
+    """Print the scores of a student's features, beside those of its architecture with random weights."""
     probe = result["probe"]
     table = Table(title=f"features, from {probe['images']} training images to {result['n']}; top-1 % [95 % interval]")
     for column in ("weights", f"{probe['student']['knn']['neighbours']}-NN", "linear probe"):
@@ -43,14 +43,14 @@ def _with_interval(score: Mapping[str, Any], key: str) -> str:
     if score[key] is None:
         return "-"
     digits = 2 if key.startswith("top") else 3
-    if key not in score["intervals"]:  # measured elsewhere, image by image unknown
+    if key not in score["intervals"]:  # measured elsewhere, not known image by image
         return f"{score[key]:.{digits}f}"
     low, high = score["intervals"][key]
     return f"{score[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def print_students(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print the scores of several students, and the first one's against each of the others' heads on the same images.
+    """Print the scores of several students, and compare the first with the heads of the others on the same images.
 
     Args:
         results: of evaluations, by the name of the student.
@@ -84,7 +84,7 @@ def _compared(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def print_comparison(result: Mapping[str, Any]) -> None:
-    """Print McNemar's test of each two heads, who disagrees with whom, and the best weight of the fusion."""
+    """Print McNemar's test of each pair of heads, the disagreement matrix, and the best weight of the fusion."""
     if result["comparisons"]:
         table = Table(title="the same images: where only one is right, and McNemar's test")
         for column in ("first", "second", "alone right", "difference, points", "p"):

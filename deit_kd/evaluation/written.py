@@ -23,7 +23,7 @@ PREDICTIONS_FILE = "predictions.parquet"
 
 
 def write_evaluation(folder: Path, examination: Examination, heads: dict[str, Any]) -> None:
-    """Write ``heads.json`` and ``predictions.parquet``; the diagnosis of an earlier evaluation goes.
+    """Write ``heads.json`` and ``predictions.parquet``; the diagnosis of an earlier evaluation is removed.
 
     The table has a row for each readable image: ``path``, ``label``, by head ``<head>_top5`` (classes, best first)
     and ``<head>_top5_probability``, and ``teacher_top1``.
@@ -41,7 +41,7 @@ def write_evaluation(folder: Path, examination: Examination, heads: dict[str, An
         "label": names(answers.labels),
     }
     for head, log_probabilities in every_head(answers.output).items():
-        best = log_probabilities.sort(descending=True, stable=True)  # of equals, the first: as argmax has it
+        best = log_probabilities.sort(descending=True, stable=True)  # the first of equal ones, as in argmax
         labels, values = best.indices[:, :5].tolist(), best.values[:, :5].exp().tolist()
         columns[f"{head}_top5"] = arrow.array([[classes[label] for label in row] for row in labels])
         columns[f"{head}_top5_probability"] = arrow.array(values, arrow.list_(arrow.float32()))
@@ -50,4 +50,4 @@ def write_evaluation(folder: Path, examination: Examination, heads: dict[str, An
     content = arrow.BufferOutputStream()
     parquet.write_table(arrow.table(columns), content)
     write_atomically(folder / PREDICTIONS_FILE, content.getvalue().to_pybytes())
-    remove_diagnosis(folder)  # once all else is written: a full disk takes nothing away
+    remove_diagnosis(folder)  # only once everything else is written: a full disk must not cost anything

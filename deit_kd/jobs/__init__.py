@@ -1,1 +1,1 @@
-"""One file for each verb; only a job knows all the rooms."""
+"""One file for each command; only a job knows all the rooms."""

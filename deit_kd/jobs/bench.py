@@ -1,4 +1,4 @@
-"""``deit-kd bench``: the training loop with each kind of teacher, over the floors that its parts lay."""
+"""``deit-kd bench``: the training loop with each kind of teacher, compared with the floors that its parts set."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ COMPILED, NOT_COMPILED = "student's step, compiled", "student's step, not compil
 ANSWER = "teacher's answer"
 LOADER = "loader"
 ALONE, ONLINE, STORED = "loop, no teacher", "loop, teacher online", "loop, label store"
-SETTLING_STEPS = 2  # of a loop, before its clock starts: its workers then are as far ahead as they will stay
+SETTLING_STEPS = 2  # of a loop, before its clock starts: by then its workers are as far ahead as they will stay
 
 # What is compared with the parts whose times add up to its floor.
 RATIOS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -60,20 +60,20 @@ RATIOS: tuple[tuple[str, tuple[str, ...]], ...] = (
 def bench(
     config: Config, rounds: int, steps: int, photos: int, other_compile: bool, json_file: Path | None
 ) -> dict[str, Any]:
-    """Time the loop of a recipe and its parts in one process, in turns; print images/s, shares and their spread.
+    """Time the loop of a recipe and its parts, taking turns in one process; print images/s, shares and their spread.
 
     The student's step and the teacher's answer are timed on a batch that stays in memory; a loop has its loader,
     mixing and meters. The store is filled with the views that the loops see, in a temporary folder, before any
-    clock starts. What needs no loader waits until the workers rest. Evaluation and checkpoints are outside, and no
-    run folder is written.
+    clock starts. Parts that need no loader are timed while the workers are idle. Evaluation and checkpoints are not
+    timed, and no run folder is written.
 
     Args:
-        config: a recipe; its teacher may have random weights. A store that it names is left alone.
+        config: a recipe; its teacher may have random weights. A store that it names is not touched.
         rounds: how often each part is timed; the median counts.
-        steps: optimiser steps a time.
-        photos: of the training set to take, evenly spread; at least a batch.
+        steps: optimiser steps per timing.
+        photos: how many of the training set to use, evenly spread; at least a batch.
         other_compile: time the student's step with the other choice of ``train.compile``, too.
-        json_file: where the numbers go too.
+        json_file: where to write the numbers as well.
 
     Raises:
         InputError: the recipe cannot work.
@@ -104,7 +104,7 @@ def _measure(timed: Parts, device: torch.device, rounds: int) -> Clock:
 
 
 def print_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table as it stands in ``docs/``, numbers to the right."""
+    """Print a table as in ``docs/``, numbers aligned to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for cells in (header, ["-" * width for width in widths], *rows):
         first, *others = zip(cells, widths, strict=True)
@@ -112,7 +112,7 @@ def print_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None
 
 
 def print_rates(what: str, measured: Mapping[str, Sequence[float]], digits: int) -> None:
-    """Print median, lowest and highest of what was measured in every round, by name."""
+    """Print median, lowest and highest of the values of all rounds, by name."""
     rows = [
         [name, *(f"{pick(values):.{digits}f}" for pick in (statistics.median, min, max))]
         for name, values in measured.items()
@@ -183,7 +183,7 @@ class Clock:
         self.rates.setdefault(name, []).append(images / (time.perf_counter() - since))
 
     def ratios(self, wanted: Iterable[tuple[str, Sequence[str]]]) -> dict[str, list[float]]:
-        """Return by round the rate of a part over that of all parts of its floor in turn, where all were timed."""
+        """Return, by round, the rate of a part over that of its floor's parts one after another, if all were timed."""
         return {
             f"{part} / {' + '.join(floor)}": self._ratio(part, floor)
             for part, floor in wanted
@@ -205,7 +205,7 @@ def open_parts(
     photos: int,
     other_compile: bool = False,
 ) -> Iterator[Parts]:
-    """Yield everything of a recipe that can be timed, with a store that is gone afterwards; see `bench`.
+    """Yield everything of a recipe that can be timed, with a temporary store; see `bench`.
 
     Raises:
         InputError: the recipe cannot work, or there are several processes.
@@ -231,13 +231,13 @@ def _with_epochs_enough(config: Config, rounds: int, steps: int) -> Config:
 
 
 def some_photos(photos: Photos, count: int) -> Photos:
-    """Return `count` of `photos`, evenly spread, or all where there are no more."""
+    """Return `count` of `photos`, evenly spread, or all if there are fewer."""
     count = min(count, len(photos))
     return photos.subset([index * len(photos) // count for index in range(count)])
 
 
 def _lessons(run: Run, folder: str) -> dict[str, Lesson]:
-    """Return what each loop learns from that has a teacher; fill a store in `folder`."""
+    """Return the lesson of each loop that has a teacher; fill a store in `folder`."""
     config, processes = run.config, run.processes
     if not config.distill.needs_teacher:
         return {}
@@ -255,9 +255,9 @@ class Parts:
     """Everything that is timed, of one run.
 
     Args:
-        run: whose loader deals the same epoch of views over and over.
+        run: its loader repeats one epoch of views.
         lessons: of the loops that have a teacher.
-        steps: optimiser steps a time.
+        steps: optimiser steps per timing.
         other_compile: whether to time the student's step with the other choice of ``train.compile``, too.
     """
 
@@ -294,7 +294,7 @@ class Parts:
             self._train(trainer, itertools.cycle(self._held), 1)
 
     def settle(self, name: str) -> None:
-        """Bring a part, and the workers of one that has some, to the pace that it will keep."""
+        """Bring a part, and the workers of one that has some, to its steady pace."""
         if name in self.streamed:
             self._use_up(self.prefetched)
         if name in self._loops:
@@ -315,7 +315,7 @@ class Parts:
 
     @property
     def prefetched(self) -> int:
-        """Batches that workers may be ahead, and one."""
+        """One more than the batches that workers may be ahead."""
         return PREFETCHED * self._run.config.data.workers + 1
 
     def _use_up(self, batches: int) -> None:
@@ -337,7 +337,7 @@ class Parts:
 
 
 def known_answers(teacher: Teacher, batches: Iterable[Batch]) -> Teacher:
-    """Return a teacher that knows its answers to `batches`, by their images, and no others."""
+    """Return a teacher with its answers to `batches`, found by their images, and no others."""
     answers = {id(batch.images): teacher(batch) for batch in batches}
     return lambda batch: answers[id(batch.images)]
 

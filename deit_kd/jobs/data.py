@@ -1,4 +1,4 @@
-"""``deit-kd data check``: read every photo of a tree once, and say what training would stumble over."""
+"""``deit-kd data check``: read every photo of a tree once, and report what training would stumble over."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Finding:
 
 
 def check_data(splits: Splits, processes: int, json_file: Path | None) -> bool:
-    """Print counts by class and split, image sizes, unreadable files and exact duplicates; return if all is well.
+    """Print counts by class and split, image sizes, unreadable files and exact duplicates; return whether all is well.
 
-    Duplicates are files of the same bytes. One that lies in both splits leaks the validation set into training.
+    Duplicates are files with the same bytes. One that is in both splits leaks the validation set into training.
 
     Args:
         splits: of files on disk.
         processes: how many read at a time.
-        json_file: where the findings go too.
+        json_file: where to write the findings as well.
     """
     findings = _read_all(splits, processes)
     unreadable = [finding for finding in findings if finding.error is not None]

@@ -24,7 +24,7 @@ from deit_kd.teaching.fit import guide_config, is_unfitted
 from deit_kd.teaching.ready import ready_lesson
 from deit_kd.teaching.recording import logits_kept
 
-STEPS = 2  # the first pays for what happens once
+STEPS = 2  # the first includes one-time costs
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Needs:
     """What a run will need.
 
     Args:
-        memory: bytes that a process holds at its peak, on the device where that is a GPU.
-        step_seconds: an optimiser step.
-        evaluation_seconds: one evaluation batch, its photos read.
-        epoch_seconds: an epoch's steps and its evaluation.
+        memory: bytes that a process holds at its peak; on the GPU if there is one.
+        step_seconds: of an optimiser step.
+        evaluation_seconds: of one evaluation batch, reading its photos included.
+        epoch_seconds: of an epoch's steps and its evaluation.
         checkpoint: bytes of one.
         store: bytes of the label store that the run fills; 0 where it fills none.
     """
@@ -49,10 +49,10 @@ class Needs:
 
 
 def dry_run(config: Config) -> Needs:
-    """Build everything, do two steps and one batch of evaluation, and say what the whole run will need.
+    """Build everything, do two steps and one batch of evaluation, and print what the whole run will need.
 
     Raises:
-        InputError: anything that a run would be refused for before its first step.
+        InputError: anything for which a run would be refused before its first step.
     """
     with process_group(config.train.device) as processes:
         run = prepare(config, processes)

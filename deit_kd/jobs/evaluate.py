@@ -1,4 +1,4 @@
-"""``deit-kd eval``: everything that a split says about a student's heads, whoever trained it."""
+"""``deit-kd eval``: score the heads of any student on a split."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def evaluate_source(
 
     Args:
         text: a run, an exported folder, a file of weights or a timm model.
-        config: what `text` stands for, with what a person overrode.
+        config: the recipe of `text`, with command-line overrides.
         split: ``train``, ``validation``, or another folder under ``data.root`` (``.`` is the root itself).
-        against: a second student, in the same words as `text`.
-        folder: where the files go; None is what `default_folder` says.
+        against: a second student, named like `text`.
+        folder: where the files go; None is `default_folder`.
         look_inside: write ``diagnosis.json`` and the images with the tokens' attention, too; see `diagnose`.
         images: which images to show then; the most interesting ones unless set.
         with_probe: score the features as well, see `probe`.
@@ -64,7 +64,7 @@ def evaluate_source(
         What ``heads.json`` holds.
 
     Raises:
-        InputError: the student cannot be had, the photos are of other classes, or none can be read.
+        InputError: the student cannot be built, the photos are of other classes, or none can be read.
     """
     with process_group(config.train.device) as processes:
         source = open_source(text)
@@ -73,7 +73,7 @@ def evaluate_source(
         others = {} if other is None else {other.name: examine_other(other, examination, split, processes)}
         heads = judge_heads(examination, others)
         if with_probe:
-            # Imported here so that nobody else waits for scikit-learn.
+            # Imported here so that nothing else waits for scikit-learn.
             from deit_kd.evaluation.probe import probe
 
             heads["probe"] = probe(examination)
@@ -93,16 +93,16 @@ def evaluate_folds(runs: Sequence[tuple[Source, Config]], folder: Path | None = 
     """Join the runs of each recipe over its folds and score every photo once; print the tables, write the files.
 
     Args:
-        runs: of folds, each with its recipe and what a person overrides; several recipes are compared image by image
-            over the folds that all of them have.
-        folder: where the files go, in a folder for each student where there are several; None is
+        runs: of folds, each with its recipe, command-line overrides included; several recipes are compared image by
+            image over the folds that all of them have.
+        folder: where the files go, in a folder for each student if there are several; None is
             ``runs/eval/<name>-folds``.
 
     Returns:
         What each ``heads.json`` holds, by the student's name.
 
     Raises:
-        InputError: a run is none of a fold, or cannot be had, or the photos are not those that it knows.
+        InputError: a run is not of a fold or cannot be loaded, or the photos are not those that it knows.
     """
     with process_group(runs[0][1].train.device) as processes:
         students = common_folds(folded_students(runs), processes)
@@ -127,8 +127,8 @@ def evaluate_folds(runs: Sequence[tuple[Source, Config]], folder: Path | None = 
 def default_folder(examination: Examination, heads: dict[str, Any]) -> Path:
     """Return where the files of an evaluation go: to ``RUN/eval/<split>``, or to ``runs/eval/<name>-<split>``.
 
-    A run's is kept for its own photos, seen as it sees them, and its own teacher; any other source's for what was
-    evaluated there first. Whatever else is evaluated has a folder with its photos' root and a hash in the name.
+    A run's folder is reserved for its own photos, preprocessing and teacher; any other source's for what was evaluated
+    there first. Everything else gets a folder with the photos' root and a hash in its name.
     """
     source, split = examination.source, examination.split
     name = "root" if split == "." else split.replace("/", "-")
@@ -152,7 +152,7 @@ def _evaluated_in(folder: Path) -> dict[str, Any]:
 
 
 def _without_root(what: dict[str, Any]) -> dict[str, Any]:
-    """Return what tells one evaluation from another: photos that were moved are the same."""
+    """Return what distinguishes one evaluation from another; photos that were moved are the same."""
     return {key: value for key, value in what.items() if key != "root"}
 
 

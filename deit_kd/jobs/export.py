@@ -1,4 +1,4 @@
-"""``deit-kd export``: hand a run's student to another library, read again there before it counts as written."""
+"""``deit-kd export``: export a run's student, kept only once the other library has read it again."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def export_student(
         source: of the student.
         config: the run's.
         format_name: one of `FORMATS`.
-        to: folder to write, which must not be there yet; None is ``RUN/export/<format>``, of a checkpoint
+        to: folder to write, which must not exist yet; None is ``RUN/export/<format>``, of a checkpoint
             ``RUN/export/<format>-<checkpoint>``.
-        choices: of what is traced, for ONNX and torch.export.
+        choices: how to trace the student, for ONNX and torch.export.
 
     Raises:
-        InputError: the source is no run, the format is unknown, cannot hold this student, has no such choice
-            or needs a library that is missing, or the folder is there already.
+        InputError: the source is not a run, the format is unknown, cannot hold this student, has no such choice or
+            needs a library that is missing, or the folder exists already.
     """
     if source.run is None:
         raise InputError(f"{source.name}: is neither a run nor a checkpoint of one; name the folder of a run")
@@ -81,7 +81,7 @@ def export_student(
 
 
 def _scores_of(run: Path, checkpoint: Path) -> Mapping[str, Any] | None:
-    """Return what a checkpoint scored, like ``heads.json``; None where it was written within an epoch.
+    """Return the scores of a checkpoint, like ``heads.json``; None if it was written within an epoch.
 
     Raises:
         InputError: the checkpoint is truncated or altered.
@@ -120,7 +120,7 @@ class _Evaluation(TypedDict):
 
 
 def _fitted_temperature(folder: Path, fusion: str) -> dict[str, float] | None:
-    """Return the temperature of each head that an evaluation of this run on its own validation set has fitted."""
+    """Return the temperature of each head, fitted by an evaluation of this run on its own validation set."""
     file = folder / "eval" / "validation" / HEADS_FILE
     if not file.is_file():
         return None

@@ -20,7 +20,7 @@ def plot(folders: list[Path], file: Path | None) -> Path:
         file: the PNG to write; None is ``curves.png`` in the first run.
 
     Raises:
-        InputError: a folder has no records yet, or two are called the same.
+        InputError: a folder has no records yet, or two have the same name.
     """
     runs = {name: read_records(folder) for name, folder in names_of(folders).items()}
     file = file or folders[0] / CURVES_FILE

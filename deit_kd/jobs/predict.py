@@ -1,4 +1,4 @@
-"""``deit-kd predict``: the class that a student, a run's or an exported one, gives unlabelled images, by head."""
+"""``deit-kd predict``: the class that each head of a run's or an exported student gives to images."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
     """Write ``path,head,class,probability`` for each image, to `csv_file` or to standard output.
 
     Args:
-        place: folder of a finished run, or an ONNX model that was exported from one.
-        config: the run's, or what the model says of it.
+        place: folder of a finished run, or an ONNX model exported from one.
+        config: the run's, or what the model records of it.
         files: images.
         head: ``cls``, ``dist``, ``fused`` or ``all``; a student without a distillation token has ``cls`` alone,
-            which then stands for the fused one.
+            which is then also the fused one.
         csv_file: where to write; None is standard output.
 
     Raises:
-        InputError: a file is missing or no image, `csv_file` has no folder, or the student has no such head.
+        InputError: a file is missing or not an image, `csv_file` has no folder, or the student has no such head.
             Nothing is written then.
     """
     missing = [file for file in files if not file.is_file()]
@@ -94,10 +94,10 @@ def _from_model(file: Path) -> tuple[tuple[str, ...], Answer]:
 
 
 def recipe_of_model(file: Path) -> list[str]:
-    """Return the options that an exported model stands for: how its images are prepared.
+    """Return the options that an exported model stands for: the preprocessing of its images.
 
     Raises:
-        InputError: it is no model that ``deit-kd export`` wrote.
+        InputError: it is not a model that ``deit-kd export`` wrote.
     """
     facts = open_exported(file).facts
     return data_options(Preprocessing(*(facts[field] for field in Preprocessing._fields)))  # type: ignore[literal-required]

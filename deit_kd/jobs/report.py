@@ -1,4 +1,4 @@
-"""``deit-kd report``: one page that a person can look at, with every figure and number beside it."""
+"""``deit-kd report``: one page to look at, with every figure and number beside it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def report(folders: list[Path], folder: Path | None, device: str = "auto") -> Pa
         folders: of the runs; several that saw the same photos are compared image by image, and several folds of one
             recipe are one student.
         folder: where it goes; None is ``RUN/report`` for one run and ``runs/report`` for several.
-        device: that the students run on.
+        device: where the students run.
 
     Raises:
-        InputError: a folder is no finished run, or its photos are not there any more.
+        InputError: a folder is not a finished run, or its photos are gone.
     """
     with process_group(device) as processes:
         return write_report(folders, folder, processes)

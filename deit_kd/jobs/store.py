@@ -1,4 +1,4 @@
-"""``deit-kd store``: ask a teacher once for every view, and let any student read its answers."""
+"""``deit-kd store``: run a teacher once on every view, and let any student read its answers."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from deit_kd.teaching.recording import fill_epoch, fill_validation, writing
 from deit_kd.teaching.store_identity import identity, libraries_in_use, refuse_other, verify, weights_hash
 from deit_kd.teaching.stored import open_store
 
-LARGEST_CHANGED_SHARE = 0.01  # of the argmax, that a check lets pass
-LARGEST_GAP_SHARE = 0.05  # of the logits' spread, that a check lets pass: several times bf16's rounding
+LARGEST_CHANGED_SHARE = 0.01  # of changed argmaxes that a check accepts
+LARGEST_GAP_SHARE = 0.05  # of the logits' spread that a check accepts: several times bf16's rounding
 
 
 def build(config: Config, folder: str | None, epochs: int | None, batch_size: int) -> None:
-    """Ask the recipe's teacher for every view of every epoch and for the validation set; go on where it was left.
+    """Run the recipe's teacher on every view of every epoch and on the validation set; resume an unfinished build.
 
     Args:
         config: the recipe.
         folder: of the store; None is ``teacher.store``.
         epochs: view epochs to store; None is ``train.epochs``.
-        batch_size: images that each process asks for at a time.
+        batch_size: images that each process runs the teacher on at a time.
 
     Raises:
         InputError: the recipe cannot work, or the folder holds something else.
@@ -69,9 +69,9 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
 
 
 def check(config: Config, folder: str, samples: int) -> dict[str, float]:
-    """Compare every checksum, then ask the teacher for random views again and compare its answers.
+    """Compare every checksum, then run the teacher on random views again and compare its answers.
 
-    Where they hold, the versions of libraries in use may use the store from now on.
+    If they agree, the versions of the libraries in use may use the store from now on.
 
     Returns:
         ``largest_difference`` of the kept logits, their ``mean_gap_share`` of the logits' spread, and the
@@ -148,7 +148,7 @@ def info(folder: str) -> None:
 
 
 def _loader_of_all(config: Config, splits: Splits, processes: Processes) -> TrainingLoader:
-    """Return the loader of every view of an epoch; which of them a process asks for is its job's choice."""
+    """Return a loader of all views of an epoch; the caller decides which of them a process loads."""
     return parts.build_training_loader(config, splits.train, replace(processes, rank=0, count=1))
 
 
@@ -188,7 +188,7 @@ def _fill_epochs(
 
 
 def _saving(recorder: RecordingTeacher, last: list[Batch], views: int, device: torch.device) -> str:
-    """Say how long the teacher alone would think about `views`, measured on the last batch."""
+    """Say how long the teacher alone would take for `views`, measured on the last batch."""
     if not last or not len(last[0].labels):
         return ""
 

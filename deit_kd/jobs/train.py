@@ -1,4 +1,4 @@
-"""``deit-kd train``: from photos in folders to a distilled student whose heads are measured apart."""
+"""``deit-kd train``: from photos in folders to a distilled student whose heads are scored separately."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deit_kd.teaching.recording import recording
 
 
 def train(config: Config) -> HeadScores:
-    """Train the student of `config`, its teacher first where the recipe says so; return ``heads.json``.
+    """Train the student of `config`, its teacher first if the recipe says so; return ``heads.json``.
 
     Raises:
         InputError: anything that cannot work; nothing is written then.
@@ -34,9 +34,9 @@ def train(config: Config) -> HeadScores:
 
 
 def _report(run: Run) -> None:
-    """Write the report of a finished run, which stays whole where that fails, whatever the reason."""
+    """Write the report of a finished run; if that fails for any reason, the run stays complete."""
     try:
-        # Imported here so that training need not wait for the plotting library.
+        # Imported here so that training does not wait for the plotting library.
         from deit_kd.evaluation.page import write_report
 
         write_report([run.folder], None, run.processes)
