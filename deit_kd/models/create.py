@@ -1,4 +1,4 @@
-"""timm models by name: built, checked once, with their token and their head."""
+"""timm models by name: built and checked, with their token and head."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ Pixels = Annotated[int, Field(gt=0, le=2**14)]
 def choose_attention(choice: str, device: torch.device) -> None:
     """Choose the attention of every model created from now on.
 
-    ``auto`` is PyTorch's fused attention on CUDA and timm's plain one on the CPU, where the backward of the
-    fused one takes half of a DeiT-Ti step (docs/evidence/performance.md).
+    ``auto`` is PyTorch's fused attention on CUDA and timm's plain one on the CPU, where the backward pass of the fused
+    one takes half of a DeiT-Ti step (docs/evidence/performance.md).
     """
     fused = choice == "fused" or (choice == "auto" and device.type == "cuda")
     set_fused_attn(fused)
 
 
 def size_argument(name: str, image_size: int) -> dict[str, int]:
-    """Return what tells ``timm.create_model`` the image size; nothing where the model takes any size."""
+    """Return the image size argument of ``timm.create_model``; empty if the model takes any size."""
     pretrained_cfg = timm.get_pretrained_cfg(name)
     fixed = pretrained_cfg is not None and pretrained_cfg.fixed_input_size
     return {"img_size": image_size} if fixed else {}
 
 
-# What a recipe may not slip past the checks of weights and classes through ``args``.
+# Arguments that would bypass the checks of weights and classes.
 RESERVED_ARGUMENTS = {
     "cache_dir": "set HF_HOME",
     "checkpoint_path": "name the file as the section's checkpoint",
@@ -53,7 +53,7 @@ RESERVED_ARGUMENTS = {
 }
 
 
-# What a pretrained_cfg says about a network, whatever its weights are.
+# The fields of a pretrained_cfg that describe a network, whatever its weights are.
 OF_THE_ARCHITECTURE = {
     "architecture",
     "classifier",
@@ -67,7 +67,7 @@ OF_THE_ARCHITECTURE = {
 
 
 def check_arguments(key: str, args: Mapping[str, Any]) -> None:
-    """Raise an InputError where `args` of ``timm.create_model`` would choose weights or classes by another way."""
+    """Raise an InputError if `args` of ``timm.create_model`` would choose weights or classes."""
     for name, cure in RESERVED_ARGUMENTS.items():
         if name in args:
             raise InputError(f"{key}: {name} cannot be given here; {cure}")
@@ -89,11 +89,11 @@ def create_model(
         name: a timm name, with or without a pretrained tag.
         image_size: pixels.
         distillation_token: graft a token and its head onto a model that has none.
-        kwargs: handed to ``timm.create_model``.
+        kwargs: passed to ``timm.create_model``.
 
     Raises:
-        InputError: timm does not know the model or an argument, or takes one that it does not use, the patch size
-            does not divide the image size, or a distillation token cannot be grafted.
+        InputError: timm does not know the model or an argument, or would ignore one, the patch size does not divide the
+            image size, or a distillation token cannot be grafted.
     """
     check_known(key, name)
     if image_size is not None:
@@ -111,24 +111,24 @@ def create_model(
 def check_answer(
     section: str, name: str, network: Callable[[Tensor], Sequence[Tensor | None]], image_size: int, columns: int
 ) -> None:
-    """Refuse a network in eval whose heads do not answer two images with two rows of finite logits.
+    """Refuse a network in eval mode whose heads do not return two rows of finite logits for two images.
 
     Args:
         section: of the recipe, ``student`` or ``teacher``.
         name: a timm name.
-        network: answers images [B, 3, H, W] with logits [B, C] of each head; None where it lacks one.
+        network: answers images [B, 3, H, W] with logits [B, C] of each head; None for a head that it lacks.
         image_size: pixels.
         columns: C.
 
     Raises:
-        InputError: it cannot see such images, or answers with something else.
+        InputError: it does not accept such images, or answers with something else.
     """
     size_key = "data.image_size" if section == "student" else f"{section}.image_size"
     try:
         heads = network(torch.zeros(2, 3, image_size, image_size))
     except NotImplementedError as error:
         raise InputError(f"{section}.name: {name!r} does not classify ({error}); name another model") from error
-    except Exception as error:  # what a recipe's arguments and size lead to shows in the forward pass alone
+    except Exception as error:  # the effect of a recipe's arguments and size shows only in the forward pass
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{size_key}: {name!r} does not accept images of {image_size} pixels ({reason}); set another size, other "
@@ -143,15 +143,15 @@ def check_answer(
 
 
 def leave_out_head(section: str, name: str, network: nn.Module, image_size: int) -> None:
-    """Leave out the head of a network in eval, so that it answers with its pooled features [B, D].
+    """Remove the head of a network in eval mode, so that it answers with its pooled features [B, D].
 
     Raises:
-        InputError: timm cannot do that to this network, or it does not answer two images with finite vectors then.
+        InputError: timm cannot do that to this network, or it then does not return finite vectors for two images.
     """
     model: Any = network
     try:
         model.reset_classifier(0)
-    except Exception as error:  # each of timm's models has a method of its own
+    except Exception as error:  # every timm model implements this itself
         raise InputError(
             f"{section}.head: {name!r} does not work without its head ({' '.join(str(error).split())[:160]}); name "
             "another"
@@ -163,14 +163,14 @@ def leave_out_head(section: str, name: str, network: nn.Module, image_size: int)
 def created_by_timm(key: str, name: str, cure: str, **kwargs: Any) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, **kwargs)
-    except Exception as error:  # arguments of a recipe go through timm unchecked, and it stumbles over anything
+    except Exception as error:  # timm does not check a recipe's arguments, and may raise anything
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise InputError(f"{key}: {name!r} cannot be created with {kwargs} ({reason}); {cure}") from error
     return model
 
 
 def _check_patches(key: str, model: nn.Module, image_size: int | None) -> None:
-    """Refuse a size whose last pixels no patch would see; overlapping and padded patches see all of them."""
+    """Refuse a size whose last pixels no patch would cover; overlapping and padded patches cover all of them."""
     embedding = getattr(model, "patch_embed", None)
     patches = getattr(embedding, "proj", None)
     if image_size is None or not isinstance(patches, nn.Conv2d) or patches.kernel_size != patches.stride:

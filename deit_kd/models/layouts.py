@@ -26,7 +26,7 @@ _QKV = ("query", "key", "value")
 
 
 def is_transformers(state: dict[str, Tensor]) -> bool:
-    """Return whether `state` is named as transformers names a DeiT or ViT."""
+    """Return whether `state` has transformers' names of a DeiT or ViT."""
     return any(re.match(r"(deit|vit)\.embeddings\.", name) for name in state)
 
 
@@ -53,7 +53,7 @@ def to_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a transformers checkpoint under timm's names; names without a twin stay."""
+    """Return the tensors of a transformers checkpoint under timm's names; names without a counterpart stay."""
     top = {theirs: ours for ours, theirs in _TOP.items()}
     heads = {theirs: ours for ours, theirs in _HEADS.items()} | {"classifier": "head"}
     parts = {theirs: ours for ours, theirs in _BLOCK.items()}

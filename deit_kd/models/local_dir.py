@@ -1,4 +1,4 @@
-"""What stands beside weights in a folder of timm's or of transformers'."""
+"""The files beside the weights in a timm or transformers folder."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from deit_kd.models.create import Pixels
 Numbered = dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], str]  # names by the column of a head
 ACTIVATIONS = {"gelu": None, "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"} | {
     name: name for name in ("quick_gelu", "relu", "silu")
-}  # transformers' names of what timm has; None is what a ViT has unless told
+}  # transformers' names for timm's activations; None is a ViT's default
 
 
 class KnownPreprocessing(NamedTuple):
-    """What an origin says of how images reach its network; None where it does not say."""
+    """What is known about a network's preprocessing; None for what is not known."""
 
     image_size: int | None = None  # pixels
     mean: Statistics | None = None
@@ -32,7 +32,7 @@ class KnownPreprocessing(NamedTuple):
 
 @with_config(ConfigDict(extra="allow"))
 class PretrainedCfg(TypedDict, total=False):
-    """How images reach a model, as timm's ``pretrained_cfg`` and ``config.json`` say it."""
+    """The preprocessing of a model, as in timm's ``pretrained_cfg`` and ``config.json``."""
 
     input_size: tuple[int, Pixels, Pixels]
     mean: Statistics
@@ -70,7 +70,7 @@ class TransformersConfig(TypedDict):
 
 
 class Edges(TypedDict, total=False):
-    """A size as transformers writes it: one of these."""
+    """A size as transformers writes it: one of these keys."""
 
     shortest_edge: Pixels
     height: Pixels
@@ -89,7 +89,7 @@ class Preprocessor(TypedDict):
 
 
 def named_columns(saved: LocalDir) -> tuple[tuple[str, ...] | None, tuple[tuple[int, ...], ...] | None]:
-    """Return the names of a head's columns and, where not every column has one, which of them have."""
+    """Return the names of a head's columns and, if not every column has one, which of them do."""
     names: list[str] | Numbered | None = saved.get("label_names") or saved.get("pretrained_cfg", {}).get("label_names")
     names = saved.get("id2label") or names
     if not names:
@@ -97,7 +97,7 @@ def named_columns(saved: LocalDir) -> tuple[tuple[str, ...] | None, tuple[tuple[
     by_column = {int(column): name for column, name in (names.items() if isinstance(names, dict) else enumerate(names))}
     columns = sorted(by_column)
     if "id2label" in saved and all(by_column[column] == f"LABEL_{column}" for column in columns):
-        return None, None  # what transformers writes where nobody named them
+        return None, None  # transformers' default for unnamed classes
     is_whole = columns == list(range(len(columns)))
     return tuple(by_column[column] for column in columns), None if is_whole else tuple((c,) for c in columns)
 
@@ -111,8 +111,8 @@ def read_preprocessor(file: Path, image_size: int) -> KnownPreprocessing:
         image_size=image_size,
         mean=seen["image_mean"],
         std=seen["image_std"],
-        interpolation="bilinear" if seen.get("resample") == 2 else "bicubic",  # as Pillow counts them
-        # A ViT's processor knows no crop.
+        interpolation="bilinear" if seen.get("resample") == 2 else "bicubic",  # Pillow's number
+        # A ViT's processor does not crop.
         crop_fraction=_edge(file, seen, "crop_size") / _edge(file, seen, "size") if seen.get("do_center_crop") else 1.0,
         crop_mode="squash" if isinstance(size, dict) and "height" in size else "center",
     )
@@ -127,7 +127,7 @@ def _edge(file: Path, seen: Preprocessor, key: Literal["crop_size", "size"]) -> 
 
 
 def preprocessing_of(cfg: Mapping[str, Any]) -> KnownPreprocessing:
-    """Return what a ``pretrained_cfg`` of timm's says."""
+    """Return the preprocessing of a timm ``pretrained_cfg``."""
     size = cfg.get("input_size")
     return KnownPreprocessing(
         image_size=None if size is None else size[-1],
@@ -140,5 +140,5 @@ def preprocessing_of(cfg: Mapping[str, Any]) -> KnownPreprocessing:
 
 
 def _not_random(interpolation: str | None) -> str | None:
-    """Return how images are resized to be scored, where views are resized one way or another."""
+    """Return the interpolation for evaluation, if training chooses it at random."""
     return "bicubic" if interpolation == "random" else interpolation

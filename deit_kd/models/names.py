@@ -1,4 +1,4 @@
-"""timm's names of models: known ones, and the distilled and the plain one of a kind."""
+"""timm's model names: the known ones, and pairs of distilled and plain ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deit_kd.interfaces import InputError, nearest
 
 
 def check_known(key: str, name: str) -> None:
-    """Raise an InputError with near names unless timm has a model called `name`, and the tag that it may end with."""
+    """Raise an InputError with similar names unless timm knows the model `name`, and its tag if it has one."""
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         raise InputError(f"{key}: {name!r} is not a timm model{nearest(architecture, timm.list_models())}")
@@ -21,7 +21,7 @@ def check_known(key: str, name: str) -> None:
 
 
 def is_distilled_name(name: str) -> bool:
-    """Return whether `name` is of a model with a distillation token; a tag may speak of another distillation.
+    """Return whether `name` is a model with a distillation token; a tag may mean another kind of distillation.
 
     ``iformer_*_distilled`` have two heads that read the same features, as LeViT has, and no token.
     """
@@ -30,12 +30,12 @@ def is_distilled_name(name: str) -> bool:
 
 
 def plain_twin(name: str) -> str:
-    """Return the name of the model without token and second head; a plain model's own."""
+    """Return the name of the model without token and second head; a plain model's name is unchanged."""
     return name.split(".")[0].replace("_distilled", "") if is_distilled_name(name) else name
 
 
 def distilled_twin(name: str) -> str:
-    """Return the name of timm's own model with the token that `graft` cannot give to `name`; another model's own."""
+    """Return the name of timm's own distilled model if `graft` cannot give `name` a token; else `name`."""
     architecture = name.split(".")[0]
     if is_distilled_name(name) or not is_model_in_modules(architecture, ("pit",)):
         return name
@@ -44,5 +44,5 @@ def distilled_twin(name: str) -> str:
 
 
 def is_kin(name: str, other: str) -> bool:
-    """Return whether two names are of one architecture, whatever their tags, and with or without a second head."""
+    """Return whether two names are of one architecture, ignoring tags and the second head."""
     return plain_twin(name.split(".")[0]) == plain_twin(other.split(".")[0])

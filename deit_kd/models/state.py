@@ -1,4 +1,4 @@
-"""Tensors from timm and from files, and to a local-dir; nothing is ever unpickled."""
+"""Reads tensors from timm and from files, and writes a local-dir; nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from deit_kd.models.create import OF_THE_ARCHITECTURE, created_by_timm
 from deit_kd.models.names import check_known
 from deit_kd.models.weights import classifier_names, to_timm_names
 
-LEAST_TORCH = "2.10"  # older ones can be made to run code, weights_only or not: CVE-2026-24747
+LEAST_TORCH = "2.10"  # older versions can be made to run code even with weights_only: CVE-2026-24747
 
 
 def published_state(key: str, name: str) -> dict[str, Tensor]:
     """Return timm's own weights of a pretrained tag, as they were published.
 
-    The model is built as the tag describes it, so that timm loads all of it. A head that comes out as it was
-    drawn was not loaded, whatever timm says, and is not among what is returned.
+    The model is built as the tag describes it, so that timm loads all of it. A head that still has its initial values
+    was not loaded, whatever timm says, and is not returned.
 
     Raises:
-        InputError: there are no such weights, or they cannot be had.
+        InputError: there are no such weights, or they cannot be downloaded.
     """
     check_known(key, name)
     cure = "check the network, or give a checkpoint"
@@ -51,7 +51,7 @@ def published_state(key: str, name: str) -> dict[str, Tensor]:
 
 
 def read_state(key: str, file: Path) -> dict[str, Tensor]:
-    """Return the state dict of a file under timm's names; ``.pth`` is read with ``weights_only=True`` alone.
+    """Return the state dict of a file under timm's names; ``.pth`` is read only with ``weights_only=True``.
 
     Raises:
         InputError: the file cannot be read, or is something else.
@@ -76,7 +76,7 @@ def _load_state(key: str, file: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{key}: {file} holds more than tensors and is not unpickled; save only its state dict"
         ) from error
-    except Exception as error:  # a damaged file makes its reader stumble over anything
+    except Exception as error:  # a damaged file can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{key}: {file} cannot be read as weights ({reason}); name another file") from error
     state = loaded.get("model", loaded.get("state_dict", loaded)) if isinstance(loaded, dict) else None
@@ -86,7 +86,7 @@ def _load_state(key: str, file: Path) -> dict[str, Tensor]:
 
 
 def _without_the_rest(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a run's checkpoint without optimiser and meters: the average's weights where it keeps one."""
+    """Return a run's checkpoint without optimiser and meters: the averaged weights if it has them."""
     for network in (".trainer.ema.backbone.", ".trainer.student.backbone."):
         weights = {name.removeprefix(network): tensor for name, tensor in state.items() if name.startswith(network)}
         if weights:
@@ -95,7 +95,7 @@ def _without_the_rest(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether `value` is a tensor whose every number is in its file: one number can pose as a million."""
+    """Return whether `value` is a tensor with all of its numbers in the file; one number can expand to a million."""
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided
@@ -115,8 +115,8 @@ def save_local_dir(
 ) -> None:
     """Save `model` so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` answers the same.
 
-    What timm knows about the architecture's published weights (tag, licence, crop) is not said of these. The folder
-    appears whole or not at all; one that is there is replaced.
+    What timm knows about the architecture's published weights (tag, licence, crop) is not written for these. The folder
+    appears whole or not at all; an existing one is replaced.
     """
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     plain.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key in OF_THE_ARCHITECTURE}

@@ -1,4 +1,4 @@
-"""The distillation token (DeiT, arXiv 2012.12877): graft it onto timm's plain ViTs, and read both heads apart."""
+"""The distillation token (DeiT, arXiv 2012.12877): graft it onto timm's plain ViTs, and read both heads separately."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from deit_kd.interfaces import InputError, StudentOutput
 
-Host = VisionTransformer | Eva | ConVit | VisionTransformerRelPos  # takes any number of prefix tokens
+Host = VisionTransformer | Eva | ConVit | VisionTransformerRelPos  # which take any number of prefix tokens
 
 
 def has_second_head(backbone: nn.Module) -> bool:
     """Return whether the model has a ``head_dist``, at the top or within its head."""
-    # iFormer keeps it inside its head, and an identity in its place where the model is plain.
+    # iFormer keeps it inside its head; in its plain models an identity takes its place.
     return any(
         name.rpartition(".")[2] == "head_dist" and not isinstance(module, nn.Identity)
         for name, module in backbone.named_modules()
@@ -49,17 +49,17 @@ def graft(key: str, backbone: nn.Module) -> None:
     """Put a distillation token at index 1 of a plain timm ViT, and a second head that reads it; both new.
 
     The model stays timm's own: its parameter ``cls_token`` grows to hold both tokens [1, 2, D], as pit's does,
-    ``pos_embed`` grows by the token's row where it has rows for prefix tokens, and their number grows by one
-    wherever it is kept, so that rotary and relative positions, patch dropout, pooling and resizing still tell
-    prefix from patches. The class head keeps its pooling; where a norm follows the pooling, ``head_dist`` reads
-    its token through a copy of it.
+    ``pos_embed`` grows by the token's row where it has rows for prefix tokens, and their number grows by one wherever
+    it is stored, so that rotary and relative positions, patch dropout, pooling and resizing still distinguish prefix
+    tokens from patches. The class head keeps its pooling; if a norm follows the pooling, ``head_dist`` reads its token
+    through a copy of it.
 
     Args:
         key: the recipe's key, which errors begin with.
         backbone: one of `Host` with a class token.
 
     Raises:
-        InputError: the model has no class token to stand beside, or builds its sequence in another way.
+        InputError: the model has no class token, or builds its sequence in another way.
     """
     _check_can_graft(key, backbone)
     model: Any = backbone
@@ -81,7 +81,7 @@ def graft(key: str, backbone: nn.Module) -> None:
 
 
 def complete_distilled_vit(key: str, model: Any, args: Mapping[str, Any]) -> None:
-    """Tell the parts of timm's distilled ViT about its second token, which it gets after they were built.
+    """Tell the parts of timm's distilled ViT about its second token, which is added after they are built.
 
     Args:
         key: the recipe's key, which errors begin with.
@@ -89,7 +89,7 @@ def complete_distilled_vit(key: str, model: Any, args: Mapping[str, Any]) -> Non
         args: what it was created with.
 
     Raises:
-        InputError: it was given an argument that its class takes and never uses, or cannot stand.
+        InputError: it was given an argument that its class accepts but ignores, or that breaks it.
     """
     unused = {
         "reg_tokens": model.reg_token is not None,
@@ -116,7 +116,7 @@ def _check_can_graft(key: str, backbone: Any) -> None:
     if has_second_head(backbone):
         reason = "has a second head but no distillation token (both heads read the same features)"
     elif not isinstance(backbone, Host):
-        has_one = any("cls_token" in name for name, _ in backbone.named_parameters())  # each branch of CrossViT does
+        has_one = any("cls_token" in name for name, _ in backbone.named_parameters())  # each branch of CrossViT has one
         around = "is built around one class token" if has_one else "has no class token to stand beside"
         reason = f"is a {kind}, which a distillation token cannot be grafted onto: it {around}"
     elif not has_class_token:
@@ -138,13 +138,13 @@ def _check_can_graft(key: str, backbone: Any) -> None:
 
 
 def read_heads(backbone: nn.Module, images: Tensor) -> StudentOutput:
-    """Answer `images` [B, 3, H, W] with logits [B, C] of each head there is."""
+    """Answer `images` [B, 3, H, W] with logits [B, C] of each of its heads."""
     model: Any = backbone
     return heads_of(backbone, model.forward_features(images))
 
 
 def heads_of(backbone: nn.Module, last: Tensor) -> StudentOutput:
-    """Return the logits [B, C] of each head there is, from the model's last features."""
+    """Return the logits [B, C] of each of its heads, from the model's last features."""
     model: Any = backbone
     if not has_distillation_token(backbone):
         return StudentOutput(model.forward_head(last))

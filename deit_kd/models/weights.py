@@ -1,4 +1,4 @@
-"""Weights from anywhere into a model, with a tensor-by-tensor account of what became of each."""
+"""Loads weights from anywhere into a model, and accounts for every tensor."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from deit_kd.interfaces import InputError
 from deit_kd.models.layouts import from_transformers, is_transformers
 
-TOKEN_NOISE = 0.1  # of the class token's spread: two identical tokens would stay alike (cosine .999 in the paper)
+TOKEN_NOISE = 0.1  # share of the class token's spread: two identical tokens would stay alike (cosine .999 in the paper)
 
-# What a distillation token, its position and its head start from where the source has none.
+# What a distillation token, its position and its head start from if the source has none.
 ORIGINS = {
     "dist_token": "cls_token",
     "pos_embed[dist]": "pos_embed[cls]",
@@ -31,17 +31,17 @@ ORIGINS = {
 
 @dataclass
 class Account:
-    """What became of every tensor of a model and of the weights that it was started from.
+    """What happened to every tensor of a model and of the weights that it was started from.
 
-    The rows of ``pos_embed``, and the halves of a ``cls_token`` that holds both tokens, are told apart.
+    The rows of ``pos_embed``, and the halves of a ``cls_token`` that holds both tokens, are listed separately.
 
     Args:
         source: where the weights came from.
-        loaded: the model's tensors that are the source's as they stand.
+        loaded: the model's tensors that were copied unchanged from the source.
         interpolated: resized to another resolution or patch size, with both shapes.
         derived: made from another tensor, with its name: a new token from the class token.
         initialised: newly initialised.
-        left_out: the source's tensors that the model has no place for.
+        left_out: the source's tensors that the model does not have.
     """
 
     source: str
@@ -56,7 +56,7 @@ class Account:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """Return what a person is told: counts, and every tensor that was not simply loaded."""
+        """Return the lines to print: counts, and every tensor that was not simply loaded."""
         changes = {
             "interpolated": [f"{name} {shapes}" for name, shapes in self.interpolated.items()],
             "derived": [f"{name} from {origin}" for name, origin in self.derived.items()],
@@ -101,20 +101,20 @@ def fit_weights(
     token: str = "cls",
     strict: bool = False,
 ) -> Account:
-    """Load `state` into `model`, adapt what has one right way to be adapted, and account for every tensor.
+    """Load `state` into `model`, adapt what can only be adapted in one way, and account for every tensor.
 
-    A new class count gives new heads; a new resolution interpolates ``pos_embed`` and keeps the rows of prefix
-    tokens; another patch size resamples the patch embedding (FlexiViT's pseudo-inverse, as in timm). A plain
-    checkpoint fits a distilled model, and the other way round.
+    A different number of classes gives new heads; a new resolution interpolates ``pos_embed`` and keeps the rows of
+    prefix tokens; another patch size resamples the patch embedding (FlexiViT's pseudo-inverse, as in timm). A plain
+    checkpoint fits a distilled model, and vice versa.
 
     Args:
         key: the recipe's key, which errors begin with.
         model: a timm model, its new weights already drawn.
         state: a state dict, see `to_timm_names`.
         source: where it came from, for the account.
-        new_heads: give the model new heads even where the old ones fit.
+        new_heads: give the model new heads even if the old ones fit.
         token: ``cls`` starts a distillation token that the source lacks from its class token, with a little
-            noise, and the token's head from the class head; ``scratch`` leaves both as they were drawn.
+            noise, and the token's head from the class head; ``scratch`` leaves both as initialised.
         strict: nothing may be new, derived or left out, as for a teacher or a run's own student.
 
     Raises:
@@ -220,7 +220,7 @@ def _grid(model: Any) -> tuple[int, int]:
 
 
 def _prefix_rows(length: int, tokens: int, grid: tuple[int, int], no_embed_class: bool) -> int:
-    """Return how many rows of a position embedding belong to prefix tokens: those that leave a grid of patches."""
+    """Return how many rows of a position embedding belong to prefix tokens: the rest must form a grid of patches."""
     choices = (0, tokens) if no_embed_class else (tokens, 0)
     for rows in choices:
         patches = length - rows

@@ -1,4 +1,4 @@
-"""From a name in a recipe to a student with its first weights."""
+"""Builds a student with its initial weights from a recipe's name."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def build_student(
             plain twin (no token, no second head).
         pretrained: start from timm's weights.
         checkpoint: start from these weights instead, see `open_origin`.
-        args: handed to ``timm.create_model`` (patch_size, embed_dim, depth, …).
+        args: passed to ``timm.create_model`` (patch_size, embed_dim, depth, …).
         drop_path: rate of stochastic depth.
         classes: the dataset's class names, in label order.
         image_size: pixels.
         distilled: whether the student learns from a teacher through its token.
         token: what a new token starts from, ``cls`` or ``scratch``; see `fit_weights`.
-        new_heads: draw new heads even where the weights' own have as many classes.
+        new_heads: initialise new heads even if the weights' own have the same number of classes.
         freeze: ``none``, ``patch_embed``, ``backbone`` (tokens and heads learn) or ``all_but_heads``.
         channels_last: memory format, see `TimmStudent`.
-        strict: the weights must be this very student's, every tensor of them.
+        strict: the weights must be exactly this student's, every tensor of them.
         seed: of the run.
 
     Raises:

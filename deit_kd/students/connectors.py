@@ -1,4 +1,4 @@
-"""Connectors: linear maps that bring a student's features to the widths of a teacher's, for the loss alone."""
+"""Connectors: linear maps from a student's features to the widths of a teacher's, used only in the loss."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from deit_kd.students.heads import TimmStudent
 
 
 class Connectors(nn.Module):
-    """One linear map with bias for each link; a map is connected place by place.
+    """One linear map with bias for each link; feature maps are connected at each place separately.
 
     Args:
         links: what to connect.
-        seed: of the run; the student's own first weights do not depend on them.
+        seed: of the run; the student's own initial weights do not depend on the connectors.
     """
 
     def __init__(self, links: Sequence[Link], seed: int = 0) -> None:
@@ -36,7 +36,7 @@ class Connectors(nn.Module):
         }
 
     def freeze_all_but(self, links: Sequence[Link]) -> None:
-        """Let only the connectors of `links` learn from now on."""
+        """Train only the connectors of `links` from now on."""
         for link, linear in zip(self.links, self.linears, strict=True):
             linear.requires_grad_(link in links)
 
@@ -47,10 +47,10 @@ def _by_channels(linear: nn.Module, features: Tensor) -> Tensor:
 
 
 class ConnectedStudent(nn.Module):
-    """A student that answers with connected features as well: what DDP wraps while features are compared.
+    """A student that also answers with connected features: what DDP wraps while features are compared.
 
     Args:
-        student: whose weights are trained, averaged and saved; the connectors are trained alone.
+        student: its weights are trained, averaged and saved; the connectors are only trained.
         connectors: of the features to answer with.
         links: which of them.
     """

@@ -1,4 +1,4 @@
-"""A timm model that answers with its heads apart, the same in train and in eval (DeiT, arXiv 2012.12877)."""
+"""A timm model that answers with its heads separately, the same in train and eval mode (DeiT, arXiv 2012.12877)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from deit_kd.models.weights import Account
 
 
 class TimmStudent(nn.Module):
-    """Wraps a timm model; `backbone` is plain timm, and its weights are what is saved.
+    """Wraps a timm model; `backbone` is plain timm, and only its weights are saved.
 
     Args:
         backbone: a model with a distillation token (timm's deit and pit, or a grafted one), or any other, which
             answers with one head; a network with two heads and no token (LeViT, RepViT) averages them itself.
-        model_args: what ``timm.create_model`` needs to build the backbone again, beside the class count.
-        account: where each of its first weights came from; None where they are all new.
-        channels_last: memory format of weights and images; None takes it for networks with BatchNorm2d.
+        model_args: what ``timm.create_model`` needs to build the backbone again, besides the number of classes.
+        account: where each of its initial weights came from; None if all of them are new.
+        channels_last: memory format of weights and images; None uses it for networks with BatchNorm2d.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class TimmStudent(nn.Module):
         self.has_distillation_token = has_distillation_token(backbone)
 
     def forward(self, images: Tensor, features: Sequence[str] = ()) -> StudentOutput:
-        """Answer `images` [B, 3, H, W] with logits [B, C] of each head there is, and the `features` that are named."""
+        """Answer `images` [B, 3, H, W] with logits [B, C] of each of its heads, and the `features` that are named."""
         images = images.contiguous(memory_format=self._memory_format)
         if not features:
             return read_heads(self.backbone, images)

@@ -1,4 +1,4 @@
-"""From a recipe to a teacher whose weights are really loaded and whose columns are the dataset's classes."""
+"""Builds a recipe's teacher: its weights are really loaded, and its columns are the dataset's classes."""
 
 from __future__ import annotations
 
@@ -42,36 +42,36 @@ def build_teacher(
     dtype: torch.dtype,
     device: torch.device,
 ) -> FrozenTeacher:
-    """Build the frozen teacher; nothing of its head is ever new, but with `random_weights`.
+    """Build the frozen teacher; its head is never new, except with `random_weights`.
 
-    Without a `head` it answers with features alone: the weights' own head, if any, is checked with all the rest and
-    then left out (timm's ``reset_classifier(0)``), and neither class names nor a class map are needed.
+    Without a `head` it answers with features only: the weights' own head, if any, is checked with all the rest and then
+    removed (timm's ``reset_classifier(0)``), and neither class names nor a class map are needed.
 
-    Its size and normalisation are the recipe's, else those that its origin tells, else the student's.
+    Its size and normalisation are the recipe's, else its origin's, else the student's.
 
     Args:
-        name: a timm name; None is what the checkpoint says.
+        name: a timm name; None takes the checkpoint's.
         pretrained: use timm's own weights, head included.
         checkpoint: use these weights, see `open_origin`. A distilled student teaches through its fused heads.
         random_weights: use none; for benchmarks and tests.
         head: whether it answers with logits.
-        label_set: what the columns of weights without names are, see `build_class_map`.
+        label_set: the classes of columns without names, see `build_class_map`.
         class_map: a CSV or JSON file of the dataset's classes and the teacher's columns.
-        args: handed to ``timm.create_model``.
+        args: passed to ``timm.create_model``.
         image_size: pixels that the teacher sees.
         mean: the teacher's normalisation.
         std: the same.
         channels_last: memory format.
         compiled: whether to compile it.
         classes: the dataset's class names, in label order.
-        student: how the images of the batch were prepared.
+        student: the preprocessing of the batch's images.
         seed: of random weights.
         dtype: of the weights.
         device: where it runs.
 
     Raises:
-        InputError: the weights' source is not named exactly once, they do not fit, their head is missing, or a
-            class of the dataset has no column.
+        InputError: not exactly one source of weights is given, they do not fit, their head is missing, or a class of
+            the dataset has no column.
     """
     check_arguments("teacher.args", args)
     if head and pretrained and name is not None:
@@ -194,7 +194,7 @@ def _check_tag_has_head(name: str) -> None:
 
 
 def _columns(architecture: str, origin: Origin, needs_head: bool) -> int:
-    """Return how many outputs the head of the weights has; 0 where there is none and none is needed."""
+    """Return how many outputs the head of the weights has; 0 if there is none and none is needed."""
     check_known("teacher.name", architecture)
     classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None)
     heads = [f"{name}.weight" for name in ((classifier,) if isinstance(classifier, str) else classifier or ())]

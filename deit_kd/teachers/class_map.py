@@ -1,4 +1,4 @@
-"""The class map: which columns of a teacher's head speak for each class of the dataset."""
+"""The class map: which columns of a teacher's head stand for each class of the dataset."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ClassMap(nn.Module):
 
     Args:
         columns: of each class, in the dataset's order.
-        labels: the teacher's names of its columns, by column, as far as they are known.
+        labels: the teacher's names of its columns, by column, as far as known.
     """
 
     _index: Tensor
@@ -53,7 +53,7 @@ class ClassMap(nn.Module):
         widest = max(len(group) for group in self.columns)
         index = torch.tensor([[*group, *[group[0]] * (widest - len(group))] for group in self.columns])  # [C, G]
         padding = torch.tensor([[place >= len(group) for place in range(widest)] for group in self.columns])
-        self.register_buffer("_index", index)  # of the state: processes and resumed runs must hold the same map
+        self.register_buffer("_index", index)  # in the state: processes and resumed runs must share the map
         self.register_buffer("_padding", padding, persistent=False)
 
     def forward(self, logits: Tensor) -> Tensor:
@@ -70,18 +70,18 @@ class ClassMap(nn.Module):
 
 
 def described(label: str | None) -> str:
-    """Return a column's label for a person: a WordNet id with what it stands for, which a bare id hides."""
+    """Return a column's label for display: a WordNet id comes with its description."""
     description = None if label is None else _description(label)
     return label or "" if description is None else f"{label} ({description})"
 
 
 def _description(label: str) -> str | None:
-    """Return what a WordNet id stands for; None for any other label."""
+    """Return the description of a WordNet id; None for any other label."""
     if not WORDNET_ID.fullmatch(label):
         return None
     try:
         description: str = _imagenet().label_name_to_description(label)
-    except KeyError:  # none of ImageNet's
+    except KeyError:  # not one of ImageNet's
         return None
     return description
 
@@ -102,19 +102,19 @@ def build_class_map(
     label_columns: tuple[tuple[int, ...], ...] | None = None,
     column_labels: Mapping[int, str] | None = None,
 ) -> ClassMap | None:
-    """Return the map from a teacher's columns to the dataset's classes; None where they are the same.
+    """Return the map from a teacher's columns to the dataset's classes; None if they are the same.
 
-    The teacher's columns are named by its own `label_names`, else by `label_set`, else, for timm's own pretrained
-    tags alone, by what timm knows about ImageNet: a person's 1000-class teacher is not ImageNet. A class takes the
-    columns of its own name (for ImageNet: its WordNet id), or what `file` says of it. Columns without names are
-    taken in the order of the classes, unless the classes are numbers in another order.
+    The teacher's columns are named by its own `label_names`, else by `label_set`, else, only for timm's own pretrained
+    tags, by timm's ImageNet names: a user's 1000-class teacher is not necessarily ImageNet. A class takes the columns
+    of its own name (for ImageNet: its WordNet id), or those that `file` gives. Columns without names are taken in the
+    order of the classes, unless the classes are numbers in another order.
 
     Args:
         classes: the dataset's class names, in label order.
         columns: M, outputs of the teacher's head.
-        label_names: what the teacher answers with.
+        label_names: the names of the teacher's classes.
         timm_tag: whether the weights are timm's own.
-        label_set: one of `LABEL_SETS`, of weights that carry no names.
+        label_set: one of `LABEL_SETS`, for weights without names.
         file: CSV or JSON, see `read_mapping`.
         label_columns: the columns of each of `label_names`; None is one each, in order.
         column_labels: further names of single columns, where `label_columns` are given.
@@ -167,7 +167,7 @@ def _label_names(
 
 
 def _check_order(classes: tuple[str, ...], columns: int, timm_tag: bool) -> None:
-    """Refuse columns without names that cannot be counted on to be the classes in their order."""
+    """Refuse columns without names that may not be the classes in their order."""
     cure = "give teacher.class_map a CSV or JSON of class and column"
     if timm_tag or columns != len(classes):
         raise InputError(
@@ -203,7 +203,7 @@ def label_set_names(label_set: str) -> tuple[str, ...]:
 
 
 def read_mapping(file: str) -> dict[str, list[str]]:
-    """Read a mapping file: for each dataset class one or several columns, WordNet ids or labels of the teacher.
+    """Read a mapping file: for each class of the dataset, one or more columns, WordNet ids or labels of the teacher.
 
     JSON is an object ``{"cat": [281, "n02123159", "Persian cat"], "tench": 0}``; CSV has the header
     ``class,teacher`` and one row for each column, so that a class with several columns has several rows.
@@ -217,7 +217,7 @@ def read_mapping(file: str) -> dict[str, list[str]]:
             loaded = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
             pairs = [(name, entry) for name, value in loaded.items() for entry in _as_list(value)]
         else:
-            # Excel's begin with a mark of their bytes' order.
+            # Excel's files begin with a byte order mark.
             with open(path, newline="", encoding="utf-8-sig") as opened:
                 rows = list(csv.DictReader(opened, skipinitialspace=True))
             pairs = [(row["class"], row["teacher"]) for row in rows]
@@ -248,7 +248,7 @@ def read_mapping(file: str) -> dict[str, list[str]]:
 
 
 class _Twice(Exception):
-    """A key of JSON that stands twice, of which a reader keeps one."""
+    """A JSON key that appears twice; a reader would keep only one."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -293,7 +293,7 @@ class _Places:
     Args:
         columns: M.
         labels: names of single columns, by column.
-        names: what the teacher answers with, or None.
+        names: of the teacher's classes, or None.
         groups: the columns of each of `names`.
         file: of the entries, for errors.
     """
@@ -322,10 +322,10 @@ class _Places:
                 self._by_word.setdefault(word, set()).add(group)
 
     def find(self, name: str, entry: str) -> tuple[int, ...]:
-        """Return the columns that `entry` names: a label, else a number.
+        """Return the columns that `entry` names, as a label or else as a number.
 
         Raises:
-            InputError: none is, several are, or the entry is a label of one column and the number of another.
+            InputError: it names none or several, or is the label of one column and the number of another.
         """
         if entry.startswith(PREFIXES):
             prefix, entry = entry[: entry.index(":") + 1], entry.partition(":")[2]
@@ -365,7 +365,7 @@ class _Places:
         )
 
     def nearest(self, name: str) -> str:
-        """Return the teacher's names most like `name`, in brackets."""
+        """Return the teacher's names that are most similar to `name`, in brackets."""
         return nearest(name, self._by_name) or nearest(_plain(name), self._by_word)
 
 

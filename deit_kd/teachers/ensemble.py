@@ -58,7 +58,7 @@ class EnsembleTeacher(nn.Module):
         }
 
     def lines(self, role: str = "teacher") -> list[str]:
-        """Return what a person is told about the members."""
+        """Return the lines to print about the members."""
         members: list[Any] = list(self.members)
         return [line for member in members for line in member.lines(role)]
 

@@ -1,4 +1,4 @@
-"""A network that teaches: in eval for ever, without gradient, with the input statistics it was trained on."""
+"""A network that teaches: always in eval mode, without gradient, with the input statistics it was trained on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deit_kd.interfaces import Batch, Statistics, TeacherOutput
 from deit_kd.models.tokens import heads_of
 from deit_kd.teachers.class_map import ClassMap, described
 
-LONGEST_LIST = 20  # classes of a map that are printed; the run keeps all
+LONGEST_LIST = 20  # classes of a map that are printed; run.json has all of them
 
 
 class FusedHeads(nn.Module):
@@ -46,23 +46,23 @@ def backbone_of(network: nn.Module) -> Any:
 class FrozenTeacher(nn.Module):
     """Answers batches that are normalised for the student.
 
-    Weights are held in `dtype`, so that nothing is cast at every step; convolutions run channels-last.
+    Weights are held in `dtype`, so nothing is cast at each step; convolutions run channels-last.
 
     Args:
-        network: any model ``[B, 3, H, W] -> [B, M]``; M is C unless there is a `class_map`. A timm model without a
-            head (M = 0) has features alone.
+        network: any model ``[B, 3, H, W] -> [B, M]``; M is C unless there is a `class_map`. A timm model without a head
+            (M = 0) has only features.
         student_mean: what the batch's images were normalised with.
         student_std: the same.
         mean: what the network was trained with.
         std: the same.
-        image_size: pixels that the network wants; None takes the batch's size as it is.
+        image_size: pixels that the network expects; None keeps the batch's size.
         dtype: of weights and input; logits come back in fp32.
         channels_last: memory format of weights and input.
         compiled: run the network through ``torch.compile``.
         class_map: turns the network's columns into the dataset's classes; None where they are the same.
         interpolation: of the resize, ``bicubic`` or ``bilinear``; the whole view is resized, nothing is cropped.
         facts: what a run records about this teacher.
-        notes: further lines for a person.
+        notes: further lines to print.
     """
 
     _gain: Tensor
@@ -107,7 +107,7 @@ class FrozenTeacher(nn.Module):
         self.ask_for(())
 
     def lines(self, role: str = "teacher") -> list[str]:
-        """Return what a person is told about its preprocessing and its class map."""
+        """Return the lines to print about its preprocessing and its class map."""
         seen = "the student's size" if self._image_size is None else f"{self._image_size} px"
         lines = [f"{role}: {self.facts.get('name', type(self.network).__name__)} sees {seen}", *self._notes]
         if not self.has_head:
@@ -124,11 +124,11 @@ class FrozenTeacher(nn.Module):
         return lines
 
     def train(self, mode: bool = True) -> FrozenTeacher:
-        """Stay in eval, whatever is asked: a teacher's BatchNorm and dropout never move."""
+        """Stay in eval mode regardless of `mode`: a teacher's BatchNorm and dropout never change."""
         return super().train(False)
 
     def ask_for(self, features: Sequence[str]) -> None:
-        """Answer with these features as well from now on: layers by timm's names, and ``pooled``.
+        """From now on, also answer with these features: layers by timm's names, and ``pooled``.
 
         Raises:
             InputError: the network has no layer of that name.
@@ -156,7 +156,7 @@ class FrozenTeacher(nn.Module):
         """Answer the views of `batch` with logits [B, C] in fp32, and with the features that are asked for."""
         with torch.autocast(batch.images.device.type, enabled=False):
             images = batch.images
-            if not len(images):  # attention on CUDA refuses an empty batch
+            if not len(images):  # attention on CUDA rejects an empty batch
                 images = images.new_zeros(1, *images.shape[1:])
             images = self._preprocess(images)
             features: Features = {}

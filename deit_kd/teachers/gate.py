@@ -1,4 +1,4 @@
-"""The gate before training: a teacher that scores like guessing, or answers classes crosswise, is refused."""
+"""The gate before training: a teacher that scores no better than guessing, or whose classes are swapped, is refused."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from deit_kd.interfaces import InputError
 
-FALSE_ALARMS = 0.00135  # of right teachers that may be refused: one side of three standard errors
-LEAST_GAIN = 0.1  # of recall a class: more photos make a smaller one certain, but not clear
+FALSE_ALARMS = 0.00135  # share of correct teachers that may be refused: one side of three standard errors
+LEAST_GAIN = 0.1  # of recall per class: with more photos a smaller gain is significant, but not a clear sign
 LONGEST_LIST = 4
 
 
 def least_top1(labels: Sequence[int]) -> float:
-    """Return what a teacher must beat, in percent: the largest class's share and three standard errors of it.
+    """Return the score that a teacher must beat, in percent: the largest class's share plus three standard errors.
 
-    A teacher whose columns are in a wrong order scores about what guessing does.
+    A teacher whose columns are in the wrong order scores about as well as guessing.
     """
     share = max(Counter(labels).values()) / len(labels)
     return 100 * min(1.0, share + 3 * math.sqrt(share * (1 - share) / len(labels)))
 
 
 def check_score(name: str, top1: float, nll: float, labels: Sequence[int], min_top1: float | None) -> None:
-    """Raise an InputError unless the teacher's score on validation lets it teach.
+    """Raise an InputError unless the teacher's score on validation is good enough to teach.
 
     Args:
         name: of the teacher.
         top1: measured through the same resize as in training, in percent.
-        nll: measured alike; not finite where an output is not.
+        nll: measured in the same way; not finite if an output is not.
         labels: of the validation set.
-        min_top1: what the recipe asks for, in percent; None is `least_top1`.
+        min_top1: the recipe's minimum, in percent; None is `least_top1`.
     """
     if not math.isfinite(nll):
         raise InputError(
@@ -53,13 +53,13 @@ def check_score(name: str, top1: float, nll: float, labels: Sequence[int], min_t
 
 
 def check_features(name: str, knn: float, labels: Sequence[int], least_score: float | None) -> None:
-    """Raise an InputError unless the features of a teacher without a head tell classes apart better than guessing.
+    """Raise an InputError unless the features of a teacher without a head separate classes better than guessing.
 
     Args:
         name: of the teacher.
         knn: its k-NN score on validation, leave-one-out, in percent.
         labels: of the validation set.
-        least_score: what the recipe asks for, in percent; None is `least_top1`.
+        least_score: the recipe's minimum, in percent; None is `least_top1`.
     """
     least = least_top1(labels) if least_score is None else least_score
     if knn < least:
@@ -73,13 +73,13 @@ def check_features(name: str, knn: float, labels: Sequence[int], least_score: fl
 def check_columns(
     facts: Mapping[str, Any], classes: Sequence[str], labels: np.ndarray, predictions: np.ndarray
 ) -> None:
-    """Raise an InputError where the teacher's answers to the validation set are clearly those of other classes.
+    """Raise an InputError if the teacher's answers to the validation set are clearly those of other classes.
 
     Args:
-        facts: of the teacher, with its ``name`` and the ``class_map`` that it was opened with.
+        facts: of the teacher, with its ``name`` and its ``class_map``.
         classes: the dataset's names, in label order.
         labels: [n], of the validation set.
-        predictions: [n], the teacher's classes; -1 where it was not asked.
+        predictions: [n], the teacher's classes; -1 where there is no answer.
     """
     cycles = exchanged_columns(labels, predictions, len(classes))
     if not cycles:
@@ -102,7 +102,7 @@ def check_columns(
 
 
 def _entries(facts: Mapping[str, Any], classes: Sequence[str], pairs: Sequence[tuple[int, int]]) -> str:
-    """Return the entries of a class map that would put right what is exchanged, where columns can be named."""
+    """Return the class map entries that would correct the exchanged columns, if columns can be named."""
     if "members" in facts:
         return ", for the member that is wrong"
     known = facts.get("class_map") or {}
@@ -114,16 +114,16 @@ def _entries(facts: Mapping[str, Any], classes: Sequence[str], pairs: Sequence[t
 
 
 def exchanged_columns(labels: np.ndarray, predictions: np.ndarray, classes: int) -> list[list[int]]:
-    """Return the classes whose columns are exchanged, as cycles: the next one's column speaks for each.
+    """Return the classes whose columns are exchanged, as cycles: each class answers in the column of the next one.
 
-    What a right column must do, however weak its teacher is, is to answer its own class's photos at least as often
-    as any other class's. Then no order of the columns has a higher expected sum of recalls than the given one. The
-    best order (Hungarian) is looked for, and each of its cycles counts if its gain is clear: `LEAST_GAIN` a class,
-    and larger than chance gives any cycle of that length, except with the probability `FALSE_ALARMS`.
+    A correct column, however weak the teacher, answers its own class's photos at least as often as any other class's.
+    No other order of the columns then has a higher expected sum of recalls. The best order is found with the Hungarian
+    method. Each of its cycles counts if its gain is clear: at least `LEAST_GAIN` per class, and larger than what chance
+    gives any cycle of that length, except with probability `FALSE_ALARMS`.
 
     Args:
         labels: [n], of the photos.
-        predictions: [n], the teacher's classes; -1 where it was not asked.
+        predictions: [n], the teacher's classes; -1 where there is no answer.
         classes: C.
     """
     asked = predictions >= 0
@@ -137,12 +137,12 @@ def exchanged_columns(labels: np.ndarray, predictions: np.ndarray, classes: int)
 def _best_order(rates: csr_matrix) -> np.ndarray:
     """Return the column [C] of each class for which the sum of `rates` [C, C] is largest.
 
-    Few rates of many classes are not zero. A matching that leaves out whom it likes is a full one of twice the size,
-    which scipy finds without a dense matrix; one more on every edge changes nothing, and keeps zeros.
+    With many classes most rates are zero. A matching that may leave classes out is a full matching of twice the size,
+    which scipy finds without a dense matrix; adding one to every edge changes nothing, and keeps zeros stored.
     """
     classes = rates.shape[0]
     alone = identity(classes, format="csr")
-    rates = rates + 1e-9 * alone  # of equal orders the given one
+    rates = rates + 1e-9 * alone  # prefers the given order among equal ones
     edges, mirrored = rates.copy(), csr_matrix(rates.T)
     edges.data += 1
     mirrored.data[:] = 1
@@ -151,7 +151,7 @@ def _best_order(rates: csr_matrix) -> np.ndarray:
     order, owner = np.full(classes, -1), np.full(classes, -1)
     order[rows[taken]] = columns[taken]
     owner[columns[taken]] = rows[taken]
-    for row in np.flatnonzero(order < 0):  # closes a chain: its last class takes the column that its first one left
+    for row in np.flatnonzero(order < 0):  # closes a chain: its last class takes the column that its first one gave up
         first = row
         while owner[first] >= 0:
             first = owner[first]
@@ -173,9 +173,10 @@ def _cycles(order: np.ndarray) -> list[list[int]]:
 
 
 def _is_clear(cycle: np.ndarray, counts: csr_matrix, photos: np.ndarray) -> bool:
-    """Return whether chance would hardly give any cycle of that length such a gain of recall (Chernoff's bound).
+    """Return whether such a gain of recall is very unlikely by chance for any cycle of that length (Chernoff bound).
 
-    Chance is the worst of right teachers: a column answers photos of its class and of the one before it alike.
+    Chance is the worst correct teacher: a column answers photos of its own class and of the one before it equally
+    often.
     """
     after = np.roll(cycle, -1)
     own, other = (np.asarray(counts[cycle, column]).ravel() for column in (cycle, after))

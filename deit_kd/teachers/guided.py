@@ -11,7 +11,7 @@ class GuidedTeacher:
 
     Args:
         answers: gives the logits; None where only features are compared.
-        guide: gives the features that it was asked for.
+        guide: gives the features.
     """
 
     def __init__(self, answers: Teacher | None, guide: FrozenTeacher) -> None:
