@@ -1,4 +1,4 @@
-"""Photos in, batches out: datasets, views, the order of an epoch, and mixing."""
+"""From photos to batches: datasets, views, the order of an epoch, and mixing."""
 
 from deit_kd.data.decode import UnreadableImage, load_image
 from deit_kd.data.folder import one_split

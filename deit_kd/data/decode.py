@@ -1,4 +1,4 @@
-"""From the bytes of an image file to 8-bit RGB: what is depicted, whatever the file's kind of pixel is."""
+"""From the bytes of an image file to 8-bit RGB, whatever its pixel format."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deit_kd.interfaces import InputError
 
-DECODING = 2  # counted up when the same bytes become other pixels; part of what identifies photos
-SIXTEEN_BITS = ("PNG", "PPM")  # formats whose 32-bit grey in Pillow is 16-bit grey in the file
+DECODING = 2  # incremented when the same bytes decode to other pixels; part of what identifies photos
+SIXTEEN_BITS = ("PNG", "PPM")  # formats whose 16-bit grey Pillow opens as 32-bit grey
 
 
 class UnreadableImage(InputError):
-    """One image file cannot be read, which need not be the end of a run; the message is one line with its path."""
+    """One image file cannot be read, which does not have to end a run; the message is one line with its path."""
 
 
 class Stamp(NamedTuple):
     """What a file looked like when its folder was listed."""
 
-    size: int  # bytes; -1 where there was no file behind the name
+    size: int  # bytes; -1 if there was no such file
     changed_ns: int  # time of the last change
 
 
@@ -41,13 +41,13 @@ def _stamp_of(path: Path) -> Stamp:
 
 
 def load_image(path: Path, before: Stamp | None = None) -> Image.Image:
-    """Read one image file as RGB, its first picture, turned the way its EXIF orientation says.
+    """Read the first picture of an image file as RGB, rotated according to its EXIF orientation.
 
-    16-bit grey is scaled to 8 bits, CMYK is converted, and what is transparent lies on white.
+    16-bit grey is scaled to 8 bits, CMYK is converted, and transparency becomes white.
 
     Args:
         path: of the file.
-        before: what it looked like; None does not compare.
+        before: its stamp when it was listed; None does not compare.
 
     Raises:
         UnreadableImage: the file is missing or is not a readable image.
@@ -64,11 +64,11 @@ def load_image(path: Path, before: Stamp | None = None) -> Image.Image:
             return _as_rgb(Image.open(file))
     except InputError:
         raise
-    except Exception as error:  # a codec meets a damaged file with anything from SyntaxError to struct.error
+    except Exception as error:  # codecs raise anything from SyntaxError to struct.error for a damaged file
         if isinstance(error, FileNotFoundError) and before is not None and before.size >= 0:
             raise InputError(f"{path}: was removed while it was in use; restore it") from error
         reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # which names no file but the opened one
+        if isinstance(error, UnidentifiedImageError):  # whose message names only the file object
             reason = "unknown format" if found.st_size else "empty file"
         raise UnreadableImage(f"{path}: cannot be read as an image ({reason}); repair or remove the file") from error
 
@@ -90,5 +90,5 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 def _turn_upright(image: Image.Image) -> None:
     try:
         ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # broken EXIF says nothing, and the pixels, which are loaded, are as good as ever
+    except Exception:  # broken EXIF is ignored: the pixels are already loaded
         return

@@ -1,4 +1,4 @@
-"""Datasets that torchvision knows how to download: Imagenette, CIFAR-10 and CIFAR-100."""
+"""Datasets that torchvision can download: Imagenette, CIFAR-10 and CIFAR-100."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ def folder(
 ) -> Splits:
     """Return the splits of ``root/<split>/<class>/…``.
 
-    A tree without the validation folder is split by `split_by_hash`; a tree without either holds its
-    classes directly under `root`.
+    A tree without the validation folder is split by `split_by_hash`; a tree without either has its classes directly
+    under `root`.
 
     Raises:
         InputError: the tree is missing or empty, a class has no images, or the splits' classes differ.
@@ -71,7 +71,7 @@ def _scan(split_folder: Path) -> Photos:
 
 
 def check_encoding(key: str, path: str) -> None:
-    """Raise an InputError unless `path` can be written down."""
+    """Raise an InputError unless `path` can be encoded."""
     try:
         path.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Cross-validation: which fold a photo lies in, stratified, by the hash of its name."""
+"""Cross-validation: the fold of each photo, stratified, by the hash of its name."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def one_fold(splits: Splits, folds: int, fold: int) -> Splits:
 def deal(names: Sequence[str], folds: int) -> list[int]:
     """Return the fold of each photo of one class; the folds' sizes differ by one at most.
 
-    In the order of their hashes the photos go to the fold that their hash names or, where that is full, to the next
-    one with room. So a fold depends on the names of the class alone, and a photo that is added or removed moves fewer
-    than `folds` others, however many there are. None at all is out of reach: where nothing ever moves, a fold follows
-    from a photo's own name, and some classes would leave a fold empty. (To deal by rank would move most of them.)
+    In the order of their hashes, photos go to the fold that their hash selects or, if it is full, to the next one with
+    room. So a fold depends only on the names in the class, and adding or removing a photo moves fewer than `folds`
+    others, however many there are. It cannot move none: each fold would then follow from the photo's own name alone,
+    and some classes would leave a fold empty. (Dealing by rank would move most of them.)
 
     Args:
         names: of the photos, in any order.
@@ -67,7 +67,7 @@ def deal(names: Sequence[str], folds: int) -> list[int]:
 
 
 def joined(parts: Sequence[Photos]) -> Photos:
-    """Return the photos of all parts, one after the other; parts on disk lie under the first one's root."""
+    """Return the photos of all parts, one after the other; parts on disk must be under the first one's root."""
     first = parts[0]
     return replace(
         first,
@@ -84,7 +84,7 @@ def _concatenated(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
 
 
 def _all_photos(splits: Splits) -> tuple[Photos, list[str]]:
-    """Return all photos, ordered by name, and what each is called within its split: that may move to the other."""
+    """Return all photos, ordered by name, and each one's name within its split, which may move to the other split."""
     train, validation = splits
     if train.root is not None and validation.root is not None and train.root != validation.root:
         top = Path(os.path.commonpath([train.root.absolute(), validation.root.absolute()]))

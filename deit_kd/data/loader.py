@@ -28,12 +28,12 @@ from deit_kd.randomness import seed_view
 
 @dataclass(frozen=True)
 class Sight:
-    """Photos and how they are seen.
+    """Photos and how they become views.
 
     Args:
         photos: of one split.
         transform: makes a view of an image.
-        skip: whether a photo that cannot be read is left out; else it ends the run.
+        skip: whether a photo that cannot be read is left out; otherwise it ends the run.
     """
 
     photos: Photos
@@ -44,8 +44,8 @@ class Sight:
         """Return the view [3, H, W] of a photo, or a blank one and why the photo cannot be read.
 
         Raises:
-            UnreadableImage: the photo cannot be read, and is not to be left out.
-            RuntimeError: the transform fails, which is never left out: it would fail on a good photo, too.
+            UnreadableImage: the photo cannot be read, and `skip` is off.
+            RuntimeError: the transform fails; `skip` does not apply, since it would fail on a good photo, too.
         """
         try:
             image = self.photos.image(index)
@@ -59,13 +59,13 @@ class Sight:
             raise RuntimeError(f"{self.photos.where(index)}: its view {name} cannot be made") from error
 
 
-SECONDS_FOR_A_BATCH = 600.0  # then its worker hangs, as one does that finds no shared memory
-SECONDS_TO_LEARN_OF_A_DEATH = 10.0  # a busy machine is slow to report it; the report ends the wait
+SECONDS_FOR_A_BATCH = 600.0  # after that its worker is hanging, e.g. for lack of shared memory
+SECONDS_TO_LEARN_OF_A_DEATH = 10.0  # a busy machine reports it late; the report ends the wait
 SECONDS_TO_END = 0.4
 
 
 class Views(Dataset[Example]):
-    """Augmented views of a split, by their keys; the same view for the same key, for ever."""
+    """Augmented views of a split, by their keys; the same key always gives the same view."""
 
     def __init__(self, photos: Photos, transform: Transform, seed: int, skip: bool = False) -> None:
         self._sight, self._seed = Sight(photos, transform, skip), seed
@@ -79,10 +79,10 @@ class Views(Dataset[Example]):
 
 @dataclass(frozen=True)
 class _Plainly:
-    """Batches of a loader whose errors are a person's to read.
+    """Batches of a loader, with errors that a user can read.
 
-    A worker's InputError comes without the traceback that torch puts before it, and a worker's death as torch tells
-    it (`lost_worker`), not as the broken connection that it leaves.
+    A worker's InputError comes without the traceback that torch puts before it, and a worker's death as torch reports
+    it (`lost_worker`), not as the broken connection that follows.
     """
 
     batches: Iterable[Batch]
@@ -93,16 +93,16 @@ class _Plainly:
         except InputError as error:
             raise InputError(str(error).strip().rpartition(f"{type(error).__name__}: ")[2]) from error
         except (OSError, EOFError):
-            # A process that dies closes its connections first; the system reports its death a moment later, which torch
-            # turns into an error wherever we are then.
+            # A dying process closes its connections first. The system reports its death a moment later, and torch turns
+            # that into an error wherever the program is then.
             time.sleep(SECONDS_TO_LEARN_OF_A_DEATH)
             raise
 
 
 def lost_worker(error: RuntimeError) -> InputError | None:
-    """Return what to say where `error` is that a worker of a loader died; None where it is another one.
+    """Return the InputError for the death of a loader's worker; None if `error` is something else.
 
-    torch raises it wherever the program is when the system reports the death, not only where a batch is waited for.
+    torch raises it wherever the program is when the system reports the death, not only while waiting for a batch.
     """
     said = " ".join(str(error).split())
     if not said.startswith(("DataLoader worker", "DataLoader timed out")):
@@ -114,12 +114,12 @@ def lost_worker(error: RuntimeError) -> InputError | None:
 
 
 def _end_workers() -> None:
-    """End the workers of loaders that an error holds on to, before multiprocessing waits for them for ever.
+    """End the workers of loaders that an error keeps alive, before multiprocessing waits for them forever.
 
-    It asks them by SIGTERM, which they leave to the process that trains.
+    It would send them SIGTERM, which they ignore.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for an accident
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second interrupt would end this, and leave the waiting
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their end as a failure
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second interrupt would end this function and leave the wait
     children = [child for child in multiprocessing.active_children() if child.daemon]
     for child in children:
         child.terminate()
@@ -128,7 +128,7 @@ def _end_workers() -> None:
         child.kill()
 
 
-atexit.register(_end_workers)  # after multiprocessing's own, and so before it
+atexit.register(_end_workers)  # registered after multiprocessing's own, so it runs before it
 
 
 def _serve(worker: int) -> None:
@@ -138,7 +138,7 @@ def _serve(worker: int) -> None:
 
 
 def _serve_and_stand_back(worker: int) -> None:
-    """Let the step's threads go first, too: one that waits for a core holds all the others up."""
+    """Also give the step's threads priority: one that waits for a core holds up all the others."""
     _serve(worker)
     os.nice(19)
 
@@ -156,11 +156,11 @@ class TrainingLoader:
         self.views_per_epoch = batch_sampler.views_per_epoch
 
     def cycle_views(self, view_epochs: int) -> None:
-        """Deal the views of `view_epochs` epochs over and over, however many epochs the run has."""
+        """Repeat the views of `view_epochs` epochs, however many epochs the run has."""
         self._batch_sampler.view_epochs = view_epochs
 
     def order_as(self, version: int) -> None:
-        """Deal the photos in the order of an earlier version of views, see `epoch_order`."""
+        """Use the order of an earlier version of views, see `epoch_order`."""
         self._batch_sampler.version = version
 
     def batches(self, first_step: int, lent: bool = False) -> Iterable[Batch]:
@@ -176,7 +176,7 @@ class TrainingLoader:
         return self._batch_sampler.of_step(step)
 
     def views(self, view_ids: np.ndarray, batch_size: int) -> Iterable[Batch]:
-        """Return any views in batches, whatever batches they are trained in, for any process.
+        """Return any views in batches, independent of the batches of training and of the process.
 
         Args:
             view_ids: [n, 2], epoch and position; the partners that mixing needs are added.
@@ -194,7 +194,7 @@ class TrainingLoader:
                 timeout=SECONDS_FOR_A_BATCH if self._workers else 0,
                 prefetch_factor=PREFETCHED if self._workers else None,
                 pin_memory=self._pin_memory,
-                # Pinned memory means that a GPU trains; else workers and the step share the cores.
+                # Pinned memory means that a GPU trains; otherwise workers and the step share the cores.
                 worker_init_fn=_serve if self._pin_memory else _serve_and_stand_back,
             )
         )
@@ -239,8 +239,8 @@ def build_evaluation_loader(
 ) -> Iterable[Batch]:
     """Return a loader of this process's share of a split: every image exactly once over all processes.
 
-    Process r of P sees the images r, r + P, r + 2P, …; where one cannot be read, its batch says so, or with `skip`
-    off the evaluation ends.
+    Process r of P sees the images r, r + P, r + 2P, …; if one cannot be read, its batch lists it as missing or, with
+    `skip` off, the evaluation ends.
     """
     return _Plainly(
         DataLoader(

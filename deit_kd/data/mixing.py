@@ -23,7 +23,7 @@ class Example(NamedTuple):
     epoch: int | None  # of the view; None in evaluation
     position: int
     photo: int = -1  # index in its split
-    unreadable: str | None = None  # why there is no image, where there is none
+    unreadable: str | None = None  # why there is no image, if there is none
 
 
 def missing_of(examples: list[Example]) -> list[Missing]:
@@ -39,8 +39,8 @@ def missing_of(examples: list[Example]) -> list[Missing]:
 class Mixing:
     """Collates views into a batch and mixes its pairs; a pure function of (seed, epoch, pair).
 
-    Both partners of a pair get the same share `lam`, as timm's ``pair`` mode does. Where one of them cannot be read,
-    the other stays as it is.
+    Both partners of a pair get the same share `lam`, as timm's ``pair`` mode does. If one of them cannot be read, the
+    other is not mixed.
 
     Args:
         classes: C.
@@ -74,7 +74,7 @@ class Mixing:
         smooth = self.label_smoothing / self.classes
         targets = torch.full((len(examples), self.classes), smooth)
         targets.scatter_(1, labels.clamp_min(0)[:, None], 1 - self.label_smoothing + smooth)
-        targets[labels < 0] = 0  # without a label, classification says nothing
+        targets[labels < 0] = 0  # without a label there is no classification loss
         if self.is_on:
             for first in range(0, len(examples), 2):
                 pair = slice(first, first + 2)

@@ -1,4 +1,4 @@
-"""Which photo stands at which position of an epoch, and which positions a process computes."""
+"""The photo at each position of an epoch, and the positions that a process computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from deit_kd.interfaces import InputError
 from deit_kd.randomness import VIEWS_VERSION, generator
 
-BLOCK_PHOTOS = 16  # photos whose repeated views lie together
+BLOCK_PHOTOS = 16  # photos whose repeated views are kept together
 
 
 class ViewKey(NamedTuple):
@@ -26,17 +26,17 @@ def epoch_order(photos: int, repeats: int, seed: int, epoch: int, version: int =
     """Return the photo at each position of an epoch; a pure function of its arguments.
 
     Without repeats this is a permutation. With repeated augmentation (Hoffer et al. 2020; DeiT) an epoch
-    keeps about the set's length: ``photos // repeats`` photos, `repeats` views each, another part of the set
-    every epoch. The views of a photo lie within one block of ``16 * repeats`` positions (a last block of
-    one photo joins the block before), and positions 2m and 2m + 1 never hold the same photo. A block is a round for
-    each repeat, shuffled, so that mixing meets other partners; in `version` 1, of old label stores, rounds were turned
-    by one photo, which left each photo two partners.
+    keeps about the set's length: ``photos // repeats`` photos, `repeats` views each, a different part of the set every
+    epoch. The views of a photo are within one block of ``16 * repeats`` positions (a last block of one photo joins the
+    block before), and positions 2m and 2m + 1 never hold the same photo. A block is a round for each repeat, shuffled,
+    so that mixing pairs different photos; in `version` 1, of old label stores, rounds were rotated by one photo, which
+    left each photo only two partners.
 
     Returns:
         [(photos // repeats) * repeats] indices.
 
     Raises:
-        InputError: with repeats there are fewer than two photos an epoch.
+        InputError: with repeats there are fewer than two photos per epoch.
     """
     if repeats == 1:
         return generator("order", seed, epoch).permutation(photos)
@@ -56,7 +56,7 @@ def epoch_order(photos: int, repeats: int, seed: int, epoch: int, version: int =
 
 
 def _shuffled_rounds(block: np.ndarray, rounds: int, choices: np.random.Generator) -> np.ndarray:
-    """Return the two photos or more of a block in several orders, where no neighbours are the same photo."""
+    """Return the photos of a block (at least two) in several orders, so that neighbours are never the same photo."""
     orders = [choices.permutation(block)]
     while len(orders) < rounds:
         order = choices.permutation(block)
@@ -68,10 +68,10 @@ class TrainingBatchSampler(Sampler[list[ViewKey]]):
     """Deals the whole of training, micro-batch by micro-batch, to one process.
 
     Optimiser step s of an epoch takes positions ``[s * batch_size, (s + 1) * batch_size)``; micro-step a of
-    rank r takes one contiguous block of them, so that no pair is torn apart. The last incomplete batch of an
-    epoch is dropped. Where fewer view epochs than epochs are wanted, set `view_epochs`: epoch e then deals the
-    views of epoch ``e % view_epochs``, and begins with those that were dropped when it was dealt before. Order and
-    pairs are the same. `version` is that of the order, see `epoch_order`.
+    rank r takes one contiguous block of them, so that no pair is split. The last incomplete batch of an
+    epoch is dropped. To use fewer view epochs than epochs, set `view_epochs`: epoch e then deals the views of epoch
+    ``e % view_epochs``, beginning with those that were dropped the last time. Order and pairs are the same. `version`
+    is that of the order, see `epoch_order`.
 
     Args:
         photos: size of the split.
@@ -149,7 +149,7 @@ class TrainingBatchSampler(Sampler[list[ViewKey]]):
         return epoch_order(self._photos, self._repeats, self._seed, epoch, self.version)
 
     def _micro_batches(self, step: int, epoch: int, order: np.ndarray) -> Iterator[list[ViewKey]]:
-        # As if the view epoch were dealt in one stream, however often: which views are dropped changes.
+        # As if the repetitions of a view epoch were one stream: each time other views are dropped.
         steps_of_it = step // (self.steps_per_epoch * self.view_epochs) * self.steps_per_epoch
         batch_start = (steps_of_it + step % self.steps_per_epoch) * self._batch_size
         for micro_step in range(self._accumulation_steps):
@@ -161,8 +161,8 @@ class TrainingBatchSampler(Sampler[list[ViewKey]]):
         """Yield the keys of any views, e.g. of those that training drops at an epoch's end.
 
         Args:
-            view_ids: [n, 2], epoch and position, by epoch; whole pairs stand together where mixing is on.
-            size: views a block, raised to whole pairs.
+            view_ids: [n, 2], epoch and position, by epoch; whole pairs are together if mixing is on.
+            size: views per block, rounded up to whole pairs.
         """
         size += size % self._whole
         for epoch in np.unique(view_ids[:, 0]):

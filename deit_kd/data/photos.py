@@ -24,11 +24,11 @@ class Photos:
 
     Args:
         names: one name for each image, relative to `root` where the images are files.
-        labels: the class of each image, an index into `classes`; -1 where it has none.
+        labels: the class of each image, an index into `classes`; -1 if it has none.
         classes: class names, in label order.
         root: the folder of the files; None when the images are in memory.
         arrays: uint8 images [H, W, 3] of one size, when they are in memory from the start.
-        decoded: the files as RGB images, or why one cannot be read, when they were read ahead.
+        decoded: the files as RGB images, or the reason why one cannot be read, if they were read in advance.
         stamps: what each file looked like when it was found, rows of `Stamp` [n, 2].
     """
 
@@ -53,7 +53,7 @@ class Photos:
 
         Raises:
             UnreadableImage: its file is missing or is not a readable image.
-            InputError: its file has changed, or the folder of all of them is gone.
+            InputError: its file has changed, or the whole folder is gone.
         """
         if self.arrays is not None:
             return Image.fromarray(self.arrays[index])
@@ -72,17 +72,17 @@ class Photos:
             raise
 
     def where(self, index: int) -> str:
-        """Return what a person finds one image by: the path of its file, if it has one."""
+        """Return where to find one image: the path of its file, if it has one."""
         return self.names[index] if self.root is None else str(self.root / self.names[index])
 
     def in_memory(self, skip: bool = False) -> Photos:
         """Return the same photos, every file read and decoded once; H x W x 4 bytes each, which workers share.
 
         Args:
-            skip: whether a file that cannot be read is left to whoever asks for its image.
+            skip: whether a file that cannot be read only fails when its image is requested.
 
         Raises:
-            UnreadableImage: a file is missing or is not a readable image, unless it is left.
+            UnreadableImage: a file is missing or is not a readable image, unless `skip`.
         """
         if self.arrays is not None or self.decoded is not None:
             return self
@@ -111,7 +111,7 @@ class Photos:
         )
 
     def digest(self) -> str:
-        """Return a hash of names, sizes, labels, classes and how files are decoded, wherever the folder lies."""
+        """Return a hash of names, sizes, labels, classes and how files are decoded; the folder may move."""
         hasher = hashlib.blake2b("\n".join(self.classes).encode(), digest_size=16)
         for line in self.lines():
             hasher.update(f"\n{line}".encode())
@@ -148,7 +148,7 @@ class Splits(NamedTuple):
 
 
 def split_by_hash(photos: Photos, fraction: float) -> Splits:
-    """Split off a validation part: stratified, by the hash of each name, the same for ever.
+    """Split off a validation part: stratified, by the hash of each name, so it never changes.
 
     Args:
         photos: all the images.

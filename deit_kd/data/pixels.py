@@ -1,4 +1,4 @@
-"""The stages of a view that cost the most, bit for bit torchvision's, in fewer passes over the pixels."""
+"""The most expensive stages of a view, bit-identical to torchvision's, in fewer passes over the pixels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchvision.transforms import functional as F
 
 
 def in_fewer_passes(stages: list[Callable]) -> list[Callable]:
-    """Return `stages` with torchvision's colour jitter and its tensor-and-normalise replaced by the quick ones."""
+    """Return `stages` with torchvision's colour jitter and its tensor-and-normalise replaced by the faster ones."""
     quick: list[Callable] = []
     for stage in stages:
         if isinstance(stage, ColorJitter):
@@ -42,7 +42,7 @@ class QuickJitter:
 
 
 def _adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
-    # Pillow's own takes the mean from a histogram, in Python.
+    # Pillow's own computes the mean from a histogram, in Python.
     grey = np.asarray(image.convert("L"))
     mean = int(int(grey.sum()) / grey.size + 0.5)
     return Image.blend(Image.new("RGB", image.size, (mean, mean, mean)), image, factor)

@@ -35,8 +35,8 @@ def build_splits(
 ) -> Splits:
     """Return the training and the validation split of the dataset called `name`.
 
-    With `folds`, all its photos are joined, and `fold` of them is held out, see `one_fold`. With `unlabelled`, the
-    photos of that folder are trained on instead, see `unlabelled_photos`.
+    With `folds`, all its photos are joined, and fold number `fold` is held out, see `one_fold`. With `unlabelled`, the
+    photos of that folder are the training split, see `unlabelled_photos`.
 
     Raises:
         InputError: the name is unknown, or the data are missing, empty, inconsistent or of one class.

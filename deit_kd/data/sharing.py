@@ -1,4 +1,4 @@
-"""Shared memory that workers fill again and again: fresh memory costs more in page faults than filling it does."""
+"""Shared memory that workers reuse: the page faults of fresh memory cost more than filling it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PREFETCHED = 2  # batches that each worker makes ahead
 
 
 class SharedStack:
-    """Stacks views as ``torch.stack`` does; in a worker into its own few shared buffers, in turn.
+    """Stacks views as ``torch.stack`` does; a worker stacks into its own few shared buffers in turn.
 
-    A buffer is filled again when its worker has made `PREFETCHED` more batches, not before the loader is asked for
-    the next one: by then it is used up, or copied.
+    A buffer is reused once its worker has made `PREFETCHED` more batches, which is never before the loader is asked for
+    the next one: by then it has been used or copied.
     """
 
     def __init__(self) -> None:
@@ -38,10 +38,10 @@ class SharedStack:
 
 
 def received(batches: Iterable[Batch], workers: int, lent: bool = False) -> Iterator[Batch]:
-    """Yield `batches` in memory that no worker will write to or, if `lent`, not before the next one is asked for.
+    """Yield `batches` in memory that no worker will write to or, if `lent`, not until the next one is requested.
 
-    What was pinned for a GPU is already a copy. The workers' buffers stay mapped here, which would otherwise be done
-    again for every batch.
+    Pinned batches are already copies. The workers' buffers stay mapped here, so they are not mapped again for every
+    batch.
     """
     mapped: deque[Tensor] = deque(maxlen=workers * (PREFETCHED + 1))
     for batch in batches:

@@ -1,4 +1,4 @@
-"""What turns an image into a view: timm's augmentation for training, resize and crop to evaluate."""
+"""Transforms from an image to a view: timm's augmentation for training, resize and crop for evaluation."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def evaluation_transform(preprocessing: Preprocessing) -> Transform:
     )
     resizes: list[Any] = [stage for stage in transform.transforms if isinstance(stage, ResizeKeepRatio)]
     for resize in resizes:
-        resize.get_params = _at_least_one_pixel  # timm's rounds a long thin photo to nothing
+        resize.get_params = _at_least_one_pixel  # timm's can round a side of a long thin photo to 0
     return Compose(in_fewer_passes(transform.transforms))
 
 

@@ -1,4 +1,4 @@
-"""Photos without labels: every image below a folder, for students that learn from a teacher's features alone."""
+"""Photos without labels: every image below a folder, for students that learn only from a teacher's features."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def unlabelled_photos(folder: str, validation: Photos) -> Photos:
 
 
 def _files_below(top: Path, photos: Photos) -> set[Path]:
-    """Return the files of `photos`, where any of them can lie below `top`."""
+    """Return the files of `photos`, if any of them can be below `top`."""
     if photos.root is None:
         return set()
     root, top = photos.root.resolve(), top.resolve()

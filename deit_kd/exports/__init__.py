@@ -1,4 +1,4 @@
-"""Ways out: a student in the formats of other libraries, each read again by that library before it counts."""
+"""Exports a student in the formats of other libraries; each export is read again by its library before it is kept."""
 
 from deit_kd.exports.about import About
 from deit_kd.exports.compare import export, missing_libraries, read_again, write

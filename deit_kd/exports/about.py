@@ -1,4 +1,4 @@
-"""What an export says about its student beside the weights."""
+"""What an export says about its student besides the weights."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class About:
     """The facts of a run that a format writes down.
 
     Args:
-        architecture: timm's name of the student's.
-        model_args: what ``timm.create_model`` needs beside the class count.
+        architecture: timm's name of it.
+        model_args: what ``timm.create_model`` needs besides the number of classes.
         classes: names, in label order.
-        preprocessing: how an image reaches it.
+        preprocessing: of its images.
         fusion: of the two heads, ``softmax`` or ``logits``.
-        heads: what ``heads.json`` holds; None where it was not scored.
-        teacher: what ``run.json`` holds of the teacher; None where there was none.
+        heads: the content of ``heads.json``; None if it was not scored.
+        teacher: the teacher's entry in ``run.json``; None if there was none.
         data: a line about the photos.
         recipe: the run's ``config.yaml``.
-        temperature: by head, where an evaluation has fitted it; no output is divided by it.
+        temperature: by head, if an evaluation has fitted it; no output is divided by it.
     """
 
     architecture: str
@@ -39,7 +39,7 @@ class About:
     temperature: Mapping[str, float] | None = None
 
     def for_deployment(self) -> dict[str, Any]:
-        """Return, as JSON, all that a program needs to feed the model and to read its answers."""
+        """Return, as JSON, everything that a program needs to run the model and read its outputs."""
         return {
             "architecture": self.architecture,
             "classes": list(self.classes),
@@ -106,5 +106,5 @@ class About:
 
 
 def _text(name: str) -> str:
-    """Return `name` for Markdown, in which nothing of it is markup."""
+    """Return `name` escaped for Markdown."""
     return re.sub(r"([\\`*\[\]<>&|~]|^[#+-]|(?<!\w)_|_(?!\w))", r"\\\1", printable(name))

@@ -1,4 +1,4 @@
-"""Write a student, read it again with the foreign library in a clean process, compare, and only then keep it."""
+"""Write a student, read it again with the target library in a clean process, compare, and only then keep it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from deit_kd.exports.traced import Answering, Choices, size_step
 from deit_kd.interfaces import InputError
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 1e-2}  # of the largest logit, or of 1
-PROBE_IMAGES = 3  # another batch size than any format was written with
+PROBE_IMAGES = 3  # not the batch size that any format is written with
 
 _MAIN = """
 import sys, torch
@@ -43,10 +43,10 @@ def missing_libraries(format_name: str) -> list[str]:
 
 
 def write(format_name: str, backbone: nn.Module, folder: Path, about: About, choices: Choices | None = None) -> None:
-    """Write one student into `folder`, which is not there yet, with its model card.
+    """Write one student into `folder`, which must not exist yet, with its model card.
 
     Raises:
-        CannotHold: the format has no place for a part of the student.
+        CannotHold: the format cannot represent a part of the student.
     """
     entry = FORMATS[format_name]
     traced = (choices or Choices(),) if entry.is_traced else ()
@@ -57,15 +57,15 @@ def write(format_name: str, backbone: nn.Module, folder: Path, about: About, cho
 def read_again(
     format_name: str, written: Sequence[tuple[Path, nn.Module, About]], choices: Choices | None = None
 ) -> list[float]:
-    """Read exports again in one clean process; return how far each is off, see `TOLERANCE`.
+    """Read exports again in one clean process; return the deviation of each, see `TOLERANCE`.
 
     Args:
         format_name: of all of them.
-        written: for each its folder, the student that it was written from, and what was said about it.
-        choices: that all of them were traced with; a dynamic size is tried at one of its own.
+        written: for each, its folder, the student that it was written from, and the facts about it.
+        choices: that all of them were traced with; a dynamic size is tested at another size.
 
     Raises:
-        InputError: the foreign library cannot read one of them.
+        InputError: the target library cannot read one of them.
     """
     script = _MAIN.format(reader=FORMATS[format_name].reader)
     noise = torch.Generator().manual_seed(0)
@@ -101,7 +101,7 @@ def _expected(backbone: nn.Module, images: Tensor, fusion: str, choices: Choices
 
 
 def _distance(expected: Sequence[Tensor], found: dict[str, Tensor]) -> float:
-    """Return the largest difference of any output, in units of the largest logit or of 1; foreign heads come first."""
+    """Return the largest difference of any output, in units of the largest logit or of 1; heads are first."""
     heads = min(2, len(expected))
     if len(found) < heads:
         return float("inf")
@@ -112,11 +112,11 @@ def _distance(expected: Sequence[Tensor], found: dict[str, Tensor]) -> float:
 
 
 def export(format_name: str, backbone: nn.Module, folder: Path, about: About, choices: Choices | None = None) -> float:
-    """Write a student, read it again, compare, and only then let `folder` appear; return how far it is off.
+    """Write a student, read it again, compare, and only then create `folder`; return its deviation.
 
     Raises:
-        CannotHold: the format has no place for a part of the student.
-        InputError: what is read again answers differently, or cannot be read.
+        CannotHold: the format cannot represent a part of the student.
+        InputError: the export answers differently when read again, or cannot be read.
     """
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)

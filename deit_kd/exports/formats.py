@@ -1,4 +1,4 @@
-"""The table of formats: how each is written, and how the foreign library opens it again."""
+"""The table of formats: how each is written, and how the target library opens it again."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from deit_kd.models.tokens import is_grafted
 
 @dataclass(frozen=True)
 class Format:
-    """One way out.
+    """One export format.
 
     Args:
-        write: puts files into a folder; raises `CannotHold` where it has to. A format that is traced takes `Choices`.
+        write: puts files into a folder; may raise `CannotHold`. A traced format takes `Choices`.
         how_to_load: a sentence for the model card.
-        reader: Python source that defines ``read(folder, images)`` with the foreign library alone and returns a
-            list of outputs; it runs in a process of its own.
-        libraries: modules that reading and writing need, with the extra that installs them.
+        reader: Python source that defines ``read(folder, images)`` with only the target library and returns a list of
+            outputs; it runs in its own process.
+        libraries: modules needed for reading and writing, installed by the extra of the format's name.
     """
 
     write: Callable[..., None]
@@ -103,7 +103,7 @@ def _write_transformers(backbone: nn.Module, folder: Path, about: About) -> None
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     edge = int(seen.image_size / seen.crop_fraction)
     preprocessor = {
-        # DeiT's own takes no shortest edge before transformers 5, and ViT's does not crop; this one does both in all.
+        # DeiT's own takes no shortest edge before transformers 5, and ViT's does not crop; this one always does both.
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
         "size": {"height": edge, "width": edge} if seen.crop_mode == "squash" else {"shortest_edge": edge},

@@ -1,4 +1,4 @@
-"""An exported ONNX model, opened with what it says about itself."""
+"""An exported ONNX model and its description of itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUFFIX = ".onnx"
 
 
 class Facts(TypedDict):
-    """What `deit-kd export` writes into a model."""
+    """The description that `deit-kd export` writes into a model."""
 
     classes: list[str]
     image_size: Annotated[int, Field(gt=0, le=2**14)]
@@ -36,13 +36,13 @@ class Facts(TypedDict):
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A student that onnxruntime answers for, and what it says about itself."""
+    """A student that runs in onnxruntime, and its description of itself."""
 
     facts: Facts
     session: Any
 
     def probabilities(self, images: Tensor) -> dict[str, Tensor]:
-        """Return [B, C] of each head there is, for `images` [B, 3, H, W]; both heads are fused where it says how."""
+        """Return [B, C] of each of its heads, for `images` [B, 3, H, W]; both heads are fused if it says how."""
         answers = self.session.run(self.facts["outputs"], {"images": np.ascontiguousarray(images.cpu().numpy())})
         found = dict(zip(self.facts["outputs"], map(torch.from_numpy, answers), strict=True))
         if "cls" in found and "fused" not in found:
@@ -54,7 +54,7 @@ def open_exported(file: Path) -> OpenedModel:
     """Open an ONNX model that ``deit-kd export`` wrote.
 
     Raises:
-        InputError: it is no such model, or onnxruntime is missing.
+        InputError: it is not such a model, or onnxruntime is missing.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise InputError(f'{file}: needs onnxruntime; pip install "deit-kd[onnx]"')
@@ -62,7 +62,7 @@ def open_exported(file: Path) -> OpenedModel:
 
     try:
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors share no class of their own
+    except Exception as error:  # its errors have no common base class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{file}: cannot be opened by onnxruntime ({reason}); export the run again") from error
     try:

@@ -1,4 +1,4 @@
-"""A student in the terms of timm's plain ViT, distilled or not, which plain timm and transformers can build."""
+"""A student expressed as timm's plain ViT, distilled or not, which plain timm and transformers can build."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CannotHold(Exception):
 
 @dataclass(frozen=True)
 class PlainViT:
-    """Tensors under timm's names, and what ``timm.create_model`` needs to build a model that they fit."""
+    """Tensors under timm's names, and the arguments of ``timm.create_model`` for a model that they fit."""
 
     architecture: str
     state: dict[str, Tensor]
@@ -36,7 +36,7 @@ def as_plain_vit(backbone: nn.Module) -> PlainViT:
     Position embeddings without rows for the tokens (``no_embed_class``) get rows of zeros.
 
     Raises:
-        CannotHold: it has a part that timm's class does not.
+        CannotHold: it has a part that timm's class does not have.
     """
     reason = _reason(backbone)
     if reason is not None:
@@ -59,11 +59,11 @@ def as_plain_vit(backbone: nn.Module) -> PlainViT:
         "qkv_bias": block.attn.qkv.bias is not None,
     }
     if hasattr(block.ls1, "gamma"):
-        arguments["init_values"] = 1.0  # that there are layer scales; their values are in the state
+        arguments["init_values"] = 1.0  # creates layer scales; their values are in the state
     if not isinstance(model.norm_pre, nn.Identity):
         arguments["pre_norm"] = True
     is_distilled = has_distillation_token(model)
-    # Any of timm's names would do, since the arguments say everything; this is the nearest.
+    # Any timm name would do, since the arguments define everything; this is the closest.
     size = _SIZES.get(model.embed_dim, "base")
     architecture = f"deit_{size}_distilled_patch16_224" if is_distilled else f"vit_{size}_patch16_224"
     state = {name: tensor.contiguous() for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""A student as a graph with everything inside that a deployer needs: ONNX and ``torch.export``."""
+"""A student as a graph that contains everything needed for deployment: ONNX and ``torch.export``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deit_kd.interfaces import InputError, StudentOutput, head_probabilities
 from deit_kd.models.tokens import has_distillation_token, read_heads
 
 HEADS = ("cls", "dist", "fused")
-OPSET = 18  # the first that torch's exporter speaks
+OPSET = 18  # the first that torch's exporter supports
 LARGEST_BATCH = 4096
 MOST_STEPS = 256  # patches, or strides of a CNN, along an edge
 STRIDE = 32  # of a network without patches
@@ -34,7 +34,7 @@ class Choices:
     """How a student is traced.
 
     Args:
-        outputs: of `HEADS`, in this order; None is all that the student has.
+        outputs: some of `HEADS`, in their order; None is all that the student has.
         opset: of ONNX.
         dynamic_size: whether images may have another size than the student was trained with.
         precision: of the weights, ``fp32`` or ``fp16``; images and outputs are fp32.
@@ -49,7 +49,7 @@ class Choices:
         """Return the outputs of a student.
 
         Raises:
-            InputError: it has not one of those that were asked for.
+            InputError: it lacks one that was asked for.
         """
         there = HEADS if has_distillation_token(backbone) else HEADS[:1]
         for name in self.outputs or ():
@@ -59,7 +59,7 @@ class Choices:
 
 
 class Answering(nn.Module):
-    """Answers images with a tuple: logits ``cls`` and ``dist``, and probabilities ``fused``, those that are asked for.
+    """Answers images with a tuple: logits ``cls`` and ``dist``, and probabilities ``fused``, as requested.
 
     Args:
         backbone: a student; neither moved nor changed.
@@ -94,7 +94,7 @@ def resizable(backbone: nn.Module) -> nn.Module:
     """Return a copy of a student whose position embedding is resized to that of its images, as timm does it.
 
     Raises:
-        CannotHold: its positions are of one size.
+        CannotHold: its position embedding has a fixed size.
     """
     model: Any = copy.deepcopy(backbone)
     if isinstance(backbone, VisionTransformer) and backbone.pos_embed is not None:
@@ -108,13 +108,13 @@ def resizable(backbone: nn.Module) -> nn.Module:
 
 
 def size_step(backbone: nn.Module) -> int:
-    """Return what image sizes are multiples of: the patch size, or the stride of a CNN."""
+    """Return the step between image sizes: the patch size, or the stride of a CNN."""
     patch_embed: Any = getattr(backbone, "patch_embed", None)
     return STRIDE if patch_embed is None else int(patch_embed.patch_size[0])
 
 
 def write_onnx(backbone: nn.Module, folder: Path, about: About, choices: Choices) -> None:
-    """Write ``student.onnx`` and ``config.json``; nothing of this machine is in it."""
+    """Write ``student.onnx`` and ``config.json``; they contain nothing about this machine."""
     module, images, shapes = _traceable(backbone, about, choices)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
@@ -145,14 +145,14 @@ def write_onnx(backbone: nn.Module, folder: Path, about: About, choices: Choices
 
 
 def write_torch_export(backbone: nn.Module, folder: Path, about: About, choices: Choices) -> None:
-    """Write ``student.pt2`` and ``config.json``, which is within it, too; nothing of this machine is in it."""
+    """Write ``student.pt2`` and ``config.json``, which is also inside it; they contain nothing about this machine."""
     module, images, shapes = _traceable(backbone, about, choices)
     program = torch.export.export(module, (images,), dynamic_shapes={"images": shapes})
     for graph in program.graph_module.modules():
         for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)
     facts = _facts(module, about, choices)
-    content = io.BytesIO()  # written at once, so that a full disk is an OSError
+    content = io.BytesIO()  # written to the file in one piece, so that a full disk raises OSError
     torch.export.save(program, content, extra_files={"config.json": json.dumps(facts)})
     folder.mkdir(parents=True)
     (folder / "student.pt2").write_bytes(content.getvalue())
@@ -166,10 +166,10 @@ def _traceable(backbone: nn.Module, about: About, choices: Choices) -> tuple[Ans
     if not choices.dynamic_size:
         return module, torch.zeros(2, 3, size, size), shapes
     step = size_step(backbone)
-    least = 3 if step == STRIDE else 2  # an edge of one patch would be traced apart
+    least = 3 if step == STRIDE else 2  # an edge of one patch would be traced as a special case
     for dimension, name in ((2, "rows"), (3, "columns")):
         shapes[dimension] = step * torch.export.Dim(name, min=least, max=MOST_STEPS)
-    # Unequal edges that are none of the student's: what is equal would be taken for always equal.
+    # Unequal edges, neither of them the student's: the tracer would take equal sizes as always equal.
     return module, torch.zeros(2, 3, size + 3 * step, size + 5 * step), shapes
 
 
@@ -179,7 +179,7 @@ def _facts(module: Answering, about: About, choices: Choices) -> dict[str, Any]:
 
 
 def _forget_the_machine(model: Any) -> None:
-    """Remove what the exporter notes down about each node: lines of source code, with their paths."""
+    """Remove what the exporter records about each node: lines of source code, with their paths."""
     for graph in (model.graph, *model.functions):
         _forget(graph)
 

@@ -1,4 +1,4 @@
-"""The label store: what a teacher answered to every view, kept on disk and replayed for any student."""
+"""The label store: a teacher's answers to every view, kept on disk and replayed for any student."""
 
 from deit_kd.store.folder import VALIDATION, VIEWS_FIELD, LabelStore, epoch_part
 from deit_kd.store.record import Record

@@ -71,9 +71,9 @@ class Measured(TypedDict):
 class LabelStore:
     """One folder of answers: ``validation`` and one part for each epoch of views.
 
-    A part is a safetensors file whose columns (see `Record`) have one row for each position. Until every row is
-    there, a part is a folder of pieces, each of them whole: a build that was interrupted goes on from them. Every
-    file carries a checksum and the digest of the manifest it was made under.
+    A part is a safetensors file whose columns (see `Record`) have one row for each position. Until it is complete, a
+    part is a folder of pieces, each of them whole: an interrupted build resumes from them. Every file has a checksum
+    and the digest of its manifest.
 
     Args:
         folder: of the store.
@@ -90,7 +90,7 @@ class LabelStore:
         if written != FORMAT:
             raise InputError(f"teacher.store: {folder} has format {written}, this version reads {FORMAT}; rebuild it")
         self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST, Manifest)
-        # A store made before there were versions of views is of the first.
+        # A store from before views had versions has version 1.
         self.views_version: int = self.manifest["identity"].get(VIEWS_FIELD, 1)
         if self.views_version not in range(1, VIEWS_VERSION + 1):
             raise InputError(
@@ -102,7 +102,7 @@ class LabelStore:
 
     @classmethod
     def begin(cls, folder: str | Path, manifest: Mapping[str, Any]) -> LabelStore:
-        """Write the manifest of a new store, and return the store; one that is there stays as it is.
+        """Write the manifest of a new store, and return the store; an existing one is not changed.
 
         Args:
             folder: empty, or of a store.
@@ -124,13 +124,13 @@ class LabelStore:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of everything that the records depend on, their form included."""
+        """Hash of everything that the records depend on, including their format."""
         essence = {key: self.manifest[key] for key in ("format", "identity", "classes", "top", "views", "validation")}
         return hashlib.blake2b(json.dumps(essence, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     @property
     def epochs(self) -> int:
-        """How many epochs of views are there, from the first without a gap."""
+        """How many epochs of views it holds, from the first without a gap."""
         epoch = 0
         while self.holds(epoch_part(epoch)):
             epoch += 1
@@ -138,7 +138,7 @@ class LabelStore:
 
     @property
     def parts(self) -> list[str]:
-        """The names of the parts that are there as a whole: the validation set's, and the epochs without a gap."""
+        """The names of the complete parts: the validation set's, and the epochs without a gap."""
         return [part for part in (VALIDATION, *map(epoch_part, range(self.epochs))) if self.holds(part)]
 
     @property
@@ -147,7 +147,7 @@ class LabelStore:
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def holds(self, part: str) -> bool:
-        """Return whether a part is there as a whole."""
+        """Return whether a part is complete."""
         return self._file(part).is_file()
 
     def accept(self, libraries: Mapping[str, str]) -> None:
@@ -160,7 +160,7 @@ class LabelStore:
         """Return the columns of a part, memory-mapped; the part that was read last stays open.
 
         Raises:
-            InputError: the part is not there, or its file is truncated or of another store.
+            InputError: the part does not exist, or its file is truncated or of another store.
         """
         if self._open is None or self._open[0] != part:
             columns, _ = self._read(self._file(part), self._rows(part))
@@ -171,7 +171,7 @@ class LabelStore:
         """Return the records of views [B, 2] (epoch and position, in host memory).
 
         Raises:
-            InputError: one is not there, or is marked as missing.
+            InputError: one does not exist, or is marked as missing.
         """
         found = self._look_up(view_ids)
         if bool((gone := is_missing(found)).any()):
@@ -183,10 +183,10 @@ class LabelStore:
         return found
 
     def expect_missing(self, view_ids: Tensor) -> None:
-        """Refuse answers to views [m, 2] that are missing here: their partners were mixed with them then.
+        """Refuse answers to views [m, 2] that are missing here: in the store their partners were mixed with them.
 
         Raises:
-            InputError: one is there.
+            InputError: the store has one of them.
         """
         if not len(view_ids):
             return
@@ -216,7 +216,7 @@ class LabelStore:
         return found
 
     def score(self) -> dict[str, float | None]:
-        """Return the teacher's ``top1``, ``top5`` and ``nll`` on the validation set, as they were measured."""
+        """Return the teacher's ``top1``, ``top5`` and ``nll`` on the validation set, as measured."""
         file = self._file(VALIDATION)
         _, metadata = self._read(file, self._rows(VALIDATION))
         try:
@@ -238,14 +238,14 @@ class LabelStore:
         return classes.masked_fill(is_missing(share), -1)
 
     def logits(self) -> Tensor | None:
-        """Return the teacher's logits [n, C] on the validation set; None where the store holds hard labels alone."""
+        """Return the teacher's logits [n, C] on the validation set; None if the store holds only hard labels."""
         return self.record.decode(self.columns(VALIDATION)) if self.record.holds_logits else None
 
     def verify(self, parts: Sequence[str]) -> None:
         """Read every byte of `parts`, about a second for each GB, and compare the checksums.
 
         Raises:
-            InputError: a file is not there, truncated, altered or of another store.
+            InputError: a file is missing, truncated, altered or of another store.
         """
         for part in parts:
             columns, metadata = self._read(self._file(part), self._rows(part))
@@ -255,7 +255,7 @@ class LabelStore:
                 raise self._broken(self._file(part), "a record is not a valid answer")
 
     def _read(self, file: Path, rows: int | None) -> tuple[Columns, dict[str, str]]:
-        """Map the columns of a file: `rows` of them, or any number where that is None."""
+        """Map the columns of a file: `rows` of them, or any number if that is None."""
         try:
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
@@ -269,7 +269,7 @@ class LabelStore:
         return columns, metadata
 
     def _are_records(self, columns: Columns, rows: int | None) -> bool:
-        """Return whether `columns` are those of `rows` records, or of a piece with its positions where that is None."""
+        """Return whether `columns` are those of `rows` records, or of a piece with its positions if that is None."""
         count = len(columns["positions"]) if rows is None and "positions" in columns else rows
         if count is None or any(column.ndim == 0 or len(column) != count for column in columns.values()):
             return False
@@ -286,10 +286,10 @@ class LabelStore:
     @staticmethod
     @contextmanager
     def lock(folder: str | Path) -> Iterator[None]:
-        """Be the only one who writes to `folder`, see `held`.
+        """Lock `folder` for writing, see `held`.
 
         Raises:
-            InputError: somebody else writes to it.
+            InputError: another process writes to it.
         """
         place = Path(folder).expanduser()
         busy = f"teacher.store: {folder} is being written by another process; wait for it, or name another folder"
@@ -299,7 +299,7 @@ class LabelStore:
             yield
 
     def missing(self, part: str) -> np.ndarray:
-        """Return the positions [n] of a part that nobody has answered yet; damaged pieces count as missing."""
+        """Return the positions [n] of a part that have no answer yet; damaged pieces count as missing."""
         rows = self._rows(part)
         if self.holds(part):
             return np.empty(0, dtype=np.int64)
@@ -331,8 +331,8 @@ class LabelStore:
         """Join the pieces of a part into its file.
 
         Args:
-            part: all of whose positions are there.
-            notes: JSON that is kept with it.
+            part: its name; all of its positions must have answers.
+            notes: JSON to keep with it.
         """
         if self.holds(part):
             shutil.rmtree(self._pieces_folder(part), ignore_errors=True)
@@ -353,7 +353,7 @@ class LabelStore:
         return save(tensors, {**metadata, "digest": digest}), digest
 
     def _pieces(self, part: str) -> Iterator[tuple[Path, Tensor, Columns]]:
-        """Yield the pieces of a part; delete the damaged ones, whose views are asked for again."""
+        """Yield the pieces of a part; delete the damaged ones, whose views must be answered again."""
         for file in sorted(self._pieces_folder(part).glob("*.safetensors")):
             try:
                 columns, metadata = self._read(file, None)

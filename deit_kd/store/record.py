@@ -1,4 +1,4 @@
-"""One answer as a record of fixed size: its largest logits and what the rest weighs (TinyViT, arXiv 2207.10666)."""
+"""One answer as a record of fixed size: its largest logits and the mass of the rest (TinyViT, arXiv 2207.10666)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 LEAST_LOGIT = torch.finfo(torch.float16).min
-MISSING = {"label": -2, "logits": -math.inf, "classes": 0, "rest": 0.0}  # what no answer is encoded as
+MISSING = {"label": -2, "logits": -math.inf, "classes": 0, "rest": 0.0}  # the encoding of a missing answer
 LEAST_GAP = 2.0**-24  # the smallest fp16 number: a tie in fp16 must not move the argmax
 
 
@@ -18,11 +18,11 @@ LEAST_GAP = 2.0**-24  # the smallest fp16 number: a tie in fp16 must not move th
 class Record:
     """How answers of C classes are stored; logits are fp16, minus the largest of their row.
 
-    - ``top`` 0: the class of the largest logit alone;
+    - ``top`` 0: only the class of the largest logit;
     - ``top`` K < C: the K largest logits, their classes, and the log-sum-exp of the rest at T = 1 (fp32);
     - ``top`` >= C: all logits.
 
-    The argmax of what comes back is the argmax of what went in, ties included.
+    The argmax of the decoded logits is that of the encoded ones, ties included.
 
     Args:
         classes: C.
@@ -34,7 +34,7 @@ class Record:
 
     @property
     def holds_logits(self) -> bool:
-        """Whether more than a hard label can be read."""
+        """Whether it holds more than a hard label."""
         return self.top > 0
 
     @cached_property
@@ -51,7 +51,7 @@ class Record:
         return {name: column.new_empty((views, *column.shape[1:])) for name, column in self._example.items()}
 
     def missing(self, views: int, device: torch.device | None = None) -> dict[str, Tensor]:
-        """Return the columns of views that nobody was asked about, since their photos cannot be read."""
+        """Return the columns of views without an answer because their photos cannot be read."""
         return {name: column.fill_(MISSING[name]).to(device) for name, column in self.empty(views).items()}
 
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
@@ -78,8 +78,8 @@ class Record:
     def decode(self, columns: dict[str, Tensor]) -> Tensor:
         """Return logits [B, C] in fp32.
 
-        Each class that was not kept gets an equal part of the rest's mass, which is exact at T = 1, and never more
-        than the smallest logit that was kept. A hard label comes back as a distribution of one class.
+        Each class that was not kept gets an equal part of the rest's mass, which is exact at T = 1, but never more than
+        the smallest kept logit. A hard label is decoded as a one-hot distribution.
         """
         if "label" in columns:
             label = columns["label"].long()[:, None]
@@ -92,12 +92,12 @@ class Record:
         return share[:, None].repeat(1, self.classes).scatter_(1, columns["classes"].long(), kept)
 
     def names_its_classes(self, columns: dict[str, Tensor]) -> bool:
-        """Return whether every class that a record names is one of the C; one that is missing names none."""
+        """Return whether every class in the records is one of the C; a missing answer has none."""
         named = [columns[name][~is_missing(columns)] for name in ("label", "classes") if name in columns]
         return all(bool(((column >= 0) & (column < self.classes)).all()) for column in named)
 
     def gap(self, columns: dict[str, Tensor], logits: Tensor) -> Tensor:
-        """Return the largest difference [B] between the logits that were kept and `logits` [B, C], asked anew."""
+        """Return the largest difference [B] between the kept logits and new `logits` [B, C]."""
         if "label" in columns:
             return torch.zeros(len(logits))
         relative = logits.float() - logits.float().max(-1, keepdim=True)[0]

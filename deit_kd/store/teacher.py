@@ -1,4 +1,4 @@
-"""Two teachers: one that is read from a label store, and one that fills a store while it is asked."""
+"""Two teachers: one reads a label store, the other fills a store while it answers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from deit_kd.interfaces import Batch, InputError, TeacherOutput
 from deit_kd.store.folder import LabelStore, epoch_part
 
 VIEWS_PER_PIECE = 4096
-SECONDS_PER_PIECE = 60.0  # that a slow teacher can lose when it is killed
+SECONDS_PER_PIECE = 60.0  # the most work that a slow teacher loses when it is killed
 
 
 class StoredTeacher:
-    """Answers views with the records of a store; no network is asked.
+    """Answers views with the records of a store, without running a network.
 
     Args:
-        store: that holds the epochs of the views.
+        store: holds the epochs of the views.
         epochs: how many of them a run cycles.
-        verify: compares the checksum of a part before it is first read; unless set, all of them have been.
+        verify: compares the checksum of a part before it is first read; by default all have been compared already.
     """
 
     def __init__(self, store: LabelStore, epochs: int, verify: Callable[[str], None] = lambda part: None) -> None:
@@ -32,14 +32,14 @@ class StoredTeacher:
         self.facts: dict[str, Any] = {**store.manifest["teacher"], "store": store.digest, "view_epochs": epochs}
 
     def lines(self, role: str = "teacher") -> list[str]:
-        """Return what a person is told about it."""
+        """Return the lines to print about it."""
         return []
 
     def __call__(self, batch: Batch) -> TeacherOutput:
         """Answer the views of `batch` with logits [B, C] in fp32, on the device of its images.
 
         Raises:
-            InputError: a view is not in the store, or one that `batch` lacks is, or a part is damaged.
+            InputError: a view is not in the store, the store has one that `batch` lacks, or a part is damaged.
         """
         if batch.view_ids is None:
             raise InputError("teacher.store: answers only views of the training loader, which have view_ids")
@@ -55,13 +55,13 @@ class StoredTeacher:
 
 
 class RecordingTeacher:
-    """Asks another teacher, and keeps its answers to views; call `flush` when an epoch is done.
+    """Runs another teacher and keeps its answers to views; call `flush` at the end of an epoch.
 
     Views that a batch lacks are marked as missing.
 
     Args:
-        teacher: that is asked.
-        store: that this process may write pieces to.
+        teacher: the other teacher.
+        store: this process may write pieces to it.
     """
 
     def __init__(self, teacher: Any, store: LabelStore) -> None:
@@ -75,7 +75,7 @@ class RecordingTeacher:
         answer: TeacherOutput = self.teacher(batch)
         logits = answer.needed_logits()
         if batch.view_ids is not None:
-            view_ids = batch.view_ids.clone()  # not to keep a file open for each of a worker's tensors
+            view_ids = batch.view_ids.clone()  # or a file would stay open for each of a worker's tensors
             self._kept.append((view_ids, self.store.record.encode(logits)))
             if batch.missing:
                 marks = self.store.record.missing(len(batch.missing), logits.device)
@@ -92,7 +92,7 @@ class RecordingTeacher:
         return facts
 
     def lines(self, role: str = "teacher") -> list[str]:
-        """Return what a person is told about the other teacher."""
+        """Return the lines to print about the other teacher."""
         lines: list[str] = self.teacher.lines(role)
         return lines
 
