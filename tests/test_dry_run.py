@@ -21,7 +21,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_says_memory_time_and_disk(photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *tiny(photos_root, tmp_path / "run"), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    for line in (r"memory: .+ [MG]B at the peak", r"time: about .+ an epoch \(6 steps", r"disk: .+ for checkpoints"):
+    for line in (r"memory: .+ [MG]B at the peak", r"time: about .+ per epoch \(6 steps", r"disk: .+ for checkpoints"):
         assert re.search(line, said), line
 
 
