@@ -1,4 +1,4 @@
-"""From numbers to figures: pure functions that know nothing of runs, and how a figure becomes PNG or SVG."""
+"""From numbers to figures: pure functions without any knowledge of runs, and conversion to PNG or SVG."""
 
 from deit_kd.figures.attention import look, side_by_side
 from deit_kd.figures.charts import class_bars, line_charts, matrix, reliability_diagram, token_chart

@@ -10,10 +10,9 @@ SIDE = 192  # pixels
 
 
 def look(image: np.ndarray, attention: np.ndarray | None = None) -> np.ndarray:
-    """Return an image in the size of a gallery, alone or under the attention that it gets.
+    """Return an image at gallery size, alone or with the attention to it.
 
-    The patches keep their edges: nothing is made up between them. The brightest patch is the one with the most
-    attention.
+    Patches keep their edges, without interpolation. The brightest patch has the most attention.
 
     Args:
         image: [H, W, 3], 0 to 1.

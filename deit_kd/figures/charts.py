@@ -19,7 +19,7 @@ SHADE = "#1f6fb5"  # of a matrix
 
 
 def line_charts(charts: Sequence[Chart], columns: int = 1) -> Figure:
-    """Draw charts beside each other."""
+    """Draw charts side by side."""
     with styled():
         rows = -(-len(charts) // columns)
         figure = Figure(figsize=(WIDTH * columns, 2.9 * rows), layout="constrained")
@@ -46,9 +46,9 @@ def _draw_lines(axis: Axes, chart: Chart) -> None:
 
 
 def reliability_diagram(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Draw accuracy over confidence, a line a head, and below how many images lie in each bin.
+    """Draw accuracy over confidence, one line per head, and below it the number of images in each bin.
 
-    The line leaves out bins with less than a hundredth of the images: there an accuracy means nothing.
+    The line omits bins with less than a hundredth of the images: accuracy means little there.
 
     Args:
         bins: the rows of `deit_kd.metrics.reliability`, by head.
@@ -77,14 +77,14 @@ def reliability_diagram(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figu
 def matrix(
     title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], digits: int = 3
 ) -> Figure:
-    """Draw a table of values from 0 up, darker where larger, each with its number while they fit."""
+    """Draw a table of non-negative values, darker where larger, with numbers if they fit."""
     with styled():
         data = np.asarray(values, dtype=float)
         figure = Figure(figsize=(WIDTH, 1.2 + 0.38 * len(rows)), layout="constrained")
         axis = figure.subplots()
         largest = max(float(data.max()), 1e-9)
         shade = data / largest
-        # Opaque where large, the page's own ground where 0: legible on white and on black.
+        # Opaque where large, the page's background where 0: legible on white and on black.
         cells = np.concatenate([np.broadcast_to(to_rgb(SHADE), (*data.shape, 3)), shade[..., None]], axis=-1)
         axis.pcolormesh(cells)
         if len(columns) <= 8:
@@ -104,7 +104,7 @@ def matrix(
 
 
 def token_chart(by_student: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Draw the cosine of the two tokens by depth, mean and spread over images, a line a student."""
+    """Draw the cosine of the two tokens by depth, mean and spread over images, one line per student."""
     with styled():
         figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
         axis = figure.subplots()

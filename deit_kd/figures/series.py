@@ -1,11 +1,11 @@
-"""What a line chart is made of."""
+"""The data of a line chart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Legible on white and on black, and apart for those who see red and green alike (after Okabe & Ito).
+# Legible on white and on black, and distinct for red-green colour blindness (after Okabe & Ito).
 _HEADS = {"cls": "#3f8fd2", "dist": "#e58a1f", "fused": "#2aa876", "teacher": "#8a8f98"}
 _OTHERS = ("#3f8fd2", "#e58a1f", "#2aa876", "#c65fa8", "#d9534f", "#8c7ae6", "#b5a336")
 
@@ -28,7 +28,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over the same axis."""
+    """Lines on the same axes."""
 
     title: str
     x_label: str

@@ -1,4 +1,4 @@
-"""One look for every figure: transparent, in an ink that a page in light or dark can make its own."""
+"""One style for every figure: transparent, in a colour that a light or dark page can replace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 INK = "#22252a"  # of text and axes; in SVG it becomes the text colour of the page
 FAINT = "#8a8f98"  # legible on white and on black
-WIDTH = 4.2  # inches: on a phone the letters are then about as large as the page's
+WIDTH = 4.2  # inches: on a phone the text is then about as large as the page's
 
 STYLE: Any = {
     "text.color": INK,
@@ -39,23 +39,23 @@ STYLE: Any = {
 
 
 def styled() -> Any:
-    """Return the context in which figures are drawn."""
+    """Return the context for drawing figures."""
     return matplotlib.rc_context(STYLE)
 
 
 def as_png(figure: Figure, dots_per_inch: int = 150) -> bytes:
-    """Return the figure on white."""
+    """Return the figure as PNG on white."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=dots_per_inch, facecolor="white")
     return file.getvalue()
 
 
 def as_svg(figure: Figure, name: str) -> str:
-    """Return the figure as an SVG element for a page, whose text colour it takes.
+    """Return the figure as an SVG element for a page; it takes the page's text colour.
 
     Args:
         figure: drawn in the house style.
-        name: unlike that of any other figure of the page; the ids within begin with it.
+        name: unique among the figures of the page; the ids inside begin with it.
     """
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, **STYLE}):
@@ -63,7 +63,7 @@ def as_svg(figure: Figure, name: str) -> str:
     element = file.getvalue()
     element = element[element.index("<svg") :].replace(INK, "currentColor")
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-    # The page gives the width; ids must not meet those of the page's other figures.
+    # The page sets the width; ids must not collide with those of the page's other figures.
     element = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", element, count=1, flags=re.DOTALL)
     element = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element, count=1, flags=re.DOTALL)
     return re.sub(r'((?: id="|href="#|url\(#))', rf"\g<1>{name}-", element)

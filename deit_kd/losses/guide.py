@@ -1,4 +1,4 @@
-"""Guide maps: a CNN's feature maps show the patch tokens what to see where."""
+"""Guide maps: a CNN's feature maps are the targets of the patch tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 def guide(student_map: Tensor, teacher_map: Tensor, normalise: bool = True, grid: int | None = None) -> Tensor:
-    """Return the mean squared error over channels and places between two maps for each example.
+    """Return the mean squared error between two maps, over channels and places, for each example.
 
     Args:
         student_map: [B, D, h, w], after its connector.
@@ -29,14 +29,14 @@ def map_error(student_map: Tensor, target: Tensor) -> Tensor:
 def on_one_grid(
     student_map: Tensor, teacher_map: Tensor, normalise: bool = True, grid: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return both maps on one grid: the finer is averaged to the coarser, then the teacher's is normalised.
+    """Return both maps on one grid: the finer one is averaged to the coarser, then the teacher's is normalised.
 
     Args:
         student_map: [B, D, h, w], after its connector.
         teacher_map: [B, D, H, W].
-        normalise: whether to layer-normalise the teacher's map over its channels at each place, without affine, so
-            that no stage weighs more for being larger.
-        grid: side of a coarser grid for both; None takes the coarser of the two.
+        normalise: whether to layer-normalise the teacher's map over its channels at each place, without affine, so that
+            stages with larger values do not weigh more.
+        grid: side of a coarser grid for both; None uses the coarser of the two.
 
     Returns:
         Two maps of the same shape.

@@ -1,4 +1,4 @@
-"""Which feature of the student is compared with which of the teacher: chosen, and checked by their shapes."""
+"""Chooses which features of student and teacher are compared, and checks their shapes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from deit_kd.features import POOLED
 from deit_kd.interfaces import InputError, Link, nearest
 
 Shapes = Mapping[str, Sequence[int]]  # of one image's features, by name: [D, h, w] or [D]
-STAGES = 3  # that a guide has where a recipe names none
+STAGES = 3  # of a guide, unless a recipe names them
 
 
 def guide_links(
@@ -26,10 +26,10 @@ def guide_links(
         teacher: its layers in order.
         blocks: places in the student's order, from 0; None spreads them evenly from the first to the last.
         stages: the teacher's layers; None takes the last three whose grid is not coarser than the student's.
-        grid: side of the grid that maps are compared on; None takes the coarser of the two.
+        grid: side of the grid on which maps are compared; None uses the coarser of the two.
 
     Raises:
-        InputError: a block or a stage does not exist, they are not as many, or grids cannot be matched.
+        InputError: a block or a stage does not exist, their numbers differ, or grids cannot be matched.
     """
     own = {name: shape for name, shape in student.items() if len(shape) == 3}
     theirs = {name: shape for name, shape in teacher.items() if len(shape) == 3}

@@ -23,20 +23,20 @@ class Terms(NamedTuple):
     loss: Tensor
     classification: Tensor
     distillation: Tensor
-    others: Mapping[str, Tensor] = NO_TERM  # by the kind of each further term that is not over
-    cosines: Mapping[str, Tensor] = NO_TERM  # of connector outputs and targets, by the kind of each feature term
+    others: Mapping[str, Tensor] = NO_TERM  # by the kind of each further term that has not ended
+    cosines: Mapping[str, Tensor] = NO_TERM  # between connector outputs and targets, by the kind of each feature term
 
 
 class CheckedTerms(NamedTuple):
-    """The terms of a batch, and what in it was not finite; on its device, and nobody has waited for it yet."""
+    """The terms of a batch, and what in it was not finite; still on its device, without a synchronisation."""
 
     terms: Terms
     is_finite: Tensor  # [B], whether all terms of a view are
-    teacher_not_finite: Tensor  # how many of the teacher's B answers hold a logit that is not
+    teacher_not_finite: Tensor  # how many of the teacher's B answers have a logit that is not finite
 
 
 def _mean(losses: Tensor) -> Tensor:
-    return losses.mean() if len(losses) else losses.sum()  # a batch of which nothing can be read says nothing
+    return losses.mean() if len(losses) else losses.sum()  # 0 for a batch without a readable image
 
 
 class Objective:
@@ -44,15 +44,15 @@ class Objective:
 
     Args:
         kind: of the distillation term: ``none`` (classification alone), ``soft``, ``hard`` or ``standardised``.
-        alpha: weight of the distillation term, 0 to 1, or its schedule. With kind ``none``, 1 leaves the labels out,
-            so that only the further terms teach; any other value changes nothing there.
-        temperature: T of the distillation term, or its schedule; None lets ``standardised`` follow the classes.
+        alpha: weight of the distillation term, 0 to 1, or its schedule. With kind ``none``, 1 ignores the labels, so
+            that only the further terms teach; other values have no effect.
+        temperature: T of the distillation term, or its schedule; None is the default of the kind.
         scale: ``batchmean`` averages over the batch; ``numel`` divides by the classes too, as the
             published deit code does, which makes the soft term exactly C times smaller.
-        terms: further terms, one of a kind; one whose weight is always 0 is none.
+        terms: further terms, at most one of each kind; terms whose weight is always 0 are dropped.
 
     Raises:
-        InputError: `kind` or `scale` is unknown, `alpha` or `temperature` out of range, a term is there twice, or
+        InputError: `kind` or `scale` is unknown, `alpha` or `temperature` out of range, a term appears twice, or
             nothing is left to learn from.
     """
 
@@ -88,7 +88,7 @@ class Objective:
 
     @property
     def learns_from_labels(self) -> bool:
-        """Whether the labels teach at any time."""
+        """Whether the labels are used at any time."""
         return self.kind != "none" or self._alpha != always(1)
 
     @property
@@ -98,7 +98,7 @@ class Objective:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The kinds of what the teacher teaches: the distillation term and the further terms."""
+        """The kinds of the terms that use the teacher: the distillation term and the further terms."""
         return (self.kind,) * (self._distillation is not None) + self.further_terms
 
     @property
@@ -108,16 +108,16 @@ class Objective:
 
     @property
     def needs(self) -> Needs:
-        """What is asked for beside the student's heads."""
+        """What it needs besides the student's heads."""
         links = tuple(link for term in self.terms if isinstance(term, FeatureTerm) for link in term.links)
         logits = self._distillation is not None or any(isinstance(term, LogitTerm) for term in self.terms)
         return Needs(logits, links)
 
     def remaining(self, place: float) -> Objective:
-        """Return this objective without what is over for good where the share `place` of the run is done."""
+        """Return this objective without the terms that have ended for good at the share `place` of the run."""
         rest = copy.copy(self)
         rest.terms = tuple(term for term in self.terms if not term.weight.is_over(place))
-        # An alpha that is 0 from the start is measured all the same: only a schedule ends.
+        # An alpha that is 0 from the start is still measured: only a schedule ends.
         if self._alpha.is_over(place) and self._alpha != always(0):
             rest._distillation = None
         return rest
@@ -125,15 +125,15 @@ class Objective:
     def __call__(
         self, student: StudentOutput, teacher: TeacherOutput | None, targets: Tensor, place: float = 0.0
     ) -> Terms:
-        """Return the mean loss and terms of one batch; zeros where it is empty. See `checked`."""
+        """Return the mean loss and terms of one batch; zeros if it is empty. See `checked`."""
         return self.checked(student, teacher, targets, place).terms
 
     def checked(
         self, student: StudentOutput, teacher: TeacherOutput | None, targets: Tensor, place: float = 0.0
     ) -> CheckedTerms:
-        """Return the mean loss and terms of one batch, zeros where it is empty, and what was not finite.
+        """Return the mean loss and terms of one batch, zeros if it is empty, and what was not finite.
 
-        A view to which the teacher's answer is not finite has 0 for each term of logits.
+        A view whose teacher's answer is not finite has 0 for each term of logits.
 
         Args:
             student: logits of any float type, [B, C] each, and the features that `needs` names.
@@ -151,7 +151,7 @@ class Objective:
             answered = torch.ones_like(classification, dtype=torch.bool)
             if self._distillation is not None:
                 losses["distillation"], answered = _logit_losses(self._distillation, student, teacher, place)
-            elif student.dist_logits is not None:  # over for good; DDP waits for a gradient of every parameter
+            elif student.dist_logits is not None:  # ended for good, but DDP waits for a gradient of every parameter
                 losses["distillation"] = 0 * student.dist_logits.float().sum(-1)
             for term in self.terms:
                 if isinstance(term, LogitTerm):
@@ -192,7 +192,7 @@ def _logit_losses(
         raise InputError(f"distill.kind {term.kind!r} needs {lacking}")
     dist_logits, taught = student.dist_logits.float(), teacher.logits.float()
     answered = taught.isfinite().all(-1)
-    # The argmax of NaN is no label, and 0 times NaN is none: the student's own logits stand in for such an answer.
+    # The argmax of NaN is not a label, and 0 times NaN is not 0: the student's own logits replace such an answer.
     taught = taught.where(answered[:, None], dist_logits.detach())
     return term.per_example(dist_logits, taught, place) * answered, answered
 

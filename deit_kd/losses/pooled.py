@@ -1,4 +1,4 @@
-"""Pooled features: the teacher's one vector an image, which needs neither its head nor labels."""
+"""Pooled features: the teacher's one vector per image, which needs neither its head nor labels."""
 
 import torch
 from torch import Tensor
@@ -24,5 +24,5 @@ def pooled_cosine(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def pooled_huber(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the Huber loss, mean over channels, for each example; arguments as of `pooled_cosine`."""
+    """Return the Huber loss, mean over channels, for each example; arguments as for `pooled_cosine`."""
     return F.smooth_l1_loss(student, teacher, reduction="none").mean(-1)

@@ -11,7 +11,7 @@ def soft_distillation(dist_logits: Tensor, teacher_logits: Tensor, temperature: 
 
     Args:
         dist_logits: [B, C], of the distillation head.
-        teacher_logits: [B, C], for the same views; log-probabilities do as well.
+        teacher_logits: [B, C], for the same views; log-probabilities also work.
         temperature: T > 0.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Standardised logits: what counts is their order and spacing, not their size (Sun et al., CVPR 2024, 2403.01427)."""
+"""Standardised logits: their order and spacing count, not their size (Sun et al., CVPR 2024, 2403.01427)."""
 
 import math
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from deit_kd.losses.soft import soft_distillation
 
-CONFIDENT = 0.9  # largest probability that the default temperature can ask a student for
+CONFIDENT = 0.9  # largest probability that the default temperature can ask of a student
 
 
 def standardised_distillation(dist_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

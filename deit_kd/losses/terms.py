@@ -1,4 +1,4 @@
-"""Terms of the objective beside classification: what each compares, its weight, and what it needs to be asked for."""
+"""Terms of the objective besides classification: what each compares, its weight, and what it needs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class LogitTerm:
     Args:
         kind: ``hard``, ``soft`` or ``standardised``.
         weight: by the place in the run.
-        temperature: by the place in the run; None is 3 for ``soft`` and follows the classes for ``standardised``.
+        temperature: by the place in the run; None is 3 for ``soft`` and depends on the number of classes for
+            ``standardised``.
     """
 
     kind: str
@@ -106,7 +107,7 @@ Term = LogitTerm | FeatureTerm
 
 
 class Needs(NamedTuple):
-    """What an objective asks for beside the student's heads."""
+    """What an objective needs besides the student's heads."""
 
     logits: bool  # of the teacher
     links: tuple[Link, ...]
@@ -118,5 +119,5 @@ class Needs(NamedTuple):
 
     @property
     def teacher(self) -> bool:
-        """Whether anybody has to teach."""
+        """Whether it needs a teacher."""
         return self.logits or bool(self.links)

@@ -1,4 +1,4 @@
-"""Scores of heads: exact counts while training, and what a split's probabilities say afterwards."""
+"""Scores of heads: exact counts during training, and a full evaluation of a split's probabilities afterwards."""
 
 from deit_kd.metrics.answered import Answered, agreement, answered, joined, ranks, score
 from deit_kd.metrics.calibration import (

@@ -1,4 +1,4 @@
-"""One row for each image that a head was asked about, and the exact scores that follow, on any number of processes."""
+"""One row for each image that a head answered, and the exact scores from them, on any number of processes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from deit_kd.distributed import Processes
 
 
 class Answered(NamedTuple):
-    """What one head said about images, a row each."""
+    """One head's answers to images, a row each."""
 
     predicted: Tensor  # [n], its classes
-    rank: Tensor  # [n], how many classes it puts before the label's; 0 is a right answer
+    rank: Tensor  # [n], how many classes it ranks before the label's; 0 is a correct answer
     nll: Tensor  # [n], of the label in nats, float64
 
     @property
     def top1(self) -> Tensor:
-        """Whether each answer is right [n]."""
+        """Whether each answer is correct [n]."""
         return self.rank < 1
 
     @property
@@ -41,13 +41,13 @@ def joined(rows: Iterable[Answered]) -> Answered:
 
 
 def ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return how many classes [B] stand before the label's in `scores` [B, C]; 0 is a right answer.
+    """Return how many classes [B] rank before the label's in `scores` [B, C]; 0 is a correct answer.
 
-    Of classes with the same probability the first stands first, as in ``argmax``; ``topk`` leaves that open, and
-    logits in bf16 do tie.
+    Among classes with the same probability the first one ranks first, as in ``argmax``; ``topk`` does not define that,
+    and logits in bf16 do tie.
     """
     chosen = scores.gather(1, labels[:, None])
-    larger = ~(scores <= chosen)  # what is not a number stands before everything
+    larger = ~(scores <= chosen)  # NaN ranks before everything
     before = torch.arange(scores.shape[1], device=labels.device) < labels[:, None]
     return (larger | ((scores == chosen) & before)).sum(1)
 
@@ -67,10 +67,10 @@ def score(rows: Answered, classes: int, total: int, processes: Processes) -> dic
 
 
 def agreement(predictions: Mapping[str, Tensor], total: int, processes: Processes) -> dict[str, float | None]:
-    """Return on which share of all processes' images two predictors gave the same class; None where one is missing.
+    """Return the share of all processes' images for which two predictors agree; None if one is missing.
 
     Args:
-        predictions: this process's classes [n] of ``cls``, ``dist`` and ``teacher``, those there are.
+        predictions: this process's classes [n] of ``cls``, ``dist`` and ``teacher``, those that exist.
         total: images of all processes.
         processes: that share the images.
     """

@@ -1,4 +1,4 @@
-"""Whether a head's probabilities are what they say (Guo et al. 2017, arXiv 1706.04599), and what would mend them."""
+"""Whether a head's probabilities are calibrated (Guo et al. 2017, arXiv 1706.04599), and what would correct them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor) -> float:
         probabilities: [n, C].
         labels: [n].
     """
-    # Imported here because it takes a second, which `import deit_kd` need not wait for.
+    # Imported here because it takes a second, and `import deit_kd` should not wait for it.
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     classes = probabilities.shape[-1]
-    below_one = probabilities.clamp_max(1 - 2**-24)  # torchmetrics gives a confidence of one a bin of its own
+    below_one = probabilities.clamp_max(1 - 2**-24)  # torchmetrics puts a confidence of 1 into a separate bin
     return float(multiclass_calibration_error(below_one, labels, classes, n_bins=BINS, norm="l1"))
 
 
@@ -37,7 +37,7 @@ def _bin_of(confidence: Tensor) -> Tensor:
 
 
 def calibration_gaps(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Return confidence minus hit of each image, in the column of its bin: [n, 15].
+    """Return confidence minus correctness (0 or 1) of each image, in the column of its bin: [n, 15].
 
     The sum of the absolute column means is the expected calibration error.
     """
@@ -47,7 +47,7 @@ def calibration_gaps(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def reliability(probabilities: Tensor, labels: Tensor) -> list[dict[str, float | int | None]]:
-    """Return ``{"from", "to", "n", "confidence", "accuracy"}`` of each of the 15 bins; None where one is empty."""
+    """Return ``{"from", "to", "n", "confidence", "accuracy"}`` of each of the 15 bins; None where a bin is empty."""
     confidence, best = probabilities.max(-1)
     hits, bins = (best == labels).double(), _bin_of(confidence)
     rows: list[dict[str, float | int | None]] = []
@@ -79,8 +79,8 @@ def fit_temperature(log_probabilities: Tensor, labels: Tensor) -> float:
     """Return the temperature, 0.05 to 20, that gives the smallest NLL.
 
     Args:
-        log_probabilities: [n, C]; they differ from logits by a constant, which a softmax forgets, so that this
-            serves a mean of two softmaxes, too.
+        log_probabilities: [n, C]; they differ from logits by a constant, which softmax ignores, so this also works for
+            a mean of two softmaxes.
         labels: [n].
     """
     found: Any = minimize_scalar(

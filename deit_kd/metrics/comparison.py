@@ -1,4 +1,4 @@
-"""Predictors compared image by image: McNemar's test, who disagrees with whom, and accuracy by class."""
+"""Predictors compared image by image: McNemar's test, disagreement, and accuracy by class."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 def mcnemar(first_right: Tensor, second_right: Tensor) -> dict[str, float | int]:
-    """Test whether two predictors are equally often right on the same images (exact, two-sided).
+    """Test whether two predictors are correct equally often on the same images (exact, two-sided).
 
     Args:
-        first_right: [n], whether the first predictor is right.
+        first_right: [n], whether the first predictor is correct.
         second_right: [n], whether the second is.
 
     Returns:
-        ``{"only_first", "only_second", "p"}``: images that one alone gets right, and the p-value; 1 where there
-        are none (McNemar 1947; the exact form is a sign test).
+        ``{"only_first", "only_second", "p"}``: images that only one gets right, and the p-value; 1 if there are none
+        (McNemar 1947; the exact form is a sign test).
     """
     only_first = int((first_right & ~second_right).sum())
     only_second = int((second_right & ~first_right).sum())
@@ -28,7 +28,7 @@ def mcnemar(first_right: Tensor, second_right: Tensor) -> dict[str, float | int]
 
 
 def disagreement_matrix(predictions: Mapping[str, Tensor]) -> dict[str, list]:
-    """Return how often each two of `predictions` differ (DeiT, arXiv 2012.12877, Table 4).
+    """Return how often each pair of `predictions` differs (DeiT, arXiv 2012.12877, Table 4).
 
     Args:
         predictions: classes [n] by predictor, the truth among them.
@@ -42,7 +42,7 @@ def disagreement_matrix(predictions: Mapping[str, Tensor]) -> dict[str, list]:
 
 
 def followed(predictions: Mapping[str, Tensor], labels: Tensor, teacher: Tensor) -> dict[str, dict[str, int]]:
-    """Count whom each predictor follows where the label and the teacher disagree.
+    """Count how often each predictor follows the label or the teacher where the two disagree.
 
     Args:
         predictions: classes [n] by head.
@@ -61,7 +61,7 @@ def followed(predictions: Mapping[str, Tensor], labels: Tensor, teacher: Tensor)
 
 
 def class_accuracies(predictions: Mapping[str, Tensor], labels: Tensor, classes: int) -> dict[str, list]:
-    """Return ``support`` [C] and each predictor's accuracy in percent [C]; None where a class has no images."""
+    """Return ``support`` [C] and each predictor's accuracy in percent [C]; None for a class without images."""
     support = torch.bincount(labels, minlength=classes)
     columns: dict[str, list] = {"support": support.tolist()}
     for name, predicted in predictions.items():

@@ -1,4 +1,4 @@
-"""Everything that the logits of one split say about a student's heads."""
+"""The full evaluation of a student's heads from the logits of one split."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from deit_kd.metrics.intervals import bootstrap_means, interval
 from deit_kd.randomness import generator
 
 FUSIONS = ("softmax", "logits")
-ALONE = Processes(0, 1, torch.device("cpu"))  # answers are those of all processes by now
+ALONE = Processes(0, 1, torch.device("cpu"))  # the answers of all processes have been joined already
 
 
 def every_head(output: StudentOutput) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ def per_image(log_probabilities: Tensor, rows: Answered) -> dict[str, Tensor]:
 
     Args:
         log_probabilities: [n, C].
-        rows: what `answered` says of them.
+        rows: the result of `answered` for them.
     """
     values = {"top1": 100.0 * rows.top1.double()}
     if log_probabilities.shape[-1] > 5:
@@ -91,17 +91,17 @@ def judge(
         output: logits of the split, [n, C] each.
         labels: [n].
         teacher_logits: [n, C], or None without a teacher.
-        others: predictions [n] of other students by name and head; one that is called as a head or the teacher gets
-            ``(student)`` behind its name.
+        others: predictions [n] of other students by name and head; a name that is also a head's or the teacher's gets
+            ``(student)`` appended.
         fusion: which one is called ``fused``: ``softmax`` or ``logits``.
         seed: of the bootstrap and of the two halves.
-        teacher_predictions: [n], of a teacher whose logits are not known; its ``top1`` is all that can be scored.
+        teacher_predictions: [n], of a teacher whose logits are not known; only its ``top1`` can be scored.
 
     Returns:
         JSON: ``heads`` and ``teacher`` (``top1`` and ``top5`` in percent, ``nll``, ``brier``, ``ece``, and their
         95 % ``intervals``), ``agreement``, ``comparisons`` (McNemar), ``disagreement``, ``by_class``,
-        ``fusion_weight`` and ``temperature`` (fitted on one half, scored on the other), ``reliability``. What a
-        student without a distillation head has not is None.
+        ``fusion_weight`` and ``temperature`` (fitted on one half, scored on the other), ``reliability``. What a student
+        without a distillation head lacks is None.
     """
     others = {f"{name} (student)" if name in PREDICTORS else name: answers for name, answers in others.items()}
     students = {name: answers[_speaker(answers)] for name, answers in others.items()}
@@ -156,14 +156,14 @@ def _score_of_classes(predictions: Tensor, labels: Tensor, seed: int) -> dict[st
 
 
 def _speaker(predictions: Mapping[str, Tensor]) -> str:
-    """Return the head that speaks for a student."""
+    """Return the main head of a student."""
     return "fused" if "fused" in predictions else "cls"
 
 
 def _comparisons(
     predictions: Mapping[str, Tensor], others: Mapping[str, Mapping[str, Tensor]], labels: Tensor, seed: int
 ) -> list[dict[str, Any]]:
-    """Compare each two heads of a student, and each with the same head of the others or with the one they have."""
+    """Compare each pair of a student's heads, and each head with the same head of the others or with their only one."""
     heads = [head for head in ("cls", "dist", "fused") if head in predictions]
     pairs = {pair: (predictions[pair[0]], predictions[pair[1]]) for pair in combinations(heads, 2)}
     for name, theirs in others.items():

@@ -1,4 +1,4 @@
-"""What frozen features are worth: k-NN and a linear probe, from labelled images to others."""
+"""How good frozen features are: k-NN and a linear probe, from labelled images to others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARTS = 3  # of the training images, to choose the strength
 def linear_classes(known: Tensor, labels: Tensor, asked: Tensor, seed: int) -> tuple[Tensor, float]:
     """Return the class [n] that a linear probe gives to each vector, and its strength C.
 
-    The probe is a logistic regression on standardised features; C is the smallest of those that answer best in
+    The probe is a logistic regression on standardised features; C is the smallest of the values that score best in
     threefold cross-validation over the known vectors.
 
     Args:
@@ -41,7 +41,7 @@ def linear_classes(known: Tensor, labels: Tensor, asked: Tensor, seed: int) -> t
         return float(cross_val_score(_probe(strength), features, classes, cv=parts).mean())
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the weakest ones need not converge to lose
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the largest C lose without converging
         warnings.filterwarnings("ignore", message="The least populated class")  # a part may lack a class
         enough = np.bincount(classes).max() >= PARTS
         strength = max(STRENGTHS, key=accuracy) if enough else STRENGTHS[len(STRENGTHS) // 2]

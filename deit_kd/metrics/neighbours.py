@@ -1,4 +1,4 @@
-"""What the nearest neighbours of an image's vector say about its class."""
+"""Classification of an image by the nearest neighbours of its vector."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 MOST_NEIGHBOURS = 20
 TEMPERATURE = 0.07  # of a neighbour's vote
-ROWS = 1024  # of the similarities that are in memory at a time
+ROWS = 1024  # of similarities in memory at a time
 
 
 def neighbours_among(images: int) -> int:
@@ -47,11 +47,11 @@ def neighbour_classes(known: Tensor, labels: Tensor, asked: Tensor | None = None
 
 
 def score_neighbours(vectors: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Return in percent how often the neighbours of each vector [n, D] name its class, and how they were asked."""
+    """Return in percent how often the neighbours of a vector [n, D] vote for its class, and the k-NN settings."""
     right = neighbour_classes(vectors, labels) == labels
     return {"knn": 100 * float(right.double().mean()), **how_asked(len(labels))}
 
 
 def how_asked(images: int) -> dict[str, Any]:
-    """Return what a k-NN score among so many images depends on."""
+    """Return the settings of k-NN among this number of images."""
     return {"neighbours": neighbours_among(images), "temperature": TEMPERATURE}

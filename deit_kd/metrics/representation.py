@@ -1,4 +1,4 @@
-"""What goes on inside: how alike the two tokens are, and how alike two networks' layers."""
+"""Inside a network: the similarity of the two tokens, and of two networks' layers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
         first: features [n, D1].
         second: features [n, D2].
 
-    Source: Kornblith et al. 2019, arXiv 1905.00414, equation 8. A layer that says the same for every image
-    gives 0.
+    Source: Kornblith et al. 2019, arXiv 1905.00414, equation 8. A layer with the same output for every image gives 0.
     """
     first, second = first.double() - first.double().mean(0), second.double() - second.double().mean(0)
     scale = (first.T @ first).norm() * (second.T @ second).norm()
