@@ -1,4 +1,4 @@
-"""Distil vision transformers in DeiT style, with two token heads measured apart."""
+"""Distil vision transformers in DeiT style, with two token heads scored separately."""
 
 import importlib
 import typing
@@ -32,8 +32,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Rooms are opened when something in them is first asked for, so that the command line need not wait for torch to say
-# that a key is misspelt.
+# Subpackages are imported on first use, so that the command line can report a misspelt key without waiting for torch.
 _ROOMS = {
     "engine": ["Distiller"],
     "interfaces": ["Batch", "InputError", "StudentOutput", "TeacherOutput", "head_probabilities"],

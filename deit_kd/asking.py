@@ -1,4 +1,4 @@
-"""Asking students and teachers about a split: a row for each image and head, or all logits."""
+"""Runs students and teachers on a split: a row for each image and head, or all logits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def evaluate(
         models: students by name, e.g. the model and its average; every one sees each batch once.
         batches: this process's share.
         classes: C.
-        total: images of the whole split, of which those that are missing in `batches` do not count.
+        total: images of the whole split; those missing in `batches` do not count.
         processes: of the run.
         precision: of autocast.
         fusion: ``softmax`` or ``logits``, see `head_log_probabilities`.
@@ -40,7 +40,7 @@ def evaluate(
 
     Returns:
         By model: ``{"n": …, "heads": {"cls": {"top1", "top5", "nll"}, "dist": …, "fused": …}, "agreement": …}``, with
-        None for heads that are not there; n images were seen.
+        None for heads that do not exist; n is the number of images seen.
 
     Raises:
         InputError: no image can be read.
@@ -73,7 +73,7 @@ def evaluate(
 def _scored(
     batches: list[dict[str, Answered]], teacher: dict[str, Tensor], classes: int, total: int, processes: Processes
 ) -> dict[str, Any]:
-    """Return what `evaluate` returns of one model, from its rows by batch and head."""
+    """Return the result of `evaluate` for one model, from its rows by batch and head."""
     rows = {head: joined(batch[head] for batch in batches) for head in batches[0]}
     return {
         "n": total,
@@ -86,7 +86,7 @@ def _scored(
 
 
 def _readable(total: int, lacking: int, processes: Processes) -> int:
-    """Return how many of `total` images are there, of which this process lacks some; wait for slower ones first."""
+    """Wait for slower processes; return how many of `total` images can be read, less what each process lacks."""
     processes.wait()
     total -= int(processes.sum(torch.tensor(lacking, device=processes.device)))
     if not total:
@@ -95,13 +95,13 @@ def _readable(total: int, lacking: int, processes: Processes) -> int:
 
 
 class Answers(NamedTuple):
-    """What a student and perhaps a teacher said about images, on the CPU in fp32."""
+    """The answers of a student and perhaps a teacher to images, on the CPU in fp32."""
 
     indices: Tensor  # [n], of the images in their split
     labels: Tensor  # [n]
     output: StudentOutput  # logits [n, C]
     teacher_predictions: Tensor | None  # [n]
-    teacher_logits: Tensor | None  # [n, C]; None also where only the teacher's classes are known
+    teacher_logits: Tensor | None  # [n, C]; also None if only the teacher's classes are known
 
 
 @torch.inference_mode()
@@ -114,7 +114,7 @@ def collect(
     processes: Processes,
     precision: str,
 ) -> Answers:
-    """Ask a student in eval, and perhaps a teacher, about every image; return the answers of all processes.
+    """Run a student in eval mode, and perhaps a teacher, on every image; return the answers of all processes.
 
     Args:
         student: answers images with a `StudentOutput`.

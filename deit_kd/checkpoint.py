@@ -1,4 +1,4 @@
-"""A checkpoint is named parts plus JSON in one safetensors file: whole or not there, and never unpickled."""
+"""A checkpoint is named parts plus JSON in one safetensors file: complete or absent, and never unpickled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from deit_kd.files import write_atomically
 from deit_kd.models.state import tensors_hash
 
-BEST = "best.safetensors"  # beside the newest ones, the checkpoint of the best epoch
+BEST = "best.safetensors"  # the checkpoint of the best epoch, kept besides the newest ones
 
 DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
@@ -65,10 +65,10 @@ def save_checkpoint(folder: Path, step: int, parts: Tree, keep: int, is_best: bo
         step: optimiser steps done.
         parts: nested dicts and lists of tensors and JSON values, by part (``student``, ``optimizer``, …).
         keep: how many checkpoints stay.
-        is_best: whether this is the best so far; it stays as ``best.safetensors``, too.
+        is_best: whether this is the best so far; it is also kept as ``best.safetensors``.
 
     Raises:
-        OSError: it cannot be written; what was there before is as it was.
+        OSError: it cannot be written; earlier checkpoints are unchanged.
     """
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_flatten(parts, "", tensors))
@@ -79,25 +79,25 @@ def _write(folder: Path, step: int, skeleton: str, tensors: dict[str, Tensor], k
     metadata = {"parts": skeleton, "digest": _digest(skeleton, tensors)}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:09d}.safetensors"
-    if is_best:  # which is there first: a run that goes on from the step does not find it the best anew
+    if is_best:  # written first: a run that resumes from this step will not save it as the best again
         write_atomically(folder / BEST, save(tensors, metadata))
         aside = folder / f".{path.name}.partial"
         aside.unlink(missing_ok=True)
         try:
             os.link(folder / BEST, aside)
-        except OSError:  # a file system without links
+        except OSError:  # the file system has no hard links
             shutil.copyfile(folder / BEST, aside)
         os.replace(aside, path)
     else:
         write_atomically(path, save(tensors, metadata))
-    # Those of later steps were damaged when the run went on from before them.
+    # Checkpoints of later steps were damaged, and the run resumed from before them.
     for old in sorted(other for other in folder.glob("step-*.safetensors") if other.name <= path.name)[:-keep]:
         old.unlink(missing_ok=True)
     return path
 
 
 class CheckpointWriter:
-    """Writes checkpoints while training goes on: it waits for a copy of the tensors, not for the disk.
+    """Writes checkpoints while training continues: it waits for a copy of the tensors, not for the disk.
 
     Args:
         folder: the run's ``checkpoints/``.
@@ -110,10 +110,10 @@ class CheckpointWriter:
         self._writing: Future[Path] | None = None
 
     def save(self, step: int, parts: Tree, is_best: bool = False) -> None:
-        """Begin to write the parts of one step, see `save_checkpoint`, once the one before is written.
+        """Begin to write the parts of one step, see `save_checkpoint`, once the previous one is written.
 
         Raises:
-            OSError: the one before could not be written.
+            OSError: the previous one could not be written.
         """
         tensors: dict[str, Tensor] = {}
         skeleton = json.dumps(_flatten(parts, "", tensors))
@@ -122,17 +122,17 @@ class CheckpointWriter:
         self._writing = self._thread.submit(_write, self._folder, step, skeleton, copies, self._keep, is_best)
 
     def wait(self) -> None:
-        """Wait until what was begun is on the disk.
+        """Wait until the current checkpoint is on the disk.
 
         Raises:
-            OSError: it could not be written; those before are as they were.
+            OSError: it could not be written; earlier ones are unchanged.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """End the thread; what was begun is finished first."""
+        """Finish the current checkpoint and end the thread."""
         self._thread.shutdown()
 
 

@@ -1,4 +1,4 @@
-"""What a person is told: lines, progress bars, sizes and durations."""
+"""Output for the user: lines, progress bars, sizes and durations."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class ViewMeter:
-    """Tells how many of many views are done, how fast, and the time left; silent where it is not the main process.
+    """Shows how many views are done, how fast, and the time left; silent outside the main process.
 
     Args:
         total: views.
-        is_main: whether this process talks.
+        is_main: whether this process prints.
     """
 
     def __init__(self, total: int, is_main: bool) -> None:
@@ -44,7 +44,7 @@ class ViewMeter:
             self._progress.stop()
 
     def advance(self, views: int) -> None:
-        """Count views that were just asked for; where there is no terminal, print a line now and then."""
+        """Count views that were just done; without a terminal, print a line now and then."""
         self._asked += views
         self._done = min(self._total, self._done + views)
         if self._progress is not None:
@@ -53,7 +53,7 @@ class ViewMeter:
             self._say(f"{self._done}/{self._total} views")
 
     def reach(self, done: int, note: str) -> None:
-        """Say that `done` views are done, those included that were there before."""
+        """Set the number of finished views to `done`, including those from before."""
         self._done = done
         if self._progress is not None:
             self._progress.update(self._task, completed=done, note=note)
@@ -80,29 +80,29 @@ def progress_bar() -> Progress:
 
 
 class _PlainConsole(Console):
-    """Names of folders and classes are text here: neither markup nor anything that a terminal obeys."""
+    """Names of folders and classes are plain text: neither markup nor control sequences."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
 
 
-# Into a file, rich would fold every table to 80 columns.
+# When writing to a file, rich would wrap every table at 80 columns.
 _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
 console = _PlainConsole(highlight=False, soft_wrap=True, markup=False, emoji=False, width=_width)
 
 
 def say(line: str) -> None:
-    """Print one line, as it stands."""
+    """Print one line unchanged."""
     console.print(line)
 
 
 def score_text(score: Mapping[str, Any], digits: int) -> str:
-    """Return what a teacher scored, in percent: its top-1 or, without a head, that of its k-NN."""
+    """Return a teacher's score in percent: its top-1 or, without a head, that of its k-NN."""
     return f"k-NN {score['knn']:.{digits}f}" if "knn" in score else f"top-1 {score['top1']:.{digits}f}"
 
 
 def size_text(count: float) -> str:
-    """Return bytes for a person."""
+    """Return bytes in a readable form."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.4g} {unit}"
@@ -111,5 +111,5 @@ def size_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Return seconds for a person."""
+    """Return seconds in a readable form."""
     return str(timedelta(seconds=round(seconds)))

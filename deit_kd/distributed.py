@@ -1,4 +1,4 @@
-"""The processes of one run under torchrun, and the few things they say to one another."""
+"""The processes of one run under torchrun, and the little that they tell one another."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from deit_kd.interfaces import InputError, Stopped
 from deit_kd.signs import GONE, Signs, no_progress
 
 SECONDS_TO_MEET = 600.0
-SECONDS_BEFORE_A_LINE = 30.0  # about a wait; the next comes after twice as long
-SECONDS_OF_A_COLLECTIVE = 86400.0  # a backstop: who waits too long is found by `Processes.wait` and `stopping.Watch`
+SECONDS_BEFORE_A_LINE = 30.0  # about a wait; the next line comes after twice as long
+SECONDS_OF_A_COLLECTIVE = 86400.0  # a backstop: `Processes.wait` and `stopping.Watch` end long waits
 SECONDS_TO_LEAVE = 10.0
 LONGEST_PAUSE = 0.2
 
@@ -36,19 +36,19 @@ Item = TypeVar("Item")
 class Processes:
     """Which process this is, of how many, and the device that it computes on.
 
-    What they tell one another (`share`, `gather`, `wait`) has time: a process may take as long as it likes, as long as
-    it has said what it does (`busy`).
+    When they communicate (`share`, `gather`, `wait`), a process may take any time, as long as it has announced its work
+    (`busy`).
     """
 
     rank: int
     count: int
     device: torch.device
-    timeout: float = 0.0  # seconds that the others wait for one that is not busy; 0 is for ever
+    timeout: float = 0.0  # seconds that the others wait for a process that is not busy; 0 waits forever
     _meetings: Iterator[int] = field(default_factory=lambda: itertools.count(1), repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks to the person."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -86,18 +86,18 @@ class Processes:
                 dist.broadcast(tensor, src=0)
 
     def wait(self) -> None:
-        """Wait for all the others, and say now and then for whom.
+        """Wait for all other processes, and print now and then which one is late.
 
-        Collectives give up after some time, so that whoever may be late is met here first.
+        Collectives time out, so call this first if a process may be late.
 
         Raises:
-            Stopped: another process has ended, or is not busy and does not come within `timeout`.
+            Stopped: another process has ended, or is not busy and does not arrive within `timeout`.
         """
         if self.count == 1:
             return
         try:
             self._meet(Signs(_group_store(), self.rank), next(self._meetings))
-        except dist.DistError as error:  # the store is gone, and with it the process that held it
+        except dist.DistError as error:  # the store is gone, and so is the process that held it
             raise Stopped(GONE, 1) from error
 
     def _meet(self, signs: Signs, meeting: int) -> None:
@@ -126,10 +126,10 @@ class Processes:
 
     @contextmanager
     def busy(self, work: str) -> Iterator[None]:
-        """Say meanwhile what takes this process so long: the others wait for it without end, and tell a person.
+        """Announce the work that takes this process long: the others wait for it without a limit, and print it.
 
         Args:
-            work: what it does, as in "reads the photos".
+            work: what it does, such as "reads the photos".
         """
         if self.count == 1:
             yield
@@ -149,14 +149,14 @@ class Processes:
             yield from items
 
     def first_of_machine(self, key: str) -> bool:
-        """Return whether this process is the first of its machine that asks for `key`."""
+        """Return whether this process is the first of its machine to ask for `key`."""
         return self.count == 1 or Signs(_group_store(), self.rank).is_first(f"{socket.gethostname()}/{key}")
 
 
 def on_main(processes: Processes, act: Callable[[], Answer], work: str = "") -> Answer | None:
-    """Let the main process `act` while the others wait, however long it takes where `work` says what it does.
+    """Let the main process `act` while the others wait; without a limit if `work` says what it does.
 
-    What it refuses, or its disk refuses it, ends all of them; it alone says why.
+    An InputError or a full disk there ends all processes; only the main one prints why.
     """
     answer, refusal = None, None
     if processes.is_main:
@@ -170,7 +170,7 @@ def on_main(processes: Processes, act: Callable[[], Answer], work: str = "") -> 
 
 
 def together(processes: Processes, act: Callable[[], Answer]) -> Answer:
-    """Let every process `act`; what any of them refuses ends all, and the main process says why, and which it was."""
+    """Let every process `act`; an error in any of them ends all, and the main process prints why, and in which."""
     answer: Any = None
     refusal = None
     try:
@@ -194,7 +194,7 @@ def pick_device(name: str) -> torch.device:
     """Return the device called `name`; ``auto`` is CUDA where there is one, else the CPU.
 
     Raises:
-        InputError: CUDA is asked for and there is none, or the name is no device.
+        InputError: CUDA is asked for and there is none, or the name is not a device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -210,15 +210,15 @@ def pick_device(name: str) -> torch.device:
 def _keep_freed_memory() -> None:
     """Let glibc keep freed activations instead of returning them to the system and faulting them in again.
 
-    Costs nothing and gives a DeiT-Ti step on the CPU about a sixth (docs/evidence/performance.md); elsewhere than on
-    glibc, nothing happens.
+    It costs nothing and makes a DeiT-Ti step on the CPU about a sixth faster (docs/evidence/performance.md). It has no
+    effect without glibc.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
     mmap_threshold, trim_threshold = -3, -1  # names of parameters in malloc.h
-    mallopt(mmap_threshold, 32 * 2**20)  # the largest that glibc takes
+    mallopt(mmap_threshold, 32 * 2**20)  # the largest value that glibc accepts
     mallopt(trim_threshold, 2**31 - 1)
 
 
@@ -227,8 +227,8 @@ def start(device_name: str, timeout: float = 0.0) -> Processes:
 
     Args:
         device_name: see `pick_device`.
-        timeout: seconds that one may make the others wait without a word, see `Processes.wait` and
-            `stopping.Watch`; 0 is for ever.
+        timeout: seconds that a process may make the others wait unannounced, see `Processes.wait` and `stopping.Watch`;
+            0 waits forever.
     """
     device = pick_device(device_name)
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -252,12 +252,12 @@ def start(device_name: str, timeout: float = 0.0) -> Processes:
 def _fresh_store(rank: int, count: int) -> dist.Store:
     """Return a store for this attempt of the run.
 
-    torchrun may keep one store over restarts; the addresses that lost processes left there would be called again.
-    Each process therefore says a word that is new, and the main one answers it with the name of the attempt, until
-    every one has taken that name.
+    torchrun may keep one store across restarts, with the addresses of lost processes. Each process therefore writes a
+    new random word, and the main process answers it with the name of the attempt, until every process has taken that
+    name.
 
     Raises:
-        Stopped: a process does not come.
+        Stopped: a process does not arrive.
     """
     store, _, _ = next(dist.rendezvous("env://", rank, count))
     word, last = uuid.uuid4().hex, time.monotonic() + SECONDS_TO_MEET
@@ -290,14 +290,14 @@ def _read(store: dist.Store, key: str) -> str:
 
 
 def lost_process(error: RuntimeError) -> Stopped | None:
-    """Return the end of a run whose collective failed, as another process has died; None where `error` is another."""
+    """Return the end of a run whose collective failed because another process died; None for any other `error`."""
     said_by_collective = any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer"))
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return Stopped(GONE, 1) if several and (said_by_collective or isinstance(error, dist.DistError)) else None
 
 
 def finish() -> None:
-    """Leave the process group, if there is one, the main process last; who fails leaves word for the others."""
+    """Leave the process group, if there is one, the main process last; a failing process tells the others."""
     if not dist.is_available() or not dist.is_initialized():
         return
     signs = Signs(_group_store(), dist.get_rank())
@@ -320,7 +320,7 @@ def process_group(device_name: str, timeout: float = 0.0) -> Iterator[Processes]
 
 
 def _leave(signs: Signs, rank: int, count: int) -> None:
-    """Let the main process, which may hold the store, wait a moment for those that still read it."""
+    """Let the main process, which may hold the store, wait a moment for processes that still read it."""
     signs.leave()
     last = time.monotonic() + SECONDS_TO_LEAVE
     while rank == 0 and not signs.have_left(range(1, count)) and time.monotonic() < last:

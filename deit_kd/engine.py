@@ -1,4 +1,4 @@
-"""The step and the loop; parts are handed in, and no config is ever read here."""
+"""The step and the loop; parts are passed in, and no config is read here."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 class Distiller:
     """Student, teacher and objective in one call: a batch in, the loss and its terms out.
 
-    The student runs under autocast, the teacher without gradient, the losses in fp32. Nothing of the teacher
-    reaches an optimiser, a DDP wrapper or a state dict through this class.
+    The student runs under autocast, the teacher without gradient, the losses in fp32. This class keeps the teacher out
+    of optimisers, DDP wrappers and state dicts.
 
     Args:
         student: answers ``[B, 3, H, W]`` with a `StudentOutput`; may be wrapped in DDP or compiled.
@@ -62,10 +62,10 @@ class Distiller:
 
 
 def ask(student: Student, images: Tensor) -> StudentOutput:
-    """Return what a student answers, of a batch that may be empty."""
+    """Return a student's answer to a batch that may be empty."""
     if len(images):
         return student(images)
-    # Attention on CUDA refuses an empty batch, and DDP waits for an answer of every process.
+    # Attention on CUDA rejects an empty batch, and DDP waits for a forward pass in every process.
     cls_logits, dist_logits, features = student(images.new_zeros(2, *images.shape[1:]))
     return StudentOutput(
         cls_logits[:0],
@@ -75,7 +75,7 @@ def ask(student: Student, images: Tensor) -> StudentOutput:
 
 
 class StepResult(NamedTuple):
-    """What one optimiser step of this process gave, on its device; nobody has waited for it yet."""
+    """The result of one optimiser step of this process, still on its device, without a synchronisation."""
 
     terms: Tensor  # [5 + 2 * further terms], in fp32: `STEP_TERMS`, then each further term and its cosine
     is_finite: Tensor  # [views], of each view's loss, in the order of the micro-batches
@@ -88,26 +88,26 @@ STEP_TERMS = ("loss", "classification", "distillation", "left_out", "teacher_not
 
 @dataclass
 class Trainer:
-    """All that one optimiser step needs and changes.
+    """Everything that one optimiser step needs and changes.
 
     A step whose gradient is not finite is left out: weights, moments, average and buffers stay as they were. That
-    is read from the norm of the reduced gradient, so all processes agree without talking, and it is applied on the
-    device. Under fp16 the scaler then lowers its scale.
+    is read from the norm of the reduced gradient, so all processes agree without communication, and it is applied on
+    the device. Under fp16 the scaler then lowers its scale.
 
     Args:
         distiller: gives the loss.
-        model: the network that learns, without any wrapper.
+        model: the network that learns, without wrappers.
         optimizer: over `model`'s parameters.
         schedule: sets the learning rate from the step.
         ema: average of `model`, or None.
         scaler: of fp16; disabled otherwise.
         processes: of the run.
-        accumulation_steps: micro-batches a step.
+        accumulation_steps: micro-batches per step.
         clip_grad_norm: largest gradient norm, over all parameters; None does not clip.
         seed: of the run.
         skip: whether batches may lack views; the mean is then over the views that all processes have.
-        connectors: of compared features, which learn with the model and are no part of it; None where there are none.
-        total_steps: of the run, whose share that is done sets the weights of the terms.
+        connectors: of compared features, trained with the model but not part of it; None if there are none.
+        total_steps: of the run; the share of them that is done sets the weights of the terms.
         further_terms: kinds of the objective's further terms, in the order of a step's result.
     """
 
@@ -139,7 +139,7 @@ class Trainer:
             seed_step(self.seed, step, micro_step, self.processes.rank)
             with self._sync_only_at(micro_step == self.accumulation_steps - 1):
                 checked = self.distiller.checked(batch, step / self.total_steps)
-                # The mean over the views there are becomes their share of the mean over all places.
+                # The mean over the views that exist becomes their share of the mean over all places.
                 divisor = self.accumulation_steps * batch.places / max(1, len(batch.labels))
                 self.scaler.scale(checked.terms.loss / divisor).backward()
             means = self._means(checked.terms) / divisor
@@ -161,13 +161,13 @@ class Trainer:
         return StepResult(terms, torch.cat(is_finite))
 
     def _means(self, terms: Terms) -> Tensor:
-        """Return the loss and its terms, then each further term and its cosine; 0 where a term is over."""
+        """Return the loss and its terms, then each further term and its cosine; 0 for a term that has ended."""
         nothing = torch.zeros_like(terms.loss)
         further = [values.get(kind, nothing) for kind in self.further_terms for values in (terms.others, terms.cosines)]
         return torch.stack([*terms[:3], *further]).detach()
 
     def _apply(self) -> Tensor:
-        """Let the optimiser use the gradients, unless they are not finite; return whether it did, on the device."""
+        """Apply the gradients unless they are not finite; return whether they were applied, on the device."""
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm(_gradients(self.model))
         applied = norm.isfinite()
@@ -176,7 +176,7 @@ class Trainer:
         if self.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_grad_norm, norm)
         if self._has_stepped and getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            # What GradScaler hands to torch's fused optimisers: 1 leaves the step out without waiting for the device.
+            # What GradScaler passes to torch's fused optimisers: 1 skips the step without waiting for the device.
             self.optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
             self.optimizer.step()
         elif applied:  # The other optimisers wait for the device, and torch's at their first step, whose momentum they
@@ -187,10 +187,10 @@ class Trainer:
         return applied
 
     def _make_up(self, views: int, places: int) -> Tensor:
-        """Turn gradients of a mean over all places into those over the views there are; return the factor."""
+        """Turn gradients of a mean over all places into those over the existing views; return the factor."""
         if self.processes.count == 1 and views == places:
             return torch.ones((), device=self.processes.device)
-        # Counts of all processes stay on the device: nobody waits to read them.
+        # Counts of all processes stay on the device, so nothing waits for them.
         known = self.processes.sum(torch.tensor([views], device=self.processes.device, dtype=torch.float32))[0]
         factor = places * self.processes.count / known.clamp_min(1)
         torch._foreach_mul_(_gradients(self.model), factor)
@@ -207,7 +207,7 @@ class Trainer:
         return {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps; the teacher is not among it."""
+        """Return what a checkpoint keeps; it does not include the teacher."""
         connectors = {} if self.connectors is None else {"connectors": self.connectors.state_dict()}
         return connectors | {
             "student": self.model.state_dict(),
@@ -217,7 +217,7 @@ class Trainer:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go back to a state that `state()` gave."""
+        """Restore a state that `state()` returned."""
         self.model.load_state_dict(state["student"])
         if self.connectors is not None:
             self.connectors.load_state_dict(state["connectors"])
@@ -228,12 +228,12 @@ class Trainer:
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    # Fused optimisers walk memory in order: moments must lie as their parameter does.
+                    # Fused optimisers walk memory in order: moments need the memory layout of their parameter.
                     moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
 
     def align_buffers(self) -> None:
-        """Give every process the main one's BatchNorm statistics, which DDP lets drift within a step."""
+        """Give every process the main one's BatchNorm statistics, which drift apart under DDP within a step."""
         self.processes.broadcast(self.model.buffers())
         if self.ema is not None:
             self.processes.broadcast(self.ema.module.buffers())

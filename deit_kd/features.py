@@ -1,4 +1,4 @@
-"""Named features of a timm model, from the pass that gives its answer."""
+"""Named features of a timm model, from the same forward pass as its answer."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 
 from deit_kd.interfaces import InputError, nearest
 
-POOLED = "pooled"  # one vector an image
+POOLED = "pooled"  # one vector per image
 Features = dict[str, Tensor]
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """Return the layers whose maps a timm model can hand out, in order: ``blocks.0``, ``layer1``, ``stages.2``, …"""
+    """Return the layers whose maps a timm model can return, in order: ``blocks.0``, ``layer1``, ``stages.2``, …"""
     if not hasattr(model, "forward_intermediates"):
         return []
     info: Any = getattr(model, "feature_info", None) or []
     names = [stage["module"] for stage in getattr(info, "info", info)]
-    return names if len(set(names)) == len(names) else []  # coat calls three of its layers the same
+    return names if len(set(names)) == len(names) else []  # coat uses one name for three of its layers
 
 
 def check_layers(key: str, model: nn.Module, names: Sequence[str]) -> None:
-    """Raise an InputError unless `model` has all the layers of `names`; ``pooled`` is everybody's."""
+    """Raise an InputError unless `model` has all the layers of `names`; every model has ``pooled``."""
     known = layer_names(model)
     for name in names:
         if name != POOLED and name not in known:
@@ -40,14 +40,14 @@ def answer_with_features(
     head: Callable[[Tensor], Any],
     pool: Callable[[Tensor], Tensor],
 ) -> tuple[Any, Features]:
-    """Return what `head` makes of a model's last features, and the features called `names`.
+    """Return the output of `head` for a model's last features, and the features called `names`.
 
     Args:
         model: of timm.
         images: [B, 3, H, W].
         names: of layers, and ``pooled``.
         head: from the model's last features to its answer.
-        pool: from the model's last features to one vector an image.
+        pool: from the model's last features to one vector per image.
 
     Returns:
         The answer, and by name each layer's map [B, D, h, w], prefix tokens dropped, and ``pooled`` [B, D].

@@ -25,7 +25,7 @@ CURES = {
 
 
 def refusal(error: OSError) -> InputError | None:
-    """Return what to tell a person whose disk or system refused us; None where the fault may be our own."""
+    """Return the InputError for an error of the user's disk or system; None if it may be a bug of ours."""
     if error.errno not in CURES:
         return None
     return InputError(
@@ -34,7 +34,7 @@ def refusal(error: OSError) -> InputError | None:
 
 
 def check_file_to_be(key: str, file: Path) -> None:
-    """Raise an InputError unless `file` can be written where it is named."""
+    """Raise an InputError unless `file` can be written."""
     if file.is_dir():
         raise InputError(f"{key}: {file} is a folder; name a file")
     if not file.absolute().parent.is_dir():
@@ -43,7 +43,7 @@ def check_file_to_be(key: str, file: Path) -> None:
 
 
 def check_writable(key: str, folder: Path) -> None:
-    """Raise an InputError unless `folder`, which need not be there yet, can be written to."""
+    """Raise an InputError unless `folder`, which may not exist yet, can be written to."""
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"{key}: {folder} cannot be written ({place} is read-only here); name another folder")
@@ -59,9 +59,10 @@ _held: set[Path] = set()
 
 @contextmanager
 def held(folder: Path, said: str) -> Iterator[None]:
-    """Be the only one who writes to `folder`, which is made if need be, and unmade where nothing was written to it.
+    """Lock `folder` for writing; create it if necessary, and remove it again if nothing was written to it.
 
-    A process that dies lets go, whatever children outlive it. Where the system knows no locks, everybody is let in.
+    A process that dies releases the lock, even if its children survive. On a system without locks there is no
+    exclusion.
 
     Args:
         folder: of a run or a store.
@@ -74,7 +75,7 @@ def held(folder: Path, said: str) -> Iterator[None]:
     made = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     place = folder.resolve()
-    if place in _held:  # to open the file again, and close it, would let go of it
+    if place in _held:  # opening the file again and closing it would release the lock
         raise InputError(said)
     with open(place / LOCK, "a") as file:
         try:
@@ -99,11 +100,11 @@ def held(folder: Path, said: str) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all, and survives a power cut; what fails leaves nothing."""
+    """Write a file that appears whole or not at all, and survives a power cut; a failure leaves nothing behind."""
     aside = path.with_name(f".{path.name}.partial")
     try:
         aside.unlink(missing_ok=True)
-        with open(aside, "xb") as file:  # never through a link that lies there
+        with open(aside, "xb") as file:  # never through an existing link
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -124,10 +125,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, kind: Any = Any) -> Any:
-    """Return the JSON of a file, if it is of the type `kind`: a TypedDict, say.
+    """Return the JSON of a file, if it is of the type `kind`, such as a TypedDict.
 
     Raises:
-        InputError: it is missing, is no JSON, or is of another type.
+        InputError: it is missing, is not JSON, or is of another type.
     """
     try:
         return checked(json.loads(path.read_text()), kind)

@@ -7,20 +7,20 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-if TYPE_CHECKING:  # the command line needs the errors, and does not wait for torch
+if TYPE_CHECKING:  # the command line needs the errors without waiting for torch
     import torch
     from torch import Tensor
 
 
 class InputError(Exception):
-    """Something a person gave us cannot be used; the message is one line: value, reason, cure."""
+    """An input from the user cannot be used; the message is one line: value, reason, cure."""
 
 
 class Stopped(BaseException):
-    """A signal, or the loss of another process, ends the run; like KeyboardInterrupt it is no error to be handled.
+    """A signal, or the loss of another process, ends the run; like KeyboardInterrupt, it is not an error to handle.
 
     Args:
-        message: one line for the person, or nothing where another process says it.
+        message: one line for the user, or empty if another process prints it.
         code: the exit code.
     """
 
@@ -30,15 +30,15 @@ class Stopped(BaseException):
 
 
 def nearest(value: str, known: Iterable[str]) -> str:
-    """Return `` (nearest: a, b)`` for the known names most like `value` but itself, or an empty string."""
+    """Return `` (nearest: a, b)`` for the known names most similar to `value`, itself excluded, or an empty string."""
     close = difflib.get_close_matches(value, [name for name in known if name != value], n=3, cutoff=0.5)
     return f" (nearest: {', '.join(close)})" if close else ""
 
 
 class Missing(NamedTuple):
-    """A view that its batch lacks, since its photo cannot be read."""
+    """A view that is missing from its batch because its photo cannot be read."""
 
-    row: int  # where it would stand in its batch
+    row: int  # its place in the batch
     photo: int  # index in its split
     epoch: int | None  # of the view; None in evaluation
     position: int  # of the view in its epoch; in evaluation, of the photo in its split
@@ -46,7 +46,7 @@ class Missing(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """Return `text` on one line, with escapes for what a terminal would obey and what no encoding holds."""
+    """Return `text` on one line, with escapes for control characters and for what cannot be encoded."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
     )
@@ -56,7 +56,7 @@ Statistics = tuple[float, float, float]  # by channel
 
 
 class Preprocessing(NamedTuple):
-    """How an image reaches a network that is scored: resized and cropped to a square, then normalised by channel.
+    """The preprocessing of an image for evaluation: resized and cropped to a square, then normalised by channel.
 
     The resize brings an image to ``image_size / crop_fraction`` pixels: its shorter side (`crop_mode` ``center``), the
     longer one (``border``, which fills what is left with the mean) or both (``squash``, which gives up the aspect
@@ -72,21 +72,21 @@ class Preprocessing(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One block of views; B counts those that are there, and nothing stands in for those that are missing."""
+    """One block of views; B counts those that exist, and nothing replaces those that are missing."""
 
     images: Tensor  # [B, 3, H, W], normalised for the student
-    targets: Tensor  # [B, C], soft, after mixing and smoothing; 0 of a photo without a label
-    labels: Tensor  # [B], the class of each photo before mixing; -1 where it has none
+    targets: Tensor  # [B, C], soft, after mixing and smoothing; 0 for a photo without a label
+    labels: Tensor  # [B], the class of each photo before mixing; -1 if it has none
     view_ids: Tensor | None = None  # [B, 2]: epoch and position, in host memory; None outside our loader
     missing: Sequence[Missing] = ()
 
     @property
     def places(self) -> int:
-        """How many views there would be, were none missing."""
+        """How many views there would be if none were missing."""
         return len(self.labels) + len(self.missing)
 
     def rows(self) -> Tensor:
-        """Return the places [B] of the views that are there."""
+        """Return the places [B] of the views that exist."""
         return _all_but(self.missing, self.places)
 
     def at_places(self, values: Tensor, filler: bool | int) -> Tensor:
@@ -112,7 +112,7 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         """Move every tensor but `view_ids` to `device` without waiting for the copy.
 
-        A label store finds its records by `view_ids`; read from a device, they would stop the loop at every step.
+        A label store finds its records by `view_ids`; reading them from a device would synchronise at every step.
         """
 
         def moved(tensor: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class StudentOutput(NamedTuple):
 class TeacherOutput(NamedTuple):
     """What a teacher answers, in the dataset's classes."""
 
-    logits: Tensor | None  # [B, C]; None of a network without a head
+    logits: Tensor | None  # [B, C]; None for a network without a head
     features: Mapping[str, Tensor] | None = None  # maps [B, D, h, w] and vectors [B, D]; None unless something asks
 
     def needed_logits(self) -> Tensor:

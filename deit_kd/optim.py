@@ -28,14 +28,14 @@ def build_optimizer(
     """Return a timm optimiser; tokens, position embeddings, biases and norms are not decayed.
 
     Args:
-        model: the timm model; its ``no_weight_decay`` is honoured.
+        model: the timm model; its ``no_weight_decay`` is respected.
         name: timm's, e.g. ``adamw``.
         lr: for a batch of `lr_reference_batch`; scaled linearly with `batch_size` (Goyal et al. 2017).
-        lr_reference_batch: images; 0 takes `lr` as it is.
+        lr_reference_batch: images; 0 uses `lr` unchanged.
         weight_decay: of matrices.
         layer_decay: of the learning rate from each layer to the one below (BEiT, arXiv 2106.08254); the heads
             have `lr` itself. None gives all layers the same.
-        args: handed to the optimiser (betas, eps, …).
+        args: passed to the optimiser (betas, eps, …).
         batch_size: images per optimiser step, over all processes.
 
     Raises:
@@ -64,7 +64,7 @@ def build_optimizer(
 
 
 def scaled_lr(lr: float, lr_reference_batch: int, batch_size: int) -> float:
-    """Return the learning rate of a batch; linear in its size (Goyal et al. 2017), `lr` itself where there is none."""
+    """Return the learning rate of a batch: linear in its size (Goyal et al. 2017), or `lr` without a reference."""
     return lr * (batch_size / lr_reference_batch) if lr_reference_batch else lr
 
 
@@ -98,11 +98,10 @@ def build_schedule(
 
 
 class WeightAverage(ModelEmaV3):
-    """timm's exponential moving average of a model, which leaves out the steps that the optimiser left out.
+    """timm's exponential moving average of a model, without the steps that the optimiser skipped.
 
-    Its warm-up is the plain mean of all steps so far, until they are as many as the decay's `span`: from then on the
-    decay is the one that was asked for. (timm's own warm-up grows so slowly that the decay of a published recipe is
-    never reached.)
+    Its warm-up is the plain mean of all steps so far, until there are as many as the decay's `span`; from then on
+    `decay` applies. (timm's own warm-up grows so slowly that the decay of a published recipe is never reached.)
 
     Args:
         model: what is averaged.
@@ -114,7 +113,7 @@ class WeightAverage(ModelEmaV3):
 
     @property
     def span(self) -> float:
-        """How many steps it averages over, and is warmed up for: ``1 / (1 - decay)``."""
+        """How many steps it averages over, which is also the length of its warm-up: ``1 / (1 - decay)``."""
         return 1 / (1 - self.decay)
 
     @torch.no_grad()
@@ -124,7 +123,7 @@ class WeightAverage(ModelEmaV3):
         Args:
             model: what is averaged.
             step: sets the decay, which is warmed up.
-            applied: scalar, whether the step was.
+            applied: scalar, whether the step was applied.
         """
         weight = (1 - self.get_decay(step)) * applied.float()
         average, followed = self.module.state_dict().values(), model.state_dict().values()

@@ -1,7 +1,7 @@
-"""Weights by any name that a person gives them, with all that is known about the network that they belong to.
+"""Weights by any name that the user gives, with everything that is known about their network.
 
-A run, its teacher (``RUN:teacher``), a file inside a run, a local-dir of timm's, a folder of transformers', a file of
-weights and a pretrained tag of timm's are opened here and nowhere else.
+A run, its teacher (``RUN:teacher``), a file inside a run, a timm local-dir, a transformers folder, a file of weights
+and a timm pretrained tag are opened here and nowhere else.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Origin:
-    """Weights that were named, and what is known about their network; None where nothing is.
+    """Named weights, and what is known about their network; None for what is not known.
 
     Args:
-        name: as a person calls them.
+        name: as the user gives it.
         read: returns their state dict under timm's names, see `state`.
         architecture: timm's name.
-        model_args: what ``timm.create_model`` needs beside name, size and classes.
-        classes: what the network answers with, in order.
-        columns: the columns of its head that speak for each of `classes`; None is one each, in order.
-        labels: names of single columns, where `columns` are given.
-        class_count: how many classes it answers with.
-        preprocessing: how images reach it.
-        layer_norm_eps: of its LayerNorms, where it is not the architecture's.
+        model_args: what ``timm.create_model`` needs besides name, size and classes.
+        classes: of the network, in order.
+        columns: the columns of its head that stand for each of `classes`; None is one each, in order.
+        labels: names of single columns, if `columns` are given.
+        class_count: the number of its classes.
+        preprocessing: of its images.
+        layer_norm_eps: of its LayerNorms, if it is not the architecture's.
         licence: of the weights.
         record: the run whose record describes them.
         is_published: whether they are timm's own.
@@ -74,7 +74,7 @@ class Origin:
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
-        """The state dict under timm's names, read once; raises an InputError where it cannot be."""
+        """The state dict under timm's names, read once; raises an InputError if it cannot be read."""
         return self.read()
 
     @cached_property
@@ -84,7 +84,7 @@ class Origin:
 
     @property
     def is_distilled(self) -> bool:
-        """Whether the network has a distillation token; a second head alone may read the same features."""
+        """Whether the network has a distillation token; a second head without a token reads the same features."""
         return holds_distillation_token(self.state)
 
     def arguments_of(self, architecture: str) -> dict[str, Any]:
@@ -94,15 +94,15 @@ class Origin:
 
 
 def open_origin(key: str, name: str | Path, asked: frozenset[str] = frozenset()) -> Origin:
-    """Find out what `name` stands for: a run, its teacher, a file or folder inside it, a folder or a file of weights.
+    """Open what `name` refers to: a run, its teacher, a file or folder inside it, a folder or a file of weights.
 
     Args:
         key: the recipe's key, which errors begin with.
         name: a path, ``local-dir:PATH`` or ``RUN:teacher``.
-        asked: teachers of runs that were followed to get here.
+        asked: the ``RUN:teacher`` names that were followed to get here.
 
     Raises:
-        InputError: there are no such weights, or what lies beside them cannot be read.
+        InputError: there are no such weights, or the files beside them cannot be read.
     """
     text = str(name)
     if text.endswith(TEACHER_OF_RUN):
@@ -118,7 +118,7 @@ def open_origin(key: str, name: str | Path, asked: frozenset[str] = frozenset())
 
 
 def open_published(key: str, name: str) -> Origin:
-    """Return timm's own weights of a pretrained tag; they are fetched when their state is asked for.
+    """Return timm's own weights of a pretrained tag; they are downloaded when their state is first used.
 
     Raises:
         InputError: timm has no such model, or no weights of it.
@@ -140,16 +140,16 @@ def open_published(key: str, name: str) -> Origin:
 
 
 def imagenet_names(classes: int) -> tuple[str, ...] | None:
-    """Return the WordNet ids of the only ImageNet that has so many classes; None where there is none."""
+    """Return the WordNet ids of the only ImageNet variant with this number of classes; None if there is none."""
     subset = infer_imagenet_subset({"num_classes": classes})
     return None if subset is None else tuple(ImageNetInfo(subset).label_names())
 
 
 def open_model(key: str, path: str | Path) -> nn.Module:
-    """Build the model that a local-dir describes, a grafted one too, with all of its weights.
+    """Build the model that a local-dir describes, also a grafted one, with all of its weights.
 
     Raises:
-        InputError: there is no such folder, it does not say what it holds, or the weights do not fit.
+        InputError: there is no such folder, it does not describe its model, or the weights do not fit.
     """
     origin = open_origin(key, path)
     if origin.architecture is None:
@@ -170,10 +170,10 @@ def open_model(key: str, path: str | Path) -> nn.Module:
 
 
 def recipe_of(run: Path) -> Config:
-    """Return the recipe that the run in a folder was made with.
+    """Return the recipe of the run in a folder.
 
     Raises:
-        InputError: it cannot be read, or is none of ours.
+        InputError: it cannot be read, or is not a recipe of deit_kd.
     """
     try:
         recipe: Config = checked(read_recipe(run / CONFIG_FILE), Config)
@@ -209,7 +209,7 @@ def _student_of(key: str, name: str, place: Path, run: Path) -> Origin:
 
 
 def _teacher_of(key: str, name: str, asked: frozenset[str]) -> Origin:
-    """Return what a run learned from, as its record describes it: names, columns and preprocessing together."""
+    """Return the teacher of a run, as its record describes it: names, columns and preprocessing together."""
     run, asked = _run_of_student(key, name.removesuffix(TEACHER_OF_RUN), asked), _asking(key, name, asked)
     record, section = read_facts(run), recipe_of(run).teacher
     facts = record["teacher"]
@@ -257,7 +257,7 @@ def _teacher_of(key: str, name: str, asked: frozenset[str]) -> Origin:
 
 
 def _run_of_student(key: str, name: str, asked: frozenset[str]) -> Path:
-    """Return the run whose student is called `name`; of ``RUN:teacher``, the run that made what RUN learned from."""
+    """Return the run whose student `name` refers to; for ``RUN:teacher``, the run that trained the teacher of RUN."""
     if name.endswith(TEACHER_OF_RUN):
         facts = read_facts(_run_of_student(key, name.removesuffix(TEACHER_OF_RUN), asked))["teacher"]
         source = None if facts is None else facts["source"]
@@ -275,11 +275,11 @@ def _asking(key: str, name: str, asked: frozenset[str]) -> frozenset[str]:
     return asked | {name}
 
 
-# Folders and files of anybody's.
+# Folders and files from elsewhere.
 
 
 def _described_beside(key: str, name: str, file: Path) -> Origin:
-    """Return the weights of a file, described by the ``config.json`` beside it where there is one."""
+    """Return the weights of a file, described by the ``config.json`` beside it, if there is one."""
     config_file = file.parent / "config.json"
     saved: LocalDir = read_json(config_file, LocalDir) if config_file.is_file() else {}
     classes, columns = named_columns(saved)
@@ -323,7 +323,7 @@ def _from_transformers(
     return Origin(
         name=name,
         read=lambda: state,
-        # Any of timm's names would do, since the arguments say everything.
+        # Any timm name would do, since the arguments define everything.
         architecture="deit_tiny_distilled_patch16_224" if holds_distillation_token(state) else "deit_tiny_patch16_224",
         model_args=arguments,
         classes=classes,
@@ -335,5 +335,5 @@ def _from_transformers(
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what says how a network is built: a folder that says where weights are does not choose them."""
+    """Return the arguments that define the network; a folder cannot choose where weights come from."""
     return {name: value for name, value in arguments.items() if name not in RESERVED_ARGUMENTS}

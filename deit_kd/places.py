@@ -1,4 +1,4 @@
-"""Whether what a command names is there, asked before anything heavy is loaded."""
+"""Checks that what a command names exists, before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from deit_kd.config import Config
 from deit_kd.interfaces import InputError
 
 LOCAL_DIR = "local-dir:"
-TEACHER_OF_RUN = ":teacher"  # behind a run's folder: not its student but what that learned from
+TEACHER_OF_RUN = ":teacher"  # after a run's folder: its teacher instead of its student
 
 
 def check_there(key: str, path: str, cure: str) -> None:
-    """Raise an InputError unless there is something at `path`."""
+    """Raise an InputError unless `path` exists."""
     if not Path(path).expanduser().exists():
         raise InputError(f"{key}: {path} is not there; {cure}")
 
@@ -39,7 +39,7 @@ def path_of(name: str) -> Path:
 
 
 def check_source(text: str) -> None:
-    """Raise an InputError where a student is named by a path and nothing is there; a timm model has no path."""
+    """Raise an InputError if a student is named by a path that does not exist; a timm model has no path."""
     path = path_of(text)
     is_path = text.startswith(LOCAL_DIR) or "/" in text or path.suffix in (".pth", ".safetensors")
     if is_path and not path.exists():
@@ -47,7 +47,7 @@ def check_source(text: str) -> None:
 
 
 def check_training(config: Config) -> None:
-    """Raise an InputError where training by `config` would look for a file or a folder that is not there."""
+    """Raise an InputError if training with `config` needs a file or a folder that does not exist."""
     if config.data.name == "folder":
         photos_root(config.data.root)
     if config.data.unlabelled is not None:

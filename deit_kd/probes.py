@@ -1,4 +1,4 @@
-"""Looking into a network while it answers: what its layers say, and where its tokens attend."""
+"""Looks into a network during its forward pass: the outputs of its layers, and where its tokens attend."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class TokenAttention(NamedTuple):
     """Where the leading tokens (class, then distillation) attend to among the patches of a square image."""
 
     last_block: Tensor  # [B, heads, tokens, h, w]
-    rollout: Tensor | None  # [B, tokens, h, w]; None where the blocks do not share their patches (pit)
+    rollout: Tensor | None  # [B, tokens, h, w]; None if the blocks do not share their patches (pit)
 
 
 @contextmanager
 def recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Keep the last output of each module that is one tensor, in fp32 on the CPU, while the context lasts."""
+    """Record the last output of each module that returns one tensor, in fp32 on the CPU, within the context."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> object:
         def hook(module: nn.Module, inputs: object, output: Any) -> None:
-            if isinstance(output, Tensor):  # branches at several sizes (hrnet) or of two kinds (tnt) are not one layer
+            if isinstance(output, Tensor):  # several branches (hrnet, tnt) are not one layer
                 outputs[name] = output.detach().float().cpu()
 
         return modules[name].register_forward_hook(hook)
@@ -44,36 +44,36 @@ def recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 def blocks(network: nn.Module) -> dict[str, nn.Module]:
-    """Return the transformer blocks of a timm model (vit, deit, pit), in order; none of a CNN."""
+    """Return the transformer blocks of a timm model (vit, deit, pit), in order; empty for a CNN."""
     found = [module for module in network.modules() if isinstance(module, Block)]
     return {f"block {number}": block for number, block in enumerate(found, start=1)}
 
 
 def stages(network: nn.Module) -> dict[str, nn.Module]:
-    """Return what a teacher's layers are compared by: its blocks, or the stages that timm names of a CNN."""
+    """Return the layers of a teacher to compare: its blocks, or a CNN's stages as named by timm."""
     named = dict(network.named_modules())
     names = [stage["module"] for stage in getattr(network, "feature_info", None) or []]
     return blocks(network) or {name: named[name] for name in names if name in named}
 
 
 def leading_tokens(network: nn.Module, otherwise: int) -> int:
-    """Return how many tokens stand before the patches; `otherwise` where the network does not say (pit, a CNN)."""
+    """Return how many tokens stand before the patches; `otherwise` if the network does not say (pit, a CNN)."""
     said = (module.num_prefix_tokens for module in network.modules() if hasattr(module, "num_prefix_tokens"))
     return int(next(said, otherwise))  # type: ignore[arg-type]
 
 
 def channels_of_stages(network: nn.Module) -> dict[str, int]:
-    """Return how many channels timm says that each stage of a network has."""
+    """Return the number of channels of each stage of a network, according to timm."""
     return {stage["module"]: stage["num_chs"] for stage in getattr(network, "feature_info", None) or []}
 
 
 def pooled(output: Tensor, leading_tokens: int, channels: int | None = None) -> Tensor:
-    """Return one vector an image [B, D]: the mean of the patches of [B, N, D], or of the places of a map.
+    """Return one vector per image [B, D]: the mean of the patches of [B, N, D], or of the places of a map.
 
     Args:
         output: of a block [B, N, D] or a stage [B, D, h, w]; [B, h, w, D] (swin) where D is `channels`.
         leading_tokens: that stand before the patches.
-        channels: D, where it is known.
+        channels: D, if it is known.
     """
     if output.ndim == 3:
         return output[:, leading_tokens:].mean(1)
@@ -93,12 +93,12 @@ def block_attention(backbone: nn.Module, images: Tensor) -> list[Tensor]:
     """Return the attention weights of every block, [B, heads, N, N] each; the rows sum to 1.
 
     Args:
-        backbone: a timm ViT whose attention is timm's plain one: it must have been created after
-            ``choose_attention("plain", …)``, since the fused one never holds its weights.
+        backbone: a timm ViT with timm's plain attention: it must have been created after
+            ``choose_attention("plain", …)``, since fused attention does not keep its weights.
         images: [B, 3, H, W].
 
     Raises:
-        InputError: the model has no attention, or a fused one.
+        InputError: the model has no attention, or fused attention.
     """
     extract = AttentionExtract(backbone, names=["*.attn.attn_drop"], method="hook")
     with torch.no_grad():
@@ -111,7 +111,7 @@ def block_attention(backbone: nn.Module, images: Tensor) -> list[Tensor]:
 def rollout(attention: list[Tensor], leading_tokens: int) -> Tensor:
     """Return the attention of the leading tokens to the patches, followed through all blocks: [B, tokens, patches].
 
-    Half of each block's output is its input (the residual path), heads count alike.
+    Half of each block's output is its input (the residual path); heads have equal weight.
 
     Args:
         attention: of every block, [B, heads, N, N].

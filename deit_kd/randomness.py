@@ -8,8 +8,8 @@ import random
 import numpy as np
 import torch
 
-# What follows from a seed: which photo a position has, and what is random about a view. 2: the rounds of repeated
-# views are shuffled, a teacher's fit has views of its own, and a store's epochs show all photos equally often.
+# The version of what follows from a seed: the photo at each position, and the randomness of a view. 2: the rounds of
+# repeated views are shuffled, a teacher's fit has its own views, and a store's epochs show all photos equally often.
 VIEWS_VERSION = 2
 
 

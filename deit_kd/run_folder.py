@@ -1,4 +1,4 @@
-"""What lies in the folder of a run, and which run a path belongs to."""
+"""The files in the folder of a run, and the run that a path belongs to."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from deit_kd.files import read_json
 
 CONFIG_FILE = "config.yaml"
 HEADS_FILE = "heads.json"
-FACTS_FILE = "run.json"  # what a run was made from: photos, classes, teacher
+FACTS_FILE = "run.json"  # what a run used: photos, classes, teacher
 CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
-DATA_ERRORS_FILE = "data_errors.jsonl"  # views that are missing, since their photos cannot be read
+DATA_ERRORS_FILE = "data_errors.jsonl"  # views that are missing because their photos cannot be read
 STUDENT_FOLDER = "student"  # its weights in timm's local-dir layout
 
 
 @with_config(ConfigDict(extra="allow"))
 class ScoreRecord(TypedDict):
-    """What a head or a teacher scored."""
+    """The score of a head or a teacher."""
 
     top1: float
     top5: float | None
@@ -35,7 +35,7 @@ class ScoreRecord(TypedDict):
 
 @with_config(ConfigDict(extra="allow"))
 class FeatureRecord(TypedDict):
-    """What a teacher without a head scored."""
+    """The score of a teacher without a head."""
 
     knn: float
     neighbours: int
@@ -57,7 +57,7 @@ class TeacherFacts(TypedDict):
     std: NotRequired[tuple[float, float, float]]
     interpolation: NotRequired[str]
     class_map: NotRequired[dict[str, list[tuple[int, str | None]]] | None]
-    digest: NotRequired[str | None]  # of the weights as they were read
+    digest: NotRequired[str | None]  # of the weights as read
     store: NotRequired[str]
 
 
@@ -92,7 +92,7 @@ class HeadScores(TypedDict):
 
 
 def read_facts(folder: Path) -> Facts:
-    """Return what the run in `folder` was made from.
+    """Return the facts of the run in `folder`.
 
     Raises:
         InputError: there is no such run.
@@ -102,7 +102,7 @@ def read_facts(folder: Path) -> Facts:
 
 
 def read_head_scores(folder: Path) -> HeadScores:
-    """Return what the finished run in `folder` scored.
+    """Return the scores of the finished run in `folder`.
 
     Raises:
         InputError: there is no such run.
@@ -112,7 +112,7 @@ def read_head_scores(folder: Path) -> HeadScores:
 
 
 def run_of(path: Path) -> Path | None:
-    """Return the run that `path` is the folder, the student or a checkpoint of; None where it is none of these."""
+    """Return the run whose folder, student or checkpoint `path` is; None if it is none of these."""
     for place in (path.expanduser(), path.expanduser().resolve()):
         above = [place]
         if place.name == STUDENT_FOLDER:
@@ -126,7 +126,7 @@ def run_of(path: Path) -> Path | None:
 
 
 def next_free_folder(parent: Path, recipe: str) -> Path:
-    """Return ``parent/<recipe>-<n>`` with the first n above every one that is there."""
+    """Return ``parent/<recipe>-<n>`` with the first n above all existing ones."""
     return parent / f"{recipe}-{1 + max(_numbers(parent, recipe), default=0)}"
 
 
@@ -149,7 +149,7 @@ def lines_until(file: Path, step: int) -> list[str]:
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a record; one that a power cut has damaged comes after all others."""
+    """Return the step of a record; a record damaged by a power cut comes after all others."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):

@@ -9,16 +9,16 @@ SHAPES = ("constant", "linear", "cosine")
 
 
 class Schedule(NamedTuple):
-    """``start`` before the place `begin`, ``end`` from the place `until` on, and a way from one to the other between.
+    """``start`` before the place `begin`, ``end`` from the place `until` on, and a transition in between.
 
-    Places are shares of the run, from 0 to 1. The value depends on the place alone, so that resuming, replaying a
-    label store and any number of processes change nothing.
+    Places are shares of the run, from 0 to 1. The value depends only on the place, so resuming, replaying a label store
+    and the number of processes do not change it.
 
     Args:
         start: value before `begin`.
         end: value from `until` on.
         begin: place at which the change begins.
-        until: place at which it has ended.
+        until: place at which the change ends.
         shape: ``constant`` keeps `start` until `until`; ``linear`` and ``cosine`` go from one to the other.
     """
 
@@ -29,7 +29,7 @@ class Schedule(NamedTuple):
     shape: str = "constant"
 
     def at(self, place: float) -> float:
-        """Return the value where the share `place` of the run is done."""
+        """Return the value when the share `place` of the run is done."""
         if place >= self.until:
             return self.end
         if place < self.begin or self.shape == "constant":
@@ -45,10 +45,10 @@ class Schedule(NamedTuple):
 
     @property
     def values(self) -> tuple[float, float]:
-        """The two values between which all others lie."""
+        """The two extreme values."""
         return self.start, self.end
 
 
 def always(value: float) -> Schedule:
-    """Return the schedule of a number that never changes."""
+    """Return the schedule of a constant."""
     return Schedule(value, value)

@@ -1,18 +1,18 @@
-"""What the processes of a run let one another know beside their work, in the store of their process group."""
+"""Signals between the processes of a run, in the store of their process group."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the command line, which knows the signals, does not wait for torch
+if TYPE_CHECKING:  # the command line uses this module without waiting for torch
     from torch.distributed import Store
 
 GONE = "another process of the run is gone; the last checkpoint is kept"
 
 
 def no_progress(rank: int, seconds: float) -> str:
-    """Say that a process makes the others wait."""
+    """Return the message that a process makes the others wait."""
     return (
         f"process {rank} has made no progress for {seconds:g} s; all stop, the last checkpoint is kept; see what it "
         "was doing, or raise train.timeout_seconds"
@@ -20,7 +20,7 @@ def no_progress(rank: int, seconds: float) -> str:
 
 
 class Signs:
-    """What one process says, and what the others have said.
+    """The signals of one process, and those of the others.
 
     Args:
         store: of the process group.
@@ -31,23 +31,23 @@ class Signs:
         self._store, self._rank = store, rank
 
     def arrive(self, meeting: int) -> None:
-        """Say that this process has come to a meeting; they are counted from 1."""
+        """Announce that this process has arrived at a meeting; they are counted from 1."""
         self._say("met", str(meeting))
 
     def absent(self, meeting: int, others: Iterable[int]) -> set[int]:
-        """Return which of the others have not come to a meeting."""
+        """Return which of the others have not arrived at a meeting."""
         return {other for other in others if int(self._read("met", other) or 0) < meeting}
 
     def work_on(self, work: str) -> None:
-        """Say what takes this process long; nothing where it is not busy any more."""
+        """Announce the work that takes this process long; empty when it is no longer busy."""
         self._say("busy", work)
 
     def work_of(self, rank: int) -> str:
-        """Return what a process is busy with."""
+        """Return the work that a process is busy with."""
         return self._read("busy", rank)
 
     def beat(self, count: int) -> None:
-        """Say how many signs of progress this process has given."""
+        """Announce how many signs of progress this process has given."""
         self._say("beats", str(count))
 
     def beats_of(self, rank: int) -> int:
@@ -55,15 +55,15 @@ class Signs:
         return int(self._read("beats", rank) or 0)
 
     def leave(self) -> None:
-        """Say that this process needs the others no more."""
+        """Announce that this process no longer needs the others."""
         self._say("left", "")
 
     def have_left(self, others: Iterable[int]) -> bool:
-        """Return whether the others need this process no more."""
+        """Return whether the others no longer need this process."""
         return bool(self._store.check([f"left/{other}" for other in others]))
 
     def fail(self) -> None:
-        """Say that this process ends by an error or a signal."""
+        """Announce that this process ends by an error or a signal."""
         self._store.set("gone", "")
 
     def one_has_failed(self) -> bool:
@@ -71,7 +71,7 @@ class Signs:
         return bool(self._store.check(["gone"]))
 
     def is_first(self, key: str) -> bool:
-        """Return whether nobody has asked for `key` before."""
+        """Return whether this is the first call for `key` in any process."""
         return bool(self._store.add(f"first/{key}", 1) == 1)
 
     def _say(self, kind: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Signals that end a run, and processes that stall: all stop after the same step, and nobody waits for ever."""
+"""Signals that end a run, and processes that stall: all stop after the same step, and none waits forever."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from deit_kd.interfaces import Stopped
 from deit_kd.signs import GONE, Signs, no_progress
 
-if TYPE_CHECKING:  # the command line needs the signals, and does not wait for torch
+if TYPE_CHECKING:  # the command line needs the signals without waiting for torch
     from deit_kd.distributed import Processes
 
-# What a shell calls a process that the signal ended; for SIGUSR1, which SLURM sends before the time is up, sysexits'
-# EX_TEMPFAIL: the job is fine, start it again.
+# A shell's exit codes for a process ended by the signal. SIGUSR1, which SLURM sends before the time limit, has
+# sysexits' EX_TEMPFAIL: the job is fine, start it again.
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_AGREE = 20.0
-SECONDS_OF_ONE_INTERRUPT = 1.0  # torchrun hands on the interrupt that the terminal already sent to all
+SECONDS_OF_ONE_INTERRUPT = 1.0  # torchrun forwards the interrupt that the terminal has already sent to all
 
 Item = TypeVar("Item")
 Handler = Callable[[int, FrameType | None], None]
 
 
 def stopped_by(number: int, what_is_kept: str) -> Stopped:
-    """Return the end that a signal asks for."""
+    """Return the exception for a signal."""
     name = signal.Signals(number).name
     return Stopped(f"stopped by {name}; {what_is_kept}", EXIT_CODES[signal.Signals(number)])
 
 
 @contextmanager
 def handlers(handler: Handler) -> Iterator[None]:
-    """Let `handler` hear the signals meanwhile; in a thread that is not the main one, nothing changes."""
+    """Install `handler` for the signals within the context; outside the main thread this does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -51,10 +51,10 @@ def handlers(handler: Handler) -> Iterator[None]:
 
 
 def stop_at_once(number: int, frame: FrameType | None) -> None:
-    """End what is going on, as an exception does: the handler outside of training.
+    """Raise `Stopped` immediately: the handler outside of training.
 
-    What ends already because of a signal goes on with that, whatever torchrun or SLURM send after it; a second SIGINT
-    is a person's.
+    A program that is already ending because of a signal continues to do so, whatever torchrun or SLURM send next; a
+    second SIGINT is the user's.
     """
     if number != signal.SIGINT and isinstance(sys.exc_info()[1], Stopped):
         return
@@ -71,17 +71,17 @@ def leave_signals_alone() -> None:
 class Watch:
     """Lets all processes of a run stop after the same step, and ends them when one of them makes no progress.
 
-    A signal that reaches any process is told to all through the process group's store, by a thread that never
-    touches the device. Each then says which step it has begun and begins no other until all have said so; the last
-    of them is where all stop. A second SIGINT ends the process at once.
+    A thread that never touches the device passes a signal from any process to all others through the process group's
+    store. Each process then announces the step that it has begun, and begins no other until all have announced theirs;
+    all stop after the last of these steps. A second SIGINT ends the process at once.
 
     Use it as a context manager around the training loop, in the main thread.
 
     Args:
         processes: of the run.
         step: steps done before.
-        timeout: seconds without progress of any process after which all end; 0 waits for ever. A process that says
-            what it is busy with has all the time.
+        timeout: seconds without progress of a process after which all end; 0 waits forever. A process that announces
+            its work may take any time.
     """
 
     _opened = 0
@@ -92,13 +92,13 @@ class Watch:
         self._signal: int | None = None
         self._interrupted = 0.0
         self._lock = threading.Lock()
-        self._said = False  # which step has begun
+        self._said = False  # whether it has announced the step that it has begun
         self._last_step: int | None = None
         self._agreed = threading.Event()
         self._closed = threading.Event()
         self._beats = 0
         self._seen: dict[int, tuple[int, float]] = {}  # by rank: beats, and when they last changed
-        Watch._opened += 1  # the same in every process, so that a later watch does not read what an earlier one said
+        Watch._opened += 1  # the same in every process, so that a later watch does not read an earlier one's entries
         self._prefix = f"watch/{Watch._opened}"
         self._thread = threading.Thread(target=self._look_now_and_then, name="watch", daemon=True)
 
@@ -123,7 +123,7 @@ class Watch:
 
     @property
     def signal(self) -> int | None:
-        """The signal that any process heard, as far as this one knows."""
+        """The signal that any process received, as far as this one knows."""
         return self._signal
 
     def beat(self) -> None:
@@ -150,9 +150,9 @@ class Watch:
             yield item
 
     def until_signal(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield `items`, each a sign of progress, and no more once a signal was heard; one at least, if there is one.
+        """Yield `items`, each a sign of progress, and stop once a signal was received, but after at least one.
 
-        Who asks for sums over processes afterwards then has something to sum in each of them.
+        A sum over processes afterwards then has something to add in each of them.
         """
         for item in self.over(items):
             yield item
@@ -175,7 +175,7 @@ class Watch:
                 self._look_for_gone()
                 if self._timeout:
                     self._look_for_stalled()
-            except RuntimeError:  # the store is gone, and with it the process that held it
+            except RuntimeError:  # the store is gone, and so is the process that held it
                 self._agreed.set()
                 return
 
@@ -193,7 +193,7 @@ class Watch:
             self._agreed.set()
 
     def _look_for_gone(self) -> None:
-        """End this process where another has ended and a collective that waits for it does not notice."""
+        """End this process if another has ended and a collective that waits for it does not notice."""
         if not self._signs.one_has_failed():
             return
         # The main thread may notice, and the main process has a checkpoint to write.
@@ -209,11 +209,11 @@ class Watch:
             beats = self._signs.beats_of(rank)
             if rank not in self._seen or self._seen[rank][0] != beats or self._signs.work_of(rank):
                 self._seen[rank] = beats, now
-        # Who waits for another makes no progress either, but is not to blame.
+        # A process that waits for another makes no progress either, but is not the cause.
         if any(now - since < self._timeout for _, since in self._seen.values()):
             return
         stalled = min(self._seen, key=lambda rank: self._seen[rank])
         print(f"error: {no_progress(stalled, self._timeout)}", file=sys.stderr, flush=True)
         if mine == stalled:
-            time.sleep(4 * SECONDS_BETWEEN_LOOKS)  # the others have something to say, too
+            time.sleep(4 * SECONDS_BETWEEN_LOOKS)  # give the others time to print, too
         os._exit(1)

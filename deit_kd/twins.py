@@ -14,10 +14,10 @@ from deit_kd.models.create import create_model
 from deit_kd.models.names import is_kin
 from deit_kd.origins import Origin
 
-# An epsilon stands beside a variance of the order of 1: a smaller one changes nothing that can be seen.
+# An epsilon is added to a variance of about 1: smaller values have no visible effect.
 LARGEST_HARMLESS_EPSILON = 1e-5
-REGULARISERS = ("Identity", "Drop")  # how names of modules begin that pass what they are given when nothing learns
-# Attributes that weights are fitted to (another image size, patch size, class count or token), or that change nothing.
+REGULARISERS = ("Identity", "Drop")  # prefixes of modules that pass their input through in eval mode
+# Attributes to which weights are adapted (image size, patch size, class count or token), or that change nothing.
 FITTED = re.compile(
     r"(?<!kernel_)size|num_patches|prefix_tokens|num_classes|features|resolution|shape|seq_len|patch_embed\.proj\..*"
     r"|training|drop|prob|fused|inplace|checkpoint|distilled|flatten|strict|dynamic"
@@ -27,15 +27,15 @@ FITTED = re.compile(
 def refuse_other_twin(
     key: str, model: nn.Module, origin: Origin, architecture: str, args: Mapping[str, Any], image_size: int
 ) -> None:
-    """Refuse weights of a network that takes the same tensors and answers otherwise.
+    """Refuse weights of a network that has the same tensors but answers differently.
 
     Args:
         key: the recipe's key, which errors begin with.
-        model: that has the weights.
-        origin: of the weights; where it does not say what they belong to, nothing can be refused.
+        model: the network that takes the weights.
+        origin: of the weights; if their network is not known, nothing can be refused.
         architecture: timm's name of `model`.
-        args: that it was built with.
-        image_size: pixels that it sees.
+        args: of `model`.
+        image_size: pixels of its input.
 
     Raises:
         InputError: the networks differ, with the first differences.
@@ -63,7 +63,7 @@ def refuse_other_twin(
 
 
 def traits(model: nn.Module) -> dict[str, Any]:
-    """Return what a network computes beside its tensors: the kinds of its modules and their plain attributes."""
+    """Return what a network computes besides its tensors: the types of its modules and their plain attributes."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         kind = type(module).__name__
@@ -79,18 +79,18 @@ def traits(model: nn.Module) -> dict[str, Any]:
 
 
 def set_layer_norm_eps(model: nn.Module, eps: float) -> None:
-    """Set what the LayerNorms of a model add to a variance."""
+    """Set the epsilon of a model's LayerNorms."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = eps
 
 
 def _blank(key: str, architecture: str, image_size: int, model_args: Mapping[str, Any]) -> nn.Module:
-    """Build a network without numbers in its tensors."""
+    """Build a network whose tensors have no values."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
             return create_model(key, architecture, image_size=image_size, **model_args)
-        except InputError:  # its patches do not divide the size that weights are fitted to
+        except InputError:  # its patches do not divide the size that the weights are adapted to
             return create_model(key, architecture, **model_args)
 
 
