@@ -63,10 +63,13 @@ def as_arguments(**options: Any) -> list[str]:
     return arguments
 
 
-def tiny(root: Path, output: Path, **options: Any) -> list[str]:
-    """Return the arguments of a run of seconds, with a random teacher unless `options` say otherwise."""
+def tiny(root: Path, output: Path | None, **options: Any) -> list[str]:
+    """Return the arguments of a run of seconds, with a random teacher unless `options` say otherwise.
+
+    Keys may be written ``distill.kind`` or ``distill__kind``; None leaves an option to its default.
+    """
     base: dict[str, Any] = {
-        "data__root": str(root),
+        "data__root": root,
         "data__image_size": 16,
         "data__crop_fraction": 1.0,
         "data__workers": 0,
@@ -87,9 +90,9 @@ def tiny(root: Path, output: Path, **options: Any) -> list[str]:
         "train__device": "cpu",
         "train__log_every_steps": 1,
         "evaluate__report": False,
-        "output": str(output),
+        "output": output,
     }
-    return as_arguments(**{**base, **options})
+    return as_arguments(**{**base, **{key.replace(".", "__"): value for key, value in options.items()}})
 
 
 # Everything random at once, and the teacher is fitted first.

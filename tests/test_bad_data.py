@@ -162,6 +162,13 @@ def test_a_step_is_the_mean_over_what_is_there_however_it_is_accumulated(rows: t
         torch.testing.assert_close(weights(learner.model), weights(expected.model), rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_says_at_which_places_views_had_no_finite_loss() -> None:
+    batch = make_batch()
+    batch.images[5] = float("nan")
+    result = trainer(skip=True).step(iter([lacking(batch, 1)]), 0)
+    assert (~result.is_finite).nonzero().tolist() == [[5]]
+
+
 def test_a_step_of_which_nothing_can_be_read_teaches_nothing() -> None:
     learner = trainer(skip=True)
     before = weights(learner.model)

@@ -57,11 +57,19 @@ def test_clipping_holds_both_heads(head: str) -> None:
     assert 0 < moved <= 0.1 * 1e-6 * 1.01 + 1e-7
 
 
-def test_without_clipping_steps_are_larger() -> None:
-    free = trainer()
-    before = weights(free.model)
-    free.step(iter([make_batch()]), 0)
-    assert sum((a - b).norm() for a, b in zip(weights(free.model), before, strict=True)) > 1e-3
+def test_a_clipped_gradient_has_the_norm_that_is_asked_for() -> None:
+    """The norm is that of all parameters together, and what is below it stays as it is."""
+    first = trainer()
+    first.distiller(make_batch()).loss.backward()
+    norm = sum(parameter.grad.square().sum() for parameter in first.model.parameters()).sqrt().item()
+    moves = []
+    for clip_grad_norm in (None, norm / 4, 4 * norm):
+        learner = trainer(clip_grad_norm=clip_grad_norm)
+        before = weights(learner.model)
+        learner.step(iter([make_batch()]), 0)
+        moves.append(torch.cat([(a - b).flatten() for a, b in zip(weights(learner.model), before, strict=True)]))
+    torch.testing.assert_close(moves[1], moves[0] / 4, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(moves[2], moves[0], rtol=1e-3, atol=1e-6)
 
 
 def test_the_average_follows_the_model_and_starts_with_it() -> None:
@@ -130,18 +138,15 @@ def test_training_learns_what_it_is_shown() -> None:
     assert losses[-1] < 0.95 * losses[0]
 
 
-def scored(batches: list[Batch], **options: Any) -> Any:
-    model = tiny_student()
-    return evaluate(
-        {"model": model},
-        batches,
-        classes=3,
-        total=sum(len(batch.labels) for batch in batches),
-        processes=ONE_PROCESS,
-        precision="off",
-        fusion="softmax",
-        **options,
-    )["model"]
+def scored(batches: list[Batch], model: nn.Module | None = None, **options: Any) -> Any:
+    base: dict[str, Any] = {
+        "classes": 3,
+        "total": sum(len(batch.labels) for batch in batches),
+        "processes": ONE_PROCESS,
+        "precision": "off",
+        "fusion": "softmax",
+    }
+    return evaluate({"model": model or tiny_student()}, batches, **{**base, **options})["model"]
 
 
 def test_evaluation_counts_every_image_of_an_incomplete_batch() -> None:
@@ -172,15 +177,7 @@ def test_agreement_with_the_teacher_is_counted_by_image() -> None:
 def test_evaluation_leaves_the_mode_of_a_model_as_it_was() -> None:
     for training in (True, False):
         model = tiny_student().train(training)
-        evaluate(
-            {"model": model},
-            [make_batch()],
-            classes=3,
-            total=8,
-            processes=ONE_PROCESS,
-            precision="off",
-            fusion="logits",
-        )
+        scored([make_batch()], model)
         assert model.training is training
 
 
@@ -192,10 +189,17 @@ def test_a_teacher_is_scored_on_what_it_says() -> None:
     assert score["top1"] == pytest.approx(100 * (expected == batch.labels).float().mean().item())
 
 
-def test_bf16_autocast_stays_near_fp32() -> None:
-    half = trainer()
-    half.distiller.precision = "bf16"
-    torch.testing.assert_close(terms(half), terms(trainer()), rtol=0.02, atol=0.02)
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", torch.float32)]
+)
+def test_the_student_runs_in_the_precision_that_is_asked_for(precision: str, dtype: torch.dtype) -> None:
+    """In a step and in an evaluation; the loss stays near that of fp32."""
+    learner, dtypes = trainer(), []
+    learner.distiller.precision = precision
+    learner.model.backbone.head.register_forward_hook(lambda _, __, logits: dtypes.append(logits.dtype))
+    torch.testing.assert_close(terms(learner), terms(trainer()), rtol=0.02, atol=0.02)
+    scored([make_batch()], learner.model, precision=precision)
+    assert dtypes == [dtype, dtype]
 
 
 @pytest.mark.gpu

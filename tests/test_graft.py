@@ -93,6 +93,14 @@ def test_token_and_head_start_from_the_class_tokens(name, args, size):
         assert torch.equal(model.pos_embed[:, 2:], plain.pos_embed[:, 1:])
 
 
+def test_a_new_token_gets_the_position_after_the_class_tokens():
+    model = host("vit_tiny_patch16_224", {}, 32)
+    before = model.pos_embed.detach().clone()
+    graft("student.name", model)
+    assert torch.equal(model.pos_embed[:, :1], before[:, :1])
+    assert torch.equal(model.pos_embed[:, 2:], before[:, 1:])
+
+
 def test_token_and_head_may_start_from_scratch():
     plain = host("vit_tiny_patch16_224", {}, 32)
     model = host("vit_tiny_patch16_224", {}, 32)
@@ -241,5 +249,5 @@ def test_saved_student_is_opened_again(tmp_path, name, args, size):
     opened = TimmStudent(open_model("student", tmp_path / "student")).eval()
     images = torch.randn(2, 3, size, size)
     assert torch.equal(opened(images).dist_logits, built(images).dist_logits)
-    again = student_of_five(name, args=args, image_size=size, checkpoint=str(tmp_path / "student"), whole=True).eval()
+    again = student_of_five(name, args=args, image_size=size, checkpoint=str(tmp_path / "student"), strict=True).eval()
     assert torch.equal(again(images).cls_logits, built(images).cls_logits)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from deit_kd import InputError
 from deit_kd.cli import main
 from deit_kd.config import parse_config
+from deit_kd.console import console
 from deit_kd.data.mixing import Example, Mixing
 from deit_kd.data.photos import UNLABELLED
 from deit_kd.interfaces import Preprocessing
@@ -202,11 +203,9 @@ def pretrained(photos_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     home = tmp_path_factory.mktemp("pretrained")
     own = {"data__unlabelled": str(photos_root / "train"), "evaluate__report": True}
     arguments = tiny(photos_root, home / "run", **PRETRAINING, **own)
-    with pytest.MonkeyPatch.context() as patch:
-        lines: list[str] = []
-        patch.setattr("deit_kd.console.console.print", lambda *line, **_: lines.append(str(*line)))
+    with console.capture() as capture:
         assert main(["train", *arguments]) == 0
-    return Pretrained(home / "run", arguments, "\n".join(lines))
+    return Pretrained(home / "run", arguments, capture.get())
 
 
 def test_labels_that_are_off_and_labels_that_are_not_there_are_the_same(

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook, register_module_module_registration_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import deit_kd.jobs.train
+from deit_kd import FrozenTeacher
 from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.console import console
@@ -28,12 +33,11 @@ from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError
 from deit_kd.jobs.store import check
 from deit_kd.losses import soft_distillation
-from deit_kd.runs import parts
 from deit_kd.runs.run import prepare
 from deit_kd.store import VALIDATION, LabelStore, Record, epoch_part
-from deit_kd.teaching import recording, store_identity
+from deit_kd.teaching import recording
 from deit_kd.teaching.stored import stored_teacher
-from tests.helpers import assert_same_scores, evaluated, heads_in
+from tests.helpers import assert_same_scores, evaluated, heads_in, tiny
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
 PHOTOS_PER_CLASS = {"train": 15, "validation": 6}
@@ -48,38 +52,21 @@ class Home:
     teachers: Path
     teacher: Path
 
-    def arguments(self, **options: Any) -> list[str]:
-        """Return a small recipe with everything random on; None leaves an option out."""
-        base: dict[str, Any] = {
-            "data.root": self.photos,
-            "data.image_size": 16,
-            "data.crop_fraction": 1.0,
-            "data.workers": 0,
-            "augment.auto_augment": "null",
+    def arguments(self, output: Path | None = None, **options: Any) -> list[str]:
+        """Return a small recipe with everything random on."""
+        own = {
             "augment.horizontal_flip": 0.0,
             "augment.scale": [0.6, 1.0],
-            "augment.repeats": 1,
-            "student.name": "deit_tiny_distilled_patch16_224",
-            "student.args": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-            "teacher.name": "test_resnet",
+            "student.drop_path": None,
+            "teacher.random_weights": None,
             "teacher.checkpoint": self.teacher,
             "distill.kind": "hard",
-            "optim.warmup_epochs": 0,
-            "optim.lr_reference_batch": 0,
+            "optim.lr": None,
             "train.epochs": EPOCHS,
             "train.batch_size": 16,
-            "train.precision": "off",
             "train.ema_decay": 0.9,
-            "train.device": "cpu",
-            "train.log_every_steps": 1,
-            "evaluate.report": False,
         }
-        written = []
-        for key, value in {**base, **options}.items():
-            if value is not None:
-                text = json.dumps(value) if isinstance(value, dict | list | bool) else str(value)
-                written += [f"--{key}", text]
-        return written
+        return tiny(self.photos, output, **{**own, **options})
 
     def train(self, output: Path, **options: Any) -> list[dict[str, Any]]:
         """Train, and return the records without their rates."""
@@ -134,11 +121,13 @@ def soft(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise AssertionError("a teacher was built")
+def no_teacher() -> Iterator[None]:
+    def refuse(module: nn.Module, *_: Any) -> None:
+        assert not isinstance(module, FrozenTeacher), "a teacher was built"
 
-    monkeypatch.setattr(parts, "build_teacher", refuse)
+    hook = register_module_module_registration_hook(refuse)
+    yield
+    hook.remove()
 
 
 def test_the_fitted_teacher_knows_its_digits(home: Home, hard: Path) -> None:
@@ -236,37 +225,31 @@ def test_an_interrupted_build_asks_only_for_what_is_missing(
     home: Home, hard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    build_teacher = parts.build_teacher
+    break_at: float = 215
 
-    def counting(break_at: int) -> Callable[..., Any]:
-        def build(*arguments: Any) -> Any:
-            teacher = build_teacher(*arguments)
-
-            def count(_: Any, inputs: Any) -> None:
-                if inputs[0].view_ids is not None:
-                    asked.append(len(inputs[0].labels))
-                    if sum(asked) > break_at:
-                        raise KeyboardInterrupt
-
-            teacher.register_forward_pre_hook(count)
-            return teacher
-
-        return build
+    def count(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, FrozenTeacher) and inputs[0].view_ids is not None:
+            asked.append(len(inputs[0].labels))
+            if sum(asked) > break_at:
+                raise KeyboardInterrupt
 
     monkeypatch.setattr("deit_kd.store.teacher.VIEWS_PER_PIECE", 30)
-    monkeypatch.setattr(parts, "build_teacher", counting(break_at=215))
-    with pytest.raises(KeyboardInterrupt):
-        home.build(tmp_path / "store", batch_size=10)
-    assert LabelStore(tmp_path / "store").epochs == 1
-    asked.clear()
-    monkeypatch.setattr(parts, "build_teacher", counting(break_at=10**9))
-    built = home.build(tmp_path / "store", batch_size=10)
+    hook = register_module_forward_pre_hook(count)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            home.build(tmp_path / "store", batch_size=10)
+        assert LabelStore(tmp_path / "store").epochs == 1
+        asked.clear()
+        break_at = math.inf
+        built = home.build(tmp_path / "store", batch_size=10)
+    finally:
+        hook.remove()
     assert sum(asked) == 300 - 210
     same_answers(built, LabelStore(hard), EPOCHS)
 
 
-def test_a_recording_run_that_was_killed_fills_the_rest_when_it_is_resumed(
-    home: Home, hard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_recording_run_that_was_interrupted_fills_the_rest_when_it_is_resumed(
+    home: Home, hard: Path, tmp_path: Path
 ) -> None:
     options = {
         "teacher.store": tmp_path / "store",
@@ -276,18 +259,18 @@ def test_a_recording_run_that_was_killed_fills_the_rest_when_it_is_resumed(
     unbroken = home.train(tmp_path / "unbroken")
     done = 0
 
-    def dies(*arguments: Any) -> Any:
+    def dies(*_: Any) -> None:
         nonlocal done
         done += 1
         if done == 13:  # in the second epoch of nine steps; unwritten records are lost
             raise KeyboardInterrupt
-        return step(*arguments)
 
-    step = deit_kd.engine.Trainer.step
-    with monkeypatch.context() as patch:
-        patch.setattr(deit_kd.engine.Trainer, "step", dies)
+    hook = register_optimizer_step_pre_hook(dies)
+    try:
         with pytest.raises(KeyboardInterrupt):
             home.train(tmp_path / "run", **options)
+    finally:
+        hook.remove()
     assert home.train(tmp_path / "run", **options, resume="auto") == unbroken
     same_answers(LabelStore(tmp_path / "store"), LabelStore(hard), EPOCHS)
 
@@ -508,17 +491,23 @@ def test_a_checksum_is_compared_when_an_epoch_is_first_read(
     assert main(["train", *arguments, "--resume", "auto"]) == 0
 
 
-def test_other_libraries_are_refused_until_a_check_passes(
-    home: Home, soft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(soft, tmp_path / "store")
-    monkeypatch.setattr(store_identity, "version", lambda name: "99.0+cpu" if name == "pillow" else "1")
-    arguments = home.arguments(**{"teacher.store": tmp_path / "store"})
-    with pytest.raises(InputError, match=r"pillow: '[\d.]+' in the store, '99\.0' here.*run deit-kd store check"):
+def of_other_libraries(store: Path, place: Path) -> Path:
+    """Copy a store to `place` as one that other versions of the libraries made."""
+    shutil.copytree(store, place)
+    manifest = json.loads((place / "store.json").read_text())
+    manifest["libraries"] = [{**manifest["libraries"][0], "pillow": "99.0"}]
+    (place / "store.json").write_text(json.dumps(manifest))
+    return place
+
+
+def test_other_libraries_are_refused_until_a_check_passes(home: Home, soft: Path, tmp_path: Path) -> None:
+    store = of_other_libraries(soft, tmp_path / "store")
+    arguments = home.arguments(**{"teacher.store": store})
+    with pytest.raises(InputError, match=r"pillow: '99\.0' in the store, '[\d.]+' here.*run deit-kd store check"):
         ready(arguments)
     with console.capture() as capture:
-        assert main(["store", "check", str(tmp_path / "store"), *home.arguments(), "--samples", "20"]) == 0
-    assert "accepts numpy 1, pillow 99.0" in capture.get()
+        assert main(["store", "check", str(store), *home.arguments(), "--samples", "20"]) == 0
+    assert f"pillow {PIL.__version__}" in capture.get()
     assert ready(arguments).facts
 
 
@@ -527,13 +516,16 @@ def test_a_check_finds_views_that_are_made_otherwise(
     home: Home, hard: Path, soft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, changed: float
 ) -> None:
     monkeypatch.setattr("deit_kd.jobs.store.LARGEST_CHANGED_SHARE", changed)
-    shutil.copytree(hard if kind == "hard" else soft, tmp_path / "store")
-    before = (tmp_path / "store" / "store.json").read_bytes()
-    seed_view = deit_kd.data.loader.seed_view
-    monkeypatch.setattr(store_identity, "version", lambda name: "99.0")
-    monkeypatch.setattr("deit_kd.data.loader.seed_view", lambda seed, *view: seed_view(seed + 1, *view))
-    assert main(["store", "check", str(tmp_path / "store"), *home.arguments(), "--samples", "60"]) == 2
-    assert (tmp_path / "store" / "store.json").read_bytes() == before
+    place = of_other_libraries(hard if kind == "hard" else soft, tmp_path / "store")
+    for epoch in range(EPOCHS):  # the answers to each epoch's views are those to another's
+        (place / f"{epoch_part(epoch)}.safetensors").unlink()
+        store = LabelStore(place)
+        others = LabelStore(hard if kind == "hard" else soft).columns(epoch_part(EPOCHS - 1 - epoch))
+        store.write_piece(epoch_part(epoch), torch.arange(store.manifest["views"]), others)
+        store.finish(epoch_part(epoch))
+    before = (place / "store.json").read_bytes()
+    assert main(["store", "check", str(place), *home.arguments(), "--samples", "60"]) == 2
+    assert (place / "store.json").read_bytes() == before
 
 
 def test_a_check_reports_how_far_the_answers_are(home: Home, soft: Path) -> None:

@@ -17,7 +17,7 @@ from deit_kd.console import console
 from deit_kd.exports import missing_libraries
 from deit_kd.jobs.train import train
 from deit_kd.teachers import EnsembleTeacher
-from tests.helpers import assert_same_scores, evaluated, heads_in
+from tests.helpers import assert_same_scores, evaluated, heads_in, tiny
 from tests.tiny_parts import seen_at, tiny_teacher
 
 SYNSETS = ("n01440764", "n02102040", "n02979186")
@@ -41,28 +41,18 @@ def photos(tmp_path_factory) -> Path:
 
 
 def recipe(photos: Path, output: Path, *options: str) -> list[str]:
-    fixed = {
-        "data.root": photos,
-        "data.image_size": 32,
-        "data.workers": 0,
-        "augment.auto_augment": "null",
-        "augment.repeats": 1,
-        "augment.erasing": 0,
-        "student.name": "vit_tiny_patch16_224",
-        "student.args": "{patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",
-        "student.drop_path": 0,
-        "optim.lr": 2e-3,
-        "optim.lr_reference_batch": 0,
-        "optim.warmup_epochs": 0,
-        "train.epochs": 1,
-        "train.batch_size": 16,
-        "train.precision": "off",
-        "train.ema_decay": 0,
-        "train.device": "cpu",
-        "evaluate.report": "false",
-        "output": output,
+    own = {
+        "data__image_size": 32,
+        "data__crop_fraction": None,
+        "augment__erasing": 0,
+        "student__name": "vit_tiny_patch16_224",
+        "teacher__name": None,
+        "teacher__random_weights": None,
+        "optim__lr": 2e-3,
+        "train__batch_size": 16,
+        "train__log_every_steps": None,
     }
-    return [item for key, value in fixed.items() for item in (f"--{key}", str(value))] + list(options)
+    return [*tiny(photos, output, **own), *options]
 
 
 def run(photos: Path, output: Path, *options: str) -> dict:
