@@ -36,7 +36,7 @@ def evaluate(
         processes: of the run.
         precision: of autocast.
         fusion: ``softmax`` or ``logits``, see `head_log_probabilities`.
-        teacher_predictions: [share], the teacher's classes in the order of `batches`; -1 where it has none.
+        teacher_predictions: [share], the teacher's classes in the order of `batches`; -1 for a missing answer.
 
     Returns:
         By model: ``{"n": …, "heads": {"cls": {"top1", "top5", "nll"}, "dist": …, "fused": …}, "agreement": …}``, with

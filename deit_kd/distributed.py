@@ -191,7 +191,7 @@ def _end_all(processes: Processes, refusal: Exception | None) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called `name`; ``auto`` is CUDA where there is one, else the CPU.
+    """Return the device called `name`; ``auto`` is CUDA if there is a device, else the CPU.
 
     Raises:
         InputError: CUDA is asked for and there is none, or the name is not a device.

@@ -203,7 +203,7 @@ class Trainer:
         return student.no_sync() if isinstance(student, DistributedDataParallel) and not last else nullcontext()
 
     def weights(self) -> dict[str, Any]:
-        """Return the networks that are scored: ``model`` and, where one is kept, its average ``ema``."""
+        """Return the networks that are scored: ``model`` and, if one is kept, its average ``ema``."""
         return {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
 
     def state(self) -> dict[str, Any]:

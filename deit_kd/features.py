@@ -61,7 +61,7 @@ def answer_with_features(
         last, maps = network.forward_intermediates(images, indices=places, output_fmt="NCHW")
         if len(maps) != len(places):  # crossvit has two branches
             raise InputError(
-                f"distill.terms: {type(model).__name__} does not hand out its layers one by one; name another"
+                f"distill.terms: {type(model).__name__} does not return its layers one by one; name another model"
             )
         features = {known[place]: found for place, found in zip(places, maps, strict=True)}
     else:

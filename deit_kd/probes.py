@@ -71,7 +71,7 @@ def pooled(output: Tensor, leading_tokens: int, channels: int | None = None) -> 
     """Return one vector per image [B, D]: the mean of the patches of [B, N, D], or of the places of a map.
 
     Args:
-        output: of a block [B, N, D] or a stage [B, D, h, w]; [B, h, w, D] (swin) where D is `channels`.
+        output: of a block [B, N, D] or a stage [B, D, h, w]; [B, h, w, D] (swin) if D is `channels`.
         leading_tokens: that stand before the patches.
         channels: D, if it is known.
     """

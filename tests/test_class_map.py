@@ -224,7 +224,7 @@ def test_columns_without_names_are_told(tmp_path: Path):
 
 
 def test_numbers_out_of_order_do_not_name_columns_without_names():
-    with pytest.raises(InputError, match="the dataset's numbers are not in order \\(class 1 is '10'\\)"):
+    with pytest.raises(InputError, match="the dataset's classes are numbers in another order \\(class 1 is '10'\\)"):
         mapped(NUMERALS, columns=12, label_set=None)
     assert mapped(("1", "2", "3"), columns=3, label_set=None) is None
 

@@ -123,7 +123,7 @@ YAML_CASES = [
     ("student: !!python/name:os.getcwd", "config: is not YAML (could not determine a constructor"),
     ("student: {args: {1: 2}}", "student.args.1"),
     ("student: {args: {a: !!binary aGVsbG8=}}", "student.args.a"),
-    ("student: {args: &all {all: *all}}", "config: the alias *all stands within itself"),
+    ("student: {args: &all {all: *all}}", "config: the alias *all contains itself"),
     ("seed: " + "[" * 100_000, "config: is nested more than 64 deep"),
     ("seed: '" + "[" * 100_000 + "'", "config: is nested more than 64 deep"),
     ("x0: &x0 1\n" + "".join(f"x{n}: &x{n} [{f'*x{n - 1}, ' * 9}]\n" for n in range(1, 12)), "100000 values"),

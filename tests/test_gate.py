@@ -142,8 +142,8 @@ def test_the_refusal_names_the_classes_and_the_map_that_mends_it() -> None:
     labels, predictions = answers(teacher(1), PHOTOS, 0)
     with pytest.raises(InputError) as refusal:
         check_columns({"name": "it"}, CLASSES, labels, exchange(predictions, 1, 4))
-    assert "'pants' answers 14 of 14 photos of 'hat', its own 0" in str(refusal.value)
-    assert "'hat' answers 49 of 49 photos of 'pants', its own 0" in str(refusal.value)
+    assert "'pants' answers 14 of 14 photos of 'hat', their own column 0" in str(refusal.value)
+    assert "'hat' answers 49 of 49 photos of 'pants', their own column 0" in str(refusal.value)
     entries = re.search(r"\{.*\}", str(refusal.value))
     assert entries is not None
     assert json.loads(entries[0]) == {"hat": 4, "pants": 1}

@@ -64,7 +64,7 @@ Scheduled = Annotated[
 
 
 def in_words(value: float | ScheduleSection | None) -> str:
-    """Return a key that is a number or describes a schedule as a person reads it."""
+    """Return a number or a schedule in words."""
     return "by the classes" if value is None else str(value) if isinstance(value, ScheduleSection) else f"{value:g}"
 
 

@@ -26,7 +26,7 @@ def key(default: Any, effect: Effect, **constraints: Any) -> Any:
     """Return the field of a key.
 
     Args:
-        default: its value unless set; ... where it must be set.
+        default: its value unless set; ... if it must be set.
         effect: what another value changes. A run is resumed with any value of a key that changes nothing; label stores
             and fitted teachers are found again by the keys that change them.
         constraints: as pydantic's ``Field`` takes them.
@@ -35,6 +35,6 @@ def key(default: Any, effect: Effect, **constraints: Any) -> Any:
 
 
 def effect_of(field: FieldInfo) -> Effect | None:
-    """Return what a field says that it changes; None where it does not say."""
+    """Return what a field declares that it changes; None if it declares nothing."""
     said = field.json_schema_extra
     return Effect(said["effect"]) if isinstance(said, dict) and "effect" in said else None

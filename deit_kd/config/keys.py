@@ -1,4 +1,4 @@
-"""A recipe by the paths of its keys: which there are, what each changes, and where two recipes differ."""
+"""A recipe by the paths of its keys: the known keys, what each changes, and the differences of two recipes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def differences(before: Mapping[str, Any], here: Mapping[str, Any], where: str) 
     Args:
         before: values by field; a key of the recipe that is not among them has its default.
         here: the same; only these fields are compared.
-        where: what is said of the values `before`, such as ``in the store``.
+        where: the words for the values `before`, such as ``in the store``.
     """
     defaults = flat(Config().model_dump(mode="json"))
     return [

@@ -28,7 +28,7 @@ MOST_VALUES = 100_000  # of a recipe, each as often as aliases repeat it
 def build_parser(program: str) -> ArgumentParser:
     """Return a parser of ``--config FILE`` and every key of `Config` as a dotted option.
 
-    The parser knows single values, lists and dicts, and never a class: where it does, it imports the module of
+    The parser knows single values, lists and dicts, and never a class: if it did, it would import the module of
     any ``class_path`` that a recipe names.
     """
     parser = ArgumentParser(
@@ -90,7 +90,7 @@ def load_recipe(text: str) -> Any:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Return the keys of a recipe file as they stand there, unchecked.
+    """Return the keys of a recipe file as written, unchecked.
 
     Raises:
         InputError: it is missing, or is not a recipe.
@@ -118,7 +118,7 @@ def _check_size(text: str) -> None:
             size = 1
         elif isinstance(event, yaml.AliasEvent):
             if anchor in [opened for opened, _ in within]:
-                raise InputError(f"config: the alias *{anchor} stands within itself; write the value out")
+                raise InputError(f"config: the alias *{anchor} contains itself; write the value out")
             size = sizes.get(str(anchor), 0)
         if anchor is not None and size:
             sizes[anchor] = size

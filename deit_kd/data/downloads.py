@@ -58,4 +58,4 @@ def _fetch(build: Any) -> Any:
         return build()
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"data.root: {reason}; set --data.download true where there is a network") from error
+        raise InputError(f"data.root: {reason}; set --data.download true on a machine with network access") from error

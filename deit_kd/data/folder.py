@@ -31,7 +31,9 @@ def folder(
     top = photos_root(root)
     train_folder, validation_folder = top / train_split, top / validation_split
     if validation_folder.is_dir() and not train_folder.is_dir():
-        raise InputError(f"data.train_split: {train_folder} is not a folder, though {validation_folder} is; name it")
+        raise InputError(
+            f"data.train_split: {train_folder} is not a folder, though {validation_folder} is; name the training folder"
+        )
     if not validation_folder.is_dir():
         return split_by_hash(_scan(train_folder if train_folder.is_dir() else top), validation_fraction)
     splits = Splits(_scan(train_folder), _scan(validation_folder))

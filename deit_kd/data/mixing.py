@@ -48,7 +48,7 @@ class Mixing:
         mixup: alpha of mixup's beta distribution (Zhang et al. 2018); 0 is off.
         cutmix: alpha of CutMix's (Yun et al. 2019); 0 is off.
         probability: that a pair is mixed at all.
-        switch_probability: of CutMix, where both are on.
+        switch_probability: of CutMix, if both are on.
         label_smoothing: mass spread evenly over all classes.
     """
 

@@ -23,7 +23,7 @@ class Photos:
     """Images with labels or without, on disk or in memory.
 
     Args:
-        names: one name for each image, relative to `root` where the images are files.
+        names: one name for each image, relative to `root` if the images are files.
         labels: the class of each image, an index into `classes`; -1 if it has none.
         classes: class names, in label order.
         root: the folder of the files; None when the images are in memory.

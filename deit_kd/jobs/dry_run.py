@@ -37,7 +37,7 @@ class Needs:
         evaluation_seconds: of one evaluation batch, reading its photos included.
         epoch_seconds: of an epoch's steps and its evaluation.
         checkpoint: bytes of one.
-        store: bytes of the label store that the run fills; 0 where it fills none.
+        store: bytes of the label store that the run fills; 0 if it fills none.
     """
 
     memory: int

@@ -137,7 +137,7 @@ class Objective:
 
         Args:
             student: logits of any float type, [B, C] each, and the features that `needs` names.
-            teacher: logits for the same views, [B, C], and features; None only where nothing is needed.
+            teacher: logits for the same views, [B, C], and features; None only if nothing is needed.
             targets: [B, C].
             place: share of the run that is done.
 

@@ -230,7 +230,7 @@ def _prefix_rows(length: int, tokens: int, grid: tuple[int, int], no_embed_class
 
 
 def _resized(model: Any, name: str, taken: Tensor, drawn: Tensor) -> Tensor | None:
-    """Return `taken` in the shape of `drawn` where only resolution or patch size differ, else None."""
+    """Return `taken` in the shape of `drawn` if only resolution or patch size differ, else None."""
     if taken.ndim != drawn.ndim:
         return None
     if name == "pos_embed" and taken.ndim == 3 and taken.shape[2] == drawn.shape[2]:

@@ -54,7 +54,7 @@ def check_fold(key: str, weights: str, here: Data, splits: Splits) -> None:
 
 
 def check_own_fold(run: Path, here: Data, splits: Splits) -> None:
-    """Refuse photos that a run has learned from, and its recipe's folds where the photos are others."""
+    """Refuse photos that a run has learned from, and its recipe's folds if the photos are others."""
     check_fold("data.fold", str(run), here, splits)
     own = recipe_of(run).data
     is_own = (here.folds, here.fold) == (own.folds, own.fold)

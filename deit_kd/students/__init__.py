@@ -1,4 +1,4 @@
-"""Students: timm models that answer with a class head and, where they have the token, a distillation head."""
+"""Students: timm models that answer with a class head and, if they have the token, a distillation head."""
 
 from deit_kd.students.build import build_student
 from deit_kd.students.connectors import ConnectedStudent, Connectors

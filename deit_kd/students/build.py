@@ -42,8 +42,8 @@ def build_student(
 
     Args:
         name: a timm name; with `distilled` one that has a distillation token, its plain twin, or a plain ViT
-            that a token is grafted onto; without it any model, where a name with a distillation token builds its
-            plain twin (no token, no second head).
+            that a token is grafted onto; without it any model; a name with a distillation token then builds its plain
+            twin (no token, no second head).
         pretrained: start from timm's weights.
         checkpoint: start from these weights instead, see `open_origin`.
         args: passed to ``timm.create_model`` (patch_size, embed_dim, depth, …).

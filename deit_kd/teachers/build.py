@@ -178,7 +178,7 @@ def _architecture(name: str | None, origin: Origin) -> str:
     """Return timm's name of the network, without a token that the weights do not have."""
     architecture = name or origin.architecture
     if architecture is None:
-        raise InputError(f"teacher.name: is not set, and {origin.name} does not say; name a timm model")
+        raise InputError(f"teacher.name: is not set, and {origin.name} does not record it; name a timm model")
     return architecture if origin.is_distilled or not origin.state else plain_twin(architecture)
 
 

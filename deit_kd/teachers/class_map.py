@@ -117,7 +117,7 @@ def build_class_map(
         label_set: one of `LABEL_SETS`, for weights without names.
         file: CSV or JSON, see `read_mapping`.
         label_columns: the columns of each of `label_names`; None is one each, in order.
-        column_labels: further names of single columns, where `label_columns` are given.
+        column_labels: further names of single columns, if `label_columns` are given.
 
     Raises:
         InputError: a class has no column, the columns have no names, or two classes share a column.
@@ -177,8 +177,8 @@ def _check_order(classes: tuple[str, ...], columns: int, timm_tag: bool) -> None
     if all(COLUMN.fullmatch(name) for name in classes) and list(classes) != sorted(classes, key=int):
         place = next(i for i, name in enumerate(sorted(classes, key=int)) if classes[i] != name)
         raise InputError(
-            f"teacher: its columns have no names, and the dataset's numbers are not in order (class {place} is "
-            f"{classes[place]!r}); {cure}"
+            "teacher: its columns have no names, and the dataset's classes are numbers in another order (class "
+            f"{place} is {classes[place]!r}); {cure}"
         )
 
 

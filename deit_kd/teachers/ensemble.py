@@ -21,7 +21,7 @@ class EnsembleTeacher(nn.Module):
     ``mean`` is the log of the weighted mean of their probabilities at T = 1, so that a temperature acts on the
     ensemble's distribution. ``draw`` lets one teacher answer each view, drawn by weight from the view's epoch and
     position: neither batch size nor number of processes matters, and a label store replays it. Every teacher
-    answers every batch; where a batch has no view ids, as in evaluation, ``draw`` answers as ``mean`` does.
+    answers every batch; if a batch has no view ids, as in evaluation, ``draw`` answers like ``mean``.
 
     Args:
         members: the teachers.

@@ -59,7 +59,7 @@ class FrozenTeacher(nn.Module):
         dtype: of weights and input; logits come back in fp32.
         channels_last: memory format of weights and input.
         compiled: run the network through ``torch.compile``.
-        class_map: turns the network's columns into the dataset's classes; None where they are the same.
+        class_map: turns the network's columns into the dataset's classes; None if they are the same.
         interpolation: of the resize, ``bicubic`` or ``bilinear``; the whole view is resized, nothing is cropped.
         facts: what a run records about this teacher.
         notes: further lines to print.

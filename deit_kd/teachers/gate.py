@@ -90,8 +90,8 @@ def check_columns(
         answers = predictions[(labels == label) & (predictions >= 0)]
         own, other = (int((answers == place).sum()) for place in (label, column))
         seen.append(
-            f"the column of {classes[column]!r} answers {other} of {len(answers)} photos of {classes[label]!r}, "
-            f"its own {own}"
+            f"the column of {classes[column]!r} answers {other} of {len(answers)} photos of {classes[label]!r}, their "
+            f"own column {own}"
         )
     more = f"; {len(pairs) - LONGEST_LIST} more" if len(pairs) > LONGEST_LIST else ""
     raise InputError(

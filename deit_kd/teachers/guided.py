@@ -10,7 +10,7 @@ class GuidedTeacher:
     """Answers a batch with the logits of one teacher and the features of another.
 
     Args:
-        answers: gives the logits; None where only features are compared.
+        answers: gives the logits; None if only features are compared.
         guide: gives the features.
     """
 

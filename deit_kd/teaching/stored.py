@@ -64,7 +64,7 @@ def stored_teacher(run: Run) -> StoredTeacher:
     together(processes, look)
     if processes.is_main:
         cycled = f", repeated for {config.train.epochs} epochs" if needed < config.train.epochs else ""
-        say(f"store: {config.teacher.store}, {needed} epochs of views{cycled}; the teacher is not in memory")
+        say(f"store: {config.teacher.store}, {needed} epochs of views{cycled}; the teacher is not loaded")
     run.loader.cycle_views(epochs)
     run.loader.order_as(store.views_version)
     return StoredTeacher(store, epochs, verify_once)
@@ -102,7 +102,7 @@ class StoredAnswers(NamedTuple):
 
     score: dict[str, Any]  # ``top1``, ``top5`` and ``nll``, as measured
     predictions: Tensor  # [n]
-    logits: Tensor | None  # [n, C]; None where the store holds hard labels alone
+    logits: Tensor | None  # [n, C]; None if the store holds only hard labels
 
 
 def stored_validation(config: Config, photos: Photos) -> StoredAnswers:
