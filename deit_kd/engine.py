@@ -179,8 +179,8 @@ class Trainer:
             # What GradScaler passes to torch's fused optimisers: 1 skips the step without waiting for the device.
             self.optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif applied:  # The other optimisers wait for the device, and torch's at their first step, whose momentum they
-            self.optimizer.step()  # would begin in memory that a step left out does not fill.
+        elif applied:  # Other optimisers wait for the device; torch's do so at their first step, since leaving it out
+            self.optimizer.step()  # would start their momentum from uninitialised memory.
             self._has_stepped = True
         self.scaler.update()
         self.optimizer.zero_grad()

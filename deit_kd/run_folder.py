@@ -75,7 +75,7 @@ class Facts(TypedDict):
 
 
 def kept_weights(scored: Collection[str]) -> Literal["model", "ema"]:
-    """Return which weights a run keeps of those that it scores: the averaged ones if there are any."""
+    """Return which of the scored weights a run keeps: the averaged ones if there are any."""
     return "ema" if "ema" in scored else "model"
 
 

@@ -357,7 +357,7 @@ def test_photos_of_a_students_classes_may_be_scored(
         (lambda _: THOUSAND, WORDS[:10], "has 1000 classes, the data have 10"),
         (of_ten, WORDS[:10], "class 0 is 'n01440764' there and 'thing 0000' here"),
         (of_ten, NUMBERS[:10], "class 0 is 'n01440764' there and '0000' here"),
-        (bare, WORDS[:10], "nothing says which classes its head stands for, and their number does not tell"),
+        (bare, WORDS[:10], "nothing says which classes its head stands for, and their number does not identify them"),
         (bare, WORDS[:9], "has 10 classes, the data have 9"),
     ],
 )

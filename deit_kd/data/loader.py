@@ -166,7 +166,7 @@ class TrainingLoader:
     def batches(self, first_step: int, lent: bool = False) -> Iterable[Batch]:
         """Return this process's micro-batches from `first_step` to the end of the run.
 
-        With `lent`, which spares a copy, a batch's images may be overwritten once the next batch is asked for.
+        With `lent`, which saves a copy, a batch's images may be overwritten once the next batch is requested.
         """
         self._batch_sampler.first_step = first_step
         return self._load(self._batch_sampler, lent)

@@ -65,7 +65,7 @@ def _shuffled_rounds(block: np.ndarray, rounds: int, choices: np.random.Generato
 
 
 class TrainingBatchSampler(Sampler[list[ViewKey]]):
-    """Deals the whole of training, micro-batch by micro-batch, to one process.
+    """Deals the views of a whole run, micro-batch by micro-batch, to one process.
 
     Optimiser step s of an epoch takes positions ``[s * batch_size, (s + 1) * batch_size)``; micro-step a of
     rank r takes one contiguous block of them, so that no pair is split. The last incomplete batch of an

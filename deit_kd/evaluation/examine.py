@@ -88,8 +88,8 @@ def examine(source: Source, config: Config, split: str, processes: Processes) ->
     if stored is not None:
         if bool((stored.predictions[answers.indices] < 0).any()):
             raise InputError(
-                f"teacher.store: {config.teacher.store} has no answers for photos that were unreadable when it was "
-                "built and can be read now; rebuild it"
+                f"teacher.store: {config.teacher.store} has no answers for photos that were unreadable when the store "
+                "was built and can be read now; rebuild it"
             )
         logits = None if stored.logits is None else stored.logits[answers.indices]
         answers = answers._replace(teacher_predictions=stored.predictions[answers.indices], teacher_logits=logits)

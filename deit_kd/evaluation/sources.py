@@ -172,7 +172,7 @@ def check_classes(source: Source, ours: tuple[str, ...]) -> None:
                 f"data.root: {source.name} has {count} classes, the data have {len(ours)}; name photos of its classes"
             )
         raise InputError(
-            f"{source.name}: nothing says which classes its head stands for, and their number does not tell; "
+            f"{source.name}: nothing says which classes its head stands for, and their number does not identify them; "
             'write {"label_names": ["…", …]}, in the order of its head, to config.json beside its weights'
         )
     for position in range(max(len(theirs), len(ours))):

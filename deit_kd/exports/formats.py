@@ -164,7 +164,7 @@ def check_processor(folder, size):
     expected = (colour / 255 - torch.tensor(said["image_mean"])) / torch.tensor(said["image_std"])
     expected = expected.view(1, 3, 1, 1).expand(1, 3, size, size)
     assert seen.shape == expected.shape, f"its processor gives {tuple(seen.shape)}"
-    assert torch.allclose(seen, expected, atol=1e-4), "its processor normalises otherwise"
+    assert torch.allclose(seen, expected, atol=1e-4), "its processor normalises differently"
 """
 _READ_ONNX = """
 import onnxruntime

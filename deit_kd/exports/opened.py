@@ -70,7 +70,7 @@ def open_exported(file: Path) -> OpenedModel:
         facts: Facts = checked({key: json.loads(value) for key, value in said.items() if key in _KEYS}, Facts)
     except ValueError as error:
         raise InputError(
-            f"{file}: does not say its classes and how images are prepared ({error}); export the run with deit-kd"
+            f"{file}: does not record its classes and preprocessing ({error}); export the run with deit-kd"
         ) from error
     given = {*(output.name for output in session.get_outputs())}
     if not given >= set(facts["outputs"]) or [one.name for one in session.get_inputs()] != ["images"]:

@@ -89,7 +89,7 @@ def bench(
 
 
 def _measure(timed: Parts, device: torch.device, rounds: int) -> Clock:
-    """Return the rates of all parts; every other round goes through them backwards."""
+    """Return the rates of all parts; every other round runs them in reverse order."""
     clock = Clock(device)
     timed.warm_up()
     for turn in range(rounds):

@@ -13,7 +13,7 @@ CURVES_FILE = "curves.png"
 
 
 def plot(folders: list[Path], file: Path | None) -> Path:
-    """Draw the curves of runs over each other.
+    """Draw the curves of one or several runs into one image.
 
     Args:
         folders: of runs, finished or not.

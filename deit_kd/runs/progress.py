@@ -98,7 +98,7 @@ class Progress:
         return BadStep(self.step + 1 + index, terms, is_finite)
 
     def state(self, processes: Processes) -> dict[str, Any]:
-        """Return what a checkpoint keeps; all processes must ask."""
+        """Return what a checkpoint keeps; all processes must call it."""
         mine = self._rows()
         rows = torch.zeros(processes.count, *mine.shape, device=self._device)
         rows[processes.rank] = mine

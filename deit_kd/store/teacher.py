@@ -60,7 +60,7 @@ class RecordingTeacher:
     Views that a batch lacks are marked as missing.
 
     Args:
-        teacher: the other teacher.
+        teacher: to run.
         store: this process may write pieces to it.
     """
 

@@ -7,7 +7,7 @@ from deit_kd.teachers.frozen import FrozenTeacher
 from deit_kd.teachers.gate import check_columns, check_features, check_score, exchanged_columns, least_top1
 from deit_kd.teachers.guided import GuidedTeacher
 
-NetworkTeacher = FrozenTeacher | EnsembleTeacher  # what asks networks, one or several
+NetworkTeacher = FrozenTeacher | EnsembleTeacher  # teachers that run one or several networks
 
 __all__ = [
     "ClassMap",
