@@ -158,10 +158,10 @@ def read_arms(file: Path, base: str | None) -> dict[str, dict[str, Any]]:
     arms = {name: arm or {} for name, arm in read_recipe(file).items()}
     wrong = [name for name, arm in arms.items() if not isinstance(arm, dict)]
     if not arms or wrong:
-        raise InputError(f"--arms: {file}: {wrong or 'nothing'} is no arm, which is a name and keys with values")
+        raise InputError(f"--arms: {file}: {wrong or 'nothing'} is not an arm, which is a name and keys with values")
     base = next(iter(arms)) if base is None else base
     if base not in arms:
-        raise InputError(f"--base: {base!r} is no arm; use one of {', '.join(arms)}")
+        raise InputError(f"--base: {base!r} is not an arm; use one of {', '.join(arms)}")
     return {base: arms[base], **arms}
 
 

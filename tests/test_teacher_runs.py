@@ -161,7 +161,7 @@ def test_grafted_run_is_evaluated_from_its_own_weights(photos, assistant, tmp_pa
 
 @pytest.mark.parametrize(("name", "blocks"), [("vit_small_patch14_reg4_dinov2", 2), ("vit_small_patch16_dinov3", 0)])
 def test_grafted_student_with_registers_is_seen_from_inside(photos, assistant, tmp_path, name, blocks):
-    """Its registers stand between its tokens and its patches; the blocks of an Eva are no plain ones."""
+    """Its registers stand between its tokens and its patches; the blocks of an Eva are not plain ones."""
     shape = "{embed_dim: 32, depth: 2, num_heads: 2}"
     size = ["--data.image_size", "28" if "14" in name else "32", "--student.name", name, "--student.args", shape]
     run(photos, tmp_path / "run", *size, "--teacher.checkpoint", str(assistant), "--evaluate.report", "true")
