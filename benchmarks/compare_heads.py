@@ -3,7 +3,8 @@
     for run in RUNS/*; do deit-kd eval $run; done
     python benchmarks/compare_heads.py RUNS --base none --variants soft hard --seeds 0 1 2
 
-Each run lies in ``RUNS/<variant>-<seed>``; ``deit-kd eval`` wrote what its heads said about every image.
+Each run lies in ``RUNS/<variant>-<seed>``; ``deit-kd eval`` wrote what its heads said about every image. All heads are
+compared with the base's fused head, or with its class head where it has no other.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["soft", "hard"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
-    base = np.stack([right(options.folder / f"{options.base}-{seed}")["cls"] for seed in options.seeds])
+    of_base = [right(options.folder / f"{options.base}-{seed}") for seed in options.seeds]
+    speaker = "fused_softmax" if "fused_softmax" in of_base[0] else "cls"
+    base = np.stack([heads[speaker] for heads in of_base])
     table = Table(title=f"top-1 %, {base.shape[1]} images, seeds {options.seeds}")
-    for column in ("variant", "head", "mean", "by seed", f"over {options.base}'s cls", "95 % interval"):
+    for column in ("variant", "head", "mean", "by seed", f"over {options.base}'s {speaker}", "95 % interval"):
         table.add_column(column)
     for variant in [options.base, *options.variants]:
         by_seed = [right(options.folder / f"{variant}-{seed}") for seed in options.seeds]
