@@ -220,3 +220,8 @@ def test_every_key_of_a_recipe_says_what_it_changes() -> None:
 )
 def test_a_recipe_says_in_words_what_the_student_learns_from(options: list[str], words: str) -> None:
     assert parse_config(options)[0].distill.described() == words
+
+
+def test_a_recipe_without_its_option_is_told_the_option() -> None:
+    with pytest.raises(InputError, match=r"mine\.yaml: is not an option; a recipe is named with --config mine\.yaml"):
+        parse_config(["mine.yaml"])

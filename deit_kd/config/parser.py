@@ -179,6 +179,8 @@ def _one_line(message: str) -> str:
     unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
     unknown = unknown or re.search(r"Option '([\w.]+)' is not accepted", message)
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    if unknown and unknown[1].endswith((".yaml", ".yml")) and not unknown[1].startswith("-"):
+        return f"{unknown[1]}: is not an option; a recipe is named with --config {unknown[1]}"
     if unknown or in_group:
         key = unknown[1].lstrip("-").split("=")[0] if unknown else f"{in_group[1]}.{in_group[2]}" if in_group else ""
         return f"{key}: unknown key{_nearest_key(key)}"
