@@ -145,3 +145,18 @@ def test_links_and_paths_in_the_docs_lead_somewhere(page: str) -> None:
             assert anchor in [re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings], link
     for path in re.findall(r"\b(?:configs|benchmarks|docs|scripts)/[\w/.-]*\w", text):
         assert (REPOSITORY / path).exists(), f"{page}: {path}"
+
+
+def test_the_map_names_every_room_and_every_file_beside_the_rooms() -> None:
+    section = README.read_text().partition("\n## Map\n")[2]
+    package = REPOSITORY / "deit_kd"
+    rooms = {f"deit_kd/{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    files = {f"deit_kd/{path.name}" for path in package.glob("*.py") if path.name != "__init__.py"}
+    assert {name for name in rooms | files if f"`{name}`" not in section} == set()
+    named = set(re.findall(r"`(deit_kd/[\w/.]+)`", section))
+    assert {name for name in named if not (REPOSITORY / name).exists()} == set()
+
+
+def test_every_file_begins_with_its_phrase() -> None:
+    files = sorted((REPOSITORY / "deit_kd").rglob("*.py"))
+    assert [str(file) for file in files if not file.read_text().startswith('"""')] == []
