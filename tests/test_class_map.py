@@ -395,3 +395,8 @@ def test_teacher_below_the_gate_is_refused(top1, nll, min_top1, reason):
 def test_teacher_above_the_gate_may_teach():
     check_score("it", 65.0, 1.0, [0] * 50 + [1] * 50, None)
     check_score("it", 10.0, 1.0, [0] * 50 + [1] * 50, 0.0)
+
+
+def test_a_fitted_teacher_that_cannot_teach_is_to_be_fitted_longer() -> None:
+    with pytest.raises(InputError, match=r"below 65\.00 %; it was fitted on too few steps: raise teacher\.fit\.epochs"):
+        check_score("it", 64.0, 1.0, [0] * 50 + [1] * 50, None, fitted=True)

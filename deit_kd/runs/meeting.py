@@ -81,7 +81,7 @@ def _met(
             whole[rank :: len(shares)] = share
         if section.min_top1 != 0:
             check_columns(facts, run.classes, np.asarray(labels), whole)
-        check_score(facts["name"], score["top1"], score["nll"], labels, section.min_top1)
+        check_score(facts["name"], score["top1"], score["nll"], labels, section.min_top1, bool(section.fit.epochs))
     _say_met(run, role, teacher, facts)
     return facts, predictions
 
@@ -92,7 +92,13 @@ def _met_headless(
     """Check the features of a teacher without a head; return what the run records about it."""
     facts["score"] = score_headless(run, teacher)
     if not facts["random_weights"]:
-        check_features(facts["name"], facts["score"]["knn"], run.splits.validation.labels, section.min_top1)
+        check_features(
+            facts["name"],
+            facts["score"]["knn"],
+            run.splits.validation.labels,
+            section.min_top1,
+            bool(section.fit.epochs),
+        )
     _say_met(run, role, teacher, facts)
     return facts
 

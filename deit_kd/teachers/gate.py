@@ -29,7 +29,9 @@ def least_top1(labels: Sequence[int]) -> float:
     return 100 * min(1.0, share + 3 * math.sqrt(share * (1 - share) / len(labels)))
 
 
-def check_score(name: str, top1: float, nll: float, labels: Sequence[int], min_top1: float | None) -> None:
+def check_score(
+    name: str, top1: float, nll: float, labels: Sequence[int], min_top1: float | None, fitted: bool = False
+) -> None:
     """Raise an InputError unless the teacher's score on validation is good enough to teach.
 
     Args:
@@ -38,6 +40,7 @@ def check_score(name: str, top1: float, nll: float, labels: Sequence[int], min_t
         nll: measured in the same way; not finite if an output is not.
         labels: of the validation set.
         min_top1: the recipe's minimum, in percent; None is `least_top1`.
+        fitted: whether it was trained on these photos, so that its classes and preprocessing are right.
     """
     if not math.isfinite(nll):
         raise InputError(
@@ -46,9 +49,14 @@ def check_score(name: str, top1: float, nll: float, labels: Sequence[int], min_t
         )
     least = least_top1(labels) if min_top1 is None else min_top1
     if top1 < least:
+        cure = (
+            "it was fitted on too few steps: raise teacher.fit.epochs"
+            if fitted
+            else "its classes, size or normalisation may be wrong: see docs/guide/teachers.md"
+        )
         raise InputError(
             f"teacher.min_top1: {name} scores {top1:.2f} % on {len(labels)} validation images, below {least:.2f} %; "
-            "its classes, size or normalisation may be wrong: see docs/guide/teachers.md, or lower teacher.min_top1"
+            f"{cure}, or lower teacher.min_top1"
         )
 
 
