@@ -49,18 +49,15 @@ def check_score(
         )
     least = least_top1(labels) if min_top1 is None else min_top1
     if top1 < least:
-        cure = (
-            "it was fitted on too few steps: raise teacher.fit.epochs"
-            if fitted
-            else "its classes, size or normalisation may be wrong: see docs/guide/teachers.md"
-        )
         raise InputError(
             f"teacher.min_top1: {name} scores {top1:.2f} % on {len(labels)} validation images, below {least:.2f} %; "
-            f"{cure}, or lower teacher.min_top1"
+            f"{_cure('classes, size or normalisation', fitted)}, or lower teacher.min_top1"
         )
 
 
-def check_features(name: str, knn: float, labels: Sequence[int], least_score: float | None) -> None:
+def check_features(
+    name: str, knn: float, labels: Sequence[int], least_score: float | None, fitted: bool = False
+) -> None:
     """Raise an InputError unless the features of a teacher without a head separate classes better than guessing.
 
     Args:
@@ -68,14 +65,20 @@ def check_features(name: str, knn: float, labels: Sequence[int], least_score: fl
         knn: its k-NN score on validation, leave-one-out, in percent.
         labels: of the validation set.
         least_score: the recipe's minimum, in percent; None is `least_top1`.
+        fitted: whether it was trained on these photos.
     """
     least = least_top1(labels) if least_score is None else least_score
     if knn < least:
         raise InputError(
             f"teacher.min_top1: the features of {name} score {knn:.2f} % by k-NN on {len(labels)} validation images, "
-            f"below {least:.2f} %; its size or normalisation may be wrong: see docs/guide/teachers.md, or lower "
-            "teacher.min_top1"
+            f"below {least:.2f} %; {_cure('size or normalisation', fitted)}, or lower teacher.min_top1"
         )
+
+
+def _cure(doubtful: str, fitted: bool) -> str:
+    if fitted:
+        return "it was fitted on too few steps: raise teacher.fit.epochs"
+    return f"its {doubtful} may be wrong: see docs/guide/teachers.md"
 
 
 def check_columns(
