@@ -23,6 +23,7 @@ from deit_kd.files import checked, held, read_json, write_atomically, write_json
 from deit_kd.interfaces import InputError
 from deit_kd.models.state import tensors_hash
 from deit_kd.randomness import VIEWS_VERSION
+from deit_kd.run_folder import ScoreRecord
 from deit_kd.store.record import Record, is_missing, is_whole
 
 FORMAT = 1
@@ -58,14 +59,6 @@ class Manifest(TypedDict):
     validation: Annotated[int, Field(ge=0, lt=2**40)]
     libraries: Annotated[list[dict[str, str]], Field(min_length=1)]
     teacher: TeacherOfStore
-
-
-class Measured(TypedDict):
-    """What the teacher scored on the validation set."""
-
-    top1: float
-    top5: float | None
-    nll: float
 
 
 class LabelStore:
@@ -220,7 +213,7 @@ class LabelStore:
         file = self._file(VALIDATION)
         _, metadata = self._read(file, self._rows(VALIDATION))
         try:
-            score: dict[str, float | None] = checked(json.loads(metadata["notes"]), Measured)
+            score: dict[str, float | None] = checked(json.loads(metadata["notes"]), ScoreRecord)
         except ValueError as error:
             raise self._broken(file, str(error)) from error
         return score
