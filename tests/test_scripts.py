@@ -38,6 +38,11 @@ def test_neither_memory_nor_open_files_grow_over_a_hundred_steps() -> None:
     assert re.search(r"steps: 105, evaluations: 3; .* open files by -?\d+ ", done.stdout)
 
 
+def test_every_mutation_has_its_line_and_its_tests() -> None:
+    done = program("mutate", "--dry-run")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize(
     ("before", "here", "is_same"),
     [
