@@ -11,6 +11,8 @@ if TYPE_CHECKING:  # the command line needs the errors without waiting for torch
     import torch
     from torch import Tensor
 
+FEATURE_KINDS = ("guide", "pooled")  # of terms that compare features; the others compare logits
+
 
 class InputError(Exception):
     """An input from the user cannot be used; the message is one line: value, reason, cure."""

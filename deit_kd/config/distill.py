@@ -16,6 +16,7 @@ from pydantic import (
 
 from deit_kd.config.effects import RESULT, key
 from deit_kd.config.sections import Section
+from deit_kd.interfaces import FEATURE_KINDS
 from deit_kd.schedules import Schedule, always
 
 
@@ -124,9 +125,6 @@ class TermSection(Section):
     def _own_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         own = {"kind", "weight", *_KEYS_OF_TERM[self.kind]}
         return {key: value for key, value in dump(self).items() if key in own}
-
-
-FEATURE_KINDS = ("guide", "pooled")
 
 
 class Distill(Section):
