@@ -182,7 +182,7 @@ def test_a_class_that_the_teacher_does_not_name_is_refused(tmp_path: Path, saved
         ({"name": "resnet19"}, r"not a timm model \(nearest: resnet1"),
         (
             {"name": "test_vit", "args": {"global_pool": ""}, "student": seen_at(160)},
-            r"with \[2, 101, 3\], not \[2, 3",
+            r"returns \[2, 101, 3\] for two images, not \[2, 3",
         ),
         ({"checkpoint": "nowhere"}, "teacher.checkpoint: nowhere holds no weights"),
         ({"name": "test_vit", "student": seen_at(20)}, "image_size: 20 is not a multiple of teacher.name's patch"),
