@@ -107,16 +107,15 @@ def judge(
     students = {name: answers[_speaker(answers)] for name, answers in others.items()}
     heads = every_head(output)
     both_heads = output.dist_logits is not None
-    named = {**heads, **({"fused": heads[f"fused_{fusion}"]} if both_heads else {})}
     teacher = None if teacher_logits is None else teacher_logits.float().log_softmax(-1)
     scored = {**heads, **({} if teacher is None else {"teacher": teacher})}
-    scores = {name: _score(values, labels, seed) for name, values in scored.items()}
+    rows = {name: answered(values, labels) for name, values in scored.items()}
+    scores = {name: _score(values, rows[name], labels, seed) for name, values in scored.items()}
     if both_heads:
         scores["fused"] = scores[f"fused_{fusion}"]
-    predictions = {name: values.argmax(-1) for name, values in named.items() if not name.startswith("fused_")}
-    if teacher is not None:
-        predictions["teacher"] = teacher.argmax(-1)
-    elif teacher_predictions is not None:
+    speakers = {"cls": "cls", "dist": "dist", "fused": f"fused_{fusion}", "teacher": "teacher"}
+    predictions = {name: rows[speaker].predicted for name, speaker in speakers.items() if speaker in rows}
+    if teacher is None and teacher_predictions is not None:
         predictions["teacher"] = teacher_predictions
         scores["teacher"] = _score_of_classes(teacher_predictions, labels, seed)
     fitted, held_out = _halves(len(labels), seed)
@@ -133,9 +132,8 @@ def judge(
     }
 
 
-def _score(log_probabilities: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
-    rows, probabilities = answered(log_probabilities, labels), log_probabilities.exp()
-    values = per_image(log_probabilities, rows)
+def _score(log_probabilities: Tensor, rows: Answered, labels: Tensor, seed: int) -> dict[str, Any]:
+    values, probabilities = per_image(log_probabilities, rows), log_probabilities.exp()
     gaps = calibration_gaps(probabilities, labels)
     means = bootstrap_means(torch.cat([torch.stack(list(values.values()), dim=1), gaps], dim=1), seed)
     spread = {name: interval(means[:, column]) for column, name in enumerate(values)}
