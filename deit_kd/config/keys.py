@@ -23,16 +23,6 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Return every key of the schema with its path, e.g. ``distill.temperature``."""
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
 @cache
 def effects(section: type[BaseModel] = Config, prefix: str = "") -> Mapping[str, Effect]:
     """Return what each key of the schema changes, by its path."""
@@ -44,6 +34,12 @@ def effects(section: type[BaseModel] = Config, prefix: str = "") -> Mapping[str,
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             found |= effects(field.annotation, f"{prefix}{name}.")
     return found
+
+
+def known_keys() -> list[str]:
+    """Return every section and key of the schema with its path, e.g. ``distill`` and ``distill.temperature``."""
+    parts = [path.split(".") for path in effects()]
+    return list(dict.fromkeys(".".join(names[:depth]) for names in parts for depth in range(1, len(names) + 1)))
 
 
 def keys_that_change(effect: Effect, prefixes: Iterable[str] = ("",)) -> list[str]:
