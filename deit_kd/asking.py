@@ -167,8 +167,9 @@ def score_teacher(
         ``{"top1", "top5", "nll"}`` over all processes, and the predictions [share] of this process; -1 for images
         that are missing.
     """
-    rows: list[Answered] = []
-    predictions = []
+    nothing = torch.empty(0, classes, device=processes.device)
+    rows = [answered(nothing, nothing.argmax(-1))]  # a process may have no image at all
+    predictions = [rows[0].predicted]
     lacking = 0
     for batch in batches:
         batch = batch.to(processes.device)

@@ -228,6 +228,12 @@ def test_scores_and_agreement_are_over_what_is_there_and_the_teacher_stays_align
     assert answers.labels.tolist() == batch.labels[there].tolist()
 
 
+def test_a_process_without_images_has_no_predictions_of_the_teacher() -> None:
+    found, predictions = score_teacher(pixel_teacher, [], classes=3, total=2, processes=ONE_PROCESS)
+    assert found == {"top1": 0.0, "top5": None, "nll": 0.0}
+    assert predictions.tolist() == []
+
+
 def test_a_split_of_which_nothing_can_be_read_is_refused() -> None:
     with pytest.raises(InputError, match="no image can be read"):
         score_teacher(pixel_teacher, [lacking(make_batch(2), 0, 1)], classes=3, total=2, processes=ONE_PROCESS)
