@@ -29,11 +29,11 @@ class QuickJitter:
     """torchvision's colour jitter: the same draws, the same order, the same pixels."""
 
     def __init__(self, jitter: ColorJitter) -> None:
-        self._jitter = jitter
+        self.jitter = jitter
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Return `image` (RGB) with brightness, contrast, saturation and hue changed in a random order."""
-        jitter = self._jitter
+        jitter = self.jitter
         order, *factors = jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
         for index in order.tolist():
             if factors[index] is not None:
