@@ -273,11 +273,11 @@ def test_without_skip_the_photo_is_named_and_a_resumed_run_may_skip_it(
     assert [line["path"] for line in errors(tmp_path / "run")] == [BAD_TRAIN[0]]
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("cache", ["none", "memory"])
 def test_more_than_max_errors_end_the_run_and_are_listed(
-    in_memory: bool, bad_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cache: str, bad_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {**SKIP, "data__max_errors": 4, "data__in_memory": in_memory, "train__checkpoint_every_steps": 1}
+    options = {**SKIP, "data__max_errors": 4, "data__cache": cache, "train__checkpoint_every_steps": 1}
     line = refused(["train", *tiny(bad_root, tmp_path / "run", **options)], capsys)
     listed = {(line["split"], line["path"]) for line in errors(tmp_path / "run")}
     assert f"data.max_errors: {len(listed)} photos are unreadable, more than 4; the last: " in line
@@ -306,8 +306,8 @@ def test_a_resumed_run_lists_each_view_once_and_ends_as_the_unbroken_one(bad_roo
 
 
 def test_photos_in_memory_are_skipped_alike(bad_root: Path, tmp_path: Path) -> None:
-    for name, kept in (("files", False), ("memory", True)):
-        assert main(["train", *tiny(bad_root, tmp_path / name, **SKIP, data__in_memory=kept)]) == 0
+    for name, cache in (("files", "none"), ("memory", "memory")):
+        assert main(["train", *tiny(bad_root, tmp_path / name, **SKIP, data__cache=cache)]) == 0
     assert records(tmp_path / "files") == records(tmp_path / "memory")
     assert errors(tmp_path / "files") == errors(tmp_path / "memory")
 

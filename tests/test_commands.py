@@ -217,6 +217,7 @@ def test_a_fitted_teacher_is_found_again(
         (["--teacher.fit.optim.lr", "0.002"], "teacher.fit.optim.lr: 0.004 there, 0.002 here"),
         (["--data.mean", "[0.5, 0.5, 0.5]"], "mean: item 0 is 0.485 there, 0.5 here"),
         (["--data.image_size", "24"], "image_size: 16 there, 24 here"),
+        (["--data.cache_size", "20"], "cache_size: None there, 20 here"),
     ],
 )
 def test_any_difference_fits_anew_and_is_named(

@@ -38,6 +38,15 @@ def test_an_option_overrides_the_recipe_file(tmp_path: Path) -> None:
     assert (parsed.distill.kind, parsed.distill.temperature, parsed.seed) == ("soft", 2.0, 3)
 
 
+@pytest.mark.parametrize(
+    ("written", "cache"),
+    [("in_memory: true", "memory"), ("in_memory: false", "none"), ("{in_memory: false, cache: memory}", "memory")],
+)
+def test_a_recipe_from_before_photos_had_a_cache_is_read(written: str, cache: str, tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text(f"data: {written}" if "{" in written else f"data:\n  {written}\n")
+    assert config("--config", str(tmp_path / "old.yaml")).data.cache == cache
+
+
 def test_the_recipe_is_named_after_its_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("seed: 3\n")
     assert config("--config", str(tmp_path / "mine.yaml")).recipe == "mine"

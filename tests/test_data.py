@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,6 +20,7 @@ from deit_kd.data.photos import split_by_hash
 from tests.helpers import CLASSES, REPOSITORY, write_photos
 from tests.tiny_parts import array_photos, folder_splits
 
+CPU = torch.device("cpu")
 CLOTHING = REPOSITORY.parent / "shared" / "data" / "clothing160"
 
 
@@ -178,14 +180,14 @@ def test_imagenette_is_read_from_torchvisions_folder(tmp_path: Path) -> None:
 
 def test_photos_in_memory_are_the_files(photos_root: Path) -> None:
     photos = splits(photos_root).train
-    kept = photos.in_memory()
+    kept = photos.cached("memory", CPU)
     assert kept.digest() == photos.digest()
     for index in range(len(photos)):
         assert kept.image(index).tobytes() == photos.image(index).tobytes()
 
 
 def test_photos_in_memory_need_no_file(tmp_path: Path) -> None:
-    kept = splits(write_photos(tmp_path, {"train": 3, "validation": 3})).train.in_memory()
+    kept = splits(write_photos(tmp_path, {"train": 3, "validation": 3})).train.cached("memory", CPU)
     for file in tmp_path.rglob("*.*"):
         file.unlink()
     assert kept.subset([1]).image(0).size == kept.image(1).size

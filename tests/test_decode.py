@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageSequence, PngImagePlugin
 
 from deit_kd import InputError
@@ -209,8 +210,8 @@ def test_a_link_to_nowhere_is_unreadable_from_the_start(root: Path) -> None:
 def test_photos_in_memory_keep_why_one_cannot_be_read(root: Path) -> None:
     (root / "train" / "dots" / "001.png").write_bytes(b"no image")
     with pytest.raises(UnreadableImage):
-        folder_splits(root).train.in_memory()
-    kept = folder_splits(root).train.in_memory(skip=True)
+        folder_splits(root).train.cached("memory", torch.device("cpu"))
+    kept = folder_splits(root).train.cached("memory", torch.device("cpu"), skip=True)
     with pytest.raises(UnreadableImage, match=r"dots/001\.png: cannot be read"):
         kept.image(3)
     assert kept.image(2).mode == "RGB"

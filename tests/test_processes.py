@@ -36,7 +36,7 @@ def shared(finished: Finished, photos_root: Path, output: Path, **options: Any) 
 def one_and_two(finished: Finished, photos_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     home = tmp_path_factory.mktemp("processes")
     assert main(["train", *shared(finished, photos_root, home / "one")]) == 0
-    code = torchrun(shared(finished, photos_root, home / "two"), home / "said.txt")
+    code = torchrun(shared(finished, photos_root, home / "two", data__cache="memory"), home / "said.txt")
     assert code == 0, (home / "said.txt").read_text()
     return home / "one", home / "two"
 

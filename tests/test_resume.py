@@ -93,6 +93,19 @@ def test_workers_and_records_may_change_on_resume(finished: Finished, tmp_path: 
     assert_same_end(finished, tmp_path)
 
 
+def test_a_run_from_before_photos_had_a_cache_is_resumed(finished: Finished, tmp_path: Path) -> None:
+    arguments = copied(finished, tmp_path)
+    recipe = tmp_path / "run" / "config.yaml"
+    old = recipe.read_text().replace("  cache: none\n", "  in_memory: true\n").replace("  cache_size: null\n", "")
+    assert "in_memory" in old
+    assert "cache" not in old
+    recipe.write_text(old)
+    newest_two(tmp_path / "run")[1].unlink()
+    assert main(["train", *arguments]) == 0
+    assert_same_end(finished, tmp_path)
+    assert "cache: none" in recipe.read_text()
+
+
 def test_the_checkpoint_that_a_run_goes_on_from_does_not_stay_in_memory(photos_root: Path, tmp_path: Path) -> None:
     arguments = [*tiny(photos_root, tmp_path / "run", distill__kind="none", train__epochs=2), "--resume", "auto"]
     assert main(["train", *arguments]) == 0

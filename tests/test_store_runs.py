@@ -357,6 +357,7 @@ def test_what_changes_no_view_and_no_answer_is_free(home: Home, hard: Path, tmp_
     [
         ({"seed": 1}, "seed: 0 in the store, 1 here"),
         ({"data.image_size": 24}, "data.image_size: 16 in the store, 24 here"),
+        ({"data.cache_size": 6}, "data.cache_size: None in the store, 6 here"),
         ({"data.crop_fraction": 0.5}, "data.crop_fraction: 1.0 in the store, 0.5 here"),
         ({"data.interpolation": "bilinear"}, "data.interpolation: 'bicubic' in the store, 'bilinear' here"),
         ({"data.mean": [0.5, 0.456, 0.406]}, "data.mean: item 0 is 0.485 in the store, 0.5 here"),

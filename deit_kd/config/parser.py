@@ -82,11 +82,20 @@ def load_recipe(text: str) -> Any:
     """
     _check_size(text)
     try:
-        return _load_yaml(text)
+        return _in_todays_keys(_load_yaml(text))
     except ValueError as error:
         raise InputError(
             f"config: holds a value that cannot be read ({str(error).splitlines()[0]}); correct it"
         ) from error
+
+
+def _in_todays_keys(tree: Any) -> Any:
+    """Return a recipe, perhaps of an earlier version, in the keys of this one."""
+    section = tree.get("data") if isinstance(tree, dict) else None
+    if isinstance(section, dict) and isinstance(kept := section.get("in_memory"), bool):
+        renamed = {"cache": "memory" if kept else "none"}
+        tree["data"] = renamed | {name: value for name, value in section.items() if name != "in_memory"}
+    return tree
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

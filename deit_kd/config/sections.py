@@ -78,8 +78,10 @@ class Data(Section):
     """normalisation of the student's images, per channel"""
     std: Statistics = key(IMAGENET_STD, VIEWS)
     """normalisation of the student's images, per channel"""
-    in_memory: bool = key(False, NOTHING)
-    """decode every training photo once at the start and keep it in memory; the views stay the same"""
+    cache: Literal["none", "memory"] = key("none", NOTHING)
+    """memory decodes every training photo once, at the start; the views stay the same"""
+    cache_size: int | None = key(None, VIEWS, gt=0)
+    """bring the shorter side of larger training photos to this many pixels first; null keeps their size"""
     workers: int = key(2, NOTHING, ge=0)
     """data loader workers per training process"""
     on_error: Literal["raise", "skip"] = key("raise", NOTHING)  # what is left out is listed, and marked in a store

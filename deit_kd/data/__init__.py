@@ -1,5 +1,6 @@
 """From photos to batches: datasets, views, the order of an epoch, and mixing."""
 
+from deit_kd.data.cache import CAN_SHARE
 from deit_kd.data.decode import UnreadableImage, load_image
 from deit_kd.data.folder import one_split
 from deit_kd.data.folds import joined
@@ -11,6 +12,7 @@ from deit_kd.data.sets import build_splits
 from deit_kd.data.transforms import Transform, evaluation_transform, training_transform
 
 __all__ = [
+    "CAN_SHARE",
     "Mixing",
     "Photos",
     "Splits",

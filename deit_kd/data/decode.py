@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from deit_kd.interfaces import InputError
 
 DECODING = 2  # incremented when the same bytes decode to other pixels; part of what identifies photos
+SIZED_BY_HEADER = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # others may differ once decoded
 SIXTEEN_BITS = ("PNG", "PPM")  # formats whose 16-bit grey Pillow opens as 32-bit grey
 
 
@@ -71,6 +72,32 @@ def load_image(path: Path, before: Stamp | None = None) -> Image.Image:
         if isinstance(error, UnidentifiedImageError):  # whose message names only the file object
             reason = "unknown format" if found.st_size else "empty file"
         raise UnreadableImage(f"{path}: cannot be read as an image ({reason}); repair or remove the file") from error
+
+
+def size_in_header(path: Path) -> tuple[int, int]:
+    """Return width and height of an image file, perhaps before it is turned; (0, 0) if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            if image.format not in SIZED_BY_HEADER:
+                image.load()
+            return image.size
+    except Exception:  # `load_image` says why
+        return 0, 0
+
+
+def shrunk(image: Image.Image, short_side: int | None) -> Image.Image:
+    """Return `image` with its shorter side at `short_side` pixels if that is longer; antialiased, bicubic."""
+    size = shrunk_size(image.size, short_side)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def shrunk_size(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
+    """Return the size that `shrunk` brings an image of `size` to."""
+    shorter = min(size)
+    if short_side is None or shorter <= short_side:
+        return size
+    width, height = (round(edge * short_side / shorter) for edge in size)
+    return width, height
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

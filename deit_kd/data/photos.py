@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
-from deit_kd.data.decode import DECODING, Stamp, UnreadableImage, load_image, stamps
+from deit_kd.data.cache import Decoded, decode_all, in_threads
+from deit_kd.data.decode import DECODING, Stamp, load_image, shrunk, shrunk_size, size_in_header, stamps
 from deit_kd.interfaces import InputError
 
 UNLABELLED = -1  # in place of a label
@@ -28,8 +29,9 @@ class Photos:
         classes: class names, in label order.
         root: the folder of the files; None when the images are in memory.
         arrays: uint8 images [H, W, 3] of one size, when they are in memory from the start.
-        decoded: the files as RGB images, or the reason why one cannot be read, if they were read in advance.
+        decoded: all of them, if they were decoded in advance.
         stamps: what each file looked like when it was found, rows of `Stamp` [n, 2].
+        short_side: pixels that the shorter side of a larger image is brought to; None keeps its size.
     """
 
     names: Sequence[str]
@@ -37,8 +39,9 @@ class Photos:
     classes: tuple[str, ...]
     root: Path | None = None
     arrays: np.ndarray | None = None
-    decoded: Sequence[Image.Image | str] | None = None
+    decoded: Decoded | None = None
     stamps: np.ndarray | None = None
+    short_side: int | None = None
 
     @classmethod
     def of_files(cls, root: Path, names: Sequence[str], labels: Sequence[int], classes: tuple[str, ...]) -> Photos:
@@ -55,10 +58,13 @@ class Photos:
             UnreadableImage: its file is missing or is not a readable image.
             InputError: its file has changed, or the whole folder is gone.
         """
+        if self.decoded is not None:
+            return self.decoded.image(index)
+        return shrunk(self._full(index), self.short_side)
+
+    def _full(self, index: int) -> Image.Image:
         if self.arrays is not None:
             return Image.fromarray(self.arrays[index])
-        if self.decoded is not None:
-            return _decoded(self.decoded[index])
         assert self.root is not None
         before = None if self.stamps is None else Stamp(*self.stamps[index].tolist())
         try:
@@ -75,39 +81,43 @@ class Photos:
         """Return where to find one image: the path of its file, if it has one."""
         return self.names[index] if self.root is None else str(self.root / self.names[index])
 
-    def in_memory(self, skip: bool = False) -> Photos:
-        """Return the same photos, every file read and decoded once; H x W x 4 bytes each, which workers share.
+    def cached(self, cache: str, device: torch.device, skip: bool = False, shown: bool = False) -> Photos:
+        """Return the same photos, every one read and decoded once; H x W x 3 bytes each.
 
         Args:
+            cache: ``memory``, which workers and other processes share, or ``device``.
+            device: that trains.
             skip: whether a file that cannot be read only fails when its image is requested.
+            shown: whether a terminal shows a progress bar.
 
         Raises:
+            InputError: they do not fit.
             UnreadableImage: a file is missing or is not a readable image, unless `skip`.
         """
-        if self.arrays is not None or self.decoded is not None:
+        if self.decoded is not None:
             return self
+        sizes = in_threads(self._size, range(len(self)), "reading sizes", shown)
+        decoded = decode_all(self.image, sizes, cache=cache, device=device, skip=skip, shown=shown)
+        return replace(self, decoded=decoded)
 
-        def decode(index: int) -> Image.Image | str:
-            try:
-                return self.image(index)
-            except UnreadableImage as error:
-                if not skip:
-                    raise
-                return str(error)
-
-        with ThreadPoolExecutor() as pool:
-            return replace(self, decoded=list(pool.map(decode, range(len(self)))))
+    def _size(self, index: int) -> tuple[int, int]:
+        """Return width and height of an image, perhaps before it is turned; (0, 0) if it cannot be read."""
+        if self.arrays is not None:
+            height, width = self.arrays.shape[1:3]
+            return shrunk_size((width, height), self.short_side)
+        assert self.root is not None
+        return shrunk_size(size_in_header(self.root / self.names[index]), self.short_side)
 
     def subset(self, indices: Sequence[int]) -> Photos:
         """Return the images at `indices`, in that order."""
-        return Photos(
+        rows = np.asarray(indices, dtype=np.int64)
+        return replace(
+            self,
             names=[self.names[i] for i in indices],
             labels=[self.labels[i] for i in indices],
-            classes=self.classes,
-            root=self.root,
-            arrays=None if self.arrays is None else self.arrays[np.asarray(indices, dtype=np.int64)],
-            decoded=None if self.decoded is None else [self.decoded[i] for i in indices],
-            stamps=None if self.stamps is None else self.stamps[np.asarray(indices, dtype=np.int64)],
+            arrays=None if self.arrays is None else self.arrays[rows],
+            decoded=None if self.decoded is None else self.decoded.subset(indices),
+            stamps=None if self.stamps is None else self.stamps[rows],
         )
 
     def digest(self) -> str:
@@ -132,12 +142,6 @@ class Photos:
             return self.stamps[:, 0].tolist()
         assert self.arrays is not None
         return [array.nbytes for array in self.arrays]
-
-
-def _decoded(image: Image.Image | str) -> Image.Image:
-    if isinstance(image, str):
-        raise UnreadableImage(image)
-    return image
 
 
 class Splits(NamedTuple):

@@ -52,6 +52,7 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
     with process_group(config.train.device) as processes:
         choose_attention(config.train.attention, processes.device)
         splits = parts.agreed_splits(config, processes)
+        splits = splits._replace(train=parts.cached(config, splits.train, processes))
         loader = _loader_of_all(config, splits, processes)
         teacher, checkpoint = online_teacher(config, processes, splits)
         with writing(config, folder, splits, loader, processes, teacher, checkpoint) as store:
@@ -85,6 +86,7 @@ def check(config: Config, folder: str, samples: int) -> dict[str, float]:
     with process_group(config.train.device) as processes:
         choose_attention(config.train.attention, processes.device)
         splits = parts.agreed_splits(config, processes)
+        splits = splits._replace(train=parts.cached(config, splits.train, processes))
         loader = _loader_of_all(config, splits, processes)
         store = open_store(folder)
         loader.order_as(store.views_version)

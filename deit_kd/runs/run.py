@@ -62,9 +62,7 @@ def prepare(
     check_tracking(config.tracking.wandb)
     choose_attention(config.train.attention, processes.device)
     splits = splits or parts.agreed_splits(config, processes)
-    if config.data.in_memory:  # here, so that a teacher's fit shares the decoded photos
-        with processes.busy("decodes the photos"):
-            splits = splits._replace(train=splits.train.in_memory(parts.skips(config)))
+    splits = splits._replace(train=parts.cached(config, splits.train, processes))  # a teacher's fit shares them
     if len(splits.validation) < processes.count:
         raise InputError(
             f"data: {len(splits.validation)} validation images are fewer than {processes.count} processes; use fewer "

@@ -123,6 +123,8 @@ def _key(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str
     seen = config.data.model_dump(mode="json", include=set(Preprocessing._fields))
     if seen["crop_mode"] == "center":
         del seen["crop_mode"]  # the first version had no such field
+    if config.data.cache_size is not None:
+        seen["cache_size"] = config.data.cache_size  # nor this one
     return {
         "data": {"train": splits.train.digest(), "validation": splits.validation.digest()},
         "classes": list(splits.train.classes),
@@ -130,7 +132,7 @@ def _key(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str
         **seen,
         "precision": config.train.precision,
         "seed": config.seed,
-        **({} if views == 1 else {"views": views}),  # nor this one
+        **({} if views == 1 else {"views": views}),  # nor that one
     }
 
 
