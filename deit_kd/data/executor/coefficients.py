@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,23 +12,24 @@ PRECISION_BITS = 22  # of Pillow: 32 bits without those of a pixel and two for s
 _SUPPORTS = (1.0, 2.0)  # of bilinear and bicubic
 
 
-def taps(length: int, size: int, bicubic: bool) -> int:
-    """Return the most pixels that the filter reads which brings up to `length` pixels to `size`."""
-    return 2 * ceil(_SUPPORTS[bicubic] * max(1.0, length / size)) + 1
+def taps(length: int, size: int, bicubic: np.ndarray) -> int:
+    """Return the most pixels that filters read which bring up to `length` pixels to `size`; `bicubic` is of each."""
+    return 2 * ceil(_SUPPORTS[bool(bicubic.any())] * max(1.0, length / size)) + 1
 
 
 def coefficients(length: Tensor, bicubic: Tensor, mirrored: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
     """Return the first pixel [n, size] and the weights [taps, n, size] that bring `length` [n] pixels to `size`.
 
-    Everything is int32 on the device of `length`. A weight is in units of 2**-PRECISION_BITS; those beyond the filter
+    `bicubic` and `mirrored` [n] say whether a filter is bicubic, not bilinear, and whether its output is reversed; the
+    results are int32 on their device. A weight is in units of 2**-PRECISION_BITS; those beyond the filter
     or the crop are 0. Each weight takes the steps of Pillow's in its order, so that it does not depend on `taps`.
     """
-    length = length.double()[:, None]
+    bicubic, mirrored, length = bicubic[:, None] > 0, mirrored[:, None] > 0, length.double()[:, None]
     scale = length / size
     spread = scale.clamp_min(1.0)
-    support = torch.where(bicubic, _SUPPORTS[1], _SUPPORTS[0]).double()[:, None] * spread
+    support = torch.where(bicubic, _SUPPORTS[1], _SUPPORTS[0]).double() * spread
     place = torch.arange(size, device=length.device)
-    centre = torch.where(mirrored[:, None], size - 1 - place, place) + 0.5
+    centre = torch.where(mirrored, size - 1 - place, place) + 0.5
     centre = centre * scale
     first = (centre - support + 0.5).trunc().clamp_min(0)
     count = (centre + support + 0.5).trunc().minimum(length) - first
@@ -35,7 +37,7 @@ def coefficients(length: Tensor, bicubic: Tensor, mirrored: Tensor, size: int, t
     raw, total = [], torch.zeros_like(centre)
     for tap in range(taps):
         distance = ((tap + first - centre + 0.5) * inverse).abs()
-        weight = torch.where(bicubic[:, None], _cubic(distance), (1.0 - distance).clamp_min(0))
+        weight = torch.where(bicubic, _cubic(distance), (1.0 - distance).clamp_min(0))
         weight = torch.where(tap < count, weight, 0.0)
         total = total + weight
         raw.append(weight)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deit_kd.data.executor import reference
+from deit_kd.data.executor import counter, reference, settings, tables
 from deit_kd.data.executor.coefficients import coefficients, taps
+from deit_kd.data.executor.policy import Operation
 from deit_kd.data.executor.rows import Rows
 from deit_kd.interfaces import Statistics
 
 EXECUTOR_VERSION = 1  # of what follows from a row and a photo; part of what identifies stores, fits and runs
-_CHUNK_BYTES = 1 << 28  # of temporary memory that one part of a batch may take
+_PART_BYTES = 1 << 28  # of temporary memory that one part of a batch may take
 
 
 class PhotoBuffer(NamedTuple):
@@ -48,9 +50,12 @@ class Executor:
     ) -> None:
         self._size = image_size
         self._device = torch.device(device)
-        levels = torch.arange(256, dtype=torch.float32)[None].div(255)  # what Pillow's views are normalised with
-        values = (levels - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]
-        self._normalised = values.to(dtype).flatten().to(self._device)  # [3 * 256]
+        self._primitives: Any = reference
+        levels = torch.arange(256, dtype=torch.float32).div(255).expand(3, -1)  # as Pillow's views are normalised
+        values = levels.sub(torch.tensor(mean)[:, None]).div(torch.tensor(std)[:, None])
+        noise = torch.from_numpy(counter.normal_quantiles(1 << reference.NOISE_BITS))
+        fill = torch.tensor([min(255, round(255 * value)) for value in mean], dtype=torch.uint8)  # timm's
+        self._values, self._noise, self._fill = values.to(dtype).to(device), noise.to(dtype).to(device), fill.to(device)
 
     def __call__(self, photos: PhotoBuffer, which: np.ndarray, rows: Rows) -> Tensor:
         """Return the views [B, 3, H, W] of `rows`, normalised and not yet mixed; view b is of photo ``which[b]``."""
@@ -63,52 +68,125 @@ class Executor:
         A view whose partner is not in the batch stays as it is.
         """
         partner = rows.partners()
-        paired = partner != np.arange(len(rows))
-        share = np.where(paired, rows.share, 1.0)
-        faded = np.where(paired & (rows.mixing_box[:, 2] == 0), rows.share, 1.0)
-        settings = np.column_stack((share, faded, partner, rows.mixing_box * paired[:, None]))
-        share, faded, partners, *box = self._upload(settings).T
-        partners = partners.long()
-        other = 1 - faded.float()[:, None, None, None]
-        mixed = images.float().lerp(images[partners].float(), other).to(images.dtype)
-        mixed = torch.where(self._inside(box), images[partners], mixed)
+        share = np.where(partner != np.arange(len(rows)), rows.share, 1.0)
+        faded = np.where(rows.mixing_box[:, 2] > 0, 1.0, share)
+        partners, boxes = self._upload(partner, rows.mixing_box)
+        share, faded = self._upload(share, faded)
+        others = images[partners]
+        mixed = images.float().lerp(others.float(), (1 - faded).float()[:, None, None, None]).to(images.dtype)
+        mixed = torch.where(self._inside(boxes), others, mixed)
         return mixed, targets.lerp(targets[partners], (1 - share).to(targets.dtype)[:, None])
 
     def _views(self, photos: PhotoBuffer, which: np.ndarray, rows: Rows) -> Tensor:
         images = self._resized(photos, which, rows)
-        channel = 256 * torch.arange(3, device=self._device)[:, None, None]
-        return self._normalised[images + channel]
+        for slot in range(rows.operations.shape[1]):
+            self._operate(images, rows.operations[:, slot], rows.arguments[:, slot], rows.operation_bicubic[:, slot])
+        boxes, keys = self._upload(rows.erasing, rows.noise_key)
+        return self._primitives.normalise(images, self._values, boxes, keys, self._noise)
 
     def _resized(self, photos: PhotoBuffer, which: np.ndarray, rows: Rows) -> Tensor:
         """Return crops in the size of a view, flipped: [n, 3, H, W] uint8."""
-        settings = np.column_stack((which, rows.crop, rows.resize_bicubic, rows.flip)).astype(np.int64)
-        photo, top, left, height, width, bicubic, flip = self._upload(settings).T
-        pitch = 3 * photos.widths[photo].long()
-        start = photos.offsets[photo] + top * pitch + 3 * left
-        is_bicubic, tallest, widest = bool(rows.resize_bicubic.any()), rows.crop[:, 2].max(), rows.crop[:, 3].max()
-        across = coefficients(width, bicubic > 0, flip > 0, self._size, taps(int(widest), self._size, is_bicubic))
-        down = coefficients(height, bicubic > 0, flip < 0, self._size, taps(int(tallest), self._size, is_bicubic))
-        lines = reference.resize_across(photos.pixels, start, pitch, height, *across, int(tallest))
-        return reference.resize_down(lines, *down)
+        size, (height, width) = self._size, rows.crop[:, 2:].T
+        # Pillow 13 begins with the columns where that leaves less to do, earlier versions never do.
+        upright = height - size > 2 * (width - size).clip(0)
+        length, lines = np.where(upright, height, width), np.where(upright, width, height)
+        photo, top, left, swapped, across, down, bicubic, flip = self._upload(
+            which, *rows.crop[:, :2].T, upright, length, lines, rows.resize_bicubic, rows.flip
+        )
+        line_bytes = 3 * photos.widths[photo].long()
+        start = photos.offsets[photo] + top * line_bytes + 3 * left
+        step, pitch = torch.where(swapped > 0, line_bytes, 3), torch.where(swapped > 0, 3, line_bytes)
+        first = coefficients(across, bicubic, flip * (1 - swapped), size, taps(length.max(), size, rows.resize_bicubic))
+        second = coefficients(down, bicubic, flip * swapped, size, taps(lines.max(), size, rows.resize_bicubic))
+        shape = int(lines.max()), int(length.max())
+        resized = self._primitives.resize_lines(photos.pixels, start, step, pitch, shape, *first)
+        return self._primitives.resize_columns(resized, *second, swapped)
 
-    def _parts(self, rows: Rows) -> list[slice]:
-        """Return the parts of a batch that one after the other fit into the memory for temporaries."""
-        height, width = int(rows.crop[:, 2].max()), int(rows.crop[:, 3].max())
-        of_weights = 8 * self._size * (taps(height, self._size, True) + taps(width, self._size, True)) * 3
-        of_lines = height * self._size * 3 * 16
-        step = max(1, _CHUNK_BYTES // (of_weights + of_lines))
-        return [slice(first, first + step) for first in range(0, len(rows), step)]
+    def _operate(self, images: Tensor, operations: np.ndarray, arguments: np.ndarray, bicubic: np.ndarray) -> None:
+        """Apply one slot [n] of rows to `images` [n, 3, H, W], in place, one kind of operation after the other."""
+        for codes, apply in _KINDS:
+            where = np.flatnonzero(np.isin(operations, codes))
+            if len(where):
+                apply(self, images, where, operations[where], arguments[where], bicubic[where])
 
-    def _inside(self, box: list[Tensor]) -> Tensor:
-        """Return which pixels are within each `box` (top, left, height, width, each [n]): [n, 1, H, W]."""
-        top, left, height, width = (edge[:, None, None, None] for edge in box)
+    def _move(self, images: Tensor, where: np.ndarray, codes: np.ndarray, given: np.ndarray, cubic: np.ndarray) -> None:
+        place, maps = self._upload(where, settings.affine(codes, given, cubic, self._size))
+        self._primitives.affine(images, place, maps, self._fill)
+
+    def _map_levels(self, images: Tensor, where: np.ndarray, codes: np.ndarray, given: np.ndarray, *_: Any) -> None:
+        place, operations, arguments = self._upload(where, *settings.integers(codes, given).T)
+        self._primitives.look_up(images, place, tables.fixed(operations, arguments))
+
+    def _stretch(self, images: Tensor, where: np.ndarray, *_: Any) -> None:
+        (place,) = self._upload(where)
+        self._primitives.look_up(images, place, tables.auto_contrast(self._primitives.histograms(images, place)))
+
+    def _equalize(self, images: Tensor, where: np.ndarray, *_: Any) -> None:
+        (place,) = self._upload(where)
+        self._primitives.look_up(images, place, tables.equalize(self._primitives.histograms(images, place)))
+
+    def _contrast(self, images: Tensor, where: np.ndarray, codes: np.ndarray, given: np.ndarray, *_: Any) -> None:
+        place, factors = self._upload(where, settings.factors(given))
+        sums = self._primitives.grey_sums(images, place)
+        self._primitives.look_up(images, place, tables.contrast(factors, sums, self._size**2))
+
+    def _saturate(self, images: Tensor, where: np.ndarray, codes: np.ndarray, given: np.ndarray, *_: Any) -> None:
+        self._primitives.saturate(images, *self._upload(where, settings.factors(given)))
+
+    def _sharpen(self, images: Tensor, where: np.ndarray, codes: np.ndarray, given: np.ndarray, *_: Any) -> None:
+        self._primitives.sharpen(images, *self._upload(where, settings.factors(given)))
+
+    def _blur(self, images: Tensor, where: np.ndarray, codes: np.ndarray, given: np.ndarray, *_: Any) -> None:
+        self._primitives.blur(images, *self._upload(where, settings.blurs(given)))
+
+    def _parts(self, rows: Rows) -> Iterator[slice]:
+        """Yield the parts of a batch that one after the other fit into the memory for temporaries."""
+        longest = int(rows.crop[:, 2:].max())
+        of_weights = 2 * taps(longest, self._size, rows.resize_bicubic) * self._size * 32
+        of_lines = longest**2 * 3 * self._primitives.BYTES_A_VALUE
+        step = max(1, _PART_BYTES // (of_weights + of_lines))
+        return (slice(first, first + step) for first in range(0, len(rows), step))
+
+    def _inside(self, boxes: Tensor) -> Tensor:
+        """Return which pixels are within `boxes` [n, 4] (top, left, height, width): [n, 1, H, W]."""
+        top, left, height, width = boxes.T[..., None, None, None]
         place = torch.arange(self._size, device=self._device)
         line, column = place[:, None], place
         return (line >= top) & (line < top + height) & (column >= left) & (column < left + width)
 
-    def _upload(self, values: np.ndarray) -> Tensor:
-        """Return `values` on the device, without waiting for the copy."""
-        uploaded = torch.from_numpy(np.ascontiguousarray(values))
-        if self._device.type == "cpu":
-            return uploaded
-        return uploaded.pin_memory().to(self._device, non_blocking=True)
+    def _upload(self, *values: np.ndarray) -> tuple[Tensor, ...]:
+        """Return `values`, each [m] or [m, k], on the device in one copy that nobody waits for."""
+        columns = np.column_stack(values)
+        uploaded = torch.from_numpy(columns if columns.dtype == np.float64 else columns.astype(np.int64))
+        if self._device.type != "cpu":
+            uploaded = uploaded.pin_memory().to(self._device, non_blocking=True)
+        parts = uploaded.split([1 if value.ndim == 1 else value.shape[1] for value in values], 1)
+        return tuple(
+            part[:, 0] if value.ndim == 1 else part.contiguous() for part, value in zip(parts, values, strict=True)
+        )
+
+
+_AFFINE = (
+    Operation.SHEAR_X,
+    Operation.SHEAR_Y,
+    Operation.TRANSLATE_X,
+    Operation.TRANSLATE_Y,
+    Operation.ROTATE,
+)
+_FIXED = (
+    Operation.INVERT,
+    Operation.POSTERIZE,
+    Operation.SOLARIZE,
+    Operation.SOLARIZE_ADD,
+    Operation.BRIGHTNESS,
+)
+_KINDS = (
+    (_AFFINE, Executor._move),
+    (_FIXED, Executor._map_levels),
+    ((Operation.AUTO_CONTRAST,), Executor._stretch),
+    ((Operation.EQUALIZE,), Executor._equalize),
+    ((Operation.CONTRAST,), Executor._contrast),
+    ((Operation.COLOR,), Executor._saturate),
+    ((Operation.SHARPNESS,), Executor._sharpen),
+    ((Operation.BLUR,), Executor._blur),
+)

@@ -56,7 +56,7 @@ class Rows:
     arguments: np.ndarray  # [n, slots] float64, Pillow's
     operation_bicubic: np.ndarray  # [n, slots] bool: of an affine operation
     erasing: np.ndarray  # [n, 4] int32, of the view; height 0 erases nothing
-    noise_key: np.ndarray  # [n] uint64
+    noise_key: np.ndarray  # [n, 2] int64, of 32 bits each
     share: np.ndarray  # [n] float64: what a view keeps of itself, in its pixels (mixup) and in its target
     mixing_box: np.ndarray  # [n, 4] int32, of the view; height 0 is mixup, or nothing if share is 1
 
@@ -105,7 +105,7 @@ def draw(drawing: Drawing, seed: int, view_ids: np.ndarray, sizes: np.ndarray) -
         arguments=np.concatenate((arguments, factors), 1),
         operation_bicubic=np.concatenate((filters, np.zeros(jitters.shape, bool)), 1),
         erasing=_erasing(stages, starts, words[:, 6], drawing.image_size),
-        noise_key=words[:, 7],
+        noise_key=(words[:, 7:9] >> np.uint64(32)).astype(np.int64),
         share=share,
         mixing_box=mixing_box,
     )
