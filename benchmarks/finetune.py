@@ -57,7 +57,7 @@ def graft_changes(plain: Path, options: dict[str, Any], common: list[str]) -> st
     """Say how far grafting a token moves the class head of the pre-trained model, on its own validation set."""
     config = config_of({**options, "student.checkpoint": plain}, common)
     classes = parts.build_splits(config).validation.classes
-    grafted = parts.build_student(config, classes).eval()
+    grafted = parts.build_student(config, classes, torch.device("cpu")).eval()
     model = open_model("benchmark", plain / "student").eval()
     loader = parts.build_evaluation_loader(
         config, parts.build_splits(config).validation, Processes(0, 1, torch.device("cpu"))

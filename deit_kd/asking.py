@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,32 @@ from deit_kd.distributed import Processes
 from deit_kd.engine import ask, autocast
 from deit_kd.interfaces import Batch, InputError, StudentOutput, Teacher, head_log_probabilities
 from deit_kd.metrics import Answered, agreement, answered, joined, score
+
+
+class _Asked(NamedTuple):
+    """One batch of a split, on its device, and what each student answers."""
+
+    batch: Batch
+    places: Tensor  # [b], of its readable images in this process's share
+    outputs: dict[str, StudentOutput]  # by student
+
+
+def _asked(
+    students: Mapping[str, nn.Module], batches: Iterable[Batch], processes: Processes, precision: str
+) -> Iterator[_Asked]:
+    """Yield every batch of this process's share with the answers of `students`, which are in eval mode meanwhile."""
+    was_training = {name: student.training for name, student in students.items()}
+    for student in students.values():
+        student.eval()
+    seen = 0
+    for batch in batches:
+        batch = batch.to(processes.device)
+        with autocast(processes.device, precision):
+            outputs = {name: ask(student, batch.images) for name, student in students.items()}
+        yield _Asked(batch, seen + batch.rows(), outputs)
+        seen += batch.places
+    for name, student in students.items():
+        student.train(was_training[name])
 
 
 @torch.inference_mode()
@@ -47,24 +73,14 @@ def evaluate(
     """
     tables: dict[str, list[dict[str, Answered]]] = {name: [] for name in models}
     taught: list[Tensor] = []
-    was_training = {name: model.training for name, model in models.items()}
-    for model in models.values():
-        model.eval()
-    seen = lacking = 0
-    for batch in batches:
-        batch = batch.to(processes.device)
-        places = slice(seen, seen + batch.places)
-        seen, lacking = seen + batch.places, lacking + len(batch.missing)
-        for name, model in models.items():
-            with autocast(processes.device, precision):
-                output = ask(model, batch.images)
+    lacking = 0
+    for asked in _asked(models, batches, processes, precision):
+        lacking += len(asked.batch.missing)
+        for name, output in asked.outputs.items():
             heads = head_log_probabilities(output, fusion)
-            tables[name].append({head: answered(values, batch.labels) for head, values in heads.items()})
+            tables[name].append({head: answered(values, asked.batch.labels) for head, values in heads.items()})
         if teacher_predictions is not None:
-            of_batch = teacher_predictions[places]
-            taught.append(of_batch[batch.rows()] if batch.missing else of_batch)
-    for name, model in models.items():
-        model.train(was_training[name])
+            taught.append(teacher_predictions[asked.places])
     total = _readable(total, lacking, processes)
     teacher = {"teacher": torch.cat(taught)} if taught else {}
     return {name: _scored(table, teacher, classes, total, processes) for name, table in tables.items()}
@@ -127,20 +143,15 @@ def collect(
     Returns:
         The answers in the order of the split, the same for any number of processes.
     """
-    student.eval()
     rows: list[tuple[Tensor, ...]] = []
-    seen = 0
-    for batch in batches:
-        indices = processes.rank + processes.count * (seen + batch.rows())
-        seen += batch.places
-        if not len(indices):
+    for asked in _asked({"student": student}, batches, processes, precision):
+        if not len(asked.places):
             continue
-        batch = batch.to(processes.device)
-        with autocast(processes.device, precision):
-            output = student(batch.images)
-        logits = [output.cls_logits, output.dist_logits, None if teacher is None else teacher(batch).logits]
-        none = torch.empty(len(indices), 0)
-        rows.append((indices, batch.labels.cpu(), *(none if x is None else x.float().cpu() for x in logits)))
+        output = asked.outputs["student"]
+        logits = [output.cls_logits, output.dist_logits, None if teacher is None else teacher(asked.batch).logits]
+        none = torch.empty(len(asked.places), 0)
+        indices = processes.rank + processes.count * asked.places
+        rows.append((indices, asked.batch.labels.cpu(), *(none if x is None else x.float().cpu() for x in logits)))
     rows = [row for share in processes.gather(rows) for row in share]
     if not rows:
         empty = torch.empty(0, dtype=torch.long)

@@ -94,7 +94,7 @@ def block_attention(backbone: nn.Module, images: Tensor) -> list[Tensor]:
 
     Args:
         backbone: a timm ViT with timm's plain attention: it must have been created after
-            ``choose_attention("plain", …)``, since fused attention does not keep its weights.
+            ``chosen_attention("plain", …)``, since fused attention does not keep its weights.
         images: [B, 3, H, W].
 
     Raises:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deit_kd.cli import main
 from deit_kd.interfaces import InputError
 from deit_kd.metrics import followed
-from deit_kd.models.create import choose_attention
+from deit_kd.models.create import chosen_attention
 from deit_kd.probes import (
     block_attention,
     blocks,
@@ -33,12 +33,10 @@ CPU = torch.device("cpu")
 
 
 def student(attention: str = "plain") -> Any:
-    choose_attention(attention, CPU)
     torch.manual_seed(0)
     shape: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 32}
-    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5, **shape)
-    choose_attention("auto", CPU)
-    return model.eval()
+    with chosen_attention(attention, CPU):
+        return timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5, **shape).eval()
 
 
 def images(count: int = 2) -> Tensor:
@@ -75,9 +73,8 @@ def test_token_attention_leaves_out_both_tokens_and_keeps_the_places_of_the_patc
 
 
 def test_a_pit_has_attention_but_no_rollout_because_its_stages_pool_the_patches() -> None:
-    choose_attention("plain", CPU)
-    model = timm.create_model("pit_ti_distilled_224", img_size=64).eval()
-    choose_attention("auto", CPU)
+    with chosen_attention("plain", CPU):
+        model = timm.create_model("pit_ti_distilled_224", img_size=64).eval()
     pixels = torch.randn(1, 3, 64, 64)
     seen = token_attention(model, pixels, leading_tokens=2)
     assert seen.rollout is None

@@ -20,7 +20,6 @@ from deit_kd.figures import image_png, look, side_by_side
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import Batch, InputError, nearest
 from deit_kd.metrics import followed, linear_cka, token_cosines
-from deit_kd.models.create import choose_attention
 from deit_kd.probes import (
     TokenAttention,
     blocks,
@@ -251,10 +250,8 @@ def _attention(examination: Examination, batch: Batch) -> TokenAttention | None:
     if not tokens or not blocks(backbone) or getattr(backbone, "cls_token", None) is None:  # no head reads registers
         return None
     # Fused attention does not keep its weights: use a copy of the model built with plain attention.
-    choose_attention("plain", batch.images.device)
-    classes = examination.photos.classes
-    twin = load_student(examination.source, examination.config, classes, examination.processes)
-    choose_attention(examination.config.train.attention, batch.images.device)
+    config, classes = parts.with_attention(examination.config, "plain"), examination.photos.classes
+    twin = load_student(examination.source, config, classes, examination.processes)
     return token_attention(twin.backbone, batch.images, tokens)
 
 

@@ -11,21 +11,19 @@ from torch import Tensor
 
 from deit_kd import data
 from deit_kd.asking import Answers, collect
-from deit_kd.config import Config, TeacherSection, build_parser, parse_config
-from deit_kd.console import say
+from deit_kd.config import Config
 from deit_kd.data import Photos
 from deit_kd.distributed import Processes, together
 from deit_kd.evaluation.sources import Source, check_classes, load_student
+from deit_kd.evaluation.teacher import teacher_of, whose
 from deit_kd.interfaces import Batch, InputError, Preprocessing, head_probabilities
 from deit_kd.metrics import judge
-from deit_kd.models.create import choose_attention
 from deit_kd.models.state import tensors_hash
-from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.runs import parts
 from deit_kd.runs.held_out import check_own_fold
 from deit_kd.students import TimmStudent
 from deit_kd.teachers import NetworkTeacher
-from deit_kd.teaching.stored import StoredAnswers, stored_validation
+from deit_kd.teaching.stored import StoredAnswers
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,10 @@ def examine(source: Source, config: Config, split: str, processes: Processes) ->
     Raises:
         InputError: the student cannot be built, the photos are of other classes, or none can be read.
     """
-    choose_attention(config.train.attention, processes.device)
     photos = _photos(source, config, split, processes)
     check_classes(source, photos.classes)
     student = load_student(source, config, photos.classes, processes)
-    teacher = _teacher(source, config, photos, processes)
+    teacher = teacher_of(source, config, photos, processes)
     stored = teacher if isinstance(teacher, StoredAnswers) else None
     network = None if isinstance(teacher, StoredAnswers) else teacher
     batches = parts.build_evaluation_loader(config, photos, processes, skip=True)
@@ -126,47 +123,6 @@ def _photos(source: Source, config: Config, split: str, processes: Processes) ->
     return photos
 
 
-def _teacher(
-    source: Source, config: Config, photos: Photos, processes: Processes
-) -> NetworkTeacher | StoredAnswers | None:
-    section = config.teacher
-    of_the_run = source.facts.get("teacher") or {}
-    is_another = _whose(section) != _whose(_own_config(source).teacher)
-    is_named = section.name or section.members or section.checkpoint or section.store
-    if not is_named or (source.run is not None and not of_the_run and not is_another):
-        return None
-    try:
-        if section.store is not None and (source.run is None or ("store" in of_the_run and not is_another)):
-            return stored_validation(config, photos)
-        # A compiled network does not call the hooks of its layers.
-        checkpoint, changes = section.checkpoint, {"compile": False}
-        if not (is_another or source.run is None or section.members or section.random_weights):
-            # The run's record describes its teacher; what is left comes from the command line.
-            own = _own_config(source).teacher
-            checkpoint = f"{source.run}{TEACHER_OF_RUN}"
-            described = ("pretrained", "label_set", "class_map", "args", "image_size", "mean", "std")
-            default = TeacherSection()
-            changes |= {key: getattr(default, key) for key in described if getattr(section, key) == getattr(own, key)}
-        config = config.model_copy(update={"teacher": section.model_copy(update=changes)})
-        return parts.build_teacher(config, photos.classes, processes, checkpoint)
-    except InputError as error:
-        if source.run is None or is_another:
-            raise
-        if processes.is_main:
-            say(f"scored without the teacher: {error}")
-        return None
-
-
-def _whose(teacher: TeacherSection) -> tuple[Any, ...]:
-    """Return what distinguishes one teacher from another."""
-    return teacher.name, teacher.pretrained, teacher.checkpoint, teacher.random_weights, teacher.members
-
-
-def _own_config(source: Source) -> Config:
-    """Return the recipe of a source, without command-line overrides."""
-    return parse_config(source.recipe, build_parser("deit-kd eval"))[0]
-
-
 def examine_other(source: Source, first: Examination, split: str, processes: Processes) -> dict[str, Tensor]:
     """Return what each head of a second student predicts [n] for the images of the first.
 
@@ -175,7 +131,7 @@ def examine_other(source: Source, first: Examination, split: str, processes: Pro
     Raises:
         InputError: as `examine` does.
     """
-    own = _own_config(source)
+    own = source.own_config()
     place = ("name", "root", "train_split", "validation_split", "validation_fraction", "folds", "fold", "workers")
     photos = own.data.model_copy(update={key: getattr(first.config.data, key) for key in place})
     train = own.train.model_copy(update={"device": first.config.train.device})
@@ -210,7 +166,7 @@ def is_as_trained(examination: Examination) -> bool:
     source, config = examination.source, examination.config
     if source.run is None:
         return False
-    own = _own_config(source)
+    own = source.own_config()
     digest = source.facts["data"].get(examination.split)
     same_photos = config.data.root == own.data.root if digest is None else examination.photos.digest() == digest
 
@@ -224,7 +180,7 @@ def is_as_trained(examination: Examination) -> bool:
             teacher.class_map,
             teacher.label_set,
         )
-        return config.student, seen, config.evaluate.fusion, teacher.store, preprocessing, _whose(teacher)
+        return config.student, seen, config.evaluate.fusion, teacher.store, preprocessing, whose(teacher)
 
     return same_photos and how(config) == how(own)
 

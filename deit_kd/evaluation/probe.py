@@ -54,8 +54,8 @@ def _files(photos: Photos) -> set[str]:
 
 def _random_student(config: Config, photos: Photos, processes: Processes) -> TimmStudent:
     untrained = config.student.model_copy(update={"pretrained": False, "checkpoint": None})
-    student = parts.build_student(config.model_copy(update={"student": untrained}), photos.classes)
-    return student.to(processes.device).eval()
+    random = config.model_copy(update={"student": untrained})
+    return parts.build_student(random, photos.classes, processes.device).eval()
 
 
 def _vectors_of(student: TimmStudent, examination: Examination, photos: Photos) -> Vectors:

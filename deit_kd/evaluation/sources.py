@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from timm.data.constants import DEFAULT_CROP_PCT
 
-from deit_kd.config import IMAGENET_MEAN, IMAGENET_STD, Config, TeacherSection, as_options
+from deit_kd.config import IMAGENET_MEAN, IMAGENET_STD, Config, TeacherSection, as_options, build_parser, parse_config
 from deit_kd.console import say
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError, Preprocessing
@@ -39,6 +39,10 @@ class Source(NamedTuple):
     def classes(self) -> tuple[str, ...] | None:
         """Its classes; None if only their number is known, or nothing."""
         return self.origin.classes
+
+    def own_config(self) -> Config:
+        """Return its recipe, without command-line overrides."""
+        return parse_config(self.recipe, build_parser("deit-kd eval"))[0]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -211,11 +215,11 @@ def load_student(source: Source, config: Config, classes: tuple[str, ...], proce
         InputError: its weights cannot be read, or belong to another model.
     """
     own = None if source.run is None else str(source.checkpoint or source.run)
-    student = parts.build_student(config, classes, checkpoint=own, strict=True)
+    student = parts.build_student(config, classes, processes.device, own, strict=True)
     account = student.account
     if account is None or account.initialised or account.derived:
         new = "all of it" if account is None else ", ".join([*account.initialised, *account.derived])
         raise InputError(
             f"{source.name}: has no weights for part of the student (new: {new[:120]}); name the student's own weights"
         )
-    return student.to(processes.device).eval()
+    return student.eval()

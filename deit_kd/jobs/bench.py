@@ -25,7 +25,6 @@ from deit_kd.distributed import Processes, process_group
 from deit_kd.engine import Distiller, StepResult, Trainer, train
 from deit_kd.interfaces import Batch, InputError, Teacher
 from deit_kd.losses import Objective
-from deit_kd.models.create import choose_attention
 from deit_kd.runs import parts
 from deit_kd.runs.lesson import Lesson, build_distiller, connect
 from deit_kd.runs.prepared import Run
@@ -346,11 +345,9 @@ def as_timm_gives_it(run: Run, lesson: Lesson) -> Trainer:
     """Return a trainer of the run's student with PyTorch's fused attention and plain AdamW, not compiled."""
     config = run.config
     optim_section = config.optim.model_copy(update={"args": {**config.optim.args, "fused": False}, "layer_decay": None})
-    train_section = config.train.model_copy(update={"compile": False})
+    train_section = config.train.model_copy(update={"compile": False, "attention": "fused"})
     plain = config.model_copy(update={"optim": optim_section, "train": train_section})
-    choose_attention("fused", run.processes.device)
-    student = parts.build_student(plain, run.classes).to(run.processes.device)
-    choose_attention(config.train.attention, run.processes.device)
+    student = parts.build_student(plain, run.classes, run.processes.device)
     optimizer = parts.build_student_optimizer(plain, student)
     schedule = parts.build_schedule(plain, optimizer, run.loader.steps_per_epoch)
     timms = replace(run, config=plain, student=student, optimizer=optimizer, schedule=schedule, connectors=None)

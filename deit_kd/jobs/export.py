@@ -18,8 +18,8 @@ from deit_kd.evaluation.sources import Source, load_student
 from deit_kd.exports import FORMATS, HEADS, OPSET, About, CannotHold, Choices, export, missing_libraries
 from deit_kd.files import read_json
 from deit_kd.interfaces import InputError, nearest
-from deit_kd.models.create import choose_attention
 from deit_kd.run_folder import CONFIG_FILE, HEADS_FILE, kept_weights, read_head_scores
+from deit_kd.runs import parts
 
 LARGEST_OPSET = 23
 
@@ -56,9 +56,9 @@ def export_student(
     target = to or source.run / "export" / f"{format_name}{of_checkpoint}"
     if target.exists():
         raise InputError(f"--to: {target} already exists; remove it, or name another folder")
-    choose_attention("auto", torch.device("cpu"))
     facts, classes = source.facts, source.classes or ()
-    student = load_student(source, config, classes, Processes(0, 1, torch.device("cpu")))
+    own_attention = parts.with_attention(config, "auto")
+    student = load_student(source, own_attention, classes, Processes(0, 1, torch.device("cpu")))
     about = About(
         architecture=student.backbone.pretrained_cfg["architecture"],
         model_args=student.model_args,

@@ -21,7 +21,6 @@ from deit_kd.evaluation.sources import data_options, load_student, open_source
 from deit_kd.exports.opened import SUFFIX, open_exported
 from deit_kd.files import check_file_to_be, write_atomically
 from deit_kd.interfaces import InputError, Preprocessing, head_probabilities, printable
-from deit_kd.models.create import choose_attention
 from deit_kd.runs import parts
 
 HEADS = ("cls", "dist", "fused", "all")
@@ -50,7 +49,6 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
     if csv_file is not None:
         check_file_to_be("--csv", csv_file)
     with process_group(config.train.device) as processes:
-        choose_attention(config.train.attention, processes.device)
         classes, answer = _from_model(place) if place.suffix == SUFFIX else _from_run(place, config, processes)
         transform = parts.build_evaluation_transform(config)
         rows: list[tuple[str, str, str, str]] = []

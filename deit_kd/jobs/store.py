@@ -14,7 +14,6 @@ from deit_kd.console import ViewMeter, duration_text, say, size_text
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes, process_group
 from deit_kd.interfaces import Batch, InputError
-from deit_kd.models.create import choose_attention
 from deit_kd.randomness import generator
 from deit_kd.runs import parts
 from deit_kd.runs.data_errors import DataErrors
@@ -50,7 +49,6 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
         raise InputError(f"store build: --epochs {epochs} and --batch_size {batch_size} must be above 0")
     epochs = epochs or config.train.epochs
     with process_group(config.train.device) as processes:
-        choose_attention(config.train.attention, processes.device)
         splits = parts.agreed_splits(config, processes)
         splits = splits._replace(train=parts.cached(config, splits.train, processes))
         loader = _loader_of_all(config, splits, processes)
@@ -84,7 +82,6 @@ def check(config: Config, folder: str, samples: int) -> dict[str, float]:
     if samples < 1:
         raise InputError(f"--samples: {samples} is not above 0")
     with process_group(config.train.device) as processes:
-        choose_attention(config.train.attention, processes.device)
         splits = parts.agreed_splits(config, processes)
         splits = splits._replace(train=parts.cached(config, splits.train, processes))
         loader = _loader_of_all(config, splits, processes)

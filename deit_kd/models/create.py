@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import timm
 import torch
 from pydantic import Field
-from timm.layers import set_fused_attn
+from timm.layers import set_fused_attn, use_fused_attn
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
@@ -19,14 +20,19 @@ from deit_kd.models.tokens import complete_distilled_vit, graft, has_second_head
 Pixels = Annotated[int, Field(gt=0, le=2**14)]
 
 
-def choose_attention(choice: str, device: torch.device) -> None:
-    """Choose the attention of every model created from now on.
+@contextmanager
+def chosen_attention(choice: str, device: torch.device) -> Iterator[None]:
+    """Choose the attention of every model that is created meanwhile: ``auto``, ``fused`` or ``plain``.
 
     ``auto`` is PyTorch's fused attention on CUDA and timm's plain one on the CPU, where the backward pass of the fused
     one takes half of a DeiT-Ti step (docs/evidence/performance.md).
     """
-    fused = choice == "fused" or (choice == "auto" and device.type == "cuda")
-    set_fused_attn(fused)
+    before = use_fused_attn()
+    set_fused_attn(choice == "fused" or (choice == "auto" and device.type == "cuda"))
+    try:
+        yield
+    finally:
+        set_fused_attn(before)
 
 
 def size_argument(name: str, image_size: int) -> dict[str, int]:

@@ -26,6 +26,7 @@ from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.losses import FeatureTerm, LogitTerm, Objective, Shapes, Term, guide_links, pooled_links
+from deit_kd.models.create import chosen_attention
 from deit_kd.optim import build_optimizer, scaled_lr
 from deit_kd.optim import build_schedule as build_cosine_schedule
 from deit_kd.runs.data_errors import DataErrors
@@ -288,30 +289,40 @@ def build_evaluation_loader(
     )
 
 
+def with_attention(config: Config, choice: str) -> Config:
+    """Return the recipe with another attention: ``auto``, ``fused`` or ``plain``."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"attention": choice})})
+
+
 def build_student(
-    config: Config, classes: tuple[str, ...], checkpoint: str | None = None, strict: bool = False
+    config: Config,
+    classes: tuple[str, ...],
+    device: torch.device,
+    checkpoint: str | None = None,
+    strict: bool = False,
 ) -> TimmStudent:
-    """Return the recipe's student with its first weights or, if `strict`, with all of its own.
+    """Return the recipe's student, on `device`, with its first weights or, if `strict`, with all of its own.
 
     `checkpoint` is where these are, unless the recipe's section names them.
     """
     section = config.student
-    return build_timm_student(
-        name=section.name,
-        pretrained=section.pretrained and checkpoint is None,
-        checkpoint=checkpoint or section.checkpoint,
-        args=section.args,
-        drop_path=section.drop_path,
-        classes=classes,
-        image_size=config.data.image_size,
-        distilled=config.distill.has_token,
-        token=section.token,
-        new_heads=section.new_heads,
-        freeze=section.freeze,
-        channels_last=section.channels_last,
-        strict=strict,
-        seed=config.seed,
-    )
+    with chosen_attention(config.train.attention, device):
+        return build_timm_student(
+            name=section.name,
+            pretrained=section.pretrained and checkpoint is None,
+            checkpoint=checkpoint or section.checkpoint,
+            args=section.args,
+            drop_path=section.drop_path,
+            classes=classes,
+            image_size=config.data.image_size,
+            distilled=config.distill.has_token,
+            token=section.token,
+            new_heads=section.new_heads,
+            freeze=section.freeze,
+            channels_last=section.channels_last,
+            strict=strict,
+            seed=config.seed,
+        ).to(device)
 
 
 def has_random_weights(section: TeacherSection | Guide) -> bool:
@@ -344,24 +355,25 @@ def _build_network(
     config: Config, network: TeacherNetwork, classes: tuple[str, ...], processes: Processes, checkpoint: str | None
 ) -> FrozenTeacher:
     section = config.teacher
-    return build_frozen_teacher(
-        name=network.name,
-        # A fitted teacher starts from timm's weights, and its checkpoint holds the fitted ones.
-        pretrained=network.pretrained and not section.fit.epochs,
-        checkpoint=checkpoint,
-        random_weights=network.random_weights,
-        head=not isinstance(network, SoleTeacher) or network.head,
-        label_set=network.label_set,
-        class_map=network.class_map,
-        args=network.args,
-        image_size=network.image_size,
-        mean=network.mean,
-        std=network.std,
-        channels_last=section.channels_last,
-        compiled=section.compile,
-        classes=classes,
-        student=config.data.preprocessing,
-        seed=config.seed,
-        dtype=AUTOCAST_DTYPES[teacher_precision(config)] or torch.float32,
-        device=processes.device,
-    )
+    with chosen_attention(config.train.attention, processes.device):
+        return build_frozen_teacher(
+            name=network.name,
+            # A fitted teacher starts from timm's weights, and its checkpoint holds the fitted ones.
+            pretrained=network.pretrained and not section.fit.epochs,
+            checkpoint=checkpoint,
+            random_weights=network.random_weights,
+            head=not isinstance(network, SoleTeacher) or network.head,
+            label_set=network.label_set,
+            class_map=network.class_map,
+            args=network.args,
+            image_size=network.image_size,
+            mean=network.mean,
+            std=network.std,
+            channels_last=section.channels_last,
+            compiled=section.compile,
+            classes=classes,
+            student=config.data.preprocessing,
+            seed=config.seed,
+            dtype=AUTOCAST_DTYPES[teacher_precision(config)] or torch.float32,
+            device=processes.device,
+        )

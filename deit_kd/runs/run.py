@@ -14,7 +14,6 @@ from deit_kd.distributed import Processes, on_main
 from deit_kd.engine import Trainer
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import InputError
-from deit_kd.models.create import choose_attention
 from deit_kd.optim import WeightAverage
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.run_folder import (
@@ -60,7 +59,6 @@ def prepare(
     if config.train.precision == "fp16" and processes.device.type == "cpu":
         raise InputError("train.precision: fp16 needs CUDA; use bf16 or off on the CPU")
     check_tracking(config.tracking.wandb)
-    choose_attention(config.train.attention, processes.device)
     splits = splits or parts.agreed_splits(config, processes)
     splits = splits._replace(train=parts.cached(config, splits.train, processes))  # a teacher's fit shares them
     if len(splits.validation) < processes.count:
@@ -70,7 +68,7 @@ def prepare(
         )
     loader = parts.build_training_loader(config, splits.train, processes)
     with processes.busy("builds the student"):
-        student = parts.build_student(config, splits.train.classes).to(processes.device)
+        student = parts.build_student(config, splits.train.classes, processes.device)
     optimizer = parts.build_student_optimizer(config, student)
     schedule = parts.build_schedule(config, optimizer, loader.steps_per_epoch)
     data_facts = {split: photos.digest() for split, photos in splits._asdict().items()}
