@@ -1,16 +1,18 @@
 """Does fine-tuning a grafted ViT with distillation beat the same without, and training from scratch?
 
-``python benchmarks/finetune.py --root DIR --output runs/finetune [--epochs 40] [--seeds 0 1] [--any.recipe_key VALUE]``
+``python benchmarks/finetune.py --root DIR --output runs/finetune [--epochs 40] [--seeds 0 1] [--only NAME …]
+[--any.recipe_key VALUE]``
 
-Pre-trains a small plain ViT on every other class of an ImageFolder tree, then learns the remaining classes five ways,
-for each seed: grafted and distilled, grafted and not distilled (alpha 0), plain, and from scratch with and without
-distillation. One teacher is fitted on the remaining classes for each seed. Any key of the recipe can follow. Prints
-how much the graft itself changes the class head.
+Pre-trains a small plain ViT on every other class of an ImageFolder tree, then learns the remaining classes in several
+ways, for each seed: grafted and distilled, with a guide until half of the run or to its end, or not distilled (alpha
+0); plain; and from scratch with and without distillation. One teacher is fitted on the remaining classes for each seed.
+Any key of the recipe can follow. Prints how much the graft itself changes the class head.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,11 @@ def graft_changes(plain: Path, options: dict[str, Any], common: list[str]) -> st
     return f"graft: total variation {distance / seen:.4f}, another decision on {100 * changed / seen:.2f} % of {seen}"
 
 
+def guide(until: float) -> str:
+    """Return the terms of a run with guide maps until a share of it."""
+    return json.dumps([{"kind": "guide", "weight": {"start": 2.5, "until": until} if until < 1 else 2.5}])
+
+
 def main() -> None:
     """Run all variants and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -80,6 +87,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--teacher-epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--only", nargs="+", help="names of the ways, as printed")
     given, common = parser.parse_known_args()
     first, second = halve(given.root, given.output)
     warmup = {"optim.warmup_epochs": min(5, given.epochs - 1), "train.epochs": given.epochs}
@@ -99,13 +107,18 @@ def main() -> None:
         tuned = {"student.checkpoint": plain}
         variants = {
             "fine-tuned, distilled": {**target, **teach, **tuned},
+            "fine-tuned, guide until 0.5": {**target, **teach, **tuned, "distill.terms": guide(until=0.5)},
+            "fine-tuned, guide to the end": {**target, **teach, **tuned, "distill.terms": guide(until=1.0)},
             "fine-tuned, grafted, alpha 0": {**target, **teach, **tuned, "distill.alpha": 0},
             "fine-tuned, plain": {**target, **tuned, "distill.kind": "none"},
             "from scratch, distilled": {**target, **teach},
+            "from scratch, guide until 0.5": {**target, **teach, "distill.terms": guide(until=0.5)},
             "from scratch, plain": {**target, "distill.kind": "none"},
         }
-        for number, (name, options) in enumerate(variants.items()):
-            heads = run(options, common, given.output / f"variant-{number}-{seed}")["heads"]
+        for name, options in variants.items():
+            if given.only and name not in given.only:
+                continue
+            heads = run(options, common, given.output / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}")["heads"]
             best = heads["fused"] if heads["fused"] is not None and options.get("distill.alpha") != 0 else heads["cls"]
             scores.setdefault(name, []).append(best["top1"])
     for name, found in scores.items():
