@@ -35,6 +35,7 @@ from deit_kd.distributed import Processes, start
 from deit_kd.engine import train
 from deit_kd.interfaces import Batch, TeacherOutput
 from deit_kd.jobs.bench import Clock, print_markdown
+from deit_kd.machine import kind
 from deit_kd.runs import parts
 from deit_kd.runs.lesson import Lesson, connect
 from deit_kd.runs.run import build_trainer, prepare
@@ -60,7 +61,7 @@ def main() -> None:
     growth = Growth(config, processes, given["rounds"], given["steps"])
     say(
         f"{config.student.name}, {config.data.image_size} px, batch {config.train.batch_size}, "
-        f"{config.train.precision}, {processes.device.type} with {torch.get_num_threads()} threads"
+        f"{config.train.precision}, {kind(processes.device)} with {torch.get_num_threads()} threads"
     )
     growth.with_size(given["sizes"])
     growth.with_model(given["models"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.jobs.bench import Clock, as_timm_gives_it
+from deit_kd.machine import cpu_kind
 from deit_kd.runs.lesson import Lesson
 from deit_kd.runs.run import prepare
 from tests.helpers import ONE_PROCESS, tiny
@@ -86,3 +88,16 @@ def test_nothing_to_time_is_refused(
 ) -> None:
     assert main(["bench", *tiny(photos_root, tmp_path / "run"), *option]) == 2
     assert "must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("model name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512f avx512_bf16\n", "AMD EPYC (AVX-512 bf16)"),
+        ("model name\t: Intel(R) Xeon(R)\nflags\t\t: avx512f avx512_bf16 amx_bf16\n", "Intel(R) Xeon(R) (AMX)"),
+        ("model name\t: old\nflags\t\t: sse2 avx2x\n", "old"),
+        ("Hardware\t: BCM2835\n", platform.machine()),
+    ],
+)
+def test_the_kind_of_a_cpu_is_its_model_and_its_fastest_unit_for_bf16(cpuinfo: str, expected: str) -> None:
+    assert cpu_kind(cpuinfo) == expected

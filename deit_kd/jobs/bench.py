@@ -25,6 +25,7 @@ from deit_kd.distributed import Processes, process_group
 from deit_kd.engine import Distiller, StepResult, Trainer, train
 from deit_kd.interfaces import Batch, InputError, Teacher
 from deit_kd.losses import Objective
+from deit_kd.machine import kind
 from deit_kd.runs import parts
 from deit_kd.runs.lesson import Lesson, build_distiller, connect
 from deit_kd.runs.prepared import Run
@@ -127,7 +128,7 @@ def _report(clock: Clock, config: Config, processes: Processes, views: int, json
     say(
         f"{config.student.name}, {config.data.image_size} px, "
         f"{'no teacher' if config.distill.kind == 'none' else f'teacher {teachers}'}, batch "
-        f"{config.train.batch_size}, {config.train.precision}, {processes.device.type} with "
+        f"{config.train.batch_size}, {config.train.precision}, {kind(processes.device)} with "
         f"{torch.get_num_threads()} threads and {config.data.workers} workers"
     )
     print_rates("images/s", clock.rates, 1)
@@ -142,6 +143,7 @@ def _report(clock: Clock, config: Config, processes: Processes, views: int, json
         "ratios": ratios,
         "epoch_seconds": seconds,
         "peak_memory": peaks,
+        "machine": kind(processes.device),
         "threads": torch.get_num_threads(),
         "recipe": config.model_dump(mode="json"),
         "torch": torch.__version__,
