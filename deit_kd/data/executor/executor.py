@@ -59,6 +59,8 @@ class Executor:
 
     def __call__(self, photos: PhotoBuffer, which: np.ndarray, rows: Rows) -> Tensor:
         """Return the views [B, 3, H, W] of `rows`, normalised and not yet mixed; view b is of photo ``which[b]``."""
+        if not len(rows):
+            return self._values.new_empty((0, 3, self._size, self._size))
         parts = [self._views(photos, which[part], rows.at(part)) for part in self._parts(rows)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -68,10 +70,9 @@ class Executor:
         A view whose partner is not in the batch stays as it is.
         """
         partner = rows.partners()
-        share = np.where(partner != np.arange(len(rows)), rows.share, 1.0)
-        faded = np.where(rows.mixing_box[:, 2] > 0, 1.0, share)
+        kept = np.where(partner != np.arange(len(rows)), rows.share, 1.0)
         partners, boxes = self._upload(partner, rows.mixing_box)
-        share, faded = self._upload(share, faded)
+        share, faded = self._upload(kept, np.where(rows.mixing_box[:, 2] > 0, 1.0, kept))
         others = images[partners]
         mixed = images.float().lerp(others.float(), (1 - faded).float()[:, None, None, None]).to(images.dtype)
         mixed = torch.where(self._inside(boxes), others, mixed)

@@ -50,7 +50,7 @@ def _resized(values: Tensor, first: Tensor, weights: Tensor, length: int) -> Ten
 
 
 def affine(images: Tensor, where: Tensor, maps: Tensor, fill: Tensor) -> None:
-    """Move what `images` [n, 3, size, size] show at `where` [m] as `maps` [m, 7] say, in place; `fill` [3] is outside."""
+    """Move what `images` [n, 3, size, size] show at `where` [m] by `maps` [m, 7], in place; `fill` [3] is outside."""
     size = images.shape[-1]
     place = torch.arange(size, device=images.device)
     a, b, c, d, e, f, bicubic = maps.T[..., None, None]
@@ -123,15 +123,13 @@ def sharpen(images: Tensor, where: Tensor, factors: Tensor) -> None:
 
 def blur(images: Tensor, where: Tensor, weights: Tensor) -> None:
     """Blur `images` at `where` [m] with three box filters in each direction, in place; `weights` [m, 5] in 2**-24."""
-    source = images[where].long()
-    size = images.shape[-1]
-    place = (torch.arange(size, device=images.device)[:, None] + torch.arange(-2, 3, device=images.device)).clamp(
-        0, size - 1
-    )
+    source, size = images[where].long(), images.shape[-1]
+    place = torch.arange(size, device=images.device) + torch.arange(-2, 3, device=images.device)[:, None]
+    neighbours = place.clamp(0, size - 1)  # [5, size]
     for _ in range(2):  # across, then down: each turn transposes
         for _ in range(3):
-            total = sum(source[..., place[:, tap]] * weights[:, tap, None, None, None] for tap in range(5))
-            source = (total + (1 << 23)) >> 24
+            taken = source[..., neighbours] * weights[:, None, None, :, None]  # [m, 3, size, 5, size]
+            source = (taken.sum(-2) + (1 << 23)) >> 24
         source = source.mT
     images.index_copy_(0, where, source.to(torch.uint8))
 
