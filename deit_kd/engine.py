@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import Batch, Student, StudentOutput, Teacher
 from deit_kd.losses import CheckedTerms, Objective, Terms
-from deit_kd.optim import WeightAverage
+from deit_kd.optim import WeightAverage, by_dtype
 from deit_kd.randomness import seed_step
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -55,9 +55,11 @@ class Distiller:
 
     def checked(self, batch: Batch, place: float = 0.0) -> CheckedTerms:
         """Return the mean loss and terms of `batch`, and what in it was not finite."""
+        # The teacher first: what it needs for its answer is freed before the student keeps anything for its backward
+        # pass, and what it reads from a disk is on its way to the device early.
+        teacher_output = self.teacher(batch) if self.teacher is not None else None
         with autocast(batch.images.device, self.precision):
             student_output = ask(self.student, batch.images)
-        teacher_output = self.teacher(batch) if self.teacher is not None else None
         return self.objective.checked(student_output, teacher_output, batch.targets, place)
 
 
@@ -130,7 +132,7 @@ class Trainer:
     def step(self, batches: Iterator[Batch], step: int) -> StepResult:
         """Do optimiser step `step` (from 0)."""
         self.schedule.step_update(step)
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        buffers = _Buffers(self.model)
         terms = torch.zeros(len(STEP_TERMS) + 2 * len(self.further_terms), device=self.processes.device)
         is_finite = []
         views = places = 0
@@ -153,8 +155,7 @@ class Trainer:
             terms[:3] *= factor
             terms[len(STEP_TERMS) :] *= factor
         applied = self._apply()
-        for buffer, before in buffers:
-            buffer.copy_(torch.where(applied, buffer, before))
+        buffers.put_back_unless(applied)
         if self.ema is not None:
             self.ema.follow(self.model, step=step + 1, applied=applied)
         terms[3] = ~applied
@@ -237,6 +238,25 @@ class Trainer:
         self.processes.broadcast(self.model.buffers())
         if self.ema is not None:
             self.processes.broadcast(self.ema.module.buffers())
+
+
+class _Buffers:
+    """A network's buffers (BatchNorm statistics) as they are now, one tensor for each dtype; nothing if it has none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._groups = by_dtype(model.buffers())
+        self._before = [_flat(group) for group in self._groups]
+
+    @torch.no_grad()
+    def put_back_unless(self, applied: Tensor) -> None:
+        """Undo what has changed since, unless the scalar `applied` is true; without waiting for the device."""
+        for group, before in zip(self._groups, self._before, strict=True):
+            chosen = torch.where(applied, _flat(group), before).split([buffer.numel() for buffer in group])
+            torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(chosen, group, strict=True)])
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _gradients(module: nn.Module) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -125,11 +126,52 @@ class WeightAverage(ModelEmaV3):
             step: sets the decay, which is warmed up.
             applied: scalar, whether the step was applied.
         """
-        weight = (1 - self.get_decay(step)) * applied.float()
-        average, followed = self.module.state_dict().values(), model.state_dict().values()
-        pairs = list(zip(average, followed, strict=True))
-        floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        torch._foreach_lerp_([mean for mean, _ in floats], [now for _, now in floats], [weight] * len(floats))
-        for mean, now in pairs:
-            if not mean.is_floating_point():
-                mean.copy_(now)
+        weight = 1 - self.get_decay(step)
+        averaged, current = _states(self.module), _states(model)
+        for means, now in zip(by_dtype(averaged), by_dtype(current), strict=True):
+            if not means[0].is_floating_point():
+                torch._foreach_copy_(means, now)
+            elif weight < 0.5 and all(map(_lie_alike, means, now)):
+                _step_towards(now, means, weight, applied)
+            else:  # in the first two steps of the warm-up
+                torch._foreach_lerp_(means, now, [weight * applied.float()] * len(means))
+
+
+def by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Return `tensors` apart by their dtypes, in order: what one foreach operation takes."""
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())
+
+
+def _states(model: nn.Module) -> Iterable[Tensor]:
+    return model.state_dict(keep_vars=True).values()  # without keep_vars, each tensor is detached
+
+
+def _lie_alike(mean: Tensor, now: Tensor) -> bool:
+    """Return whether both fill their memory without gaps in the same order, which fused optimisers rely on."""
+    fills = mean.is_contiguous() or mean.is_contiguous(memory_format=torch.channels_last)
+    return fills and mean.stride() == now.stride()
+
+
+def _step_towards(now: list[Tensor], means: list[Tensor], weight: float, applied: Tensor) -> None:
+    """Do ``means += weight * (now - means)`` in one pass if `applied`, bit for bit as ``lerp_`` does it below 1/2.
+
+    ``torch._foreach_lerp_`` either takes a number, which `applied` is not before the device has computed it, or it
+    launches a kernel for each tensor. This is a step of SGD with the gradient ``-now`` and a weight decay of 1:
+    torch's fused optimisers read from the device whether to leave out a step.
+    """
+    torch._fused_sgd_(
+        means,
+        now,
+        [],
+        lr=weight,
+        weight_decay=1.0,
+        maximize=True,
+        momentum=0.0,
+        dampening=0.0,
+        nesterov=False,
+        is_first_step=False,
+        found_inf=(~applied).float(),
+    )

@@ -329,3 +329,16 @@ def test_answers_of_the_teacher_that_are_not_finite_are_counted() -> None:
     assert terms(learner)[4] == 0
     learner.distiller.teacher = broken
     assert terms(learner, 1)[4] == 2
+
+
+def test_the_teacher_has_answered_before_the_student_keeps_anything() -> None:
+    learner, order = trainer(), []
+
+    def teacher(batch: Batch) -> TeacherOutput:
+        order.append("teacher")
+        return pixel_teacher(batch)
+
+    learner.distiller.teacher = teacher
+    learner.model.register_forward_pre_hook(lambda *_: order.append("student"))
+    learner.step(iter([make_batch()]), 0)
+    assert order == ["teacher", "student"]

@@ -165,3 +165,24 @@ def test_an_average_begins_as_the_plain_mean_of_all_steps() -> None:
         average.follow(model, step, torch.tensor(True))
         assert average.module.weight.item() == pytest.approx((1 + step) / 2)
     assert average.get_decay(11) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("with_gaps", [False, True])
+@pytest.mark.parametrize("applied", [True, False])
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_an_average_is_the_interpolation_bit_for_bit_in_any_memory_layout(
+    step: int, applied: bool, with_gaps: bool
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Linear(9, 7))
+    model = model.to(memory_format=torch.channels_last)
+    if with_gaps:
+        model.register_buffer("with_gaps", torch.randn(4, 6)[:, ::2])
+    average = WeightAverage(model, 0.9)
+    before = {name: value.clone() for name, value in average.module.state_dict().items()}
+    for value in model.state_dict().values():
+        value.copy_(torch.randn(value.shape) * 8)
+    average.follow(model, step, torch.tensor(applied))
+    weight = torch.tensor(float(applied)) * (1 - average.get_decay(step))
+    for name, value in model.state_dict().items():
+        expected = before[name].lerp(value, weight) if value.is_floating_point() else value
+        assert torch.equal(average.module.state_dict()[name], expected), name

@@ -50,8 +50,12 @@ class StoredTeacher:
         records = self.store.find(view_ids)
         self.store.expect_missing(batch.missing_ids())
         device = batch.images.device
-        logits = self.store.record.decode({name: c.to(device, non_blocking=True) for name, c in records.items()})
-        return TeacherOutput(logits)
+        return TeacherOutput(self.store.record.decode({name: _sent(c, device) for name, c in records.items()}))
+
+
+def _sent(column: Tensor, device: torch.device) -> Tensor:
+    """Return `column` on `device`; a copy to CUDA from memory that is not pinned would wait for what it is doing."""
+    return column.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else column.to(device)
 
 
 class RecordingTeacher:
