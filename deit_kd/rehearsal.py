@@ -49,6 +49,10 @@ class Rehearsal:
         """What its tensors hold now: between two steps weights, buffers, moments, the average and the teacher."""
         return self._bytes.now
 
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint would keep, see `Trainer.state`."""
+        return self._trainer.state()
+
     def step(self, batches: Iterable[Batch], step: int = 0) -> None:
         """Do optimiser step `step` on its micro-batches, made by `batch`."""
         with self._mode, self._bytes:

@@ -6,11 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.jobs.dry_run import dry_run
 from tests.helpers import FULL, Finished, as_arguments, refused, snapshot, tiny
+
+GUIDE = {"kind": "guide", "weight": 1.0, "blocks": [1], "stages": ["layer2"]}
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, which is measured")
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +57,65 @@ def test_a_teacher_that_is_fitted_is_used(finished: Finished, capsys: pytest.Cap
     assert main(["train", *finished.arguments, "--output", "new", "--dry-run"]) == 0
     assert f"teacher: found {finished.teachers}" in capsys.readouterr().out
     assert snapshot(finished.folder.parent) == before
+
+
+def for_cuda(photos_root: Path, **options: object) -> list[str]:
+    recipe = tiny(photos_root, Path("run"), **{"train__device": "cuda", "train__precision": "bf16", **options})
+    return [*recipe, "--dry-run"]
+
+
+@without_cuda
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train__precision": "fp16"},
+        {"distill__kind": "none", "optim__name": "lamb"},
+        {"distill__terms": [GUIDE], **FULL},
+    ],
+    ids=["online, fp16", "no teacher, another optimiser", "a guide, and a teacher to fit"],
+)
+def test_the_memory_of_a_gpu_is_estimated_without_one(
+    photos_root: Path, tmp_path: Path, options: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *for_cuda(photos_root, **{**options, "train__device": "cuda"})]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for line in (
+        r"memory: about .+ at the peak on the GPU: .+ stay between steps",
+        "memory: estimated from the shapes of all tensors, since this machine has no CUDA device",
+        "time: not measured",
+        "disk: .+ for checkpoints",
+    ):
+        assert re.search(line, said), line
+    assert list(tmp_path.iterdir()) == []
+
+
+@without_cuda
+def test_the_estimate_counts_every_network_moment_and_gradient(photos_root: Path) -> None:
+    """With one image, a network's weights outweigh its activations; AdamW has two moments, and the average is one more.
+
+    At the peak of the optimiser's step the gradients are there, too.
+    """
+    arguments = {
+        "student__args": {"patch_size": 8, "embed_dim": 256, "depth": 2, "num_heads": 2},
+        "train__batch_size": 2,
+    }
+    options = {**arguments, "train__ema_decay": 0.9, "distill__kind": "none", "evaluate__batch_size": 1}
+    needs = dry_run(parse_config(for_cuda(photos_root, **options)[:-1])[0])
+    weights = needs.checkpoint / 4  # weights, average and two moments
+    assert needs.memory == pytest.approx(5 * weights, rel=0.05)
+
+
+@without_cuda
+def test_the_checkpoint_of_a_gpu_is_as_large_as_said(finished: Finished) -> None:
+    arguments = [*finished.arguments, "--output", "new", "--train.device", "cuda"]
+    size = next((finished.folder / "checkpoints").iterdir()).stat().st_size
+    assert 0.8 * size < dry_run(parse_config(arguments)[0]).checkpoint < size
+
+
+@without_cuda
+def test_an_optimiser_that_reads_values_is_refused(photos_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(["train", *for_cuda(photos_root, optim__name="muon")], capsys)
+    assert "a step with optim.name 'muon' cannot be rehearsed without values" in said
 
 
 def test_the_checkpoint_is_as_large_as_said(finished: Finished) -> None:
