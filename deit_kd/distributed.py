@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,7 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
-    def share(self, value: Any) -> Any:
+    def share(self, value: Item) -> Item:
         """Return the main process's `value` on every process."""
         if self.count == 1:
             return value
@@ -66,7 +66,7 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Item) -> list[Item]:
         """Return every process's `value`, by rank, on every process."""
         if self.count == 1:
             return [value]
@@ -167,6 +167,12 @@ def on_main(processes: Processes, act: Callable[[], Answer], work: str = "") -> 
             refusal = error
     _end_all(processes, processes.share(refusal))
     return answer
+
+
+def from_main(processes: Processes, act: Callable[[], Answer], work: str = "") -> Answer:
+    """Return on every process what `act` returns on the main one, see `on_main`."""
+    answer = on_main(processes, act, work)
+    return cast(Answer, processes.share(answer))
 
 
 def together(processes: Processes, act: Callable[[], Answer]) -> Answer:

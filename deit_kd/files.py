@@ -8,11 +8,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from deit_kd.interfaces import InputError
+
+Kind = TypeVar("Kind")
 
 CURES = {
     errno.ENOSPC: "free space, or name another folder",
@@ -124,7 +126,7 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path: Path, kind: Any = Any) -> Any:
+def read_json(path: Path, kind: type[Kind]) -> Kind:
     """Return the JSON of a file, if it is of the type `kind`, such as a TypedDict.
 
     Raises:
@@ -136,7 +138,7 @@ def read_json(path: Path, kind: Any = Any) -> Any:
         raise InputError(f"{path}: cannot be read ({error}); name the folder of a run") from error
 
 
-def checked(value: Any, kind: Any) -> Any:
+def checked(value: Any, kind: type[Kind]) -> Kind:
     """Return `value` as the type `kind`.
 
     Raises:

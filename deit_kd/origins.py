@@ -176,7 +176,7 @@ def recipe_of(run: Path) -> Config:
         InputError: it cannot be read, or is not a recipe of deit_kd.
     """
     try:
-        recipe: Config = checked(read_recipe(run / CONFIG_FILE), Config)
+        recipe = checked(read_recipe(run / CONFIG_FILE), Config)
     except ValueError as error:
         raise InputError(f"{run / CONFIG_FILE}: {error}; name a run of deit_kd") from error
     return recipe
@@ -306,7 +306,7 @@ def _from_transformers(
     columns: tuple[tuple[int, ...], ...] | None,
 ) -> Origin:
     config_file = file.parent / "config.json"
-    saved: TransformersConfig = read_json(config_file, TransformersConfig)
+    saved = read_json(config_file, TransformersConfig)
     act = saved.get("hidden_act", "gelu")
     if act not in ACTIVATIONS:
         raise InputError(f"{key}: {config_file}: timm has no activation {act!r} (hidden_act); name other weights")

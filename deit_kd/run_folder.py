@@ -97,8 +97,7 @@ def read_facts(folder: Path) -> Facts:
     Raises:
         InputError: there is no such run.
     """
-    facts: Facts = read_json(folder / FACTS_FILE, Facts)
-    return facts
+    return read_json(folder / FACTS_FILE, Facts)
 
 
 def read_head_scores(folder: Path) -> HeadScores:
@@ -107,8 +106,7 @@ def read_head_scores(folder: Path) -> HeadScores:
     Raises:
         InputError: there is no such run.
     """
-    scores: HeadScores = read_json(folder / HEADS_FILE, HeadScores)
-    return scores
+    return read_json(folder / HEADS_FILE, HeadScores)
 
 
 def run_of(path: Path) -> Path | None:

@@ -19,6 +19,7 @@ from deit_kd.evaluation.teacher import teacher_of, whose
 from deit_kd.interfaces import Batch, InputError, Preprocessing, head_probabilities
 from deit_kd.metrics import judge
 from deit_kd.models.state import tensors_hash
+from deit_kd.run_folder import ScoreRecord
 from deit_kd.runs import parts
 from deit_kd.runs.held_out import check_own_fold
 from deit_kd.students import TimmStudent
@@ -37,7 +38,7 @@ class Examination:
     photos: Photos
     student: TimmStudent
     teacher: NetworkTeacher | None  # also None if a label store answers for it
-    teacher_score: dict[str, Any] | None  # ``top1``, ``top5`` and ``nll`` over the split, recorded in a label store
+    teacher_score: ScoreRecord | None  # ``top1``, ``top5`` and ``nll`` over the split, recorded in a label store
     answers: Answers
     unreadable: dict[int, str]  # the reason, by index in the split
 

@@ -67,7 +67,7 @@ def open_exported(file: Path) -> OpenedModel:
         raise InputError(f"{file}: cannot be opened by onnxruntime ({reason}); export the run again") from error
     try:
         said = session.get_modelmeta().custom_metadata_map
-        facts: Facts = checked({key: json.loads(value) for key, value in said.items() if key in _KEYS}, Facts)
+        facts = checked({key: json.loads(value) for key, value in said.items() if key in _KEYS}, Facts)
     except ValueError as error:
         raise InputError(
             f"{file}: does not record its classes and preprocessing ({error}); export the run with deit-kd"

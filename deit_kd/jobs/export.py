@@ -124,7 +124,7 @@ def _fitted_temperature(folder: Path, fusion: str) -> dict[str, float] | None:
     file = folder / "eval" / "validation" / HEADS_FILE
     if not file.is_file():
         return None
-    evaluation: _Evaluation = read_json(file, _Evaluation)
+    evaluation = read_json(file, _Evaluation)
     if evaluation["student"] != folder.resolve().name:
         return None
     fitted = evaluation["temperature"]

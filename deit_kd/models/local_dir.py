@@ -105,7 +105,7 @@ def named_columns(saved: LocalDir) -> tuple[tuple[str, ...] | None, tuple[tuple[
 def read_preprocessor(file: Path, image_size: int) -> KnownPreprocessing:
     if not file.is_file():
         return KnownPreprocessing(image_size)
-    seen: Preprocessor = read_json(file, Preprocessor)
+    seen = read_json(file, Preprocessor)
     size = seen.get("size")
     return KnownPreprocessing(
         image_size=image_size,

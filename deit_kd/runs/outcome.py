@@ -10,7 +10,7 @@ from rich.table import Table
 from deit_kd.console import console
 from deit_kd.engine import Trainer
 from deit_kd.models.state import save_local_dir
-from deit_kd.run_folder import STUDENT_FOLDER, HeadScores, kept_weights
+from deit_kd.run_folder import STUDENT_FOLDER, FeatureRecord, HeadScores, ScoreRecord, kept_weights
 from deit_kd.runs.prepared import Run
 
 
@@ -35,7 +35,9 @@ def print_heads(result: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def head_scores(weights: str, result: dict[str, Any], teacher_score: Any, unreadable: dict[str, str]) -> HeadScores:
+def head_scores(
+    weights: str, result: dict[str, Any], teacher_score: ScoreRecord | FeatureRecord | None, unreadable: dict[str, str]
+) -> HeadScores:
     """Return what ``heads.json`` holds, from one result of `evaluate`; the `unreadable` images are not among the n."""
     return {
         "n": result["n"],

@@ -214,7 +214,13 @@ def cached(config: Config, photos: Photos, processes: Processes) -> Photos:
     mine = together(processes, decode)
     sent = None if mine is None or mine.decoded is None else mine.decoded.without_pixels()
     found = processes.gather(sent)[decoder]
-    kept = together(processes, lambda: mine or replace(photos, decoded=found.with_shared_pixels()))
+
+    def received() -> Photos:
+        if mine is not None or found is None:
+            return mine or photos
+        return replace(photos, decoded=found.with_shared_pixels())
+
+    kept = together(processes, received)
     if processes.is_main and kept.decoded is not None:
         size = size_text(len(kept.decoded.pixels))
         say(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deit_kd.distributed import Processes, on_main
+from deit_kd.distributed import Processes, from_main
 from deit_kd.features import POOLED
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.metrics import score_neighbours
@@ -73,6 +73,4 @@ def score_headless(run: Run, teacher: FrozenTeacher) -> dict[str, Any]:
     teacher.ask_for(())
     run.errors.tell()
     work = "compares the teacher's features"
-    found = on_main(run.processes, lambda: score_neighbours(vectors.features, vectors.labels), work)
-    score: dict[str, Any] = run.processes.share(found)
-    return score
+    return from_main(run.processes, lambda: score_neighbours(vectors.features, vectors.labels), work)

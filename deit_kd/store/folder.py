@@ -30,6 +30,7 @@ FORMAT = 1
 MANIFEST = "store.json"
 VALIDATION = "validation"
 VIEWS_FIELD = "views.version"  # of a store's identity
+ESSENTIAL = ("format", "identity", "classes", "top", "views", "validation")  # of a manifest: what records depend on
 
 Columns = dict[str, Tensor]
 
@@ -52,6 +53,7 @@ class TeacherOfStore(TypedDict):
 class Manifest(TypedDict):
     """What ``store.json`` holds."""
 
+    format: int
     identity: dict[str, Any]
     classes: Annotated[list[str], Field(min_length=1)]
     top: Annotated[int, Field(ge=0)]
@@ -82,7 +84,7 @@ class LabelStore:
         written = read_json(self.folder / MANIFEST, dict[str, Any]).get("format")
         if written != FORMAT:
             raise InputError(f"teacher.store: {folder} has format {written}, this version reads {FORMAT}; rebuild it")
-        self.manifest: dict[str, Any] = read_json(self.folder / MANIFEST, Manifest)
+        self.manifest = read_json(self.folder / MANIFEST, Manifest)
         # A store from before views had versions has version 1.
         self.views_version: int = self.manifest["identity"].get(VIEWS_FIELD, 1)
         if self.views_version not in range(1, VIEWS_VERSION + 1):
@@ -118,7 +120,7 @@ class LabelStore:
     @cached_property
     def digest(self) -> str:
         """Hash of everything that the records depend on, including their format."""
-        essence = {key: self.manifest[key] for key in ("format", "identity", "classes", "top", "views", "validation")}
+        essence = {key: value for key, value in self.manifest.items() if key in ESSENTIAL}
         return hashlib.blake2b(json.dumps(essence, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     @property
@@ -208,15 +210,14 @@ class LabelStore:
                 found[name][rows] = column[positions]
         return found
 
-    def score(self) -> dict[str, float | None]:
+    def score(self) -> ScoreRecord:
         """Return the teacher's ``top1``, ``top5`` and ``nll`` on the validation set, as measured."""
         file = self._file(VALIDATION)
         _, metadata = self._read(file, self._rows(VALIDATION))
         try:
-            score: dict[str, float | None] = checked(json.loads(metadata["notes"]), ScoreRecord)
+            return checked(json.loads(metadata["notes"]), ScoreRecord)
         except ValueError as error:
             raise self._broken(file, str(error)) from error
-        return score
 
     def predictions(self, rank: int, processes: int) -> Tensor:
         """Return the teacher's classes [share] on the part of the validation set that one process evaluates.

@@ -64,7 +64,7 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
 
 def _is_there(folder: Path, processes: Processes) -> bool:
     """Return whether the main process finds a completely fitted teacher, and print it."""
-    found: bool = processes.share((folder / HEADS_FILE).is_file())
+    found = processes.share((folder / HEADS_FILE).is_file())
     if found and processes.is_main:
         say(f"teacher: found {folder}")
     return found
@@ -178,7 +178,8 @@ def _in_the_recipes_keys(message: str) -> str:
 def _why(key: dict[str, Any], folder: Path) -> str:
     """Say which fields differ from the most similar fitted teacher of that name."""
     name = folder.name.rsplit("-", 1)[0]
-    others = [read_json(path) for path in folder.parent.glob(f"{name}-*/{KEY_FILE}") if path.parent != folder]
+    files = [path for path in folder.parent.glob(f"{name}-*/{KEY_FILE}") if path.parent != folder]
+    others = [read_json(path, dict[str, Any]) for path in files]
     if not others:
         return ""
     found = min((_changed(other, key) for other in others), key=len)

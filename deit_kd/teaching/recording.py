@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from deit_kd.asking import score_teacher
 from deit_kd.config import Config, differences
 from deit_kd.console import say
 from deit_kd.data import Splits, TrainingLoader
-from deit_kd.distributed import Processes, on_main
+from deit_kd.distributed import Processes, from_main, on_main
 from deit_kd.interfaces import Batch, InputError, TeacherOutput
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.runs import parts
@@ -207,7 +206,7 @@ def fill_epoch(
     """Record what an epoch still lacks, each process its share of blocks."""
     processes.wait()
     part = epoch_part(epoch)
-    missing: Any = processes.share(on_main(processes, lambda: store.missing(part), f"looks for what {part} lacks"))
+    missing = from_main(processes, lambda: store.missing(part), f"looks for what {part} lacks")
     block = batch_size + batch_size % 2
     starts = range(processes.rank * block, len(missing), processes.count * block)
     if len(starts):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from deit_kd.config import Config
 from deit_kd.console import say
 from deit_kd.data import Photos
-from deit_kd.distributed import on_main, together
+from deit_kd.distributed import from_main, together
 from deit_kd.interfaces import InputError
-from deit_kd.run_folder import read_facts
+from deit_kd.run_folder import ScoreRecord, read_facts
 from deit_kd.runs.prepared import Run
 from deit_kd.store import (
     VALIDATION,
@@ -48,7 +48,7 @@ def stored_teacher(run: Run) -> StoredTeacher:
             f"build another with --teacher.store_top {SOFT_TOP}"
         )
     # A builder may add an epoch while the processes look at the store.
-    epochs: int = processes.share(on_main(processes, lambda: _epochs_to_read(run, store)))
+    epochs = from_main(processes, lambda: _epochs_to_read(run, store))
     needed = min(epochs, config.train.epochs)
 
     def verify_once(part: str) -> None:
@@ -100,7 +100,7 @@ def _epochs_of_all_photos(epochs: int, config: Config) -> int:
 class StoredAnswers(NamedTuple):
     """What a store knows about the validation set."""
 
-    score: dict[str, Any]  # ``top1``, ``top5`` and ``nll``, as measured
+    score: ScoreRecord  # ``top1``, ``top5`` and ``nll``, as measured
     predictions: Tensor  # [n]
     logits: Tensor | None  # [n, C]; None if the store holds only hard labels
 
