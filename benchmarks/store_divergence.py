@@ -22,6 +22,7 @@ from deit_kd.config import Config, build_parser, parse_config
 from deit_kd.distributed import start
 from deit_kd.losses import soft_distillation
 from deit_kd.runs import parts
+from deit_kd.runs.viewing import build_training_loader
 from deit_kd.store import Record
 from deit_kd.teaching.fit import online_teacher
 
@@ -33,7 +34,7 @@ def answers(config: Config) -> Tensor:
     """Return the teacher's logits [n, C] for the views of the first epoch."""
     processes = start(config.train.device)
     splits = parts.build_splits(config)
-    loader = parts.build_training_loader(config, splits.train, processes)
+    loader = build_training_loader(config, splits.train, processes)
     teacher, _ = online_teacher(config, processes, splits)
     view_ids = np.stack([np.zeros(loader.views_per_epoch, dtype=np.int64), np.arange(loader.views_per_epoch)], axis=1)
     batches = loader.views(view_ids, config.evaluate.batch_size)

@@ -68,6 +68,7 @@ class Facts(TypedDict):
     classes: list[str]
     data: dict[str, str]
     views: NotRequired[int]
+    executor: NotRequired[str]  # what made the views, and its version
     student: NotRequired[dict[str, Any] | None]  # the account of the weights that it began with
     teacher: TeacherFacts | None
     processes: NotRequired[int]

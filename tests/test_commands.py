@@ -23,6 +23,7 @@ from deit_kd.config import Config
 from deit_kd.data import evaluation_transform, load_image
 from deit_kd.interfaces import Preprocessing
 from deit_kd.runs import parts
+from deit_kd.runs.viewing import build_training_loader
 from tests.helpers import (
     CLASSES,
     FULL,
@@ -68,7 +69,7 @@ def test_the_student_sees_other_views_than_those_its_teacher_learned(finished: F
     alike = own.model_copy(update={"augment": fit.augment, "train": fit.train})
     photos = parts.build_splits(own).train
     taught, seen = (
-        [batch.images for batch in parts.build_training_loader(config, photos, ONE_PROCESS).batches(0)]
+        [batch.images for batch in build_training_loader(config, photos, ONE_PROCESS).batches(0)]
         for config in (fit, alike)
     )
     assert not any(torch.equal(one, other) for one in torch.cat(taught) for other in torch.cat(seen))

@@ -37,7 +37,7 @@ from deit_kd.runs.run import prepare
 from deit_kd.store import VALIDATION, LabelStore, Record, epoch_part
 from deit_kd.teaching import recording
 from deit_kd.teaching.stored import stored_teacher
-from tests.helpers import assert_same_scores, evaluated, heads_in, tiny
+from tests.helpers import assert_same_scores, evaluated, heads_in, refused, tiny
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
 PHOTOS_PER_CLASS = {"train": 15, "validation": 6}
@@ -509,6 +509,25 @@ def test_other_libraries_are_refused_until_a_check_passes(home: Home, soft: Path
     with console.capture() as capture:
         assert main(["store", "check", str(store), *home.arguments(), "--samples", "20"]) == 0
     assert f"pillow {PIL.__version__}" in capture.get()
+    assert ready(arguments).facts
+
+
+def test_a_store_of_the_devices_views_teaches_as_its_teacher_does_and_no_views_but_those(
+    home: Home, soft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = {"data.executor": "device", "data.cache": "memory", "train.epochs": 1}
+    store = home.build(tmp_path / "store", epochs=1, **device)
+    online = home.train(tmp_path / "online", **device)
+    assert home.train(tmp_path / "stored", **device, **{"teacher.store": store.folder}) == online
+    arguments = home.arguments(**device, **{"teacher.store": store.folder})
+    with pytest.raises(InputError, match=r"data\.executor: 'device 1' in the store, 'pillow' here"):
+        ready([*arguments, "--data.executor", "pillow"])
+    check_soft = ["store", "check", str(soft), *home.arguments(**device, **{"distill.kind": "soft"})]
+    assert "disagrees with this teacher's answers" in refused([*check_soft, "--samples", "20"], capsys)
+    monkeypatch.setattr("deit_kd.runs.viewing.EXECUTOR_VERSION", 2)
+    with pytest.raises(InputError, match=r"data\.executor: 'device 1' in the store, 'device 2' here"):
+        ready(arguments)
+    assert main(["store", "check", str(store.folder), *arguments, "--samples", "20"]) == 0
     assert ready(arguments).facts
 
 

@@ -16,6 +16,7 @@ from deit_kd import Batch, Distiller, FrozenTeacher, Objective, TeacherOutput
 from deit_kd.data import (
     Mixing,
     Photos,
+    PillowLoader,
     Splits,
     TrainingBatchSampler,
     TrainingLoader,
@@ -59,7 +60,7 @@ def training_loader(
     mixing = Mixing(len(photos.classes), seed, **mixes)
     order = {"repeats": 1, "batch_size": 8, "accumulation_steps": 1, "epochs": 1, "rank": 0, "processes": 1, **options}
     sampler = TrainingBatchSampler(photos=len(photos), seed=seed, pairs=mixing.is_on, **order)
-    return TrainingLoader(Views(photos, transform, seed, skip), sampler, mixing, workers, False)
+    return PillowLoader(Views(photos, transform, seed, skip), sampler, mixing, workers, False)
 
 
 def tiny_student(**options: Any) -> TimmStudent:

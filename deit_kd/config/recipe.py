@@ -105,6 +105,10 @@ class Config(Section):
             raise ValueError(f"data.fold: {fold} is set, but data.folds is not; set both")
         if folds is not None and (fold is None or fold >= folds):
             raise ValueError(f"data.fold: {fold} is none of {folds} folds; set 0 to {folds - 1}")
+        if self.data.cache == "device" and self.data.executor != "device":
+            raise ValueError(
+                "data.cache: device is for views that are made there; set data.executor device, or data.cache memory"
+            )
         if self.distill.kind != "none" and teacher.random_weights and teacher.fit.epochs:
             raise ValueError("teacher.random_weights and teacher.fit.epochs exclude each other")
         for name, section in (("teacher", teacher), ("guide", self.guide)):

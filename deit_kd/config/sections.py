@@ -78,8 +78,10 @@ class Data(Section):
     """normalisation of the student's images, per channel"""
     std: Statistics = key(IMAGENET_STD, VIEWS)
     """normalisation of the student's images, per channel"""
-    cache: Literal["none", "memory"] = key("none", NOTHING)
-    """memory decodes every training photo once, at the start; the views stay the same"""
+    executor: Literal["pillow", "device"] = key("pillow", VIEWS)
+    """what makes the training views: Pillow in the workers, or the device that trains; each makes views of its own"""
+    cache: Literal["none", "memory", "device"] = key("none", NOTHING)
+    """decode every training photo once, and keep it in main memory or, for executor device, where views are made"""
     cache_size: int | None = key(None, VIEWS, gt=0)
     """bring the shorter side of larger training photos to this many pixels first; null keeps their size"""
     workers: int = key(2, NOTHING, ge=0)

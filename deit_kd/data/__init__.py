@@ -2,9 +2,11 @@
 
 from deit_kd.data.cache import CAN_SHARE
 from deit_kd.data.decode import UnreadableImage, load_image
+from deit_kd.data.device_loader import DeviceLoader, Draws
+from deit_kd.data.executor import EXECUTOR_VERSION, Drawing, Executor
 from deit_kd.data.folder import one_split
 from deit_kd.data.folds import joined
-from deit_kd.data.loader import TrainingLoader, Views, build_evaluation_loader, lost_worker
+from deit_kd.data.loader import PillowLoader, TrainingLoader, Views, build_evaluation_loader, lost_worker
 from deit_kd.data.mixing import Mixing
 from deit_kd.data.order import TrainingBatchSampler
 from deit_kd.data.photos import Photos, Splits
@@ -13,8 +15,14 @@ from deit_kd.data.transforms import Transform, evaluation_transform, training_tr
 
 __all__ = [
     "CAN_SHARE",
+    "EXECUTOR_VERSION",
+    "DeviceLoader",
+    "Drawing",
+    "Draws",
+    "Executor",
     "Mixing",
     "Photos",
+    "PillowLoader",
     "Splits",
     "TrainingBatchSampler",
     "TrainingLoader",

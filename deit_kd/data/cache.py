@@ -85,7 +85,7 @@ class Decoded:
 
     def without_pixels(self) -> Decoded:
         """Return everything but the pixels, for another process of this machine."""
-        return replace(self, pixels=self.pixels[:0].clone())
+        return replace(self, pixels=torch.empty(0, dtype=torch.uint8))
 
     def with_shared_pixels(self) -> Decoded:
         """Return what another process sent `without_pixels` with its pixels, which stay in its memory.

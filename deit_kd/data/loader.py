@@ -7,8 +7,10 @@ import multiprocessing.util
 import os
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ from deit_kd.data.sharing import PREFETCHED, received
 from deit_kd.data.transforms import Transform
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.randomness import seed_view
+
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,16 @@ class Views(Dataset[Example]):
 
 
 @dataclass(frozen=True)
-class _Plainly:
+class _Plainly(Generic[Loaded]):
     """Batches of a loader, with errors that a user can read.
 
     A worker's InputError comes without the traceback that torch puts before it, and a worker's death as torch reports
     it (`lost_worker`), not as the broken connection that follows.
     """
 
-    batches: Iterable[Batch]
+    batches: Iterable[Loaded]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Loaded]:
         try:
             yield from self.batches
         except InputError as error:
@@ -143,14 +147,29 @@ def _serve_and_stand_back(worker: int) -> None:
     os.nice(19)
 
 
-class TrainingLoader:
+def in_workers(
+    dataset: Dataset, blocks: Iterable[list[ViewKey]], collate: Any, *, workers: int, pin_memory: bool, has_gpu: bool
+) -> Iterable[Any]:
+    """Return what `collate` makes of each block of views, in order, from worker processes if there are any."""
+    return _Plainly(
+        DataLoader(
+            dataset,
+            batch_sampler=blocks,
+            collate_fn=collate,
+            num_workers=workers,
+            timeout=SECONDS_FOR_A_BATCH if workers else 0,
+            prefetch_factor=PREFETCHED if workers else None,
+            pin_memory=pin_memory,
+            worker_init_fn=_serve if has_gpu else _serve_and_stand_back,  # without one, the step needs the same cores
+        )
+    )
+
+
+class TrainingLoader(ABC):
     """All batches of a run in order; iterate from any step."""
 
-    def __init__(
-        self, views: Views, batch_sampler: TrainingBatchSampler, mixing: Mixing, workers: int, pin_memory: bool
-    ) -> None:
-        self._views, self._batch_sampler, self._mixing = views, batch_sampler, mixing
-        self._workers, self._pin_memory = workers, pin_memory
+    def __init__(self, batch_sampler: TrainingBatchSampler) -> None:
+        self._batch_sampler = batch_sampler
         self.steps_per_epoch = batch_sampler.steps_per_epoch
         self.total_steps = batch_sampler.total_steps
         self.views_per_epoch = batch_sampler.views_per_epoch
@@ -184,19 +203,24 @@ class TrainingLoader:
         """
         return self._load(self._batch_sampler.blocks(self._batch_sampler.whole(view_ids), batch_size))
 
+    @abstractmethod
     def _load(self, blocks: Iterable[list[ViewKey]], lent: bool = False) -> Iterable[Batch]:
-        batches = _Plainly(
-            DataLoader(
-                self._views,
-                batch_sampler=blocks,
-                collate_fn=self._mixing,
-                num_workers=self._workers,
-                timeout=SECONDS_FOR_A_BATCH if self._workers else 0,
-                prefetch_factor=PREFETCHED if self._workers else None,
-                pin_memory=self._pin_memory,
-                # Pinned memory means that a GPU trains; otherwise workers and the step share the cores.
-                worker_init_fn=_serve if self._pin_memory else _serve_and_stand_back,
-            )
+        """Return the batch of each block."""
+
+
+class PillowLoader(TrainingLoader):
+    """Workers make the views."""
+
+    def __init__(
+        self, views: Views, batch_sampler: TrainingBatchSampler, mixing: Mixing, workers: int, pin_memory: bool
+    ) -> None:
+        super().__init__(batch_sampler)
+        self._views, self._mixing, self._workers, self._pin_memory = views, mixing, workers, pin_memory
+
+    def _load(self, blocks: Iterable[list[ViewKey]], lent: bool = False) -> Iterable[Batch]:
+        has_gpu = self._pin_memory
+        batches = in_workers(
+            self._views, blocks, self._mixing, workers=self._workers, pin_memory=has_gpu, has_gpu=has_gpu
         )
         return received(batches, self._workers, lent)
 

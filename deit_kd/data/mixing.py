@@ -71,10 +71,7 @@ class Mixing:
         images = self._stack([example.image for example in examples])
         labels = torch.tensor([example.label for example in examples])
         view_ids = torch.tensor([(example.epoch, example.position) for example in examples])
-        smooth = self.label_smoothing / self.classes
-        targets = torch.full((len(examples), self.classes), smooth)
-        targets.scatter_(1, labels.clamp_min(0)[:, None], 1 - self.label_smoothing + smooth)
-        targets[labels < 0] = 0  # without a label there is no classification loss
+        targets = smoothed_targets(labels, self.classes, self.label_smoothing)
         if self.is_on:
             for first in range(0, len(examples), 2):
                 pair = slice(first, first + 2)
@@ -99,6 +96,14 @@ class Mixing:
         else:
             images.copy_(images.lerp(images.flip(0), 1 - lam))
         targets.copy_(targets.lerp(targets.flip(0), 1 - lam))
+
+
+def smoothed_targets(labels: Tensor, classes: int, label_smoothing: float) -> Tensor:
+    """Return the targets [B, C] of `labels` [B] on their device; 0 for a photo without a label, -1."""
+    smooth = label_smoothing / classes
+    targets = torch.full((len(labels), classes), smooth, device=labels.device)
+    targets.scatter_(1, labels.clamp_min(0)[:, None], 1 - label_smoothing + smooth)
+    return targets.masked_fill_((labels < 0)[:, None], 0)  # without a label there is no classification loss
 
 
 def _exchange_box(images: Tensor, lam: float, choices: np.random.Generator) -> float:

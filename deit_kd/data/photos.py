@@ -62,6 +62,13 @@ class Photos:
             return self.decoded.image(index)
         return shrunk(self._full(index), self.short_side)
 
+    def array(self, index: int) -> np.ndarray:
+        """Return the pixels of one image, uint8 [H, W, 3] in RGB; not to be written to.
+
+        Raises: as `image` does.
+        """
+        return self.decoded.array(index) if self.decoded is not None else np.asarray(self.image(index))
+
     def _full(self, index: int) -> Image.Image:
         if self.arrays is not None:
             return Image.fromarray(self.arrays[index])

@@ -14,8 +14,8 @@ from deit_kd.interfaces import Batch
 PREFETCHED = 2  # batches that each worker makes ahead
 
 
-class SharedStack:
-    """Stacks views as ``torch.stack`` does; a worker stacks into its own few shared buffers in turn.
+class SharedBuffers:
+    """A worker's few shared buffers, used in turn.
 
     A buffer is reused once its worker has made `PREFETCHED` more batches, which is never before the loader is asked for
     the next one: by then it has been used or copied.
@@ -25,16 +25,27 @@ class SharedStack:
         self._buffers: list[Tensor | None] = [None] * (PREFETCHED + 1)
         self._turn = 0
 
-    def __call__(self, views: list[Tensor]) -> Tensor:
-        """Return `views` [3, H, W], all of one size, as [B, 3, H, W]."""
+    def take(self, count: int, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return a tensor [count, *shape] with any content; only the first dimension may differ between calls."""
         if get_worker_info() is None:
-            return torch.stack(views)
+            return torch.empty(count, *shape, dtype=dtype)
         self._turn = (self._turn + 1) % len(self._buffers)
         buffer = self._buffers[self._turn]
-        if buffer is None or len(buffer) < len(views):
-            buffer = torch.empty(len(views), *views[0].shape).share_memory_()
+        if buffer is None or len(buffer) < count:
+            buffer = torch.empty(count, *shape, dtype=dtype).share_memory_()
             self._buffers[self._turn] = buffer
-        return torch.stack(views, out=buffer[: len(views)])
+        return buffer[:count]
+
+
+class SharedStack:
+    """Stacks views as ``torch.stack`` does; a worker stacks into shared buffers."""
+
+    def __init__(self) -> None:
+        self._buffers = SharedBuffers()
+
+    def __call__(self, views: list[Tensor]) -> Tensor:
+        """Return `views` [3, H, W], all of one size, as [B, 3, H, W]."""
+        return torch.stack(views, out=self._buffers.take(len(views), *views[0].shape, dtype=views[0].dtype))
 
 
 def received(batches: Iterable[Batch], workers: int, lent: bool = False) -> Iterator[Batch]:

@@ -17,11 +17,12 @@ from deit_kd.interfaces import Batch, InputError
 from deit_kd.randomness import generator
 from deit_kd.runs import parts
 from deit_kd.runs.data_errors import DataErrors
+from deit_kd.runs.viewing import build_training_loader, cached
 from deit_kd.store import VALIDATION, LabelStore, RecordingTeacher, epoch_part
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.teaching.fit import online_teacher
 from deit_kd.teaching.recording import fill_epoch, fill_validation, writing
-from deit_kd.teaching.store_identity import identity, libraries_in_use, refuse_other, verify, weights_hash
+from deit_kd.teaching.store_identity import accepted, identity, in_use, refuse_other, verify, weights_hash
 from deit_kd.teaching.stored import open_store
 
 LARGEST_CHANGED_SHARE = 0.01  # of changed argmaxes that a check accepts
@@ -50,7 +51,7 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
     epochs = epochs or config.train.epochs
     with process_group(config.train.device) as processes:
         splits = parts.agreed_splits(config, processes)
-        splits = splits._replace(train=parts.cached(config, splits.train, processes))
+        splits = splits._replace(train=cached(config, splits.train, processes))
         loader = _loader_of_all(config, splits, processes)
         teacher, checkpoint = online_teacher(config, processes, splits)
         with writing(config, folder, splits, loader, processes, teacher, checkpoint) as store:
@@ -70,7 +71,7 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
 def check(config: Config, folder: str, samples: int) -> dict[str, float]:
     """Compare every checksum, then run the teacher on random views again and compare its answers.
 
-    If they agree, the versions of the libraries in use may use the store from now on.
+    If they agree, the executor and the versions of the libraries in use may use the store from now on.
 
     Returns:
         ``largest_difference`` of the kept logits, their ``mean_gap_share`` of the logits' spread, and the
@@ -83,7 +84,7 @@ def check(config: Config, folder: str, samples: int) -> dict[str, float]:
         raise InputError(f"--samples: {samples} is not above 0")
     with process_group(config.train.device) as processes:
         splits = parts.agreed_splits(config, processes)
-        splits = splits._replace(train=parts.cached(config, splits.train, processes))
+        splits = splits._replace(train=cached(config, splits.train, processes))
         loader = _loader_of_all(config, splits, processes)
         store = open_store(folder)
         loader.order_as(store.views_version)
@@ -104,11 +105,11 @@ def check(config: Config, folder: str, samples: int) -> dict[str, float]:
             raise InputError(
                 f"store check: {folder} disagrees with this teacher's answers to these views (allowed: "
                 f"{100 * LARGEST_CHANGED_SHARE:g} % of the argmax, {100 * LARGEST_GAP_SHARE:g} % of the spread); build "
-                "a store with these libraries"
+                "a store with this executor and these libraries"
             )
-        if processes.is_main and libraries_in_use() not in store.manifest["libraries"]:
-            store.accept(libraries_in_use())
-            say(f"store: now accepts {_named(libraries_in_use())}")
+        if processes.is_main and (here := in_use(config)) not in accepted(store):
+            store.accept(here)
+            say(f"store: now accepts {_named(here)}")
         return result
 
 
@@ -137,8 +138,8 @@ def info(folder: str) -> None:
     for field, value in store.manifest["identity"].items():
         shown = f"{len(value)} names" if field == "classes" else value
         say(f"  {field}: {shown}")
-    for libraries in store.manifest["libraries"]:
-        say(f"  libraries: {_named(libraries)}")
+    for libraries in accepted(store):
+        say(f"  made with: {_named(libraries)}")
     kinds = "soft or hard" if record.holds_logits else "hard"
     say(
         f"may be used with distill.kind {kinds}, and with any student, alpha, temperature, learning rate, batch size, "
@@ -148,7 +149,7 @@ def info(folder: str) -> None:
 
 def _loader_of_all(config: Config, splits: Splits, processes: Processes) -> TrainingLoader:
     """Return a loader of all views of an epoch; the caller decides which of them a process loads."""
-    return parts.build_training_loader(config, splits.train, replace(processes, rank=0, count=1))
+    return build_training_loader(config, splits.train, replace(processes, rank=0, count=1))
 
 
 def _better_epochs(epochs: int, repeats: int) -> str:

@@ -24,8 +24,10 @@ from deit_kd.run_folder import (
     next_free_folder,
     read_facts,
 )
+from deit_kd.runs.viewing import executor_of
 
 RUNS = Path("runs")
+EXECUTOR = "data.executor"
 SECONDS_BETWEEN_TRIES = 1.0  # to get the lock of a folder
 # What a run that was killed before its first step leaves behind.
 LEFTOVERS = {LOCK, DATA_ERRORS_FILE, FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
@@ -113,10 +115,11 @@ def _newest(config: Config, folder: Path, data_facts: dict[str, str] | None) -> 
 
 
 def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) -> None:
-    before = flat(read_recipe(folder / CONFIG_FILE))
-    now = dict.fromkeys(before) | flat(config.model_dump(mode="json"))  # a key that no longer exists has changed, too
-    changed = differences(before, {key: now[key] for key in now if effects().get(key) != NOTHING}, "in the run")
     facts = read_facts(folder)
+    before = flat(read_recipe(folder / CONFIG_FILE)) | {EXECUTOR: facts.get("executor", "pillow")}
+    now = dict.fromkeys(before) | flat(config.model_dump(mode="json"))  # a key that no longer exists has changed, too
+    now[EXECUTOR] = executor_of(config)  # with its version
+    changed = differences(before, {key: now[key] for key in now if effects().get(key) != NOTHING}, "in the run")
     before_data, before_views = facts["data"], facts.get("views", 1)
     changed += [f"views: version {before_views} in the run, {VIEWS_VERSION} here"] * (before_views != VIEWS_VERSION)
     changed += [f"data ({split}): other photos" for split in data_facts if before_data.get(split) != data_facts[split]]

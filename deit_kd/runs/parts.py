@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,8 +18,7 @@ from deit_kd.config import (
     TermSection,
     as_schedule,
 )
-from deit_kd.console import say, size_text
-from deit_kd.data import CAN_SHARE, Photos, Splits
+from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
 from deit_kd.interfaces import Batch, InputError
@@ -186,90 +183,6 @@ def build_data_errors(
         first_step=first_step,
         skips=skips(config),
     )
-
-
-def cached(config: Config, photos: Photos, processes: Processes) -> Photos:
-    """Return training photos as the recipe's loader reads them: in its size and, if it has a cache, decoded.
-
-    One process of each machine decodes those for main memory, and the others see them there.
-
-    Raises:
-        InputError: they do not fit, or one of them cannot be read and ends the run.
-    """
-    cache = config.data.cache
-    photos = replace(photos, short_side=config.data.cache_size)
-    if cache == "none" or photos.decoded is not None:
-        return photos
-    machines = processes.gather(socket.gethostname())
-    decoder = machines.index(machines[processes.rank])  # the process that decodes for this one
-    if cache == "device" or not CAN_SHARE:
-        decoder = processes.rank
-
-    def decode() -> Photos | None:
-        if decoder != processes.rank:
-            return None
-        with processes.busy("decodes the photos"):
-            return photos.cached(cache, processes.device, skips(config), processes.is_main)
-
-    mine = together(processes, decode)
-    sent = None if mine is None or mine.decoded is None else mine.decoded.without_pixels()
-    found = processes.gather(sent)[decoder]
-
-    def received() -> Photos:
-        if mine is not None or found is None:
-            return mine or photos
-        return replace(photos, decoded=found.with_shared_pixels())
-
-    kept = together(processes, received)
-    if processes.is_main and kept.decoded is not None:
-        size = size_text(len(kept.decoded.pixels))
-        say(
-            f"cache: {len(kept)} photos decoded, {size} " + ("in main memory" if cache == "memory" else "on the device")
-        )
-    return kept
-
-
-def build_training_loader(config: Config, photos: Photos, processes: Processes) -> data.TrainingLoader:
-    """Return the loader of this process's training views.
-
-    Raises:
-        InputError: the batch cannot be dealt evenly, or the set is smaller than one batch.
-    """
-    augment = config.augment
-    transform = data.training_transform(
-        image_size=config.data.image_size,
-        mean=config.data.mean,
-        std=config.data.std,
-        interpolation=config.data.interpolation,
-        auto_augment=augment.auto_augment,
-        color_jitter=augment.color_jitter,
-        horizontal_flip=augment.horizontal_flip,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        erasing=augment.erasing,
-    )
-    mixing = data.Mixing(
-        classes=len(photos.classes),
-        seed=config.seed,
-        mixup=augment.mixup,
-        cutmix=augment.cutmix,
-        probability=augment.mix_probability,
-        switch_probability=augment.mix_switch_probability,
-        label_smoothing=augment.label_smoothing,
-    )
-    batch_sampler = data.TrainingBatchSampler(
-        photos=len(photos),
-        repeats=augment.repeats,
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        accumulation_steps=config.train.accumulation_steps,
-        rank=processes.rank,
-        processes=processes.count,
-        pairs=mixing.is_on,
-        epochs=config.train.epochs,
-    )
-    views = data.Views(cached(config, photos, processes), transform, config.seed, skips(config))
-    return data.TrainingLoader(views, batch_sampler, mixing, config.data.workers, processes.device.type == "cuda")
 
 
 def build_evaluation_transform(config: Config) -> data.Transform:

@@ -36,6 +36,7 @@ from deit_kd.runs.opening import open_folder
 from deit_kd.runs.outcome import head_scores, print_heads, save_student
 from deit_kd.runs.prepared import AfterEpoch, Run
 from deit_kd.runs.progress import Progress
+from deit_kd.runs.viewing import build_training_loader, cached, executor_of
 from deit_kd.stopping import Watch
 
 AVERAGED_SHARE = 1 / 20  # of a run's steps, covered by the average of the weights unless the recipe sets a decay
@@ -60,13 +61,13 @@ def prepare(
         raise InputError("train.precision: fp16 needs CUDA; use bf16 or off on the CPU")
     check_tracking(config.tracking.wandb)
     splits = splits or parts.agreed_splits(config, processes)
-    splits = splits._replace(train=parts.cached(config, splits.train, processes))  # a teacher's fit shares them
+    splits = splits._replace(train=cached(config, splits.train, processes))  # a teacher's fit shares them
     if len(splits.validation) < processes.count:
         raise InputError(
             f"data: {len(splits.validation)} validation images are fewer than {processes.count} processes; use fewer "
             "processes"
         )
-    loader = parts.build_training_loader(config, splits.train, processes)
+    loader = build_training_loader(config, splits.train, processes)
     with processes.busy("builds the student"):
         student = parts.build_student(config, splits.train.classes, processes.device)
     optimizer = parts.build_student_optimizer(config, student)
@@ -193,6 +194,7 @@ def _write_facts(run: Run, teacher_facts: TeacherFacts | None) -> None:
     facts: Facts = {
         "data": run.data_facts,
         "views": VIEWS_VERSION,
+        "executor": executor_of(run.config),
         "classes": list(run.classes),
         "student": None if run.student.account is None else run.student.account.record(),
         "teacher": teacher_facts,

@@ -19,6 +19,7 @@ from deit_kd.run_folder import HEADS_FILE
 from deit_kd.runs import parts
 from deit_kd.runs.opening import claimed
 from deit_kd.runs.run import execute, prepare
+from deit_kd.runs.viewing import executor_of
 from deit_kd.teachers import NetworkTeacher
 
 KEY_FILE = "teacher_key.json"
@@ -125,6 +126,8 @@ def _key(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str
         del seen["crop_mode"]  # the first version had no such field
     if config.data.cache_size is not None:
         seen["cache_size"] = config.data.cache_size  # nor this one
+    if config.data.executor != "pillow":
+        seen["executor"] = executor_of(config)  # nor this one
     return {
         "data": {"train": splits.train.digest(), "validation": splits.validation.digest()},
         "classes": list(splits.train.classes),

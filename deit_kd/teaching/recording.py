@@ -32,9 +32,9 @@ from deit_kd.teaching.store_identity import (
     IN_THE_STORE,
     SHAPE,
     identity,
-    libraries_in_use,
+    in_use,
     refuse_differences,
-    refuse_libraries,
+    refuse_makers,
     refuse_other,
     verify,
     weights_hash,
@@ -101,7 +101,7 @@ def writing(
         "top": logits_kept(config),
         "views": loader.views_per_epoch,
         "validation": len(splits.validation),
-        "libraries": [libraries_in_use()],
+        "libraries": [in_use(config)],
         "teacher": {
             **teacher.facts,
             "weights": fields["teacher.weights"],
@@ -115,7 +115,7 @@ def writing(
             store = LabelStore.begin(folder, manifest)
             refuse_other(store, fields)
             refuse_differences(store, differences(store.manifest, {key: manifest[key] for key in SHAPE}, IN_THE_STORE))
-            refuse_libraries(store)
+            refuse_makers(store, config)
             if top is not None and top != store.record.top:
                 raise InputError(
                     f"teacher.store_top: {store.record.top} in the store, {top} here; use the store's, or name another "

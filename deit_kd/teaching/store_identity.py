@@ -18,6 +18,7 @@ from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.run_folder import HEADS_FILE
 from deit_kd.runs import parts
+from deit_kd.runs.viewing import executor_of
 from deit_kd.store import LabelStore
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.teaching.fit import teacher_folder
@@ -25,6 +26,7 @@ from deit_kd.teaching.fit import teacher_folder
 IN_THE_STORE = "in the store"
 SHAPE = ("classes", "views", "validation")  # of a store's parts
 OF_A_STORE = ("data.", "augment.", "teacher.")  # prefixes of the keys that it depends on, besides the seed
+EXECUTOR = "data.executor"  # makes the views; accepted with the libraries that it uses, by `deit-kd store check`
 LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")  # that the views depend on
 
 
@@ -35,7 +37,7 @@ def identity(config: Config, splits: Splits) -> dict[str, Any]:
         "train.images": len(splits.train),
         "train.photos": splits.train.digest(),
         **validation_identity(config, splits.validation),
-        **{key: keys[key] for key in found_by if not key.startswith("teacher.fit.")},
+        **{key: keys[key] for key in found_by if not key.startswith("teacher.fit.") and key != EXECUTOR},
         "seed": config.seed,
         "teacher.image_size": config.teacher.image_size or config.data.image_size,
         "teacher.precision": parts.teacher_precision(config),
@@ -97,9 +99,14 @@ def weights_hash(teacher: NetworkTeacher | None, checkpoint: str | None) -> str:
     return open_origin("teacher.checkpoint", checkpoint).digest
 
 
-def libraries_in_use() -> dict[str, str]:
-    """Return the versions of the libraries that views depend on."""
-    return {name: version(name).split("+")[0] for name in LIBRARIES}
+def in_use(config: Config) -> dict[str, str]:
+    """Return what makes a recipe's views: the executor, and the versions of the libraries that it depends on."""
+    return {EXECUTOR: executor_of(config)} | {name: version(name).split("+")[0] for name in LIBRARIES}
+
+
+def accepted(store: LabelStore) -> list[dict[str, str]]:
+    """Return what may make the views of a store, each as `in_use` says it."""
+    return [{EXECUTOR: "pillow"} | known for known in store.manifest["libraries"]]  # once, there was no other executor
 
 
 def refuse_other(store: LabelStore, here: dict[str, Any]) -> None:
@@ -117,14 +124,15 @@ def refuse_differences(store: LabelStore, found: list[str]) -> None:
         )
 
 
-def refuse_libraries(store: LabelStore) -> None:
-    here, accepted = libraries_in_use(), store.manifest["libraries"]
-    if here in accepted:
+def refuse_makers(store: LabelStore, config: Config) -> None:
+    """Raise an InputError unless the recipe's executor may make the store's views, with these libraries."""
+    here = in_use(config)
+    if here in accepted(store):
         return
-    fewest = min((differences(known, here, IN_THE_STORE) for known in accepted), key=len)
+    fewest = min((differences(known, here, IN_THE_STORE) for known in accepted(store)), key=len)
     raise InputError(
-        f"teacher.store: {store.folder} was made with other libraries ({'; '.join(fewest)}), which may change a view; "
-        "run deit-kd store check on it: if its answers still hold, these versions may use it"
+        f"teacher.store: the views of {store.folder} were made otherwise ({'; '.join(fewest)}), which may change them; "
+        "run deit-kd store check on it: if its answers still hold, it may be used as things are here"
     )
 
 

@@ -22,7 +22,7 @@ from deit_kd.store import (
 from deit_kd.teaching.recording import SOFT_TOP
 from deit_kd.teaching.store_identity import (
     identity_without_teacher,
-    refuse_libraries,
+    refuse_makers,
     refuse_other,
     validation_identity,
 )
@@ -41,7 +41,7 @@ def stored_teacher(run: Run) -> StoredTeacher:
     assert config.teacher.store is not None
     store = open_store(config.teacher.store)
     refuse_other(store, identity_without_teacher(config, run.splits, store.views_version))
-    refuse_libraries(store)
+    refuse_makers(store, config)
     if not config.distill.takes_hard_labels and not store.record.holds_logits:
         raise InputError(
             f"distill.kind: {config.distill.kind!r} needs logits, but {config.teacher.store} holds only hard labels; "

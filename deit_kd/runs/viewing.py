@@ -1,0 +1,121 @@
+"""The training views of a recipe: its photos, perhaps decoded in advance, and the loader that shows them."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import replace
+from typing import Any
+
+from deit_kd import data
+from deit_kd.config import Config
+from deit_kd.console import say, size_text
+from deit_kd.data import CAN_SHARE, EXECUTOR_VERSION, Photos
+from deit_kd.distributed import Processes, together
+from deit_kd.runs.parts import skips
+
+
+def cached(config: Config, photos: Photos, processes: Processes) -> Photos:
+    """Return training photos as the recipe's loader reads them: in its size and, if it has a cache, decoded.
+
+    One process of each machine decodes those for main memory, and the others see them there.
+
+    Raises:
+        InputError: they do not fit, or one of them cannot be read and ends the run.
+    """
+    cache = config.data.cache
+    photos = replace(photos, short_side=config.data.cache_size)
+    if cache == "none" or photos.decoded is not None:
+        return photos
+    machines = processes.gather(socket.gethostname())
+    decoder = machines.index(machines[processes.rank])  # the process that decodes for this one
+    if cache == "device" or not CAN_SHARE:
+        decoder = processes.rank
+
+    def decode() -> Photos | None:
+        if decoder != processes.rank:
+            return None
+        with processes.busy("decodes the photos"):
+            return photos.cached(cache, processes.device, skips(config), processes.is_main)
+
+    mine = together(processes, decode)
+    sent = None if mine is None or mine.decoded is None else mine.decoded.without_pixels()
+    found = processes.gather(sent)[decoder]
+
+    def received() -> Photos:
+        if mine is not None or found is None:
+            return mine or photos
+        return replace(photos, decoded=found.with_shared_pixels())
+
+    kept = together(processes, received)
+    if processes.is_main and kept.decoded is not None:
+        size = size_text(len(kept.decoded.pixels))
+        say(
+            f"cache: {len(kept)} photos decoded, {size} " + ("in main memory" if cache == "memory" else "on the device")
+        )
+    return kept
+
+
+def build_training_loader(config: Config, photos: Photos, processes: Processes) -> data.TrainingLoader:
+    """Return the loader of this process's training views.
+
+    Raises:
+        InputError: the batch cannot be dealt evenly, or the set is smaller than one batch.
+    """
+    section, augment = config.data, config.augment
+    views: dict[str, Any] = {
+        "image_size": section.image_size,
+        "interpolation": section.interpolation,
+        "auto_augment": augment.auto_augment,
+        "color_jitter": augment.color_jitter,
+        "horizontal_flip": augment.horizontal_flip,
+        "scale": augment.scale,
+        "ratio": augment.ratio,
+        "erasing": augment.erasing,
+    }
+    mixing = data.Mixing(
+        classes=len(photos.classes),
+        seed=config.seed,
+        mixup=augment.mixup,
+        cutmix=augment.cutmix,
+        probability=augment.mix_probability,
+        switch_probability=augment.mix_switch_probability,
+        label_smoothing=augment.label_smoothing,
+    )
+    batch_sampler = data.TrainingBatchSampler(
+        photos=len(photos),
+        repeats=augment.repeats,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        accumulation_steps=config.train.accumulation_steps,
+        rank=processes.rank,
+        processes=processes.count,
+        pairs=mixing.is_on,
+        epochs=config.train.epochs,
+    )
+    kept = cached(config, photos, processes)
+    normalisation: dict[str, Any] = {"mean": section.mean, "std": section.std}
+    if section.executor == "pillow":
+        transform = data.training_transform(**views, **normalisation)
+        views_of_workers = data.Views(kept, transform, config.seed, skips(config))
+        has_gpu = processes.device.type == "cuda"
+        return data.PillowLoader(views_of_workers, batch_sampler, mixing, section.workers, pin_memory=has_gpu)
+    drawing = data.Drawing(
+        **views,
+        mixup=augment.mixup,
+        cutmix=augment.cutmix,
+        mix_probability=augment.mix_probability,
+        mix_switch_probability=augment.mix_switch_probability,
+    )
+    return data.DeviceLoader(
+        data.Draws(kept, drawing, config.seed, skips(config)),
+        data.Executor(image_size=section.image_size, **normalisation, device=processes.device),
+        batch_sampler,
+        label_smoothing=augment.label_smoothing,
+        workers=section.workers,
+        device=processes.device,
+    )
+
+
+def executor_of(config: Config) -> str:
+    """Return what makes a recipe's views, and its version if it has one."""
+    return f"device {EXECUTOR_VERSION}" if config.data.executor == "device" else "pillow"
