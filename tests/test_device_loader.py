@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from deit_kd import InputError
 from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.data import DeviceLoader, Drawing, Draws, Executor, Photos, TrainingBatchSampler, UnreadableImage
+from deit_kd.data.device_loader import one_ahead
 from deit_kd.interfaces import Batch
 from deit_kd.runs.parts import build_splits
 from deit_kd.runs.viewing import build_training_loader
@@ -179,6 +183,45 @@ def test_photos_without_a_label_have_no_target() -> None:
     (batch, _) = loader(unlabelled, cache="memory").batches(0)
     assert not batch.targets.any()
     assert (batch.labels == -1).all()
+
+
+def test_the_next_batch_is_made_while_one_is_used_and_nothing_is_requested_before_it_is_done() -> None:
+    said: list[str] = []
+    main_thread = threading.current_thread()
+
+    def items() -> Iterator[int]:
+        for item in range(3):
+            assert threading.current_thread() is main_thread
+            said.append(f"request {item}")
+            yield item
+
+    def make(item: int) -> int:
+        time.sleep(0.02)
+        said.append(f"made {item}")
+        return 10 * item
+
+    used = []
+    for made in one_ahead(make, items()):
+        said.append(f"use {made // 10}")
+        time.sleep(0.2)
+        used.append(made)
+    assert used == [0, 10, 20]
+    assert said == [
+        *("request 0", "made 0", "request 1", "use 0", "made 1"),
+        *("request 2", "use 1", "made 2", "use 2"),
+    ]
+
+
+def test_an_error_in_the_next_batch_comes_after_the_one_before() -> None:
+    def make(item: int) -> int:
+        if item == 1:
+            raise UnreadableImage("1: cannot be read")
+        return item
+
+    batches = one_ahead(make, [0, 1])
+    assert next(batches) == 0
+    with pytest.raises(UnreadableImage, match=r"1: cannot be read"):
+        next(batches)
 
 
 # Whole runs

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from deit_kd.cli import main
 from deit_kd.config import parse_config
@@ -87,6 +88,20 @@ def test_the_memory_of_a_gpu_is_estimated_without_one(
     ):
         assert re.search(line, said), line
     assert list(tmp_path.iterdir()) == []
+
+
+@without_cuda
+def test_photos_in_its_memory_are_counted(photos_root: Path) -> None:
+    options = {"distill__kind": "none", "train__device": "cuda", "data__executor": "device"}
+    needed = [
+        dry_run(parse_config(tiny(photos_root, None, **options, data__cache=cache))[0]).memory
+        for cache in ("memory", "device")
+    ]
+    pixels = 0
+    for file in (photos_root / "train").rglob("*.png"):
+        with Image.open(file) as image:
+            pixels += image.width * image.height
+    assert needed[1] - needed[0] == 3 * pixels
 
 
 @without_cuda

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from deit_kd.console import console, size_text
 from deit_kd.data.decode import UnreadableImage
 from deit_kd.interfaces import InputError
 from deit_kd.memory import available_memory
+
+Made = TypeVar("Made")
 
 CHANNELS = 3
 CAN_SHARE = hasattr(os, "memfd_create")  # Linux; elsewhere, each process has its own copy
@@ -154,10 +156,10 @@ def decode_all(
     return Decoded(pixels, offsets, shapes[:, 0], shapes[:, 1], unreadable, shared)
 
 
-def in_threads(act: Callable, items: Sequence, words: str, shown: bool) -> list:
+def in_threads(act: Callable[[int], Made], items: Sequence[int], words: str, shown: bool) -> list[Made]:
     """Return what `act` returns for each item; a terminal shows how far it is, if `shown`."""
     with ThreadPoolExecutor() as pool:
-        done: Iterable = pool.map(act, items)
+        done: Iterable[Made] = pool.map(act, items)
         return list(track(done, words, len(items), console=console, disable=not (shown and console.is_terminal)))
 
 

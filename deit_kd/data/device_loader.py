@@ -28,6 +28,7 @@ GATHERING_THREADS = 4  # cut photos out of a cache in main memory
 _AT_ORIGIN = np.array([0, 0, 1, 1], np.int32)
 
 Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 class Drawn(NamedTuple):
@@ -164,10 +165,18 @@ class DeviceLoader(TrainingLoader):
                 drawn = self._draws.in_place(block, decoded)
                 yield self._batch(drawn, cache, drawn.photos)
             return
-        cuts = self._by_workers(blocks) if decoded is None else self._gathered(blocks)
-        uploaded = map(_whole, cuts) if self._device.type == "cpu" else _on_gpu(cuts, self._device)
-        for drawn, photos in uploaded:
+        for drawn, photos in self._uploaded(blocks, decoded is not None):
             yield self._batch(drawn, photos, np.arange(len(drawn.photos)))
+
+    def _uploaded(self, blocks: Iterable[list[ViewKey]], are_in_memory: bool) -> Iterator[tuple[Drawn, PhotoBuffer]]:
+        """Yield batches whose photos are cut, with these where views are made."""
+        if self._device.type == "cpu":
+            yield from map(_whole, self._by_workers(blocks))
+        elif not are_in_memory:
+            yield from _on_gpu(self._by_workers(blocks), lambda cut: cut, self._device)
+        else:
+            with ThreadPoolExecutor(GATHERING_THREADS) as pool:
+                yield from _on_gpu(blocks, lambda block: self._draws.cut(block, _pinned, pool.map), self._device)
 
     def _by_workers(self, blocks: Iterable[list[ViewKey]]) -> Iterator[Cut]:
         """Yield batches of decoded photos, in memory that is only lent until the next one is requested."""
@@ -178,25 +187,15 @@ class DeviceLoader(TrainingLoader):
             mapped.append(cut.pixels)
             yield cut
 
-    def _gathered(self, blocks: Iterable[list[ViewKey]]) -> Iterator[Cut]:
-        """Yield batches of photos from a cache in main memory."""
-        with ThreadPoolExecutor(GATHERING_THREADS) as pool:
-            for block in blocks:
-                yield self._draws.cut(block, _pinned, pool.map)
-
     def _batch(self, drawn: Drawn, photos: PhotoBuffer, which: np.ndarray) -> Batch:
         labels = torch.from_numpy(drawn.labels)
         if self._device.type != "cpu":
             labels = labels.pin_memory().to(self._device, non_blocking=True)
         targets = smoothed_targets(labels, self._classes, self._label_smoothing)
-        drawing, rows = self._draws.drawing, drawn.rows
-        if len(rows):
-            images = self._executor(photos, which, rows)
-        else:
-            images = torch.empty(0, 3, drawing.image_size, drawing.image_size, device=self._device)
-        if drawing.mixes and len(rows):
-            images, targets = self._executor.mix(images, targets, rows)
-        return Batch(images, targets, labels, torch.from_numpy(rows.view_ids), drawn.missing)
+        images = self._executor(photos, which, drawn.rows)
+        if self._draws.drawing.mixes:
+            images, targets = self._executor.mix(images, targets, drawn.rows)
+        return Batch(images, targets, labels, torch.from_numpy(drawn.rows.view_ids), drawn.missing)
 
 
 def _as_it_is(cut: Cut) -> Cut:
@@ -228,17 +227,21 @@ def _pinned(count: int) -> Tensor:
     return torch.empty(count, dtype=torch.uint8, pin_memory=True)
 
 
-def _on_gpu(cuts: Iterator[Cut], device: torch.device) -> Iterator[tuple[Drawn, PhotoBuffer]]:
-    """Yield batches with their photos on `device`; meanwhile a thread copies the next one, on a stream of its own."""
+def _on_gpu(
+    items: Iterable[Item], cut: Callable[[Item], Cut], device: torch.device
+) -> Iterator[tuple[Drawn, PhotoBuffer]]:
+    """Yield the batches that `cut` makes of `items`, with their photos on `device`, copied on a stream of their own."""
     stream = torch.cuda.Stream(device)
 
-    def sent(cut: Cut) -> tuple[Drawn, Tensor, Tensor, torch.cuda.Event]:
-        pixels = cut.pixels if cut.pixels.is_pinned() else _pinned(len(cut.pixels)).copy_(cut.pixels)
+    def send(item: Item) -> tuple[Drawn, Tensor, Tensor, torch.Event]:
+        drawn, pixels = cut(item)
+        held = pixels if pixels.is_pinned() else _pinned(len(pixels)).copy_(pixels)
         with torch.cuda.stream(stream):
-            there = [part.to(device, non_blocking=True) for part in (pixels, _edges_of(cut.drawn.rows).pin_memory())]
-            return cut.drawn, there[0], there[1], stream.record_event()
+            there = held.to(device, non_blocking=True)
+            edges = _edges_of(drawn.rows).pin_memory().to(device, non_blocking=True)
+            return drawn, there, edges, stream.record_event()
 
-    for drawn, pixels, edges, event in one_ahead(map(sent, cuts)):
+    for drawn, pixels, edges, event in one_ahead(send, items):
         here = torch.cuda.current_stream(device)
         here.wait_event(event)
         pixels.record_stream(here)
@@ -246,10 +249,16 @@ def _on_gpu(cuts: Iterator[Cut], device: torch.device) -> Iterator[tuple[Drawn, 
         yield drawn, _buffer(pixels, edges)
 
 
-def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """Yield `items`; while one is used, a thread makes the next."""
+def one_ahead(act: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """Yield what `act` makes of each item; while one is used, a thread makes the next.
+
+    An item is only used until the next one is requested. Items are requested here, since torch reports the death of a
+    worker to the main thread.
+    """
     with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, items, None)
-        while (item := following.result()) is not None:
-            following = thread.submit(next, items, None)
-            yield item
+        ready: list[Made] = []
+        for item in items:
+            following = thread.submit(act, item)
+            yield from ready
+            ready = [following.result()]
+        yield from ready

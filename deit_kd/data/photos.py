@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit_kd.data.cache import Decoded, decode_all, in_threads
+from deit_kd.data.cache import CHANNELS, Decoded, decode_all, in_threads
 from deit_kd.data.decode import DECODING, Stamp, load_image, shrunk, shrunk_size, size_in_header, stamps
 from deit_kd.interfaces import InputError
 
@@ -103,9 +103,16 @@ class Photos:
         """
         if self.decoded is not None:
             return self
-        sizes = in_threads(self._size, range(len(self)), "reading sizes", shown)
+        sizes = self._sizes_in_pixels(shown)
         decoded = decode_all(self.image, sizes, cache=cache, device=device, skip=skip, shown=shown)
         return replace(self, decoded=decoded)
+
+    def bytes_when_decoded(self) -> int:
+        """Return how much memory a cache of these photos takes."""
+        return CHANNELS * sum(width * height for width, height in self._sizes_in_pixels(shown=False))
+
+    def _sizes_in_pixels(self, shown: bool) -> list[tuple[int, int]]:
+        return in_threads(self._size, range(len(self)), "reading sizes", shown)
 
     def _size(self, index: int) -> tuple[int, int]:
         """Return width and height of an image, perhaps before it is turned; (0, 0) if it cannot be read."""

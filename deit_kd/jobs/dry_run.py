@@ -123,12 +123,15 @@ def _estimate(config: Config) -> Needs:
                 f"optim.name {config.optim.name!r} cannot be rehearsed without values ({str(error).splitlines()[0]}); "
                 "try it where the GPU is"
             ) from error
-        needs = Needs(rehearsal.peak_bytes, checkpoint_bytes(rehearsal.state()), _store_bytes(run))
+        photos = run.splits.train.bytes_when_decoded() if config.data.cache == "device" else 0
+        stays += photos
+        needs = Needs(rehearsal.peak_bytes + photos, checkpoint_bytes(rehearsal.state()), _store_bytes(run))
         if processes.is_main:
+            stay = "weights, moments, average, teacher" + ", photos" * bool(photos)
             whose = f", for each of {processes.count} processes" if processes.count > 1 else ""
             say(
                 f"memory: about {size_text(needs.memory)} at the peak on the GPU{whose}: {size_text(stays)} stay "
-                f"between steps (weights, moments, average, teacher), {size_text(needs.memory - stays)} come and go "
+                f"between steps ({stay}), {size_text(needs.memory - stays)} come and go "
                 "(activations, gradients, the teacher's work)"
             )
             say(
