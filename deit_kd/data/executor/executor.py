@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import nullcontext
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,18 +53,24 @@ class Executor:
     ) -> None:
         self._size = image_size
         self._device = torch.device(device)
-        self._primitives: Any = reference
+        self._primitives = _primitives(self._device)
         levels = torch.arange(256, dtype=torch.float32).div(255).expand(3, -1)  # as Pillow's views are normalised
         values = levels.sub(torch.tensor(mean)[:, None]).div(torch.tensor(std)[:, None])
         noise = torch.from_numpy(counter.normal_quantiles(1 << reference.NOISE_BITS))
         fill = torch.tensor([min(255, round(255 * value)) for value in mean], dtype=torch.uint8)  # timm's
         self._values, self._noise, self._fill = values.to(dtype).to(device), noise.to(dtype).to(device), fill.to(device)
 
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether Triton's kernels make the views; else plain PyTorch does, with the same bits."""
+        return self._primitives is not reference
+
     def __call__(self, photos: PhotoBuffer, which: np.ndarray, rows: Rows) -> Tensor:
         """Return the views [B, 3, H, W] of `rows`, normalised and not yet mixed; view b is of photo ``which[b]``."""
         if not len(rows):
             return self._values.new_empty((0, 3, self._size, self._size))
-        parts = [self._views(photos, which[part], rows.at(part)) for part in self._parts(rows)]
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():  # for the kernels
+            parts = [self._views(photos, which[part], rows.at(part)) for part in self._parts(rows)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def mix(self, images: Tensor, targets: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -144,7 +153,7 @@ class Executor:
         """Yield the parts of a batch that one after the other fit into the memory for temporaries."""
         longest = int(rows.crop[:, 2:].max())
         of_weights = 2 * taps(longest, self._size, rows.resize_bicubic) * self._size * 32
-        of_lines = longest**2 * 3 * self._primitives.BYTES_A_VALUE
+        of_lines = longest * max(longest, self._size) * 3 * self._primitives.BYTES_A_VALUE
         step = max(1, _PART_BYTES // (of_weights + of_lines))
         return (slice(first, first + step) for first in range(0, len(rows), step))
 
@@ -156,15 +165,23 @@ class Executor:
         return (line >= top) & (line < top + height) & (column >= left) & (column < left + width)
 
     def _upload(self, *values: np.ndarray) -> tuple[Tensor, ...]:
-        """Return `values`, each [m] or [m, k], on the device in one copy that nobody waits for."""
-        columns = np.column_stack(values)
-        uploaded = torch.from_numpy(columns if columns.dtype == np.float64 else columns.astype(np.int64))
+        """Return `values` as int64 (as float64 if they are) on the device, in one copy that nobody waits for."""
+        kind = np.float64 if values[0].dtype == np.float64 else np.int64
+        uploaded = torch.from_numpy(np.concatenate([value.ravel().astype(kind) for value in values]))
         if self._device.type != "cpu":
             uploaded = uploaded.pin_memory().to(self._device, non_blocking=True)
-        parts = uploaded.split([1 if value.ndim == 1 else value.shape[1] for value in values], 1)
-        return tuple(
-            part[:, 0] if value.ndim == 1 else part.contiguous() for part, value in zip(parts, values, strict=True)
-        )
+        parts = uploaded.split([value.size for value in values])
+        return tuple(part.view(value.shape) for part, value in zip(parts, values, strict=True))
+
+
+def _primitives(device: torch.device) -> ModuleType:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return reference
+    try:
+        from deit_kd.data.executor import kernels
+    except ImportError:  # Triton comes with torch on Linux only
+        return reference
+    return kernels
 
 
 _AFFINE = (
