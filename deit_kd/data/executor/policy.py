@@ -12,7 +12,7 @@ from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAu
 from deit_kd.data.executor.counter import below, fractions, normal_quantiles
 from deit_kd.interfaces import InputError
 
-MAGNITUDES = 1 << 10  # a magnitude with a spread is drawn as one of this many equally likely values
+MAGNITUDES = 1 << 9  # a magnitude with a spread is drawn as one of this many equally likely values
 FACTOR_BITS = 14  # the factor of a blend is a multiple of 2**-14, so that a blend is exact in integers and in fp32
 
 
