@@ -38,13 +38,23 @@ class Distiller:
         teacher: answers a `Batch` with a `TeacherOutput`; None only for an objective of kind ``none``.
         objective: weighs the terms.
         precision: ``bf16``, ``fp16`` or ``off``.
+        compiled: whether to run the objective through ``torch.compile``; what it gets and returns stays the same.
     """
 
-    def __init__(self, student: Student, teacher: Teacher | None, objective: Objective, precision: str = "off") -> None:
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher | None,
+        objective: Objective,
+        precision: str = "off",
+        compiled: bool = False,
+    ) -> None:
         self.student = student
         self.teacher = teacher
         self.objective = objective
         self.precision = precision
+        self.compiled = compiled
+        self._judge = torch.compile(objective.checked) if compiled else objective.checked
 
     def __call__(self, batch: Batch, place: float = 0.0) -> Terms:
         """Return the mean loss and terms of `batch`; call ``.loss.backward()`` on the result.
@@ -60,7 +70,7 @@ class Distiller:
         teacher_output = self.teacher(batch) if self.teacher is not None else None
         with autocast(batch.images.device, self.precision):
             student_output = ask(self.student, batch.images)
-        return self.objective.checked(student_output, teacher_output, batch.targets, place)
+        return self._judge(student_output, teacher_output, batch.targets, place)
 
 
 def ask(student: Student, images: Tensor) -> StudentOutput:

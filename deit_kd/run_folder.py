@@ -62,6 +62,14 @@ class TeacherFacts(TypedDict):
 
 
 @with_config(ConfigDict(extra="allow"))
+class AttentionFacts(TypedDict):
+    """The attention kernel of a run on CUDA, and what it was chosen by."""
+
+    kernel: str
+    shape: list[int]  # of the queries: images, heads, tokens, width
+    measured: dict[str, dict[str, float]]  # errors and seconds of each kernel
+
+
 class Facts(TypedDict):
     """What ``run.json`` holds."""
 
@@ -72,6 +80,7 @@ class Facts(TypedDict):
     student: NotRequired[dict[str, Any] | None]  # the account of the weights that it began with
     teacher: TeacherFacts | None
     processes: NotRequired[int]
+    attention: NotRequired[AttentionFacts | None]
     torch: NotRequired[str]
 
 

@@ -42,6 +42,7 @@ KEYS = [
     ({"optim__name": "adamq"}, "optim.name: 'adamq'"),
     ({"optim__warmup_epochs": 1}, "optim.warmup_epochs: 1 is not below train.epochs 1"),
     ({"train__precision": "fp17"}, "train.precision: 'fp17'"),
+    ({"train__compile": "fast"}, "train.compile: 'fast'"),
     ({"train__precision": "fp16"}, "train.precision: fp16 needs CUDA"),
     ({"train__device": "gpu"}, "train.device: 'gpu'"),
     ({"resume": "yes"}, "resume: 'True' Expected one of Literal['auto'], null"),

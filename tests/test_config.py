@@ -61,6 +61,7 @@ def test_the_recipe_is_named_after_its_file(tmp_path: Path) -> None:
         (["--augment.scale", "[0.5, 1.0]"], "augment", "scale", (0.5, 1.0)),
         (["--augment.auto_augment", "null"], "augment", "auto_augment", None),
         (["--train.precision", "off"], "train", "precision", "off"),
+        (["--train.compile", "reduce-overhead"], "train", "compile", "reduce-overhead"),
         (["--data.root=a=b"], "data", "root", "a=b"),
         (["--optim.lr", "1e-3"], "optim", "lr", 1e-3),
         (["--data.mean", "[0.5, 0.5, 0.5]"], "data", "mean", (0.5, 0.5, 0.5)),

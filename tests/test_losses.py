@@ -23,6 +23,8 @@ from deit_kd import (
     soft_distillation,
     soft_target_cross_entropy,
 )
+from deit_kd.losses import LogitTerm
+from deit_kd.schedules import Schedule
 from deit_kd.students import TimmStudent
 from tests.helpers import STUDENT, STUDENT_ARGS
 
@@ -212,3 +214,23 @@ def test_a_view_without_a_finite_answer_has_no_distillation_term(kind: str, valu
     assert student.dist_logits.grad[2].tolist() == [0, 0, 0]
     assert student.dist_logits.grad.isfinite().all()
     assert (checked.teacher_not_finite, checked.is_finite.tolist()) == (1, [True] * 4)
+
+
+def test_an_objective_is_one_graph_wherever_its_schedules_are() -> None:
+    """What `train.compile` captures: once for fixed numbers, then for numbers, and for each piece of a schedule."""
+    falling = Schedule(0.8, 0.2, until=0.5, shape="cosine")
+    objective = Objective("soft", falling, 3.0, terms=[LogitTerm("standardised", Schedule(1.0, 0.0), None)])
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def captured(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    judge = torch.compile(objective.checked, backend=captured, fullgraph=True)
+    chance = torch.Generator().manual_seed(0)
+    for step in range(20):
+        cls, dist, taught, targets = torch.randn(4, 8, 5, generator=chance)
+        given = StudentOutput(cls, dist), TeacherOutput(taught), targets.softmax(-1), step / 20
+        assert torch.equal(judge(*given).terms.loss, objective.checked(*given).terms.loss)
+    assert len(graphs) <= 4

@@ -29,8 +29,10 @@ class Train(Section):
     """precision of autocast"""
     ema_decay: float | None = key(None, RESULT, ge=0, lt=1)
     """decay of the weights' average (a span of 1 / (1 - decay) steps); null for a twentieth of the run, 0 for none"""
-    compile: bool = key(False, RESULT)
-    """run the student through torch.compile"""
+    compile: bool | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = key(False, RESULT)
+    """run the student through torch.compile; a mode of its name is passed on (reduce-overhead uses CUDA graphs)"""
+    deterministic: bool = key(False, RESULT)
+    """use torch's deterministic algorithms, so that a GPU repeats its bits; slower there, without effect on the CPU"""
     attention: Literal["auto", "fused", "plain"] = key("auto", RESULT)
     """auto is PyTorch's fused attention on CUDA, and timm's plain attention on the CPU"""
     device: str = key("auto", NOTHING)

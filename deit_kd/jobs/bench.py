@@ -358,4 +358,4 @@ def as_timm_gives_it(run: Run, lesson: Lesson) -> Trainer:
 
 def _taught_by(trainer: Trainer, teacher: Teacher | None) -> Trainer:
     own = trainer.distiller
-    return replace(trainer, distiller=Distiller(own.student, teacher, own.objective, own.precision))
+    return replace(trainer, distiller=Distiller(own.student, teacher, own.objective, own.precision, own.compiled))

@@ -84,11 +84,15 @@ def build_distiller(run: Run, lesson: Lesson, step: int) -> Distiller:
     if run.connectors is not None:
         run.connectors.freeze_all_but(links)
         learner = ConnectedStudent(run.student, run.connectors, links) if links else run.student
-    if run.config.train.compile:
-        learner = torch.compile(learner)
+    mode = run.config.train.compile
+    if mode:
+        learner = torch.compile(learner, mode=None if mode is True else mode)
     if run.processes.count > 1:
-        learner = DistributedDataParallel(learner)
-    return Distiller(learner, lesson.teacher_for(objective.needs), objective, run.config.train.precision)
+        # Its default copies every gradient into a bucket and back. `static_graph` would gain nothing: without
+        # find_unused_parameters buckets follow the order of the first backward pass anyway.
+        learner = DistributedDataParallel(learner, gradient_as_bucket_view=True)
+    teacher, precision = lesson.teacher_for(objective.needs), run.config.train.precision
+    return Distiller(learner, teacher, objective, precision, compiled=bool(mode))
 
 
 def connect(run: Run, lesson: Lesson) -> Run:

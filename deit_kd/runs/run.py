@@ -14,6 +14,7 @@ from deit_kd.distributed import Processes, on_main
 from deit_kd.engine import Trainer
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import InputError
+from deit_kd.kernels import choose_kernels, preferred_attention
 from deit_kd.optim import WeightAverage
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.run_folder import (
@@ -22,12 +23,14 @@ from deit_kd.run_folder import (
     FACTS_FILE,
     HEADS_FILE,
     STUDENT_FOLDER,
+    AttentionFacts,
     Facts,
     HeadScores,
     TeacherFacts,
     kept_weights,
 )
 from deit_kd.runs import parts
+from deit_kd.runs.attention import attention_line, attention_of
 from deit_kd.runs.course import Course
 from deit_kd.runs.journal import Journal, check_tracking
 from deit_kd.runs.lesson import Lesson, build_distiller, connect
@@ -60,6 +63,7 @@ def prepare(
     if config.train.precision == "fp16" and processes.device.type == "cpu":
         raise InputError("train.precision: fp16 needs CUDA; use bf16 or off on the CPU")
     check_tracking(config.tracking.wandb)
+    choose_kernels(processes.device, config.train.deterministic)
     splits = splits or parts.agreed_splits(config, processes)
     splits = splits._replace(train=cached(config, splits.train, processes))  # a teacher's fit shares them
     if len(splits.validation) < processes.count:
@@ -111,13 +115,16 @@ def execute(run: Run, lesson: Lesson | None = None, after_epoch: AfterEpoch | No
     if run.checkpoint is not None:
         progress.load_state(run.checkpoint["progress"], processes)
     trainer = build_trainer(run, lesson, progress.step)
+    attention = attention_of(run, is_resumed=run.checkpoint is not None)
     if run.checkpoint is not None:
         trainer.load_state(run.checkpoint["trainer"])
     prepared.checkpoint = run.checkpoint = None  # or its tensors would stay in memory until the end
 
     def begin() -> None:
-        _write_facts(run, teacher_facts)
+        _write_facts(run, teacher_facts, attention)
         _say_start(run, trainer, progress.step)
+        if attention is not None:
+            say(attention_line(attention))
 
     on_main(processes, begin, "writes the facts of the run")
     journal = Journal(
@@ -135,7 +142,8 @@ def execute(run: Run, lesson: Lesson | None = None, after_epoch: AfterEpoch | No
         course = Course(
             run, lesson, trainer, progress, journal, checkpoints, watch, teacher_score, teacher_predictions, after_epoch
         )
-        scores = course.to_the_end()
+        with preferred_attention(None if attention is None else attention["kernel"]):
+            scores = course.to_the_end()
     weights = kept_weights(scores)
     unreadable = run.errors.unreadable("validation", run.loader.total_steps)
     heads = head_scores(weights, scores[weights], teacher_score, unreadable)
@@ -189,7 +197,7 @@ def average_line(average: WeightAverage, total_steps: int) -> str:
     return f"warning: {line}, so it is the plain mean of all of them; lower train.ema_decay, or set it to null"
 
 
-def _write_facts(run: Run, teacher_facts: TeacherFacts | None) -> None:
+def _write_facts(run: Run, teacher_facts: TeacherFacts | None, attention: AttentionFacts | None) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     facts: Facts = {
         "data": run.data_facts,
@@ -199,6 +207,7 @@ def _write_facts(run: Run, teacher_facts: TeacherFacts | None) -> None:
         "student": None if run.student.account is None else run.student.account.record(),
         "teacher": teacher_facts,
         "processes": run.processes.count,
+        "attention": attention,
         "torch": torch.__version__,
     }
     write_json(run.folder / FACTS_FILE, facts)
