@@ -305,9 +305,11 @@ def test_a_resumed_run_lists_each_view_once_and_ends_as_the_unbroken_one(bad_roo
     assert (records(tmp_path / "run"), errors(tmp_path / "run"), heads_in(tmp_path / "run")) == (before, listed, scored)
 
 
-def test_photos_in_memory_are_skipped_alike(bad_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("executor", ["pillow", "device"])
+def test_photos_in_memory_are_skipped_alike(executor: str, bad_root: Path, tmp_path: Path) -> None:
     for name, cache in (("files", "none"), ("memory", "memory")):
-        assert main(["train", *tiny(bad_root, tmp_path / name, **SKIP, data__cache=cache)]) == 0
+        options = {**SKIP, "data__cache": cache, "data__executor": executor}
+        assert main(["train", *tiny(bad_root, tmp_path / name, **options)]) == 0
     assert records(tmp_path / "files") == records(tmp_path / "memory")
     assert errors(tmp_path / "files") == errors(tmp_path / "memory")
 
