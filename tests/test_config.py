@@ -118,6 +118,7 @@ YAML_CASES = [
     ("distill: {kin: hard}", "distill.kin: unknown key (nearest: distill.kind"),
     ("train: {batchsize: 8}", "train.batchsize: unknown key (nearest: train.batch_size"),
     ("teacher: {fit: {epoch: 1}}", "teacher.fit.epoch: unknown key (nearest: teacher.fit.epochs"),
+    ("data: {in_memory: 7}", "data.in_memory: unknown key (say data.cache memory)"),
     ("temperature: 3", "temperature: unknown key (nearest: distill.temperature"),
     ("train: {temperature: 3}", "train.temperature: unknown key (nearest: distill.temperature"),
     ("data: {lr: 3}", "data.lr: unknown key (nearest: optim.lr"),

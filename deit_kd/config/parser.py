@@ -211,6 +211,8 @@ def _one_line(message: str) -> str:
 
 
 def _nearest_key(key: str) -> str:
+    if key == "data.in_memory":  # of an earlier version; files may still hold it
+        return " (say data.cache memory)"
     keys, last = known_keys(), key.rsplit(".", 1)[-1]
     elsewhere = [known for known in keys if known.rsplit(".", 1)[-1] == last and known != key]
     if elsewhere:
