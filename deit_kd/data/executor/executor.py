@@ -19,7 +19,7 @@ from deit_kd.data.executor.rows import Rows
 from deit_kd.interfaces import Statistics
 
 EXECUTOR_VERSION = 1  # of what follows from a row and a photo; part of what identifies stores, fits and runs
-_PART_BYTES = 1 << 28  # of temporary memory that one part of a batch may take
+_PART_BYTES = {"cpu": 1 << 23, "cuda": 1 << 29}  # of temporary memory for a part of a batch; a CPU's should be cached
 
 
 class PhotoBuffer(NamedTuple):
@@ -84,15 +84,19 @@ class Executor:
         share, faded = self._upload(kept, np.where(rows.mixing_box[:, 2] > 0, 1.0, kept))
         others = images[partners]
         mixed = images.float().lerp(others.float(), (1 - faded).float()[:, None, None, None]).to(images.dtype)
-        mixed = torch.where(self._inside(boxes), others, mixed)
+        mixed = torch.where(reference.inside(boxes, self._size), others, mixed)
         return mixed, targets.lerp(targets[partners], (1 - share).to(targets.dtype)[:, None])
 
     def _views(self, photos: PhotoBuffer, which: np.ndarray, rows: Rows) -> Tensor:
         images = self._resized(photos, which, rows)
         for slot in range(rows.operations.shape[1]):
             self._operate(images, rows.operations[:, slot], rows.arguments[:, slot], rows.operation_bicubic[:, slot])
-        boxes, keys = self._upload(rows.erasing, rows.noise_key)
-        return self._primitives.normalise(images, self._values, boxes, keys, self._noise)
+        views = self._primitives.normalise(images, self._values)
+        erased = np.flatnonzero(rows.erasing[:, 2])
+        if len(erased):
+            where, boxes, keys = self._upload(erased, rows.erasing[erased], rows.noise_key[erased])
+            self._primitives.erase(views, where, boxes, keys, self._noise)
+        return views
 
     def _resized(self, photos: PhotoBuffer, which: np.ndarray, rows: Rows) -> Tensor:
         """Return crops in the size of a view, flipped: [n, 3, H, W] uint8."""
@@ -154,15 +158,8 @@ class Executor:
         longest = int(rows.crop[:, 2:].max())
         of_weights = 2 * taps(longest, self._size, rows.resize_bicubic) * self._size * 32
         of_lines = longest * max(longest, self._size) * 3 * self._primitives.BYTES_A_VALUE
-        step = max(1, _PART_BYTES // (of_weights + of_lines))
+        step = max(1, _PART_BYTES[self._device.type] // (of_weights + of_lines))
         return (slice(first, first + step) for first in range(0, len(rows), step))
-
-    def _inside(self, boxes: Tensor) -> Tensor:
-        """Return which pixels are within `boxes` [n, 4] (top, left, height, width): [n, 1, H, W]."""
-        top, left, height, width = boxes.T[..., None, None, None]
-        place = torch.arange(self._size, device=self._device)
-        line, column = place[:, None], place
-        return (line >= top) & (line < top + height) & (column >= left) & (column < left + width)
 
     def _upload(self, *values: np.ndarray) -> tuple[Tensor, ...]:
         """Return `values` as int64 (as float64 if they are) on the device, in one copy that nobody waits for."""

@@ -105,11 +105,18 @@ def blur(images: Tensor, where: Tensor, weights: Tensor) -> None:
     images.index_copy_(0, where, source)
 
 
-def normalise(images: Tensor, values: Tensor, boxes: Tensor, keys: Tensor, noise: Tensor) -> Tensor:
-    """Return the values [n, 3, size, size] of levels, with boxes filled with noise."""
+def normalise(images: Tensor, values: Tensor) -> Tensor:
+    """Return the `values` [3, 256] of the levels of `images`."""
     normalised = torch.empty(images.shape, dtype=values.dtype, device=images.device)
-    _normalise[(*_grid(images), 3)](images, values, boxes, keys, noise, normalised, images.shape[-1], _BLOCK)
+    _normalise[(*_grid(images), 3)](images, values, normalised, images[0, 0].numel(), _BLOCK)
     return normalised
+
+
+def erase(views: Tensor, where: Tensor, boxes: Tensor, keys: Tensor, noise: Tensor) -> None:
+    """Fill a box of each of `views` at `where` [m] with noise, in place."""
+    size = views.shape[-1]
+    grid = (len(where), triton.cdiv(size * size, _BLOCK), 3)
+    _erase[grid](views, where, boxes, keys, noise, size, _BLOCK)
 
 
 def _grid(images: Tensor) -> tuple[int, int]:
@@ -332,24 +339,31 @@ def _blur(source, weights, blurred, size, down, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _normalise(images, values, boxes, keys, noise, normalised, size, BLOCK: tl.constexpr):
+def _normalise(images, values, normalised, pixels, BLOCK: tl.constexpr):
+    channel = tl.program_id(2)
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = pixel < pixels
+    place = (tl.program_id(0).to(tl.int64) * 3 + channel) * pixels + pixel
+    level = tl.load(images + place, mask, 0).to(tl.int32)
+    tl.store(normalised + place, tl.load(values + channel * 256 + level, mask, 0), mask)
+
+
+@triton.jit
+def _erase(views, where, boxes, keys, noise, size, BLOCK: tl.constexpr):
     view = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(2)
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = pixel < size * size
     line = pixel // size - tl.load(boxes + 4 * view)
     column = pixel % size - tl.load(boxes + 4 * view + 1)
     height = tl.load(boxes + 4 * view + 2)
     width = tl.load(boxes + 4 * view + 3)
-    inside = (line >= 0) & (line < height) & (column >= 0) & (column < width)
+    mask = (line >= 0) & (line < height) & (column >= 0) & (column < width)
     index = (channel * size * size + pixel).to(tl.uint32)
     low = tl.load(keys + 2 * view).to(tl.uint32)
     high = tl.load(keys + 2 * view + 1).to(tl.uint32)
     word = _scrambled(_scrambled(index ^ low) ^ high) >> _TO_NOISE
-    place = (view * 3 + channel) * size * size + pixel
-    value = tl.load(values + channel * 256 + tl.load(images + place, mask, 0).to(tl.int32), mask, 0)
-    value = tl.where(inside, tl.load(noise + word.to(tl.int32), mask & inside, 0), value)
-    tl.store(normalised + place, value, mask)
+    to = views + (tl.load(where + view) * 3 + channel) * size * size + pixel
+    tl.store(to, tl.load(noise + word.to(tl.int32), mask, 0), mask)
 
 
 @triton.jit

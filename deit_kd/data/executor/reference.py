@@ -134,26 +134,36 @@ def blur(images: Tensor, where: Tensor, weights: Tensor) -> None:
     images.index_copy_(0, where, source.to(torch.uint8))
 
 
-def normalise(images: Tensor, values: Tensor, boxes: Tensor, keys: Tensor, noise: Tensor) -> Tensor:
-    """Return the values [n, 3, size, size] of levels, with boxes filled with noise.
+def normalise(images: Tensor, values: Tensor) -> Tensor:
+    """Return the `values` [3, 256] of the levels of `images` [n, 3, size, size]."""
+    channel = 256 * torch.arange(3, device=images.device)[:, None, None]
+    return values.flatten()[images + channel]
+
+
+def erase(views: Tensor, where: Tensor, boxes: Tensor, keys: Tensor, noise: Tensor) -> None:
+    """Fill a box of each of `views` [n, 3, size, size] at `where` [m] with noise, in place.
 
     Args:
-        images: [n, 3, size, size] uint8.
-        values: [3, 256], of each level.
-        boxes: [n, 4], top, left, height and width of what is erased.
-        keys: [n, 2], of the noise, 32 bits each.
+        views: normalised.
+        where: which of them.
+        boxes: [m, 4], top, left, height and width.
+        keys: [m, 2], of the noise, 32 bits each.
         noise: [2**NOISE_BITS], equally likely values.
     """
-    size = images.shape[-1]
-    place = torch.arange(size, device=images.device)
-    top, left, height, width = boxes.T[..., None, None, None]
-    line, column = place[:, None], place
-    inside = (line >= top) & (line < top + height) & (column >= left) & (column < left + width)
-    index = torch.arange(3 * size * size, device=images.device).view(3, size, size)
+    size = views.shape[-1]
+    index = torch.arange(3 * size * size, device=views.device).view(3, size, size)
     low, high = keys.T[..., None, None, None]
     words = _scrambled(_scrambled(index ^ low) ^ high)
-    channel = 256 * torch.arange(3, device=images.device)[:, None, None]
-    return torch.where(inside, noise[words >> (32 - NOISE_BITS)], values.flatten()[images + channel])
+    erased = torch.where(inside(boxes, size), noise[words >> (32 - NOISE_BITS)], views[where])
+    views.index_copy_(0, where, erased)
+
+
+def inside(boxes: Tensor, size: int) -> Tensor:
+    """Return which pixels are within `boxes` [n, 4] (top, left, height, width): [n, 1, size, size]."""
+    top, left, height, width = boxes.T[..., None, None, None]
+    column = torch.arange(size, device=boxes.device)
+    line = column[:, None]
+    return (line >= top) & (line < top + height) & (column >= left) & (column < left + width)
 
 
 def _scrambled(word: Tensor) -> Tensor:
