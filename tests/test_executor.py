@@ -289,3 +289,44 @@ def test_kernels_have_the_bits_of_the_reference(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "same bits"
+
+
+LEVELS = ("pixels", "images", "lines", "resized", "moved", "fill", "tables", "source", "blurred", "sharp")
+WHOLE = ("first", "counts", "sums")  # int32; other tensors are int64
+FLOATS = ("values", "normalised", "views", "noise")
+NUMBERS = ("last", "n", "size", "taps", "count", "down")
+EXCEPTIONS = {
+    ("_resize_lines", "lines"): "i32",
+    ("_resize_lines", "weights"): "*i32",
+    ("_resize_columns", "weights"): "*i32",
+    **{(name, "pixels"): "i32" for name in ("_histograms", "_grey_sums", "_look_up", "_saturate", "_normalise")},
+}
+
+
+def type_of(kernel: str, argument: str) -> str:
+    """Return what Triton calls the type of an argument of a kernel."""
+    if (kernel, argument) in EXCEPTIONS:
+        return EXCEPTIONS[kernel, argument]
+    kinds = {"constexpr": ("BLOCK", "TILE"), "*u8": LEVELS, "*i32": WHOLE, "*bf16": FLOATS, "i32": NUMBERS}
+    return next((kind for kind, names in kinds.items() if argument in names), "*i64")
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton", minversion="3.3", reason="the kernels need Triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from deit_kd.data.executor import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sizes = {"BLOCK": kernels._MOVED, "TILE": kernels._TILE}
+    made = [name for name, kernel in vars(kernels).items() if isinstance(kernel, triton.JITFunction)]
+    entries = [name for name in made if any(size in getattr(kernels, name).arg_names for size in sizes)]
+    assert len(entries) == 11
+    for name in entries:
+        kernel = getattr(kernels, name)
+        signature = {argument: type_of(name, argument) for argument in kernel.arg_names}
+        known = {(place,): sizes[key] for place, key in enumerate(kernel.arg_names) if key in sizes}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=known)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+        assert compiled.asm["cubin"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -38,9 +40,8 @@ def resize_lines(
     n, size = first.shape
     resized = torch.empty((n, shape[0], size, 3), dtype=torch.uint8, device=pixels.device)
     grid = (n, triton.cdiv(shape[0], _TILE), triton.cdiv(size, _TILE))
-    _resize_lines[grid](
-        pixels, start, step, pitch, first, weights, resized, len(pixels) - 3, shape[0], n, size, len(weights), _TILE
-    )
+    numbers = len(pixels) - 3, shape[0], n, size, len(weights), _TILE
+    _launch(_resize_lines, grid, pixels, start, step, pitch, first, weights, resized, *numbers)
     return resized
 
 
@@ -49,7 +50,7 @@ def resize_columns(lines: Tensor, first: Tensor, weights: Tensor, swapped: Tenso
     n, size = first.shape
     images = torch.empty((n, 3, size, size), dtype=torch.uint8, device=lines.device)
     grid = (n, triton.cdiv(size, _TILE), triton.cdiv(size, _TILE))
-    _resize_columns[grid](lines, first, weights, swapped, images, lines.shape[1], n, size, len(weights), _TILE)
+    _launch(_resize_columns, grid, lines, first, weights, swapped, images, lines.shape[1], n, size, len(weights), _TILE)
     return images
 
 
@@ -57,40 +58,40 @@ def affine(images: Tensor, where: Tensor, maps: Tensor, fill: Tensor) -> None:
     """Move what `images` show at `where` [m] by `maps` [m, 7], in place."""
     moved = images.new_empty((len(where), *images.shape[1:]))
     size = images.shape[-1]
-    _affine[(len(where), triton.cdiv(size * size, _MOVED))](images, where, maps, fill, moved, size, _MOVED)
+    _launch(_affine, (len(where), triton.cdiv(size * size, _MOVED)), images, where, maps, fill, moved, size, _MOVED)
     images.index_copy_(0, where, moved)
 
 
 def histograms(images: Tensor, where: Tensor) -> Tensor:
     """Return how often each level occurs in `images` at `where` [m]: [m, 3, 256] int32."""
     counts = torch.empty((len(where), 3, 256), dtype=torch.int32, device=images.device)
-    _histograms[(len(where), 3)](images, where, counts, images[0, 0].numel(), _BLOCK)
+    _launch(_histograms, (len(where), 3), images, where, counts, images[0, 0].numel(), _BLOCK)
     return counts
 
 
 def grey_sums(images: Tensor, where: Tensor) -> Tensor:
     """Return the sum of the grey levels of `images` at `where` [m]: [m] int32."""
     sums = torch.empty(len(where), dtype=torch.int32, device=images.device)
-    _grey_sums[(len(where),)](images, where, sums, images[0, 0].numel(), _BLOCK)
+    _launch(_grey_sums, (len(where),), images, where, sums, images[0, 0].numel(), _BLOCK)
     return sums
 
 
 def look_up(images: Tensor, where: Tensor, tables: Tensor) -> None:
     """Replace the levels of `images` at `where` [m] by those of `tables` [m, 3, 256], in place."""
     pixels = images[0, 0].numel()
-    _look_up[(len(where), triton.cdiv(pixels, _BLOCK), 3)](images, where, tables, pixels, _BLOCK)
+    _launch(_look_up, (len(where), triton.cdiv(pixels, _BLOCK), 3), images, where, tables, pixels, _BLOCK)
 
 
 def saturate(images: Tensor, where: Tensor, factors: Tensor) -> None:
     """Blend `images` at `where` [m] with their grey, in place."""
     pixels = images[0, 0].numel()
-    _saturate[(len(where), triton.cdiv(pixels, _BLOCK))](images, where, factors, pixels, _BLOCK)
+    _launch(_saturate, (len(where), triton.cdiv(pixels, _BLOCK)), images, where, factors, pixels, _BLOCK)
 
 
 def sharpen(images: Tensor, where: Tensor, factors: Tensor) -> None:
     """Blend `images` at `where` [m] with their 3 x 3 average, in place."""
     sharp = images.new_empty((len(where), *images.shape[1:]))
-    _sharpen[(*_grid(sharp), 3)](images, where, factors, sharp, images.shape[-1], _BLOCK)
+    _launch(_sharpen, (*_grid(sharp), 3), images, where, factors, sharp, images.shape[-1], _BLOCK)
     images.index_copy_(0, where, sharp)
 
 
@@ -100,7 +101,7 @@ def blur(images: Tensor, where: Tensor, weights: Tensor) -> None:
     blurred = torch.empty_like(source)
     size = images.shape[-1]
     for down in (0, 0, 0, 1, 1, 1):
-        _blur[(*_grid(source), 3)](source, weights, blurred, size, down, _BLOCK)
+        _launch(_blur, (*_grid(source), 3), source, weights, blurred, size, down, _BLOCK)
         source, blurred = blurred, source
     images.index_copy_(0, where, source)
 
@@ -108,7 +109,7 @@ def blur(images: Tensor, where: Tensor, weights: Tensor) -> None:
 def normalise(images: Tensor, values: Tensor) -> Tensor:
     """Return the `values` [3, 256] of the levels of `images`."""
     normalised = torch.empty(images.shape, dtype=values.dtype, device=images.device)
-    _normalise[(*_grid(images), 3)](images, values, normalised, images[0, 0].numel(), _BLOCK)
+    _launch(_normalise, (*_grid(images), 3), images, values, normalised, images[0, 0].numel(), _BLOCK)
     return normalised
 
 
@@ -116,7 +117,11 @@ def erase(views: Tensor, where: Tensor, boxes: Tensor, keys: Tensor, noise: Tens
     """Fill a box of each of `views` at `where` [m] with noise, in place."""
     size = views.shape[-1]
     grid = (len(where), triton.cdiv(size * size, _BLOCK), 3)
-    _erase[grid](views, where, boxes, keys, noise, size, _BLOCK)
+    _launch(_erase, grid, views, where, boxes, keys, noise, size, _BLOCK)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any) -> None:
+    kernel[grid](*arguments, enable_fp_fusion=False)  # where a kernel computes with floats, it rounds as PyTorch does
 
 
 def _grid(images: Tensor) -> tuple[int, int]:
