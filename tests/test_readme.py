@@ -90,7 +90,7 @@ def refusal(program: str, arguments: list[str], capsys: pytest.CaptureFixture[st
     return "it has run"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide/distillation.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide/distillation.md", "docs/guide/views.md"])
 def test_the_example_of_an_own_loop_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = (REPOSITORY / page).read_text().partition("In your own loop")[2]
     example = re.search(r"```python\n(.*?)```", section, re.DOTALL)
