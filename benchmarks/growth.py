@@ -11,34 +11,27 @@ size, and multiplied by the views of `--views` photos: that much of the last tab
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from bare_step import BareStep, class_names, random_batch
 
 from deit_kd.config import Config, build_parser, parse_config
 from deit_kd.console import say
-from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, start
-from deit_kd.engine import train
 from deit_kd.interfaces import Batch, TeacherOutput
 from deit_kd.jobs.bench import Clock, print_markdown
 from deit_kd.machine import kind
 from deit_kd.runs import parts
-from deit_kd.runs.lesson import Lesson, connect
-from deit_kd.runs.run import build_trainer, prepare
 from deit_kd.store import LabelStore, Record, RecordingTeacher, StoredTeacher, epoch_part
 from deit_kd.teaching.recording import SOFT_TOP
 
@@ -96,9 +89,9 @@ class Growth:
     def with_epochs(self, views: int) -> None:
         """Print time and disk of a store of `views` photos by epochs, from the rate of the recipe's teacher."""
         config = self._config
-        classes = _names(1_000)
+        classes = class_names(1_000)
         teacher = parts.build_teacher(config, classes, self._processes, config.teacher.checkpoint)
-        batch, clock = _batch(config, len(classes), self._processes.device), Clock(self._processes.device)
+        batch, clock = random_batch(config, len(classes), self._processes.device), Clock(self._processes.device)
         teacher(batch)
         for _ in range(self._rounds):
             clock.take("teacher", len(batch.labels), partial(teacher, batch))
@@ -154,17 +147,7 @@ class Growth:
         data = config.data.model_copy(update={"image_size": image_size or config.data.image_size, "workers": 0})
         student = config.student.model_copy(update={"name": name or config.student.name})
         config = config.model_copy(update={"data": data, "student": student})
-        run = prepare(config, self._processes, _toy_splits(config, classes))
-        batch = _batch(config, classes, self._processes.device)
-        answers = TeacherOutput(torch.randn(len(batch.labels), classes, device=self._processes.device))
-        lesson = Lesson(lambda batch: answers)
-        trainer = build_trainer(connect(run, lesson), lesson)
-        trainer = replace(trainer, accumulation_steps=1)
-
-        def step(times: int) -> None:
-            train(trainer, itertools.repeat(batch), first_step=0, total_steps=times, after_step=lambda *_: None)
-
-        return step
+        return BareStep(config, classes, self._processes)
 
     def _store_costs(self, classes: int) -> list[str]:
         """Return bytes a view, and the microseconds that writing and reading one take."""
@@ -173,7 +156,7 @@ class Growth:
         views = STORE_BATCHES * size
         manifest = {
             "identity": {},
-            "classes": list(_names(classes)),
+            "classes": list(class_names(classes)),
             "top": top,
             "views": views,
             "validation": 0,
@@ -207,31 +190,6 @@ def _seconds(act: Callable[[], None]) -> float:
     since = time.perf_counter()
     act()
     return time.perf_counter() - since
-
-
-def _names(count: int) -> tuple[str, ...]:
-    return tuple(f"{index:05d}" for index in range(count))
-
-
-def _toy_splits(config: Config, classes: int) -> Splits:
-    """Return splits that are large enough to deal a batch; no view of them is ever made."""
-    count = config.train.batch_size * config.augment.repeats
-    photos = Photos(
-        names=_names(count),
-        labels=[index % classes for index in range(count)],
-        classes=_names(classes),
-        arrays=np.zeros((count, 2, 2, 3), dtype=np.uint8),
-    )
-    return Splits(photos, photos)
-
-
-def _batch(config: Config, classes: int, device: torch.device) -> Batch:
-    """Return one batch of random images."""
-    size, side = config.train.batch_size // config.train.accumulation_steps, config.data.image_size
-    images: Tensor = torch.randn(size, 3, side, side, device=device)
-    labels = torch.randint(classes, (size,), device=device)
-    targets: Any = torch.nn.functional.one_hot(labels, classes).float()
-    return Batch(images, targets, labels)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from benchmarks.zoo import same
 from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.interfaces import InputError
-from tests.helpers import REPOSITORY, STUDENT, as_arguments, heads_in, tiny
+from tests.helpers import ONE_PROCESS, REPOSITORY, STUDENT, as_arguments, heads_in, tiny
 
 Program = Callable[..., str]
 
@@ -33,6 +35,13 @@ def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The program for a GPU; its sections are ``gpu.SECTIONS``."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    return import_module("gpu")
 
 
 def test_growth_prints_four_tables(photos_root: Path, tmp_path: Path, program: Program) -> None:
@@ -215,3 +224,98 @@ def test_the_cost_of_a_guide_is_printed(photos_root: Path, tmp_path: Path, progr
     said = program("guide_cost", *recipe, "--rounds", "1", "--steps", "1")
     assert "ratio of the steps' times: " in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpus_program_measures_every_section_at_toy_size(gpu: Any, tmp_path: Path, program: Program) -> None:
+    marked = tmp_path / "test_marked.py"
+    marked.write_text("import pytest\n@pytest.mark.gpu\ndef test_one(): pass\ndef test_two(): pass\n")
+    marked.write_text(marked.read_text() + "@pytest.mark.gpu\ndef test_three(): assert 0\n")
+    printed = program("gpu", "--toy", "--output", str(tmp_path / "out"), "--tests", str(marked))
+    found = json.loads((tmp_path / "out/gpu.json").read_text())
+    sections = found["sections"]
+    assert list(sections) == [*gpu.SECTIONS, "goals"]
+    rows = {name: [row for row in section["rows"] if "failed" not in row] for name, section in sections.items()}
+    assert not [name for name, section in sections.items() if section.get("failed") or section.get("left_out")]
+    assert all(rows.values())
+    columns = ("images/s", "floor, ms", "µs a view", "µs an image", "of its floor", "launches")
+    figures = [row[column] for table in rows.values() for row in table for column in columns if column in row]
+    assert len(figures) > 30
+    assert min(figures) > 0
+    assert [rows["tests"][0][count] for count in ("passed", "failed tests", "skipped")] == [1, 1, 0]
+    assert "test_three" in rows["tests"][0]["which failed"]
+    assert len({(row["teacher"], row["executor"], row["cache"]) for row in rows["loops"]}) == 3 * 5
+    page = (tmp_path / "out/gpu.md").read_text()
+    assert all(f"## {section['title']}" in page for section in sections.values())
+    assert len(found["slowest"]) == 3
+    assert [line for line in printed.splitlines() if line[:3] in ("1. ", "2. ", "3. ")] == [
+        f"{place}. {text}" for place, text in enumerate(found["slowest"], 1)
+    ]
+
+
+def test_a_gpus_program_says_what_it_had_no_time_for(gpu: Any, tmp_path: Path, program: Program) -> None:
+    program("gpu", "--toy", "--output", str(tmp_path), "--minutes", "0")
+    sections = json.loads((tmp_path / "gpu.json").read_text())["sections"]
+    assert all(sections[name]["left_out"] and not sections[name]["rows"] for name in gpu.SECTIONS)
+    assert {row["reached"] for row in sections["goals"]["rows"]} == {"not measured"}
+    assert "No time was left for: machine." in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_point_that_fails_or_hangs_leaves_the_others(gpu: Any, tmp_path: Path) -> None:
+    def fail() -> list[Any]:
+        raise ValueError("no\nkernel")
+
+    points = {"bad": fail, "good": lambda: [{"images/s": 1.0}], "slow": lambda: time.sleep(60), "late": fail}
+    setup = gpu.Setup(gpu.TOY, ONE_PROCESS, None, tmp_path, "tests")
+    result = gpu.run(gpu.Section("a section", 1, lambda setup: points.items()), setup, seconds=2.0)
+    assert result.pop("seconds") < 30
+    assert result == {
+        "title": "a section",
+        "rows": [{"images/s": 1.0}],
+        "failed": {"bad": "ValueError: no kernel"},
+        "left_out": ["slow", "late"],
+    }
+
+
+def test_goals_and_what_loses_most_follow_from_the_tables(gpu: Any) -> None:
+    step = {"student": "DeiT-Ti", "batch": 1024, "floor / step": 0.8, "idle": 0.01}
+    step["slowest kernels"] = [{"kernel": "norm", "share": 0.25}]
+    loop = {"executor": "device", "cache": "device", "images/s": 19_000, "of the step": 0.9, "idle": 0.1}
+    view = {"what": "RandAugment", "µs a view": 10.0, "made by": "Triton"}
+    tables = {
+        "steps": [{**step, "mode": mode, "images/s": rate} for mode, rate in (("eager", 12_000), ("compiled", 21_000))],
+        "loops": [{**loop, "teacher": "stored", "of its floor": 0.9}],
+        "views": [view, {**view, "what": "crop and resize", "µs a view": 7.0}],
+    }
+    assert [row["reached"] for row in gpu.verdict.goals(tables)] == ["yes", "not measured", "yes", "no", "no"]
+    losses = gpu.verdict.slowest(tables)
+    assert [(loss.what.split(",")[0], round(loss.share, 2)) for loss in losses] == [
+        ("view of the executor", 0.5),
+        ("step of DeiT-Ti", 0.2),
+        ("loop", 0.1),
+    ]
+    assert "crop and resize (7 µs)" in losses[0].cure
+    assert "norm (25%)" in losses[1].cure
+
+
+def test_a_floor_is_the_longer_of_arithmetic_and_traffic(gpu: Any) -> None:
+    card, floor = (import_module(f"on_gpu.{name}") for name in ("card", "floor"))
+    matrix, other, rate = torch.ones(10, 10), torch.ones(10, 10), 100.0
+    cases = {
+        "products": (lambda: matrix @ other, 2000 / rate, 1200 / rate),
+        "updates": (lambda: torch._foreach_add_([matrix], 1.0), 0, 800 / rate),
+        "others": (lambda: matrix.view(-1).relu_(), 0, 800 / rate),  # the view moves nothing
+    }
+    for kind, (act, of_flops, of_bytes) in cases.items():
+        for measured in (card.Card(rate, rate, 0.0), card.Card(rate, 10 * rate, 0.0)):
+            with floor.Floor(measured) as counted:
+                act()
+            of_flops_now = of_flops * rate / measured.matmul_rate
+            assert getattr(counted, kind) == pytest.approx(max(of_flops_now, of_bytes)), kind
+            assert counted.unfused_seconds == pytest.approx(getattr(counted, kind))
+
+
+def test_a_busy_device_counts_overlapping_kernels_once(gpu: Any) -> None:
+    profile = import_module("on_gpu.profile")
+    assert profile.union([(3, 5), (0, 2), (1, 4), (7, 8), (7, 7.5)]) == 6
+    assert profile.idle_share(profile.Profile(0.75, 1, []), 1.0) == 0.25
+    assert profile.idle_share(profile.Profile(None, 1, []), 1.0) is None

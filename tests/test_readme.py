@@ -83,6 +83,7 @@ def refusal(program: str, arguments: list[str], capsys: pytest.CaptureFixture[st
     """Return what a program says to `arguments` and to one more, which it does not know."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [program, *arguments, f"--{UNKNOWN}", "1"])
+        patch.syspath_prepend(REPOSITORY / Path(program).parent)  # as Python does for a script
         try:
             runpy.run_path(str(REPOSITORY / program), run_name="__main__")
         except (InputError, SystemExit) as end:

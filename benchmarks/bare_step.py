@@ -1,0 +1,64 @@
+"""The student's step of a recipe alone: random images in memory, the teacher's answers known, no photo ever read."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch.nn.functional import one_hot
+
+from deit_kd.config import Config
+from deit_kd.data import Photos, Splits
+from deit_kd.distributed import Processes
+from deit_kd.engine import train
+from deit_kd.interfaces import Batch, TeacherOutput
+from deit_kd.runs.lesson import Lesson, connect
+from deit_kd.runs.run import build_trainer, prepare
+
+
+class BareStep:
+    """A recipe's trainer on one batch of random images.
+
+    Args:
+        config: the recipe; the whole batch is one micro-batch unless it accumulates.
+        classes: that the student tells apart.
+        processes: of the run.
+    """
+
+    def __init__(self, config: Config, classes: int, processes: Processes) -> None:
+        self.batch = random_batch(config, classes, processes.device)
+        answers = TeacherOutput(torch.randn(len(self.batch.labels), classes, device=processes.device))
+        lesson = Lesson(lambda batch: answers)
+        run = prepare(config, processes, _toy_splits(config, classes))
+        self.trainer = replace(build_trainer(connect(run, lesson), lesson), accumulation_steps=1)
+
+    def __call__(self, times: int = 1) -> None:
+        """Do so many optimiser steps."""
+        batches = itertools.repeat(self.batch)
+        train(self.trainer, batches, first_step=0, total_steps=times, after_step=lambda *_: None)
+
+
+def class_names(count: int) -> tuple[str, ...]:
+    """Return names for `count` classes."""
+    return tuple(f"{index:05d}" for index in range(count))
+
+
+def random_batch(config: Config, classes: int, device: torch.device) -> Batch:
+    """Return one micro-batch of random images."""
+    size, side = config.train.batch_size // config.train.accumulation_steps, config.data.image_size
+    labels = torch.randint(classes, (size,), device=device)
+    return Batch(torch.randn(size, 3, side, side, device=device), one_hot(labels, classes).float(), labels)
+
+
+def _toy_splits(config: Config, classes: int) -> Splits:
+    """Return splits that are large enough to deal a batch; no view of them is ever made."""
+    count = config.train.batch_size * config.augment.repeats
+    photos = Photos(
+        names=class_names(count),
+        labels=[index % classes for index in range(count)],
+        classes=class_names(classes),
+        arrays=np.zeros((count, 2, 2, 3), dtype=np.uint8),
+    )
+    return Splits(photos, photos)

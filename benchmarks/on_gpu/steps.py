@@ -1,0 +1,80 @@
+"""The step of each student alone, by batch, as it is and compiled, beside the least that its operations can take."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from bare_step import BareStep
+
+from on_gpu.floor import Floor
+from on_gpu.profile import idle_share, profiled
+from on_gpu.setup import CLASSES, Point, Setup
+from on_gpu.timing import Row, rounded, spread, take_turns
+
+MODES = {"eager": "false", "compiled": "true"}  # of train.compile; others go by their own names
+FURTHER_MODES = ("reduce-overhead", "max-autotune-no-cudagraphs")  # the last searches for minutes
+PROFILED_STEPS = 3
+
+
+def points(setup: Setup) -> Iterator[Point]:
+    """Yield each student at the goals' batch, eager and compiled, then what is less urgent."""
+    scale = setup.scale
+    first, *others = scale.batches
+    compiled, eager = [(first, list(MODES))], [(batch, ["eager"]) for batch in others]
+    compiled_later = [(batch, ["compiled"]) for batch in others]
+    least, most = ([(first, [mode])] for mode in FURTHER_MODES)
+    urgent_first = [*compiled, *least, *eager, *compiled_later, *most]
+    for batch, modes in urgent_first if scale.compiled else [(first, ["eager"]), *eager]:
+        for student in scale.students:
+            yield f"{student}, batch {batch}, {' and '.join(modes)}", partial(_rows, setup, student, batch, modes)
+
+
+def _rows(setup: Setup, student: str, batch: int, modes: list[str]) -> list[Row]:
+    scale, device = setup.scale, setup.device
+    steps = {mode: _step(setup, student, batch, mode) for mode in modes}
+    clock, failed = take_turns(device, steps, images=batch, rounds=scale.rounds, seconds=scale.seconds)
+    floor = _floor(setup, steps.get("eager") or _step(setup, student, batch, "eager"))
+    rows: list[Row] = [
+        {"student": student, "batch": batch, "mode": mode, "failed": why} for mode, why in failed.items()
+    ]
+    for mode, rates in clock.rates.items():
+        seconds = batch / statistics.median(rates)
+        profile = profiled(partial(steps[mode], PROFILED_STEPS), device, PROFILED_STEPS)
+        row: Row = {
+            "student": student,
+            "batch": batch,
+            "mode": mode,
+            **spread(rates),
+            "ms a step": rounded(1e3 * seconds),
+        }
+        if floor is not None:
+            row |= {
+                "floor, ms": rounded(1e3 * floor.seconds),
+                "floor / step": rounded(floor.seconds / seconds),
+                "floor of single kernels, ms": rounded(1e3 * floor.unfused_seconds),
+            }
+        peak = clock.peaks.get(mode)
+        row |= {
+            "launches": rounded(profile.launches, 4),
+            "idle": idle_share(profile, seconds),
+            "peak, GB": None if peak is None else rounded(peak / 1e9),
+            "slowest kernels": profile.slowest,
+        }
+        rows.append(row)
+    return rows
+
+
+def _step(setup: Setup, student: str, batch: int, mode: str) -> BareStep:
+    return BareStep(setup.recipe(student, batch, train__compile=MODES.get(mode, mode)), CLASSES, setup.processes)
+
+
+def _floor(setup: Setup, step: BareStep) -> Floor | None:
+    try:
+        with Floor(setup.card) as floor:
+            step()
+    except torch.OutOfMemoryError:
+        return None
+    return floor
