@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from deit_kd import InputError
 from deit_kd.cli import main
 from deit_kd.data import CAN_SHARE
 from deit_kd.data.photos import Photos
@@ -82,6 +83,23 @@ def test_another_process_sees_the_photos_while_they_are_there_and_nothing_is_lef
     assert not path.exists()
     with pytest.raises(OSError, match=r"cannot be mapped"):
         sent.with_shared_pixels()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_gpu_holds_the_photos_of_main_memory_and_refuses_what_does_not_fit(
+    odd: Photos, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = odd.cached("memory", CPU).decoded
+    assert decoded is not None
+    there = decoded.on(torch.device("cuda"))
+    assert there.pixels.is_cuda
+    assert there.on(torch.device("cuda")) is there
+    assert pixels(replace(odd, decoded=there)) == pixels(odd)
+    assert pixels(odd.cached("device", torch.device("cuda"))) == pixels(odd)
+    monkeypatch.setattr("deit_kd.data.cache.available_memory", lambda place: 10)
+    with pytest.raises(InputError, match=r"data\.cache: device needs .* on cuda"):
+        decoded.on(torch.device("cuda"))
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers_before_anything_is_decoded(

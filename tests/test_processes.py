@@ -58,7 +58,7 @@ def test_two_processes_give_the_losses_of_one(one_and_two: tuple[Path, Path]) ->
 def test_two_processes_give_the_losses_of_one_on_views_that_the_device_makes(
     finished: Finished, photos_root: Path, tmp_path: Path
 ) -> None:
-    options = {"data__executor": "device", "data__cache": "memory"}
+    options = {"data__executor": "device", "data__cache": "device"}
     assert main(["train", *shared(finished, photos_root, tmp_path / "one", **options)]) == 0
     code = torchrun(shared(finished, photos_root, tmp_path / "two", **options), tmp_path / "said.txt")
     assert code == 0, (tmp_path / "said.txt").read_text()

@@ -1,6 +1,6 @@
 """From photos to batches: datasets, views, the order of an epoch, and mixing."""
 
-from deit_kd.data.cache import CAN_SHARE
+from deit_kd.data.cache import CAN_SHARE, Decoded
 from deit_kd.data.decode import UnreadableImage, load_image
 from deit_kd.data.device_loader import DeviceLoader, Draws
 from deit_kd.data.executor import EXECUTOR_VERSION, Drawing, Executor
@@ -16,6 +16,7 @@ from deit_kd.data.transforms import Transform, evaluation_transform, training_tr
 __all__ = [
     "CAN_SHARE",
     "EXECUTOR_VERSION",
+    "Decoded",
     "DeviceLoader",
     "Drawing",
     "Draws",

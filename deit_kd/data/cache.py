@@ -85,6 +85,17 @@ class Decoded:
             unreadable=[self.unreadable[index] for index in indices],
         )
 
+    def on(self, device: torch.device) -> Decoded:
+        """Return the same photos in a device's own memory.
+
+        Raises:
+            InputError: they do not fit.
+        """
+        if self.pixels.device.type == device.type:
+            return self
+        _refuse_what_does_not_fit("device", len(self.offsets), len(self.pixels), device)
+        return replace(self, pixels=self.pixels.to(device), shared=None)
+
     def without_pixels(self) -> Decoded:
         """Return everything but the pixels, for another process of this machine."""
         return replace(self, pixels=torch.empty(0, dtype=torch.uint8))
@@ -108,7 +119,7 @@ def decode_all(
     sizes: Sequence[tuple[int, int]],
     *,
     cache: str,
-    device: torch.device,
+    place: torch.device,
     skip: bool,
     shown: bool,
 ) -> Decoded:
@@ -117,8 +128,8 @@ def decode_all(
     Args:
         image_of: returns a photo as RGB.
         sizes: width and height of each photo, perhaps of the turned one; (0, 0) if it is not known to be readable.
-        cache: ``memory`` or ``device``.
-        device: that trains; ``device`` keeps the photos there.
+        cache: ``memory`` or ``device``, for the message.
+        place: where they are kept; processes of a machine share main memory.
         skip: whether a photo that cannot be read only fails when it is requested.
         shown: whether a terminal shows a progress bar.
 
@@ -128,7 +139,6 @@ def decode_all(
     """
     ends = np.cumsum([width * height * CHANNELS for width, height in sizes], dtype=np.int64)
     needed = int(ends[-1])
-    place = device if cache == "device" else torch.device("cpu")
     _refuse_what_does_not_fit(cache, len(sizes), needed, place)
     pixels, shared = _shared_bytes(needed) if place.type == "cpu" else (_bytes_on(place, needed), None)
     in_host_memory = pixels.numpy() if place.type == "cpu" else None  # torch would start threads for each of ours

@@ -88,12 +88,12 @@ class Photos:
         """Return where to find one image: the path of its file, if it has one."""
         return self.names[index] if self.root is None else str(self.root / self.names[index])
 
-    def cached(self, cache: str, device: torch.device, skip: bool = False, shown: bool = False) -> Photos:
+    def cached(self, cache: str, place: torch.device, skip: bool = False, shown: bool = False) -> Photos:
         """Return the same photos, every one read and decoded once; H x W x 3 bytes each.
 
         Args:
-            cache: ``memory``, which workers and other processes share, or ``device``.
-            device: that trains.
+            cache: ``memory`` or ``device``, for the message if they do not fit.
+            place: where they are kept; workers and other processes share main memory.
             skip: whether a file that cannot be read only fails when its image is requested.
             shown: whether a terminal shows a progress bar.
 
@@ -104,7 +104,7 @@ class Photos:
         if self.decoded is not None:
             return self
         sizes = self._sizes_in_pixels(shown)
-        decoded = decode_all(self.image, sizes, cache=cache, device=device, skip=skip, shown=shown)
+        decoded = decode_all(self.image, sizes, cache=cache, place=place, skip=skip, shown=shown)
         return replace(self, decoded=decoded)
 
     def bytes_when_decoded(self) -> int:

@@ -6,10 +6,12 @@ import socket
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from deit_kd import data
 from deit_kd.config import Config
 from deit_kd.console import say, size_text
-from deit_kd.data import CAN_SHARE, EXECUTOR_VERSION, Photos
+from deit_kd.data import CAN_SHARE, EXECUTOR_VERSION, Decoded, Photos
 from deit_kd.distributed import Processes, together
 from deit_kd.runs.parts import skips
 
@@ -17,34 +19,33 @@ from deit_kd.runs.parts import skips
 def cached(config: Config, photos: Photos, processes: Processes) -> Photos:
     """Return training photos as the recipe's loader reads them: in its size and, if it has a cache, decoded.
 
-    One process of each machine decodes those for main memory, and the others see them there.
+    Where there are several processes, one of each machine decodes for all of them, in main memory.
 
     Raises:
         InputError: they do not fit, or one of them cannot be read and ends the run.
     """
-    cache = config.data.cache
+    cache, device = config.data.cache, processes.device
     photos = replace(photos, short_side=config.data.cache_size)
     if cache == "none" or photos.decoded is not None:
         return photos
+    are_shared = CAN_SHARE and processes.count > 1
     machines = processes.gather(socket.gethostname())
-    decoder = machines.index(machines[processes.rank])  # the process that decodes for this one
-    if cache == "device" or not CAN_SHARE:
-        decoder = processes.rank
+    decoder = machines.index(machines[processes.rank]) if are_shared else processes.rank
+    place = device if cache == "device" and not are_shared else torch.device("cpu")
 
-    def decode() -> Photos | None:
+    def decode() -> Decoded | None:
         if decoder != processes.rank:
             return None
         with processes.busy("decodes the photos"):
-            return photos.cached(cache, processes.device, skips(config), processes.is_main)
+            return photos.cached(cache, place, skips(config), processes.is_main).decoded
 
     mine = together(processes, decode)
-    sent = None if mine is None or mine.decoded is None else mine.decoded.without_pixels()
-    found = processes.gather(sent)[decoder]
+    found = processes.gather(None if mine is None else mine.without_pixels())[decoder]
 
     def received() -> Photos:
-        if mine is not None or found is None:
-            return mine or photos
-        return replace(photos, decoded=found.with_shared_pixels())
+        assert found is not None
+        decoded = found.with_shared_pixels() if mine is None else mine
+        return replace(photos, decoded=decoded.on(device) if cache == "device" else decoded)
 
     kept = together(processes, received)
     if processes.is_main and kept.decoded is not None:
