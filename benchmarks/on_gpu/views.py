@@ -128,7 +128,7 @@ def _executors(config: Config, device: torch.device) -> dict[str, Executor]:
 
 def _decoded(setup: Setup) -> tuple[Photos, PhotoBuffer]:
     """Return the photos, decoded in host memory and on the device."""
-    photos = setup.photos.cached("memory", setup.device)
+    photos = setup.photos.cached("memory", torch.device("cpu"))
     decoded = photos.decoded
     assert decoded is not None
     edges = torch.from_numpy(np.stack((decoded.offsets, decoded.heights, decoded.widths))).to(setup.device)
