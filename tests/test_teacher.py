@@ -16,6 +16,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from deit_kd import Batch, Distiller, FrozenTeacher, InputError, Objective
+from deit_kd.config import ANSWERS, effects
+from deit_kd.teachers.fold import fold_batch_norms
 from tests.helpers import CLASSES, MEAN, STD
 from tests.tiny_parts import make_batch, save_teacher, seen_at, tiny_student, tiny_teacher
 
@@ -248,3 +250,60 @@ def test_it_answers_on_the_gpu_as_on_the_cpu() -> None:
     frozen = tiny_teacher(device=torch.device("cuda"))
     there = frozen(make_batch(4).to(torch.device("cuda"))).logits.cpu()
     torch.testing.assert_close(there, tiny_teacher()(make_batch(4)).logits, rtol=1e-3, atol=1e-3)
+
+
+def with_statistics(name: str) -> FrozenTeacher:
+    """Return a teacher whose batch norms have statistics and weights as after training."""
+    teacher = tiny_teacher(name=name, image_size=32, channels_last=False)
+    chance = torch.Generator().manual_seed(1)
+    for module in teacher.network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in (module.running_mean, module.running_var, module.weight, module.bias):
+                value.data = torch.rand(value.shape, generator=chance) + 0.5
+    return teacher
+
+
+def norms_of(teacher: FrozenTeacher) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in teacher.network.modules())
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "regnety_002", "test_efficientnet"])
+def test_a_folded_teacher_answers_alike_without_its_norms(name: str) -> None:
+    teacher, batch = with_statistics(name), make_batch(4, side=32)
+    expected = teacher(batch).logits
+    assert fold_batch_norms(name, teacher.network, 32) == norms_of(with_statistics(name))
+    assert norms_of(teacher) == 0
+    torch.testing.assert_close(teacher(batch).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_folded_teacher_gives_the_maps_that_a_guide_is_asked_for() -> None:
+    teacher, batch = with_statistics("test_resnet"), make_batch(4, side=32)
+    layer = teacher.layer_names()[-1]
+    teacher.ask_for([layer])
+    expected = teacher(batch).features[layer]
+    fold_batch_norms("test_resnet", teacher.network, 32)
+    torch.testing.assert_close(teacher(batch).features[layer], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_norm_whose_convolution_is_read_twice_is_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.norm.running_mean += 1
+
+        def forward(self, images: Tensor) -> Tensor:
+            found = self.convolution(images)
+            return self.norm(found) + found
+
+    with pytest.raises(InputError, match=r"teacher\.fold: twice answers differently"):
+        fold_batch_norms("twice", Twice().eval(), 16)
+
+
+def test_a_teacher_without_norms_is_not_folded() -> None:
+    with pytest.raises(InputError, match=r"teacher\.fold: test_vit has no BatchNorm after a convolution"):
+        tiny_teacher(name="test_vit", image_size=160, fold=True)
+
+
+def test_folding_is_part_of_what_identifies_a_store() -> None:
+    assert effects()["teacher.fold"] == ANSWERS

@@ -275,6 +275,8 @@ class TeacherSection(SoleTeacher):
     """precision of its weights; auto takes train.precision"""
     channels_last: bool = key(True, RESULT)
     """channels-last memory format"""
+    fold: bool = key(False, ANSWERS)
+    """fold batch norms into the convolutions before them: fewer operations, and answers that differ by rounding"""
     compile: bool = key(False, NOTHING)
     """run it through torch.compile"""
 

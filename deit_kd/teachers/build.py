@@ -15,6 +15,7 @@ from deit_kd.models.weights import fit_weights
 from deit_kd.origins import Origin, open_origin, open_published
 from deit_kd.randomness import seed_initialisation
 from deit_kd.teachers.class_map import build_class_map, label_set_names
+from deit_kd.teachers.fold import fold_batch_norms
 from deit_kd.teachers.frozen import FrozenTeacher, FusedHeads
 from deit_kd.twins import refuse_other_twin, set_layer_norm_eps
 
@@ -35,6 +36,7 @@ def build_teacher(
     mean: Statistics | None,
     std: Statistics | None,
     channels_last: bool,
+    fold: bool = False,
     compiled: bool,
     classes: tuple[str, ...],
     student: Preprocessing,
@@ -62,6 +64,7 @@ def build_teacher(
         mean: the teacher's normalisation.
         std: the same.
         channels_last: memory format.
+        fold: whether to fold its batch norms, see `fold_batch_norms`.
         compiled: whether to compile it.
         classes: the dataset's class names, in label order.
         student: the preprocessing of the batch's images.
@@ -120,6 +123,8 @@ def build_teacher(
         leave_out_head("teacher", architecture, network, size)
     if head and mapping is None and label_names is None and not random_weights:
         notes.append(f"warning: the columns of {origin.name} have no names and are taken in the order of the classes")
+    if fold:
+        notes.append(f"teacher: {fold_batch_norms(architecture, network, size)} batch norms are folded")
     known = origin.preprocessing
     own_mean: Statistics = mean or known.mean or student.mean
     own_std: Statistics = std or known.std or student.std
