@@ -76,12 +76,10 @@ class Executor:
     def mix(self, images: Tensor, targets: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Return `images` [B, 3, H, W] and `targets` [B, C] of `rows` with pairs mixed, as `Mixing` does.
 
-        A view whose partner is not in the batch stays as it is.
+        A view whose partner is not in the batch is its own partner, and so stays as it is.
         """
-        partner = rows.partners()
-        kept = np.where(partner != np.arange(len(rows)), rows.share, 1.0)
-        partners, boxes = self._upload(partner, rows.mixing_box)
-        share, faded = self._upload(kept, np.where(rows.mixing_box[:, 2] > 0, 1.0, kept))
+        partners, boxes = self._upload(rows.partners(), rows.mixing_box)
+        share, faded = self._upload(rows.share, np.where(rows.mixing_box[:, 2] > 0, 1.0, rows.share))
         others = images[partners]
         mixed = images.float().lerp(others.float(), (1 - faded).float()[:, None, None, None]).to(images.dtype)
         mixed = torch.where(reference.inside(boxes, self._size), others, mixed)
