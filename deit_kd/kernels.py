@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -65,6 +66,8 @@ class _Watch(TorchFunctionMode):
 def measure_attention(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> dict[str, Measured]:
     """Return each backend that takes queries of `shape` [B, heads, N, D] in `dtype`, with its errors and its time.
 
+    With torch's deterministic algorithms on, only those that are.
+
     The real length matters: a backend may be wrong at lengths that are not a multiple of its tile.
     """
     chance = torch.Generator(device).manual_seed(0)
@@ -74,10 +77,12 @@ def measure_attention(shape: torch.Size, dtype: torch.dtype, device: torch.devic
     found = {}
     for name, backend in BACKENDS.items():
         try:
-            with sdpa_kernel(backend):
+            with sdpa_kernel(backend), warnings.catch_warnings():
+                # A backend that is not deterministic only warns of it; others warn of why they do not take the shape.
+                warnings.simplefilter("error" if torch.are_deterministic_algorithms_enabled() else "ignore")
                 errors = [_error(*pair) for pair in zip(_attended(given), exact, strict=True)]
                 seconds = min(_seconds(given, device) for _ in range(ROUNDS))
-        except RuntimeError:  # it does not take this shape, dtype or device
+        except (RuntimeError, UserWarning):
             continue
         found[name] = Measured(errors[0], max(errors[1:]), seconds)
     return found

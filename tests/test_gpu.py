@@ -29,6 +29,9 @@ from deit_kd.teaching.ready import ready_lesson
 from tests.helpers import CLASSES, heads_in, records, tiny
 from tests.tiny_parts import STORED_VIEWS, begin_store, fill_store, make_batch, tiny_student, trainer
 
+# CUDA's debug mode, inductor and NCCL warn of what is their own, and deterministic mode of what is not deterministic.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
 

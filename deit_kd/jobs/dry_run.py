@@ -118,9 +118,10 @@ def _estimate(config: Config) -> Needs:
         try:
             stays = _rehearse(rehearsal, config, processes.count, len(run.classes))
         except RuntimeError as error:  # what reads values raises it; muon does, for one
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"train.device: {config.train.device!r}, but this machine has no CUDA device, and a step with "
-                f"optim.name {config.optim.name!r} cannot be rehearsed without values ({str(error).splitlines()[0]}); "
+                f"optim.name {config.optim.name!r} cannot be rehearsed without values ({reason}); "
                 "try it where the GPU is"
             ) from error
         photos = run.splits.train.bytes_when_decoded() if config.data.cache == "device" else 0

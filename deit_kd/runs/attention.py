@@ -19,8 +19,9 @@ def attention_of(run: Run, is_resumed: bool) -> AttentionFacts | None:
         return None
     if is_resumed and (before := read_facts(run.folder).get("attention")) is not None:
         return before
-    found: AttentionFacts | None = run.processes.share(on_main(run.processes, lambda: measured_attention(run)))
-    return found
+    found = on_main(run.processes, lambda: measured_attention(run), "measures attention")
+    chosen: AttentionFacts | None = run.processes.share(found)
+    return chosen
 
 
 def measured_attention(run: Run) -> AttentionFacts | None:
