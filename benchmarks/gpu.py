@@ -41,11 +41,11 @@ class Section(NamedTuple):
 SECTIONS = {
     "machine": Section("What the machine can do", 1, card.points),
     "steps": Section("The step alone", 16, steps.points),
-    "views": Section("Views of the executor", 4, views.points),
+    "views": Section("Views of the executor", 6, views.points),
     "loops": Section("Whole loops", 18, loops.points),
     "teachers": Section("Forms of a teacher", 8, teachers.points),
     "attention": Section("Attention, forward and backward", 2, attention.points),
-    "tests": Section("Tests that need a GPU", 8, marked.points),
+    "tests": Section("Tests that need a GPU", 9, marked.points),
 }
 GOALS = "goals"  # the last section: what the others say
 
@@ -57,13 +57,13 @@ def main() -> None:
     scale = TOY if options.toy or not on_gpu else Scale()
     if options.compile is not None:
         scale = replace(scale, compiled=options.compile)
-    options.output.mkdir(parents=True, exist_ok=True)
     processes = start("cuda" if on_gpu else "cpu")
     with TemporaryDirectory(prefix="deit-kd-gpu-") as folder:
         if options.root is None:
             some = photos.generated(Path(folder), scale.photos, scale.longest_side)
         else:
             some = photos.found(options.root, scale.photos)
+        options.output.mkdir(parents=True, exist_ok=True)
         setup = Setup(scale, processes, some, options.output, options.tests)
         found = measured(setup, options.only, end)
     finish()
@@ -153,4 +153,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

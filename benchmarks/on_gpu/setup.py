@@ -49,7 +49,7 @@ class Scale:
     copied_bytes: int = 1 << 31
     matmul_size: int = 8192
     rounds: int = 5
-    seconds: float = 0.3  # that a timing lasts at least
+    seconds: float = 0.2  # that a timing lasts at least
 
 
 TOY = Scale(

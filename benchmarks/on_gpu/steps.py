@@ -11,25 +11,30 @@ from bare_step import BareStep
 
 from on_gpu.floor import Floor
 from on_gpu.profile import idle_share, profiled
-from on_gpu.setup import CLASSES, Point, Setup
+from on_gpu.setup import CLASSES, Point, Scale, Setup
 from on_gpu.timing import Row, rounded, spread, take_turns
 
 MODES = {"eager": "false", "compiled": "true"}  # of train.compile; others go by their own names
-FURTHER_MODES = ("reduce-overhead", "max-autotune-no-cudagraphs")  # the last searches for minutes
+CUDA_GRAPHS, SEARCHED = "reduce-overhead", "max-autotune-no-cudagraphs"  # the last searches for minutes
 PROFILED_STEPS = 3
 
 
 def points(setup: Setup) -> Iterator[Point]:
-    """Yield each student at the goals' batch, eager and compiled, then what is less urgent."""
-    scale = setup.scale
+    """Yield what is measured together: a student, a batch, and modes; the most wanted first."""
+    for student, batch, modes in _wanted(setup.scale):
+        yield f"{student}, batch {batch}, {' and '.join(modes)}", partial(_rows, setup, student, batch, modes)
+
+
+def _wanted(scale: Scale) -> list[tuple[str, int, list[str]]]:
     first, *others = scale.batches
-    compiled, eager = [(first, list(MODES))], [(batch, ["eager"]) for batch in others]
-    compiled_later = [(batch, ["compiled"]) for batch in others]
-    least, most = ([(first, [mode])] for mode in FURTHER_MODES)
-    urgent_first = [*compiled, *least, *eager, *compiled_later, *most]
-    for batch, modes in urgent_first if scale.compiled else [(first, ["eager"]), *eager]:
-        for student in scale.students:
-            yield f"{student}, batch {batch}, {' and '.join(modes)}", partial(_rows, setup, student, batch, modes)
+    eager = [(student, batch, ["eager"]) for batch in others for student in scale.students]
+    if not scale.compiled:
+        return [*((student, first, ["eager"]) for student in scale.students), *eager]
+    compiled = [(student, first, list(MODES)) for student in scale.students]
+    of_goals, larger = compiled[:2], compiled[2:]
+    further = [(student, first, [mode]) for mode in (CUDA_GRAPHS, SEARCHED) for student in scale.students]
+    others_compiled = [(student, batch, ["compiled"]) for batch in others for student in scale.students]
+    return [*of_goals, *eager, *larger, *further[:2], *others_compiled, *further[2:]]
 
 
 def _rows(setup: Setup, student: str, batch: int, modes: list[str]) -> list[Row]:

@@ -41,9 +41,10 @@ class Loss(NamedTuple):
 
 
 def slowest(tables: Tables, count: int = 3) -> list[Loss]:
-    """Return what loses the largest shares of its time, and what would mend it."""
-    losses = [loss for find in (_steps, _loops, _views, _teachers, _attention) for loss in find(tables)]
-    return sorted((loss for loss in losses if loss.share > 0), key=lambda loss: -loss.share)[:count]
+    """Return what loses the largest shares of its time, the worst of each kind, and what would mend it."""
+    kinds = [list(find(tables)) for find in (_steps, _loops, _views, _teachers, _attention)]
+    worst = [max(losses, key=lambda loss: loss.share) for losses in kinds if losses]
+    return sorted((loss for loss in worst if loss.share > 0), key=lambda loss: -loss.share)[:count]
 
 
 def _steps(tables: Tables) -> Iterator[Loss]:
@@ -54,7 +55,7 @@ def _steps(tables: Tables) -> Iterator[Loss]:
         kernels = "; ".join(f"{kernel['kernel']} ({kernel['share']:.0%})" for kernel in step["slowest kernels"][:3])
         cure = f"fuse or replace its slowest kernels: {kernels}"
         if (step["idle"] or 0) > IDLE:
-            cure += f"; the GPU is idle for {step['idle']:.0%} of it: capture it in a CUDA graph"
+            cure += f"; the GPU is idle for {step['idle']:.0%} of it: try train.compile reduce-overhead"
         yield Loss(f"step of {student}, {step['mode']}, batch {step['batch']}", 1 - step["floor / step"], cure)
 
 

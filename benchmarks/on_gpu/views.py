@@ -42,7 +42,8 @@ def points(setup: Setup) -> Iterator[Point]:
     """Yield whole views, beside Pillow's, then single primitives and mixing."""
     for name, policy in WHOLE.items():
         yield f"whole views, {name}", partial(_whole, setup, name, policy)
-    yield "primitives", partial(_primitives, setup)
+    for by in _executors(_recipe(setup), setup.device):
+        yield f"primitives by {by}", partial(_primitives, setup, by)
     yield "mixing", partial(_mixing, setup)
 
 
@@ -64,7 +65,7 @@ def _whole(setup: Setup, name: str, policy: str) -> list[Row]:
     return [*on_device, pillow]
 
 
-def _primitives(setup: Setup) -> list[Row]:
+def _primitives(setup: Setup, by: str) -> list[Row]:
     """Return the rows of views with one primitive each, and what that adds to a bare view."""
     config = _recipe(setup)
     photos, buffer = _decoded(setup)
@@ -74,14 +75,13 @@ def _primitives(setup: Setup) -> list[Row]:
     bare = replace(noisy, erasing=np.zeros_like(noisy.erasing))
     kinds = {BARE: bare, "flip": replace(bare, flip=~bare.flip), "noise": noisy}
     kinds |= {name: _with_operation(bare, *operation) for name, operation in OPERATIONS.items()}
-    executors = _executors(config, setup.device).items()
-    acts = {(name, by): partial(make, buffer, which, rows) for by, make in executors for name, rows in kinds.items()}
-    rows = _timed(setup, acts, len(bare))
-    times = {row["made by"]: row.get(TIME) for row in rows if row["what"] == BARE}
-    for row in rows:
-        if row["what"] != BARE and None not in (row.get(TIME), times[row["made by"]]):
-            row[BEYOND] = rounded(row[TIME] - times[row["made by"]])
-    return rows
+    make = _executors(config, setup.device)[by]
+    acts = {(name, by): partial(make, buffer, which, rows) for name, rows in kinds.items()}
+    of_bare, *others = _timed(setup, acts, len(bare))
+    for row in others:
+        if "failed" not in of_bare | row:
+            row[BEYOND] = rounded(row[TIME] - of_bare[TIME])
+    return [of_bare, *others]
 
 
 def _mixing(setup: Setup) -> list[Row]:
