@@ -27,10 +27,9 @@ def _rows(setup: Setup, shape: torch.Size) -> list[Row]:
     chosen = best_attention(rounds[-1], DTYPE)
     rows: list[Row] = []
     for name in BACKENDS:
-        row: Row = {"backend": name, "tokens": shape[2]}
         found = [backends[name] for backends in rounds if name in backends]
-        row |= _figures(found, shape[0]) if found else {"failed": "does not take this shape, dtype or device"}
-        rows.append(row | {"chosen": "yes" if name == chosen else ""})
+        figures = _figures(found, shape[0]) if found else {"failed": "does not take this shape, dtype or device"}
+        rows.append({"backend": name, "tokens": shape[2], **figures, "chosen": "yes" if name == chosen else ""})
     return rows
 
 

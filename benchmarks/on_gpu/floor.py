@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from on_gpu.card import Card
 
-UPDATES = ("_fused_", "_foreach_", "lerp")  # of weights, moments and the average
+UPDATES = ("_fused_adam", "_fused_sgd", "_foreach_", "lerp")  # of weights, moments and the average
 WITHOUT_TRAFFIC = ("empty", "new_empty")
 
 

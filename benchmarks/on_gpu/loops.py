@@ -14,7 +14,7 @@ from on_gpu.timing import Row, rounded, spread
 
 TEACHERS = {"none": ALONE, "online": ONLINE, "stored": STORED}
 FLOORS = {ALONE: [STEP], ONLINE: [STEP, ANSWER], STORED: [STEP]}  # what each loop must do at least
-TILED_BATCHES = 4  # of the photos, so many that a cache in main memory is not all in the CPU's
+TILED_BATCHES = 4  # an epoch of the tiled photos
 
 
 class Supply(NamedTuple):
@@ -47,11 +47,9 @@ def _rows(setup: Setup, supply: Supply) -> list[Row]:
         "data__cache": supply.cache,
         "train__compile": str(scale.compiled).lower(),
     }
-    splits, steps = setup.tiled(TILED_BATCHES * batch), scale.steps_a_timing
-    rounds, clock, profiles = min(supply.rounds, scale.rounds), Clock(setup.device), {}
-    with open_parts(
-        setup.recipe(student, batch, **keys), setup.processes, splits, rounds, steps, len(splits.train)
-    ) as timed:
+    config, photos = setup.recipe(student, batch, **keys), TILED_BATCHES * batch
+    rounds, steps, clock, profiles = min(supply.rounds, scale.rounds), scale.steps_a_timing, Clock(setup.device), {}
+    with open_parts(config, setup.processes, setup.tiled(photos), rounds, steps, photos) as timed:
         timed.warm_up()
         for turn in range(rounds):
             for name in (*FLOORS, STEP, ANSWER)[:: 1 if turn % 2 == 0 else -1]:

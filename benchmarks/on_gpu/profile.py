@@ -20,7 +20,7 @@ class Profile(NamedTuple):
     """The kernels of a GPU, or the operations of a CPU, in one step."""
 
     busy_seconds: float | None  # in which any kernel runs; None if none was seen, as on a CPU
-    launches: float
+    launches: int
     slowest: list[Row]
 
 
@@ -36,7 +36,7 @@ def profiled(act: Callable[[], object], device: torch.device, steps: int, most: 
         events = [event for event in events if event.device_type == DeviceType.CUDA]
         events = [event for event in events if not event.name.startswith(COPIES)]
     busy = union((event.time_range.start, event.time_range.end) for event in events) / 1e6 / steps
-    return Profile(busy if on_gpu and events else None, len(events) / steps, _slowest(events, on_gpu, steps, most))
+    return Profile(busy if on_gpu and events else None, len(events) // steps, _slowest(events, on_gpu, steps, most))
 
 
 def idle_share(profile: Profile, seconds: float) -> float | None:

@@ -128,7 +128,7 @@ class Setup:
         return config
 
     def tiled(self, count: int) -> Splits:
-        """Return a training split of `count` views' worth of photos, the same ones again and again."""
+        """Return a training split of `count` photos, the same ones again and again."""
         return Splits(tile(self.photos, count), tile(self.photos, min(count, len(self.photos))))
 
 

@@ -42,32 +42,24 @@ def _rows(setup: Setup, student: str, batch: int, modes: list[str]) -> list[Row]
     steps = {mode: _step(setup, student, batch, mode) for mode in modes}
     clock, failed = take_turns(device, steps, images=batch, rounds=scale.rounds, seconds=scale.seconds)
     floor = _floor(setup, steps.get("eager") or _step(setup, student, batch, "eager"))
-    rows: list[Row] = [
-        {"student": student, "batch": batch, "mode": mode, "failed": why} for mode, why in failed.items()
-    ]
-    for mode, rates in clock.rates.items():
-        seconds = batch / statistics.median(rates)
-        profile = profiled(partial(steps[mode], PROFILED_STEPS), device, PROFILED_STEPS)
-        row: Row = {
-            "student": student,
-            "batch": batch,
-            "mode": mode,
-            **spread(rates),
-            "ms a step": rounded(1e3 * seconds),
-        }
+    rows = []
+    for mode, step in steps.items():
+        row: Row = {"student": student, "batch": batch, "mode": mode}
+        if mode in failed:
+            rows.append(row | {"failed": failed[mode]})
+            continue
+        seconds = batch / statistics.median(clock.rates[mode])
+        row |= spread(clock.rates[mode]) | {"ms a step": rounded(1e3 * seconds)}
         if floor is not None:
             row |= {
                 "floor, ms": rounded(1e3 * floor.seconds),
                 "floor / step": rounded(floor.seconds / seconds),
                 "floor of single kernels, ms": rounded(1e3 * floor.unfused_seconds),
             }
-        peak = clock.peaks.get(mode)
-        row |= {
-            "launches": rounded(profile.launches, 4),
-            "idle": idle_share(profile, seconds),
-            "peak, GB": None if peak is None else rounded(peak / 1e9),
-            "slowest kernels": profile.slowest,
-        }
+        if mode in clock.peaks:
+            row["peak, GB"] = rounded(clock.peaks[mode] / 1e9)
+        profile = profiled(partial(step, PROFILED_STEPS), device, PROFILED_STEPS)
+        row |= {"launches": profile.launches, "idle": idle_share(profile, seconds), "slowest kernels": profile.slowest}
         rows.append(row)
     return rows
 

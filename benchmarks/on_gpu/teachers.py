@@ -1,9 +1,9 @@
-"""Forms of a teacher: precision of its weights, memory format, cuDNN's search for the fastest kernel, compiled."""
+"""Forms of a teacher: precision of its weights, memory format, compiled or not; cuDNN searches as in a run."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 
 from deit_kd.config import IMAGENET_MEAN, IMAGENET_STD
 from deit_kd.interfaces import Batch
+from deit_kd.kernels import choose_kernels
 from deit_kd.models.create import size_argument
 from deit_kd.teachers import FrozenTeacher
 from on_gpu.setup import CLASSES, Point, Setup
@@ -23,20 +24,15 @@ class Form(NamedTuple):
 
     dtype: torch.dtype
     channels_last: bool
-    searched: bool = False  # torch.backends.cudnn.benchmark
     compiled: bool = False
 
     def __str__(self) -> str:
         words = ["bf16" if self.dtype == torch.bfloat16 else "fp32", "channels-last" if self.channels_last else "NCHW"]
-        return ", ".join(words + ["cudnn.benchmark"] * self.searched + ["compiled"] * self.compiled)
+        return ", ".join(words + ["compiled"] * self.compiled)
 
 
-OURS = Form(torch.bfloat16, channels_last=True, searched=True)  # what a recipe has unless it says otherwise
-NOT_COMPILED = [
-    OURS,
-    *(Form(dtype, layout) for dtype in (torch.bfloat16, torch.float32) for layout in (True, False)),
-    OURS._replace(channels_last=False),
-]
+NOT_COMPILED = [Form(dtype, layout) for dtype in (torch.bfloat16, torch.float32) for layout in (True, False)]
+OURS = NOT_COMPILED[0]  # what a recipe has unless it says otherwise
 COMPILED = [OURS, *(OURS._replace(channels_last=layout, compiled=True) for layout in (True, False))]
 
 
@@ -55,7 +51,8 @@ def _rows(setup: Setup, name: str, forms: list[Form]) -> list[Row]:
     images = torch.randn(scale.teacher_batch, 3, size, size, device=device)
     labels = torch.zeros(len(images), dtype=torch.long, device=device)
     batch = Batch(images, images.new_zeros(len(images), CLASSES), labels)
-    asked = {str(form): partial(_ask, _teacher(name, form, size, device), batch, form.searched) for form in forms}
+    choose_kernels(device, deterministic=False)
+    asked = {str(form): partial(_teacher(name, form, size, device), batch) for form in forms}
     clock, failed = take_turns(device, asked, images=len(images), rounds=scale.rounds, seconds=scale.seconds)
     ours = clock.rates.get(str(OURS))
     rows: list[Row] = [{"teacher": name, "form": form, "failed": why} for form, why in failed.items()]
@@ -79,11 +76,3 @@ def _teacher(name: str, form: Form, size: int, device: torch.device) -> FrozenTe
         channels_last=form.channels_last,
         compiled=form.compiled,
     ).to(device)
-
-
-def _ask(teacher: Callable[[Batch], object], batch: Batch, searched: bool) -> None:
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, searched
-    try:
-        teacher(batch)
-    finally:
-        torch.backends.cudnn.benchmark = before

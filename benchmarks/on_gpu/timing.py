@@ -78,17 +78,17 @@ def repeated(act: Callable[[], object], times: int) -> None:
         act()
 
 
-def spread(rates: Sequence[float], digits: int = 4) -> Row:
+def spread(rates: Sequence[float]) -> Row:
     """Return the columns of images/s: median, lowest and highest."""
     picks = {"images/s": statistics.median, "lowest": min, "highest": max}
-    return {name: rounded(pick(rates), digits) for name, pick in picks.items()}
+    return {name: rounded(pick(rates), 4) for name, pick in picks.items()}
 
 
-def microseconds(rates: Sequence[float], digits: int = 3) -> Row:
+def microseconds(rates: Sequence[float]) -> Row:
     """Return the columns of microseconds for each view: median, lowest and highest."""
     times = [1e6 / rate for rate in rates]
     picks = {"µs a view": statistics.median, "lowest": min, "highest": max}
-    return {name: rounded(pick(times), digits) for name, pick in picks.items()}
+    return {name: rounded(pick(times)) for name, pick in picks.items()}
 
 
 def rounded(value: float, digits: int = 3) -> float:
