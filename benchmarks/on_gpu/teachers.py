@@ -1,4 +1,4 @@
-"""Forms of a teacher: precision of its weights, memory format, compiled or not; cuDNN searches as in a run."""
+"""Forms of a teacher: precision and memory format of its weights, batch norms folded or not, compiled or not."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
-import timm
 import torch
+from bare_step import class_names, random_batch
 
-from deit_kd.config import IMAGENET_MEAN, IMAGENET_STD
-from deit_kd.interfaces import Batch
+from deit_kd.interfaces import InputError
 from deit_kd.kernels import choose_kernels
-from deit_kd.models.create import size_argument
-from deit_kd.teachers import FrozenTeacher
+from deit_kd.runs import parts
+from deit_kd.teachers import NetworkTeacher
 from on_gpu.setup import CLASSES, Point, Setup
-from on_gpu.timing import Row, rounded, spread, take_turns
+from on_gpu.timing import Row, one_line, rounded, spread, take_turns
 
 
 class Form(NamedTuple):
-    """How a teacher is held and run."""
+    """Keys of the recipe's section ``teacher``."""
 
-    dtype: torch.dtype
-    channels_last: bool
-    compiled: bool = False
+    precision: str = "bf16"
+    channels_last: bool = True
+    fold: bool = False
+    compile: bool = False
 
     def __str__(self) -> str:
-        words = ["bf16" if self.dtype == torch.bfloat16 else "fp32", "channels-last" if self.channels_last else "NCHW"]
-        return ", ".join(words + ["compiled"] * self.compiled)
+        words = ["fp32" if self.precision == "off" else self.precision]
+        words.append("channels-last" if self.channels_last else "NCHW")
+        return ", ".join(words + ["folded"] * self.fold + ["compiled"] * self.compile)
 
 
-NOT_COMPILED = [Form(dtype, layout) for dtype in (torch.bfloat16, torch.float32) for layout in (True, False)]
-OURS = NOT_COMPILED[0]  # what a recipe has unless it says otherwise
-COMPILED = [OURS, *(OURS._replace(channels_last=layout, compiled=True) for layout in (True, False))]
+OURS = Form()  # what a recipe has unless it says otherwise
+NOT_COMPILED = (OURS, Form(fold=True), Form(channels_last=False), Form("off"), Form("off", channels_last=False))
+COMPILED = (OURS, Form(compile=True), Form(fold=True, compile=True))
 
 
 def points(setup: Setup) -> Iterator[Point]:
@@ -45,34 +46,31 @@ def points(setup: Setup) -> Iterator[Point]:
             yield f"{name}, compiled", partial(_rows, setup, name, COMPILED)
 
 
-def _rows(setup: Setup, name: str, forms: list[Form]) -> list[Row]:
+def _rows(setup: Setup, name: str, forms: tuple[Form, ...]) -> list[Row]:
     scale, device = setup.scale, setup.device
-    size = scale.image_size
-    images = torch.randn(scale.teacher_batch, 3, size, size, device=device)
-    labels = torch.zeros(len(images), dtype=torch.long, device=device)
-    batch = Batch(images, images.new_zeros(len(images), CLASSES), labels)
-    choose_kernels(device, deterministic=False)
-    asked = {str(form): partial(_teacher(name, form, size, device), batch) for form in forms}
-    clock, failed = take_turns(device, asked, images=len(images), rounds=scale.rounds, seconds=scale.seconds)
-    ours = clock.rates.get(str(OURS))
-    rows: list[Row] = [{"teacher": name, "form": form, "failed": why} for form, why in failed.items()]
-    for form, rates in clock.rates.items():
-        row: Row = {"teacher": name, "form": form, **spread(rates)}
-        if ours is not None:
-            times = [rate / other for rate, other in zip(rates, ours, strict=True)]
+    choose_kernels(device, deterministic=False)  # as a run does
+    student, asked, refused = next(iter(scale.students)), {}, {}
+    batch = random_batch(setup.recipe(student, scale.teacher_batch), CLASSES, device)
+    for form in forms:
+        try:
+            asked[str(form)] = partial(_teacher(setup, name, form), batch)
+        except InputError as error:  # e.g. a ViT has no batch norms
+            refused[str(form)] = one_line(error)
+    clock, failed = take_turns(device, asked, images=scale.teacher_batch, rounds=scale.rounds, seconds=scale.seconds)
+    failed |= refused
+    rows: list[Row] = []
+    for form in map(str, forms):
+        row: Row = {"teacher": name, "form": form}
+        row |= {"failed": failed[form]} if form in failed else spread(clock.rates[form])
+        if not {form, str(OURS)} & failed.keys():
+            times = [own / ours for own, ours in zip(clock.rates[form], clock.rates[str(OURS)], strict=True)]
             row[f"times {OURS}"] = rounded(statistics.median(times))
         rows.append(row)
     return rows
 
 
-def _teacher(name: str, form: Form, size: int, device: torch.device) -> FrozenTeacher:
-    return FrozenTeacher(
-        timm.create_model(name, num_classes=CLASSES, **size_argument(name, size)),
-        student_mean=IMAGENET_MEAN,
-        student_std=IMAGENET_STD,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        dtype=form.dtype,
-        channels_last=form.channels_last,
-        compiled=form.compiled,
-    ).to(device)
+@torch.no_grad()
+def _teacher(setup: Setup, name: str, form: Form) -> NetworkTeacher:
+    keys = {f"teacher__{key}": str(value).lower() for key, value in form._asdict().items()}
+    config = setup.recipe(next(iter(setup.scale.students)), setup.scale.teacher_batch, teacher__name=name, **keys)
+    return parts.build_teacher(config, class_names(CLASSES), setup.processes, config.teacher.checkpoint)
