@@ -75,10 +75,9 @@ def _traffic(act: OpOverload, given: Any, result: Any) -> int:
     read, returned = _tensors(given), _tensors(result)
     memory = {_memory(tensor) for tensor in read.values()}
     new = {key: tensor for key, tensor in returned.items() if _memory(tensor) not in memory}
-    changes = act._schema.is_mutable
-    if not new and not changes:
+    changed = _tensors(_written(act, given))
+    if not new and not changed:
         return 0
-    changed = _tensors(_written(act, given)) if changes else {}
     return sum(_bytes(tensor) for group in (read, new, changed) for tensor in group.values())
 
 
@@ -86,7 +85,8 @@ def _written(act: OpOverload, given: Any) -> list[Any]:
     args, kwargs = given
     schema = act._schema.arguments
     values = {argument.name: value for argument, value in zip(schema, args, strict=False)} | kwargs
-    return [values.get(argument.name) for argument in schema if argument.is_write]
+    changed = [argument.name for argument in schema if argument.alias_info and argument.alias_info.is_write]
+    return [values.get(name) for name in changed]
 
 
 def _tensors(tree: Any) -> dict[int, Tensor]:
