@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_image
 from timm.data import auto_augment as timm_operations
 from torch import Tensor
 
-from deit_kd.data.executor import Drawing, Executor, Operation, PhotoBuffer, Rows, draw
+from deit_kd.views import Drawing, Executor, Operation, PhotoBuffer, Rows, draw
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILL = tuple(min(255, round(255 * value)) for value in MEAN)  # timm's colour outside an image

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deit_kd.data.executor import executor as executor_module
-from deit_kd.data.executor import reference
+from deit_kd.views import executor as executor_module
+from deit_kd.views import reference
 from tests.executed import buffer, drawn, executor, photos
 
 CASES = (("rand-m9-n8-p1.0-mstd0.5-inc1", 15, torch.bfloat16), ("3a", 5, torch.float32))

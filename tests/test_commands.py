@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from deit_kd import TimmStudent, head_probabilities
 from deit_kd.cli import main
 from deit_kd.config import Config
-from deit_kd.data import evaluation_transform, load_image
+from deit_kd.data import load_image
 from deit_kd.interfaces import Preprocessing
 from deit_kd.runs import parts
 from deit_kd.runs.viewing import build_training_loader
+from deit_kd.views import evaluation_transform
 from tests.helpers import (
     CLASSES,
     FULL,

@@ -15,11 +15,11 @@ from timm.data import create_transform, resolve_data_config
 
 from deit_kd.cli import main
 from deit_kd.config import Config, build_parser, differences, parse_config
-from deit_kd.data import evaluation_transform
 from deit_kd.evaluation.sources import open_source
 from deit_kd.interfaces import InputError, Preprocessing
 from deit_kd.runs import parts
 from deit_kd.teaching.store_identity import validation_identity
+from deit_kd.views import evaluation_transform
 from tests.helpers import MEAN, STD, Finished, evaluated, heads_in, tiny, write_photos
 from tests.tiny_parts import array_photos
 

@@ -13,9 +13,10 @@ import torch
 from PIL import Image, ImageSequence, PngImagePlugin
 
 from deit_kd import InputError
-from deit_kd.data import UnreadableImage, evaluation_transform, load_image
+from deit_kd.data import UnreadableImage, load_image
 from deit_kd.data.decode import Stamp
 from deit_kd.interfaces import Preprocessing
+from deit_kd.views import evaluation_transform
 from tests.helpers import MEAN, STD, write_photos
 from tests.tiny_parts import folder_splits, transform
 

@@ -16,12 +16,13 @@ import torch
 from deit_kd import InputError
 from deit_kd.cli import main
 from deit_kd.config import parse_config
-from deit_kd.data import DeviceLoader, Drawing, Draws, Executor, Photos, TrainingBatchSampler, UnreadableImage
+from deit_kd.data import DeviceLoader, Draws, Photos, TrainingBatchSampler, UnreadableImage
 from deit_kd.data.device_loader import one_ahead
 from deit_kd.interfaces import Batch
 from deit_kd.runs.parts import build_splits
 from deit_kd.runs.viewing import build_training_loader
 from deit_kd.teaching.fit import teacher_folder
+from deit_kd.views import Drawing, Executor
 from tests.helpers import MEAN, ONE_PROCESS, STD, heads_in, newest_two, records, refused, tiny
 from tests.tiny_parts import array_photos, folder_splits
 

@@ -17,9 +17,9 @@ from PIL import Image
 from torch._subclasses import FakeTensorMode
 from torchvision.transforms import Normalize
 
-from deit_kd.data.executor import Operation, PhotoBuffer, Rows
-from deit_kd.data.executor import executor as executor_module
-from deit_kd.data.pixels import ToNormalised
+from deit_kd.views import Operation, PhotoBuffer, Rows
+from deit_kd.views import executor as executor_module
+from deit_kd.views.pixels import ToNormalised
 from tests.executed import (
     MEAN,
     STD,
@@ -316,7 +316,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path, monkeypatch:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from deit_kd.data.executor import kernels
+    from deit_kd.views import kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sizes = {"BLOCK": kernels._MOVED, "TILE": kernels._TILE}

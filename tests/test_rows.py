@@ -20,9 +20,9 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from deit_kd import InputError
-from deit_kd.data.executor import Operation, Rows, draw
 from deit_kd.data.mixing import Example, Mixing
 from deit_kd.randomness import seed_view
+from deit_kd.views import Operation, Rows, draw
 from tests.executed import drawing, view_ids
 
 PHOTO = (60, 80)  # height and width

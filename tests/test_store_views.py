@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deit_kd.data import Photos, TrainingLoader, training_transform
+from deit_kd.data import Photos, TrainingLoader
 from deit_kd.data.order import TrainingBatchSampler
 from deit_kd.interfaces import Batch
+from deit_kd.views import training_transform
 from tests.tiny_parts import training_loader
 
 DEALT: dict[str, Any] = {

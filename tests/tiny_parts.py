@@ -13,24 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deit_kd import Batch, Distiller, FrozenTeacher, Objective, TeacherOutput
-from deit_kd.data import (
-    Mixing,
-    Photos,
-    PillowLoader,
-    Splits,
-    TrainingBatchSampler,
-    TrainingLoader,
-    Transform,
-    Views,
-    build_splits,
-    training_transform,
-)
+from deit_kd.data import Mixing, Photos, PillowLoader, Splits, TrainingBatchSampler, TrainingLoader, Views, build_splits
 from deit_kd.engine import Trainer
 from deit_kd.interfaces import Preprocessing, Statistics
 from deit_kd.optim import WeightAverage, build_optimizer, build_schedule
 from deit_kd.store import LabelStore, epoch_part
 from deit_kd.students import TimmStudent, build_student
 from deit_kd.teachers import build_teacher
+from deit_kd.views import Transform, training_transform
 from tests.helpers import CLASSES, FIVE_CLASSES, MEAN, ONE_PROCESS, STD, STUDENT, STUDENT_ARGS, TINY
 
 STORED_CLASSES, STORED_VIEWS = 6, 20

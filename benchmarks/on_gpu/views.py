@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from deit_kd.config import Config
-from deit_kd.data import training_transform
-from deit_kd.data.executor import Drawing, Executor, Operation, PhotoBuffer, Rows, draw, reference
 from deit_kd.data.photos import Photos
 from deit_kd.randomness import seed_view
+from deit_kd.views import Drawing, Executor, Operation, PhotoBuffer, Rows, draw, reference, training_transform
 from on_gpu.setup import CLASSES, Point, Setup
 from on_gpu.timing import Row, microseconds, rounded, take_turns
 

@@ -1,9 +1,8 @@
-"""From photos to batches: datasets, views, the order of an epoch, and mixing."""
+"""From photos to batches: datasets, loaders, the order of an epoch, and mixing."""
 
 from deit_kd.data.cache import CAN_SHARE, Decoded
 from deit_kd.data.decode import UnreadableImage, load_image
 from deit_kd.data.device_loader import DeviceLoader, Draws
-from deit_kd.data.executor import EXECUTOR_VERSION, Drawing, Executor
 from deit_kd.data.folder import one_split
 from deit_kd.data.folds import joined
 from deit_kd.data.loader import PillowLoader, TrainingLoader, Views, build_evaluation_loader, lost_worker
@@ -11,31 +10,24 @@ from deit_kd.data.mixing import Mixing
 from deit_kd.data.order import TrainingBatchSampler
 from deit_kd.data.photos import Photos, Splits
 from deit_kd.data.sets import build_splits
-from deit_kd.data.transforms import Transform, evaluation_transform, training_transform
 
 __all__ = [
     "CAN_SHARE",
-    "EXECUTOR_VERSION",
     "Decoded",
     "DeviceLoader",
-    "Drawing",
     "Draws",
-    "Executor",
     "Mixing",
     "Photos",
     "PillowLoader",
     "Splits",
     "TrainingBatchSampler",
     "TrainingLoader",
-    "Transform",
     "UnreadableImage",
     "Views",
     "build_evaluation_loader",
     "build_splits",
-    "evaluation_transform",
     "joined",
     "load_image",
     "lost_worker",
     "one_split",
-    "training_transform",
 ]

@@ -15,13 +15,13 @@ from torch.utils.data import Dataset
 
 from deit_kd.data.cache import CHANNELS, Decoded
 from deit_kd.data.decode import UnreadableImage
-from deit_kd.data.executor import Drawing, Executor, PhotoBuffer, Rows, draw
 from deit_kd.data.loader import TrainingLoader, in_workers
 from deit_kd.data.mixing import smoothed_targets
 from deit_kd.data.order import TrainingBatchSampler, ViewKey
 from deit_kd.data.photos import Photos
 from deit_kd.data.sharing import PREFETCHED, SharedBuffers
 from deit_kd.interfaces import Batch, Missing
+from deit_kd.views import Drawing, Executor, PhotoBuffer, Rows, draw
 
 GATHERING_THREADS = 4  # cut photos out of a cache in main memory
 

@@ -23,9 +23,9 @@ from deit_kd.data.mixing import Example, Mixing, missing_of
 from deit_kd.data.order import TrainingBatchSampler, ViewKey
 from deit_kd.data.photos import Photos
 from deit_kd.data.sharing import PREFETCHED, received
-from deit_kd.data.transforms import Transform
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.randomness import seed_view
+from deit_kd.views.transforms import Transform
 
 Loaded = TypeVar("Loaded")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from timm.scheduler.scheduler import Scheduler
 
-from deit_kd import data
+from deit_kd import data, views
 from deit_kd.config import (
     Config,
     Guide,
@@ -185,9 +185,9 @@ def build_data_errors(
     )
 
 
-def build_evaluation_transform(config: Config) -> data.Transform:
+def build_evaluation_transform(config: Config) -> views.Transform:
     """Return what turns an image into the student's evaluation view."""
-    return data.evaluation_transform(config.data.preprocessing)
+    return views.evaluation_transform(config.data.preprocessing)
 
 
 def build_evaluation_loader(

@@ -11,9 +11,10 @@ import torch
 from deit_kd import data
 from deit_kd.config import Config
 from deit_kd.console import say, size_text
-from deit_kd.data import CAN_SHARE, EXECUTOR_VERSION, Decoded, Photos
+from deit_kd.data import CAN_SHARE, Decoded, Photos
 from deit_kd.distributed import Processes, together
 from deit_kd.runs.parts import skips
+from deit_kd.views import EXECUTOR_VERSION, Drawing, Executor, training_transform
 
 
 def cached(config: Config, photos: Photos, processes: Processes) -> Photos:
@@ -96,11 +97,11 @@ def build_training_loader(config: Config, photos: Photos, processes: Processes) 
     kept = cached(config, photos, processes)
     normalisation: dict[str, Any] = {"mean": section.mean, "std": section.std}
     if section.executor == "pillow":
-        transform = data.training_transform(**views, **normalisation)
+        transform = training_transform(**views, **normalisation)
         views_of_workers = data.Views(kept, transform, config.seed, skips(config))
         has_gpu = processes.device.type == "cuda"
         return data.PillowLoader(views_of_workers, batch_sampler, mixing, section.workers, pin_memory=has_gpu)
-    drawing = data.Drawing(
+    drawing = Drawing(
         **views,
         mixup=augment.mixup,
         cutmix=augment.cutmix,
@@ -109,7 +110,7 @@ def build_training_loader(config: Config, photos: Photos, processes: Processes) 
     )
     return data.DeviceLoader(
         data.Draws(kept, drawing, config.seed, skips(config)),
-        data.Executor(image_size=section.image_size, **normalisation, device=processes.device),
+        Executor(image_size=section.image_size, **normalisation, device=processes.device),
         batch_sampler,
         label_smoothing=augment.label_smoothing,
         workers=section.workers,

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deit_kd.data.executor import counter, reference, settings, tables
-from deit_kd.data.executor.coefficients import coefficients, taps
-from deit_kd.data.executor.policy import Operation
-from deit_kd.data.executor.rows import Rows
 from deit_kd.interfaces import Statistics
+from deit_kd.views import counter, reference, settings, tables
+from deit_kd.views.coefficients import coefficients, taps
+from deit_kd.views.policy import Operation
+from deit_kd.views.rows import Rows
 
 EXECUTOR_VERSION = 1  # of what follows from a row and a photo; part of what identifies stores, fits and runs
 _PART_BYTES = {"cpu": 1 << 23, "cuda": 1 << 29}  # of temporary memory for a part of a batch; a CPU's should be cached
@@ -173,7 +173,7 @@ def _primitives(device: torch.device) -> ModuleType:
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return reference
     try:
-        from deit_kd.data.executor import kernels
+        from deit_kd.views import kernels
     except ImportError:  # Triton comes with torch on Linux only
         return reference
     return kernels

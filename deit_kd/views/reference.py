@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deit_kd.data.executor.coefficients import PRECISION_BITS
-from deit_kd.data.executor.policy import FACTOR_BITS
-from deit_kd.data.executor.settings import COORDINATE_BITS
+from deit_kd.views.coefficients import PRECISION_BITS
+from deit_kd.views.policy import FACTOR_BITS
+from deit_kd.views.settings import COORDINATE_BITS
 
 BYTES_A_VALUE = 32  # of temporary memory, for each value of a crop
 WEIGHT_BITS = 20  # of the filters of affine operations

@@ -9,8 +9,8 @@ from enum import IntEnum
 import numpy as np
 from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment
 
-from deit_kd.data.executor.counter import below, fractions, normal_quantiles
 from deit_kd.interfaces import InputError
+from deit_kd.views.counter import below, fractions, normal_quantiles
 
 MAGNITUDES = 1 << 9  # a magnitude with a spread is drawn as one of this many equally likely values
 FACTOR_BITS = 14  # the factor of a blend is a multiple of 2**-14, so that a blend is exact in integers and in fp32

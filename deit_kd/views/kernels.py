@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit_kd.data.executor.coefficients import PRECISION_BITS
-from deit_kd.data.executor.policy import FACTOR_BITS
-from deit_kd.data.executor.reference import NOISE_BITS, WEIGHT_BITS
-from deit_kd.data.executor.settings import COORDINATE_BITS
+from deit_kd.views.coefficients import PRECISION_BITS
+from deit_kd.views.policy import FACTOR_BITS
+from deit_kd.views.reference import NOISE_BITS, WEIGHT_BITS
+from deit_kd.views.settings import COORDINATE_BITS
 
 BYTES_A_VALUE = 1  # of temporary memory, for each value of a crop
 _BLOCK = 1024  # pixels of a program

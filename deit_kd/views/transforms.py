@@ -12,8 +12,8 @@ from timm.data.transforms_factory import transforms_imagenet_eval, transforms_im
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from deit_kd.data.pixels import in_fewer_passes
 from deit_kd.interfaces import InputError, Preprocessing, Statistics
+from deit_kd.views.pixels import in_fewer_passes
 
 Transform = Callable[[Image.Image], Tensor]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from deit_kd.data.executor.policy import FACTOR_BITS, Operation
+from deit_kd.views.policy import FACTOR_BITS, Operation
 
 COORDINATE_BITS = 32  # of the fraction of a place in an image
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deit_kd.data.executor.policy import FACTOR_BITS, Operation
+from deit_kd.views.policy import FACTOR_BITS, Operation
 
 
 def fixed(operations: Tensor, arguments: Tensor) -> Tensor:

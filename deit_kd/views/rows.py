@@ -13,10 +13,10 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import RandomHorizontalFlip
 
-from deit_kd.data.executor import counter
-from deit_kd.data.executor.policy import Operation, Policy, on_grid, read_policy
-from deit_kd.data.pixels import QuickJitter
-from deit_kd.data.transforms import training_transform
+from deit_kd.views import counter
+from deit_kd.views.pixels import QuickJitter
+from deit_kd.views.policy import Operation, Policy, on_grid, read_policy
+from deit_kd.views.transforms import training_transform
 
 _TRIES = 10  # of timm, for a box that fits
 
