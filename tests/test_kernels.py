@@ -23,8 +23,7 @@ from deit_kd.models.create import chosen_attention
 from deit_kd.runs.attention import attention_line, attention_of, measured_attention
 from deit_kd.runs.run import prepare
 from tests.helpers import ONE_PROCESS, tiny
-from tests.test_rehearsal import Operations
-from tests.tiny_parts import make_batch, tiny_student
+from tests.tiny_parts import Operations, make_batch, tiny_student
 
 CPU = torch.device("cpu")
 ODD_LENGTH = torch.Size([2, 3, 198, 64])

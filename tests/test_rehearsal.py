@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_kd.config import parse_config
 from deit_kd.engine import Trainer
@@ -21,7 +20,7 @@ from deit_kd.runs.lesson import connect
 from deit_kd.runs.run import build_trainer, prepare
 from deit_kd.teaching.ready import ready_lesson
 from tests.helpers import CLASSES, ONE_PROCESS, tiny
-from tests.tiny_parts import make_batch, trainer
+from tests.tiny_parts import Operations, make_batch, trainer
 
 GUIDE = {"kind": "guide", "weight": 1.0, "blocks": [1], "stages": ["layer2"]}
 SOFT = {
@@ -131,18 +130,6 @@ def test_the_peak_grows_with_the_batch(photos_root: Path, tmp_path: Path) -> Non
         rehearsal.step([rehearsal.batch(views, 16, len(CLASSES))])
         peaks.append(rehearsal.peak_bytes)
     assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.02)
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations by their names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, act: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        self.counts[act.overloadpacket.__name__] += 1
-        return act(*args, **(kwargs or {}))
 
 
 def operations_of(learner: Trainer) -> Counter[str]:

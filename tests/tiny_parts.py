@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_kd import Batch, Distiller, FrozenTeacher, Objective, TeacherOutput
 from deit_kd.data import Mixing, Photos, PillowLoader, Splits, TrainingBatchSampler, TrainingLoader, Views, build_splits
@@ -225,3 +227,15 @@ def write_transformers_folder(
     if processor is not None:
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, act: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        self.counts[act.overloadpacket.__name__] += 1
+        return act(*args, **(kwargs or {}))
