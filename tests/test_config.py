@@ -47,6 +47,19 @@ def test_a_recipe_from_before_photos_had_a_cache_is_read(written: str, cache: st
     assert config("--config", str(tmp_path / "old.yaml")).data.cache == cache
 
 
+@pytest.mark.parametrize(
+    ("typed", "cache"),
+    [
+        (["--data.in_memory", "true"], "memory"),
+        (["--data.in_memory=False"], "none"),
+        (["--seed", "1", "--data.in_memory", "true", "--data.cache", "none"], "none"),
+        (["--data.cache", "none", "--data.in_memory", "true"], "memory"),
+    ],
+)
+def test_an_option_from_before_photos_had_a_cache_is_read(typed: list[str], cache: str) -> None:
+    assert config(*typed).data.cache == cache
+
+
 def test_the_recipe_is_named_after_its_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("seed: 3\n")
     assert config("--config", str(tmp_path / "mine.yaml")).recipe == "mine"

@@ -269,6 +269,19 @@ def test_the_device_keeps_no_photos_for_views_that_workers_make(
     assert refused(["train", *arguments], capsys).startswith("error: data.cache: device is for views that are made")
 
 
+@pytest.mark.parametrize(
+    ("executor", "policy"), [("pillow", "no-such-policy"), ("device", "no-such-policy"), ("device", "augmix-m5-w4-d2")]
+)
+def test_a_policy_that_cannot_be_used_is_refused_before_photos_are_decoded(
+    executor: str, policy: str, photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"data__executor": executor, "data__cache": "memory", "augment__auto_augment": policy}
+    assert main(["train", *tiny(photos_root, tmp_path / "run", **options)]) == 2
+    said = capsys.readouterr()
+    assert "cache: " not in said.out + said.err
+    assert f"augment.auto_augment: {policy!r}" in said.err
+
+
 def test_a_teacher_is_fitted_anew_for_another_executor_or_version(
     photos_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -98,6 +99,19 @@ def _in_todays_keys(tree: Any) -> Any:
     return tree
 
 
+def _in_todays_options(arguments: list[str]) -> list[str]:
+    """Return options, perhaps for an earlier version, in the keys of this one."""
+    old, cache = "--data.in_memory", {"true": "memory", "false": "none"}
+    whole = [part for one in arguments for part in (one.split("=", 1) if one.startswith(f"{old}=") else [one])]
+    renamed = whole[:1]
+    for before, one in pairwise(whole):
+        if before == old and one.lower() in cache:
+            renamed[-1:] = ["--data.cache", cache[one.lower()]]
+        else:
+            renamed.append(one)
+    return renamed
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """Return the keys of a recipe file as written, unchecked.
 
@@ -150,7 +164,7 @@ def read_options(arguments: list[str], parser: ArgumentParser) -> dict[str, Any]
         InputError: an unknown key, a wrong type or range, a recipe that is not there.
     """
     try:
-        options: dict[str, Any] = parser.parse_args(arguments).as_dict()
+        options: dict[str, Any] = parser.parse_args(_in_todays_options(arguments)).as_dict()
     except (ArgumentError, ValueError) as error:
         raise InputError(_one_line(str(error))) from error
     return options

@@ -56,9 +56,6 @@ class Draws(Dataset[Cut]):
         drawing: how views are made.
         seed: of the run.
         skip: whether a photo that cannot be read is left out; otherwise it ends the run.
-
-    Raises:
-        InputError: only Pillow knows the drawing's policy, or nobody does.
     """
 
     photos: Photos
@@ -70,7 +67,6 @@ class Draws(Dataset[Cut]):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_labels", np.asarray(self.photos.labels))
-        draw(self.drawing, self.seed, np.zeros((1, 2), np.int64), np.ones((1, 2), np.int64))
 
     def __getitems__(self, keys: list[ViewKey]) -> Cut:
         """Return a batch in memory that a worker shares."""

@@ -14,7 +14,7 @@ from deit_kd.console import say, size_text
 from deit_kd.data import CAN_SHARE, Decoded, Photos
 from deit_kd.distributed import Processes, together
 from deit_kd.runs.parts import skips
-from deit_kd.views import EXECUTOR_VERSION, Drawing, Executor, training_transform
+from deit_kd.views import EXECUTOR_VERSION, Drawing, Executor, Transform, training_transform
 
 
 def cached(config: Config, photos: Photos, processes: Processes) -> Photos:
@@ -23,8 +23,9 @@ def cached(config: Config, photos: Photos, processes: Processes) -> Photos:
     Where there are several processes, one of each machine decodes for all of them, in main memory.
 
     Raises:
-        InputError: they do not fit, or one of them cannot be read and ends the run.
+        InputError: they do not fit, one of them cannot be read and ends the run, or no view of them could be made.
     """
+    _making(config)  # what cannot be made is refused before anything is decoded
     cache, device = config.data.cache, processes.device
     photos = replace(photos, short_side=config.data.cache_size)
     if cache == "none" or photos.decoded is not None:
@@ -64,16 +65,6 @@ def build_training_loader(config: Config, photos: Photos, processes: Processes) 
         InputError: the batch cannot be dealt evenly, or the set is smaller than one batch.
     """
     section, augment = config.data, config.augment
-    views: dict[str, Any] = {
-        "image_size": section.image_size,
-        "interpolation": section.interpolation,
-        "auto_augment": augment.auto_augment,
-        "color_jitter": augment.color_jitter,
-        "horizontal_flip": augment.horizontal_flip,
-        "scale": augment.scale,
-        "ratio": augment.ratio,
-        "erasing": augment.erasing,
-    }
     mixing = data.Mixing(
         classes=len(photos.classes),
         seed=config.seed,
@@ -94,27 +85,46 @@ def build_training_loader(config: Config, photos: Photos, processes: Processes) 
         pairs=mixing.is_on,
         epochs=config.train.epochs,
     )
-    kept = cached(config, photos, processes)
-    normalisation: dict[str, Any] = {"mean": section.mean, "std": section.std}
-    if section.executor == "pillow":
-        transform = training_transform(**views, **normalisation)
-        views_of_workers = data.Views(kept, transform, config.seed, skips(config))
+    making, kept = _making(config), cached(config, photos, processes)
+    if not isinstance(making, Drawing):
+        views = data.Views(kept, making, config.seed, skips(config))
         has_gpu = processes.device.type == "cuda"
-        return data.PillowLoader(views_of_workers, batch_sampler, mixing, section.workers, pin_memory=has_gpu)
-    drawing = Drawing(
+        return data.PillowLoader(views, batch_sampler, mixing, section.workers, pin_memory=has_gpu)
+    return data.DeviceLoader(
+        data.Draws(kept, making, config.seed, skips(config)),
+        Executor(image_size=section.image_size, mean=section.mean, std=section.std, device=processes.device),
+        batch_sampler,
+        label_smoothing=augment.label_smoothing,
+        workers=section.workers,
+        device=processes.device,
+    )
+
+
+def _making(config: Config) -> Transform | Drawing:
+    """Return what makes the views: Pillow's transform, or what the device executor draws from.
+
+    Raises:
+        InputError: the policy is unknown, or one that only Pillow's views have.
+    """
+    section, augment = config.data, config.augment
+    views: dict[str, Any] = {
+        "image_size": section.image_size,
+        "interpolation": section.interpolation,
+        "auto_augment": augment.auto_augment,
+        "color_jitter": augment.color_jitter,
+        "horizontal_flip": augment.horizontal_flip,
+        "scale": augment.scale,
+        "ratio": augment.ratio,
+        "erasing": augment.erasing,
+    }
+    if section.executor == "pillow":
+        return training_transform(**views, mean=section.mean, std=section.std)
+    return Drawing(
         **views,
         mixup=augment.mixup,
         cutmix=augment.cutmix,
         mix_probability=augment.mix_probability,
         mix_switch_probability=augment.mix_switch_probability,
-    )
-    return data.DeviceLoader(
-        data.Draws(kept, drawing, config.seed, skips(config)),
-        Executor(image_size=section.image_size, **normalisation, device=processes.device),
-        batch_sampler,
-        label_smoothing=augment.label_smoothing,
-        workers=section.workers,
-        device=processes.device,
     )
 
 

@@ -23,7 +23,11 @@ _TRIES = 10  # of timm, for a box that fits
 
 @dataclass(frozen=True)
 class Drawing:
-    """How views are made; the fields are those of the recipe's sections ``data`` and ``augment``."""
+    """How views are made; the fields are those of the recipe's sections ``data`` and ``augment``.
+
+    Raises:
+        InputError: the policy is unknown, or one that only Pillow's views have.
+    """
 
     image_size: int
     interpolation: str
@@ -37,6 +41,9 @@ class Drawing:
     cutmix: float = 0.0
     mix_probability: float = 1.0
     mix_switch_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        _stages(self)
 
     @property
     def mixes(self) -> bool:
@@ -82,9 +89,6 @@ def draw(drawing: Drawing, seed: int, view_ids: np.ndarray, sizes: np.ndarray) -
     """Return the rows of the views `view_ids` [n, 2] (epoch, position) of photos of `sizes` [n, 2] (height, width).
 
     The distributions are those of timm's transform for the same settings, and of `Mixing`.
-
-    Raises:
-        InputError: the policy is unknown, or one that only Pillow's views have.
     """
     view_ids, sizes = np.asarray(view_ids, np.int64), np.asarray(sizes, np.int64)
     stages = _stages(drawing)
