@@ -20,6 +20,13 @@ from tests.helpers import FULL, SEVEN_CLASSES, Finished, short, tiny, write_phot
 
 torch.set_num_threads(1)
 
+SLOWEST = ("test_processes.py", "test_benchmarks.py")  # begin first, or one worker is left alone with them at the end
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the slowest modules begin first; all others keep their order."""
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
+
 
 @pytest.fixture(scope="session")
 def photos_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
