@@ -70,6 +70,7 @@ class AttentionFacts(TypedDict):
     measured: dict[str, dict[str, float]]  # errors and seconds of each kernel
 
 
+@with_config(ConfigDict(extra="allow"))
 class Facts(TypedDict):
     """What ``run.json`` holds."""
 

@@ -21,6 +21,7 @@ from deit_kd.data.downloads import cifar10
 from deit_kd.evaluation.sources import open_source
 from deit_kd.interfaces import InputError, printable
 from deit_kd.origins import open_model, open_origin
+from deit_kd.run_folder import read_facts
 from deit_kd.store import LabelStore, epoch_part
 from tests.helpers import CLASSES, Finished, refused, snapshot, tiny, write_photos
 from tests.tiny_parts import begin_store, fill_store
@@ -301,3 +302,9 @@ def test_a_name_that_no_encoding_holds_is_refused(tmp_path: Path, capsys: pytest
 def test_class_names_of_a_table_can_be_read_again(hostile: Path) -> None:
     with open(hostile / "report/classes.csv", newline="") as file:
         assert {row["class"] for row in csv.DictReader(file)} == set(HOSTILE)
+
+
+def test_what_a_later_version_records_of_a_run_is_kept(tmp_path: Path) -> None:
+    facts = {"classes": ["a"], "data": {}, "teacher": None, "of a later version": 1}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    assert read_facts(tmp_path) == facts

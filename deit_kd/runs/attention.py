@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deit_kd.distributed import on_main
+from deit_kd.distributed import from_main
 from deit_kd.engine import AUTOCAST_DTYPES, autocast
 from deit_kd.kernels import attention_shape, best_attention, measure_attention
 from deit_kd.run_folder import AttentionFacts, read_facts
@@ -17,11 +17,12 @@ def attention_of(run: Run, is_resumed: bool) -> AttentionFacts | None:
     """Return the attention kernel of a run; None on the CPU, and for a student without fused attention."""
     if run.processes.device.type != "cuda":
         return None
-    if is_resumed and (before := read_facts(run.folder).get("attention")) is not None:
-        return before
-    found = on_main(run.processes, lambda: measured_attention(run), "measures attention")
-    chosen: AttentionFacts | None = run.processes.share(found)
-    return chosen
+
+    def choose() -> AttentionFacts | None:
+        before = read_facts(run.folder).get("attention") if is_resumed else None
+        return before or measured_attention(run)
+
+    return from_main(run.processes, choose, "measures attention")
 
 
 def measured_attention(run: Run) -> AttentionFacts | None:
