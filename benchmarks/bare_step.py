@@ -55,7 +55,7 @@ def random_batch(config: Config, classes: int, device: torch.device) -> Batch:
 def _toy_splits(config: Config, classes: int) -> Splits:
     """Return splits that are large enough to deal a batch; no view of them is ever made."""
     count = config.train.batch_size * config.augment.repeats
-    photos = Photos(
+    photos = Photos.of_arrays(
         names=class_names(count),
         labels=[index % classes for index in range(count)],
         classes=class_names(classes),

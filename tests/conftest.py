@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before torch and huggingface_hub are imported: nothing is downloaded, and this process and those that tests
 # start compute with the same number of threads, so that their results can be compared bit for bit.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["DEIT_KD_CACHE"] = tempfile.mkdtemp(prefix="deit-kd-cache-")  # indexes of large sets; not the user's
 
 from pathlib import Path
 

@@ -511,9 +511,11 @@ def test_a_file_that_changes_between_epochs_ends_the_run_though_it_may_skip(
 def test_a_worker_that_is_killed_ends_the_run_with_one_line_and_keeps_the_checkpoint(
     photos_root: Path, tmp_path: Path, at_step: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    others = set(multiprocessing.active_children())  # left by another test
+
     def kill() -> None:
-        # The youngest is of this run's training; others may be of an evaluation, or left by another test.
-        max(multiprocessing.active_children(), key=lambda worker: worker.pid or 0).kill()
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
 
     at_step(7, kill)
     arguments = tiny(photos_root, tmp_path / "run", train__epochs=200, data__workers=2)

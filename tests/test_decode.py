@@ -14,7 +14,8 @@ from PIL import Image, ImageSequence, PngImagePlugin
 
 from deit_kd import InputError
 from deit_kd.data import UnreadableImage, load_image
-from deit_kd.data.decode import Stamp
+from deit_kd.data.decode import Stamp, decoded, opened
+from deit_kd.data.listing import stamps_of
 from deit_kd.interfaces import Preprocessing
 from deit_kd.views import evaluation_transform
 from tests.helpers import MEAN, STD, write_photos
@@ -226,6 +227,6 @@ def test_the_digest_knows_how_files_are_decoded(root: Path, monkeypatch: pytest.
 
 def test_a_stamp_is_what_was_there(root: Path) -> None:
     path = root / "train" / "bars" / "000.png"
-    found = folder_splits(root).train
-    assert Stamp(*found.stamps[0]) == (path.stat().st_size, path.stat().st_mtime_ns)
-    assert load_image(path, Stamp(*found.stamps[0].tolist())).mode == "RGB"
+    assert stamps_of([str(path)]).tolist() == [[path.stat().st_size, path.stat().st_mtime_ns]]
+    with opened(path, Stamp(path.stat().st_size, path.stat().st_mtime_ns)) as file:
+        assert decoded(file, "").mode == "RGB"

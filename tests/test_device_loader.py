@@ -180,7 +180,7 @@ def test_a_policy_that_is_unknown_is_refused_before_any_view() -> None:
 
 
 def test_photos_without_a_label_have_no_target() -> None:
-    unlabelled = replace(array_photos(16), labels=[-1] * 16)
+    unlabelled = replace(array_photos(16), labels=np.full(16, -1))
     (batch, _) = loader(unlabelled, cache="memory").batches(0)
     assert not batch.targets.any()
     assert (batch.labels == -1).all()

@@ -32,7 +32,7 @@ DEALT: dict[str, Any] = {
 
 def photos(count: int) -> Photos:
     arrays = np.random.default_rng(0).integers(0, 255, (count, 12, 12, 3)).astype(np.uint8)
-    return Photos([str(i) for i in range(count)], [i % 3 for i in range(count)], ("a", "b", "c"), arrays=arrays)
+    return Photos.of_arrays([str(i) for i in range(count)], [i % 3 for i in range(count)], ("a", "b", "c"), arrays)
 
 
 def loader(count: int = 23, **options: Any) -> TrainingLoader:

@@ -74,7 +74,7 @@ def tiny_student(**options: Any) -> TimmStudent:
 def array_photos(count: int, size: int = 12, classes: int = 3) -> Photos:
     """Return `count` images in memory, photo i with label i mod `classes`."""
     arrays = np.random.default_rng(0).integers(0, 255, (count, size, size, 3)).astype(np.uint8)
-    return Photos(
+    return Photos.of_arrays(
         names=[f"{i:04d}" for i in range(count)],
         labels=[i % classes for i in range(count)],
         classes=tuple(f"class{c}" for c in range(classes)),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -15,6 +14,10 @@ from deit_kd.interfaces import InputError
 DECODING = 2  # incremented when the same bytes decode to other pixels; part of what identifies photos
 SIZED_BY_HEADER = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # others may differ once decoded
 SIXTEEN_BITS = ("PNG", "PPM")  # formats whose 16-bit grey Pillow opens as 32-bit grey
+
+
+IN_USE = "while it was in use; restore it and continue with --resume auto, or name another output"
+OF_INDEX = "after its folder was indexed; restore it, or run deit-kd data index on the photos again"
 
 
 class UnreadableImage(InputError):
@@ -28,61 +31,69 @@ class Stamp(NamedTuple):
     changed_ns: int  # time of the last change
 
 
-def stamps(root: Path, names: Iterable[str]) -> np.ndarray:
-    """Return the `Stamp` of each file under `root`, as rows [n, 2] of int64."""
-    return np.array([_stamp_of(root / name) for name in names], dtype=np.int64).reshape(-1, 2)
+def load_image(path: Path) -> Image.Image:
+    """Return the first picture of an image file, see `decoded`."""
+    with opened(path) as file:
+        return decoded(file, str(path))
 
 
-def _stamp_of(path: Path) -> Stamp:
+def opened(path: Path, before: Stamp | None = None, is_indexed: bool = False) -> BinaryIO:
+    """Open an image file.
+
+    Args:
+        path: of the file.
+        before: its stamp when it was listed; None does not compare.
+        is_indexed: whether the stamp is an index's.
+
+    Raises:
+        UnreadableImage: the file is missing or cannot be opened.
+        InputError: it was changed or removed since `before`.
+    """
     try:
-        found = os.stat(path)
-    except OSError:
-        return Stamp(-1, 0)
-    return Stamp(found.st_size, found.st_mtime_ns)
+        file = open(path, "rb")  # noqa: SIM115 (the caller closes it)
+    except Exception as error:  # a name may hold a null byte
+        if isinstance(error, FileNotFoundError) and before is not None and before.size >= 0:
+            when = OF_INDEX if is_indexed else "while it was in use; restore it"
+            raise InputError(f"{path}: was removed {when}") from error
+        raise _unreadable(str(path), " ".join(str(error).split())) from error
+    found = os.fstat(file.fileno())
+    if before is not None and before != (found.st_size, found.st_mtime_ns):
+        file.close()
+        raise InputError(f"{path}: was changed {OF_INDEX if is_indexed else IN_USE}")
+    return file
 
 
-def load_image(path: Path, before: Stamp | None = None) -> Image.Image:
+def decoded(file: BinaryIO, where: str) -> Image.Image:
     """Read the first picture of an image file as RGB, rotated according to its EXIF orientation.
 
     16-bit grey is scaled to 8 bits, CMYK is converted, and transparency becomes white.
 
     Args:
-        path: of the file.
-        before: its stamp when it was listed; None does not compare.
+        file: the bytes of an image.
+        where: how the message names it.
 
     Raises:
-        UnreadableImage: the file is missing or is not a readable image.
-        InputError: it was changed or removed since `before`.
+        UnreadableImage: it is not a readable image.
     """
     try:
-        with open(path, "rb") as file:
-            found = os.fstat(file.fileno())
-            if before is not None and before != (found.st_size, found.st_mtime_ns):
-                raise InputError(
-                    f"{path}: was changed while it was in use; restore it and continue with --resume auto, or name "
-                    "another output"
-                )
-            return _as_rgb(Image.open(file))
-    except InputError:
-        raise
+        return _as_rgb(Image.open(file))
     except Exception as error:  # codecs raise anything from SyntaxError to struct.error for a damaged file
-        if isinstance(error, FileNotFoundError) and before is not None and before.size >= 0:
-            raise InputError(f"{path}: was removed while it was in use; restore it") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # whose message names only the file object
-            reason = "unknown format" if found.st_size else "empty file"
-        raise UnreadableImage(f"{path}: cannot be read as an image ({reason}); repair or remove the file") from error
+            reason = "unknown format" if file.seek(0, os.SEEK_END) else "empty file"
+        raise _unreadable(where, reason) from error
 
 
-def size_in_header(path: Path) -> tuple[int, int]:
-    """Return width and height of an image file, perhaps before it is turned; (0, 0) if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            if image.format not in SIZED_BY_HEADER:
-                image.load()
-            return image.size
-    except Exception:  # `load_image` says why
-        return 0, 0
+def _unreadable(where: str, reason: str) -> UnreadableImage:
+    return UnreadableImage(f"{where}: cannot be read as an image ({reason}); repair or remove the file")
+
+
+def size_in_header(file: BinaryIO) -> tuple[int, int]:
+    """Return width and height of an image file, perhaps before it is turned; raises anything if it is none."""
+    with Image.open(file) as image:
+        if image.format not in SIZED_BY_HEADER:
+            image.load()
+        return image.size
 
 
 def shrunk(image: Image.Image, short_side: int | None) -> Image.Image:

@@ -62,11 +62,7 @@ class Draws(Dataset[Cut]):
     drawing: Drawing
     seed: int
     skip: bool = False
-    _labels: np.ndarray = field(init=False, repr=False)
     _buffers: SharedBuffers = field(default_factory=SharedBuffers, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_labels", np.asarray(self.photos.labels))
 
     def __getitems__(self, keys: list[ViewKey]) -> Cut:
         """Return a batch in memory that a worker shares."""
@@ -120,7 +116,7 @@ class Draws(Dataset[Cut]):
             Missing(row, keys[row].photo, keys[row].epoch, keys[row].position, reason)
             for row, reason in unreadable.items()
         ]
-        return Drawn(kept[:, 2], self._labels[kept[:, 2]], rows, missing)
+        return Drawn(kept[:, 2], self.photos.labels[kept[:, 2]], rows, missing)
 
 
 class DeviceLoader(TrainingLoader):

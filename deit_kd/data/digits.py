@@ -14,7 +14,7 @@ def digits(*, validation_fraction: float, **_: Any) -> Splits:
     """Return the digits, 8 x 8 pixels, with `validation_fraction` of each class held out."""
     bunch = load_digits()
     grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    photos = Photos(
+    photos = Photos.of_arrays(
         names=[f"{label}/{index:04d}" for index, label in enumerate(bunch.target)],
         labels=[int(label) for label in bunch.target],
         classes=tuple(str(digit) for digit in range(10)),

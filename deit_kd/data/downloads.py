@@ -37,7 +37,7 @@ def cifar100(*, root: str | None, download: bool, **_: Any) -> Splits:
 def _cifar(dataset: Any, home: Path, download: bool) -> Splits:
     def part(train: bool) -> Photos:
         loaded = _fetch(lambda: dataset(home, train=train, download=download))
-        return Photos(
+        return Photos.of_arrays(
             names=[f"{'train' if train else 'test'}/{index:05d}" for index in range(len(loaded.targets))],
             labels=list(loaded.targets),
             classes=tuple(loaded.classes),

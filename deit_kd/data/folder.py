@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 
+from deit_kd.data.listing import listed_classes
 from deit_kd.data.photos import Photos, Splits, split_by_hash
+from deit_kd.data.source import TreeFiles
 from deit_kd.interfaces import InputError
 from deit_kd.places import photos_root
 
@@ -41,6 +44,21 @@ def folder(
     return splits
 
 
+def index_tree(*, root: str | None, train_split: str, validation_split: str) -> dict[str, int]:
+    """List a tree and write an index of each of its splits.
+
+    Returns:
+        the number of photos in each folder that was indexed.
+
+    Raises:
+        InputError: as `folder` does.
+        OSError: the cache cannot be written.
+    """
+    top = photos_root(root)
+    splits = [top / split for split in (train_split, validation_split) if (top / split).is_dir()]
+    return {str(split): len(_scan(split, indexed=True)) for split in splits or [top]}
+
+
 def one_split(root: str | None, split: str) -> Photos:
     """Return the photos of ``root/<split>/<class>/…``; the split ``.`` is a tree without split folders.
 
@@ -50,34 +68,21 @@ def one_split(root: str | None, split: str) -> Photos:
     return _scan(photos_root(root) / split)
 
 
-def _scan(split_folder: Path) -> Photos:
+def _scan(split_folder: Path, indexed: bool = False) -> Photos:
     try:
-        classes, class_to_label = find_classes(split_folder)
+        classes, _ = find_classes(split_folder)
     except FileNotFoundError as error:
         raise InputError(f"data.root: {split_folder} holds no class folders; put each class in a folder") from error
-    samples = make_dataset(str(split_folder), class_to_label, extensions=IMG_EXTENSIONS, allow_empty=True)
-    empty = sorted(set(classes) - {classes[label] for _, label in samples})
+    found = listed_classes(split_folder, classes, "data.root", indexed)
+    empty = [name for name, count in zip(classes, found.counts, strict=True) if not count]
     if empty:
         raise InputError(
             f"data.root: {split_folder} has no images ({', '.join(IMG_EXTENSIONS)}) in class "
             f"{', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}; add some or remove the folder"
         )
-    for path, _ in samples:
-        check_encoding("data.root", path)
-    return Photos.of_files(
-        split_folder,
-        names=[Path(path).relative_to(split_folder).as_posix() for path, _ in samples],
-        labels=[label for _, label in samples],
-        classes=tuple(classes),
-    )
-
-
-def check_encoding(key: str, path: str) -> None:
-    """Raise an InputError unless `path` can be encoded."""
-    try:
-        path.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{key}: {path} is not valid UTF-8; rename it") from error
+    labels = np.repeat(np.arange(len(classes)), found.counts)
+    files = TreeFiles(found.sizes, found.changed_ns, found.is_indexed)
+    return Photos(found.names, labels, tuple(classes), files, split_folder)
 
 
 def _check_same_classes(splits: Splits) -> None:

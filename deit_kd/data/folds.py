@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from deit_kd.data.names import Names
 from deit_kd.data.photos import Photos, Splits
+from deit_kd.data.source import Joined
 from deit_kd.interfaces import InputError
 
 
@@ -27,18 +29,16 @@ def one_fold(splits: Splits, folds: int, fold: int) -> Splits:
         InputError: a class has fewer photos than there are folds, or both splits hold the same photos.
     """
     photos, names = _all_photos(splits)
-    by_class: list[list[int]] = [[] for _ in photos.classes]
-    for index, label in enumerate(photos.labels):
-        by_class[label].append(index)
     held_out = np.zeros(len(photos), dtype=bool)
-    for label, members in enumerate(by_class):
+    for label in range(len(photos.classes)):
+        members = np.flatnonzero(photos.labels == label)
         if len(members) < folds:
             raise InputError(
                 f"data.folds: {folds} is more than the {len(members)} photo(s) of class {photos.classes[label]!r}; "
                 "use fewer folds, or add photos"
             )
         held_out[members] = np.array(deal([names[index] for index in members], folds)) == fold
-    return Splits(photos.subset(np.flatnonzero(~held_out).tolist()), photos.subset(np.flatnonzero(held_out).tolist()))
+    return Splits(photos.subset(np.flatnonzero(~held_out)), photos.subset(np.flatnonzero(held_out)))
 
 
 def deal(names: Sequence[str], folds: int) -> list[int]:
@@ -68,19 +68,15 @@ def deal(names: Sequence[str], folds: int) -> list[int]:
 
 def joined(parts: Sequence[Photos]) -> Photos:
     """Return the photos of all parts, one after the other; parts on disk must be under the first one's root."""
-    first = parts[0]
+    starts = np.cumsum([0, *(len(part.source.sizes) for part in parts)])
+    rows = [np.arange(len(part)) if part.rows is None else part.rows for part in parts]
     return replace(
-        first,
-        names=[name for part in parts for name in part.names],
-        labels=[label for part in parts for label in part.labels],
-        arrays=_concatenated([part.arrays for part in parts]),
-        stamps=_concatenated([part.stamps for part in parts]),
+        parts[0],
+        names=Names.joined([part.names for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        source=Joined([part.source for part in parts]),
+        rows=np.concatenate([start + own for start, own in zip(starts, rows, strict=False)]),
     )
-
-
-def _concatenated(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    there = [array for array in arrays if array is not None]
-    return np.concatenate(there) if len(there) == len(arrays) else None
 
 
 def _all_photos(splits: Splits) -> tuple[Photos, list[str]]:
@@ -88,7 +84,7 @@ def _all_photos(splits: Splits) -> tuple[Photos, list[str]]:
     train, validation = splits
     if train.root is not None and validation.root is not None and train.root != validation.root:
         top = Path(os.path.commonpath([train.root.absolute(), validation.root.absolute()]))
-        train, validation = (_seen_from(top, photos) for photos in splits)
+        train, validation = (photos.seen_from(top) for photos in splits)
     photos = joined([train, validation])
     twice = [name for name, count in Counter(photos.names).items() if count > 1]
     if twice:
@@ -96,12 +92,6 @@ def _all_photos(splits: Splits) -> tuple[Photos, list[str]]:
             f"data.validation_split: holds {twice[0]!r}, which is also in the training split; name another folder"
         )
     in_split = [*splits.train.names, *splits.validation.names]
-    order = sorted(range(len(photos)), key=photos.names.__getitem__)
+    names = list(photos.names)
+    order = sorted(range(len(photos)), key=names.__getitem__)
     return photos.subset(order), [in_split[index] for index in order]
-
-
-def _seen_from(top: Path, photos: Photos) -> Photos:
-    """Return photos on disk with names relative to `top`."""
-    assert photos.root is not None
-    folder = photos.root.absolute().relative_to(top)
-    return replace(photos, root=top, names=[(folder / name).as_posix() for name in photos.names])

@@ -77,7 +77,7 @@ class Views(Dataset[Example]):
     def __getitem__(self, key: ViewKey) -> Example:
         seed_view(self._seed, key.epoch, key.position)
         view, unreadable = self._sight.view(key.photo, f"(epoch {key.epoch}, position {key.position})")
-        label = self._sight.photos.labels[key.photo]
+        label = int(self._sight.photos.labels[key.photo])
         return Example(view, label, key.epoch, key.position, key.photo, unreadable)
 
 
@@ -235,7 +235,7 @@ class _Photos(Dataset[Example]):
     def __getitem__(self, position: int) -> Example:
         photo = self._indices[position]
         view, unreadable = self._sight.view(photo, "for evaluation")
-        return Example(view, self._sight.photos.labels[photo], None, photo, photo, unreadable)
+        return Example(view, int(self._sight.photos.labels[photo]), None, photo, photo, unreadable)
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as arrow
 import torch
 from PIL import Image
 
 from deit_kd.data.cache import CHANNELS, Decoded, decode_all, in_threads
-from deit_kd.data.decode import DECODING, Stamp, load_image, shrunk, shrunk_size, size_in_header, stamps
+from deit_kd.data.decode import DECODING, shrunk, shrunk_size
+from deit_kd.data.listing import stamps_of
+from deit_kd.data.names import Names, joined_text
+from deit_kd.data.source import Arrays, Source, TreeFiles
 from deit_kd.interfaces import InputError
 
 UNLABELLED = -1  # in place of a label
@@ -24,29 +29,38 @@ class Photos:
     """Images with labels or without, on disk or in memory.
 
     Args:
-        names: one name for each image, relative to `root` if the images are files.
+        names: one name for each image, relative to `root` if there is one.
         labels: the class of each image, an index into `classes`; -1 if it has none.
         classes: class names, in label order.
-        root: the folder of the files; None when the images are in memory.
-        arrays: uint8 images [H, W, 3] of one size, when they are in memory from the start.
+        source: where the images are.
+        root: the folder that names are relative to; None when the images are in memory.
+        rows: int64 [n], the row of each image in `source`; None is one after the other.
         decoded: all of them, if they were decoded in advance.
-        stamps: what each file looked like when it was found, rows of `Stamp` [n, 2].
         short_side: pixels that the shorter side of a larger image is brought to; None keeps its size.
     """
 
-    names: Sequence[str]
-    labels: Sequence[int]
+    names: Names
+    labels: np.ndarray
     classes: tuple[str, ...]
+    source: Source
     root: Path | None = None
-    arrays: np.ndarray | None = None
+    rows: np.ndarray | None = None
     decoded: Decoded | None = None
-    stamps: np.ndarray | None = None
     short_side: int | None = None
 
     @classmethod
-    def of_files(cls, root: Path, names: Sequence[str], labels: Sequence[int], classes: tuple[str, ...]) -> Photos:
+    def of_files(cls, root: Path, names: Iterable[str], labels: Sequence[int], classes: tuple[str, ...]) -> Photos:
         """Return photos on disk, with what their files look like now."""
-        return cls(names, labels, classes, root=root, stamps=stamps(root, names))
+        names = names if isinstance(names, Names) else Names(names)
+        stamps = stamps_of([str(root / name) for name in names])
+        return cls(names, np.asarray(labels, np.int64), classes, TreeFiles(stamps[:, 0], stamps[:, 1]), root)
+
+    @classmethod
+    def of_arrays(
+        cls, names: Iterable[str], labels: Sequence[int], classes: tuple[str, ...], arrays: np.ndarray
+    ) -> Photos:
+        """Return images in memory, uint8 [n, H, W, 3]."""
+        return cls(Names(names), np.asarray(labels, np.int64), classes, Arrays(arrays))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -70,19 +84,24 @@ class Photos:
         return self.decoded.array(index) if self.decoded is not None else np.asarray(self.image(index))
 
     def _full(self, index: int) -> Image.Image:
-        if self.arrays is not None:
-            return Image.fromarray(self.arrays[index])
-        assert self.root is not None
-        before = None if self.stamps is None else Stamp(*self.stamps[index].tolist())
         try:
-            return load_image(self.root / self.names[index], before)
+            return self.source.image(self.row(index), self.where(index))
         except InputError as error:
-            if not self.root.is_dir():
+            if self.root is not None and not self.root.is_dir():
                 raise InputError(
                     f"data.root: {self.root} disappeared while it was in use; restore it, then continue with --resume "
                     "auto"
                 ) from error
             raise
+
+    def content(self, index: int) -> bytes:
+        """Return the bytes of one image as it is stored; raises as `image` does."""
+        with self.source.open(self.row(index), self.where(index)) as file:
+            return file.read()
+
+    def row(self, index: int) -> int:
+        """Return the row of one image in `source`."""
+        return index if self.rows is None else int(self.rows[index])
 
     def where(self, index: int) -> str:
         """Return where to find one image: the path of its file, if it has one."""
@@ -116,46 +135,58 @@ class Photos:
 
     def _size(self, index: int) -> tuple[int, int]:
         """Return width and height of an image, perhaps before it is turned; (0, 0) if it cannot be read."""
-        if self.arrays is not None:
-            height, width = self.arrays.shape[1:3]
-            return shrunk_size((width, height), self.short_side)
-        assert self.root is not None
-        return shrunk_size(size_in_header(self.root / self.names[index]), self.short_side)
+        return shrunk_size(self.source.pixel_size(self.row(index), self.where(index)), self.short_side)
 
-    def subset(self, indices: Sequence[int]) -> Photos:
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Photos:
         """Return the images at `indices`, in that order."""
-        rows = np.asarray(indices, dtype=np.int64)
+        chosen = np.asarray(indices, dtype=np.int64)
         return replace(
             self,
-            names=[self.names[i] for i in indices],
-            labels=[self.labels[i] for i in indices],
-            arrays=None if self.arrays is None else self.arrays[rows],
-            decoded=None if self.decoded is None else self.decoded.subset(indices),
-            stamps=None if self.stamps is None else self.stamps[rows],
+            names=self.names.take(chosen),
+            labels=self.labels[chosen],
+            rows=chosen if self.rows is None else self.rows[chosen],
+            decoded=None if self.decoded is None else self.decoded.subset(chosen.tolist()),
         )
 
+    def seen_from(self, top: Path) -> Photos:
+        """Return the same images with names relative to `top`, a folder above `root`."""
+        assert self.root is not None
+        return replace(self, root=top, names=self.names.below(self.root.absolute().relative_to(top).as_posix()))
+
     def digest(self) -> str:
-        """Return a hash of names, sizes, labels, classes and how files are decoded; the folder may move."""
+        """Return a hash of names, sizes, labels, classes and how files are decoded.
+
+        It depends neither on where the images are nor on how they are stored.
+        """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         hasher = hashlib.blake2b("\n".join(self.classes).encode(), digest_size=16)
-        for line in self.lines():
-            hasher.update(f"\n{line}".encode())
-        if self.arrays is not None:
-            hasher.update(np.ascontiguousarray(self.arrays).tobytes())
+        hasher.update(memoryview(_text_of(self._lines("\n"))))
+        if isinstance(self.source, Arrays):
+            arrays = self.source.arrays if self.rows is None else self.source.arrays[self.rows]
+            hasher.update(np.ascontiguousarray(arrays).data)
         else:
             hasher.update(f"\ndecoding {DECODING}".encode())
         return hasher.hexdigest()
 
     def lines(self) -> list[str]:
         """Return name, size and label of every image."""
-        rows = zip(self.names, self._sizes(), self.labels, strict=True)
-        return [f"{name}\t{size}\t{label}" for name, size, label in rows]
+        lines: list[str] = self._lines("").to_pylist()
+        return lines
 
-    def _sizes(self) -> list[int]:
-        """Return the size of every image in bytes, as stored."""
-        if self.stamps is not None:
-            return self.stamps[:, 0].tolist()
-        assert self.arrays is not None
-        return [array.nbytes for array in self.arrays]
+    def _lines(self, before: str) -> arrow.Array:
+        sizes = self.source.sizes if self.rows is None else self.source.sizes[self.rows]
+        names = joined_text("", before, self.names.array())
+        return joined_text("\t", names, arrow.array(sizes), arrow.array(self.labels))
+
+
+def _text_of(strings: arrow.Array) -> arrow.Buffer:
+    """Return the bytes of all strings, one after the other."""
+    _, offsets, text = strings.buffers()
+    bounds = np.frombuffer(offsets, np.int64)[strings.offset : strings.offset + len(strings) + 1]
+    return text.slice(bounds[0], bounds[-1] - bounds[0])
 
 
 class Splits(NamedTuple):
@@ -175,11 +206,9 @@ def split_by_hash(photos: Photos, fraction: float) -> Splits:
     Raises:
         InputError: a class has fewer than two images, so that one part would have none.
     """
-    by_class: list[list[int]] = [[] for _ in photos.classes]
-    for index, label in enumerate(photos.labels):
-        by_class[label].append(index)
     train, validation = [], []
-    for name, members in zip(photos.classes, by_class, strict=True):
+    for label, name in enumerate(photos.classes):
+        members = np.flatnonzero(photos.labels == label).tolist()
         if len(members) < 2:
             raise InputError(
                 f"class {name!r} has {len(members)} image(s), too few to split; add images or a validation folder"

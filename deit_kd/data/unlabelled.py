@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from deit_kd.data.folder import check_encoding
+from deit_kd.data.listing import list_images
 from deit_kd.data.photos import UNLABELLED, Photos
+from deit_kd.data.source import TreeFiles
 from deit_kd.interfaces import InputError
 
 
@@ -22,18 +23,16 @@ def unlabelled_photos(folder: str, validation: Photos) -> Photos:
     if not top.is_dir():
         raise InputError(f"data.unlabelled: {folder} is not a folder; name one with images")
     held_out = _files_below(top, validation)
-    found = [Path(place) / name for place, _, names in os.walk(top, followlinks=True) for name in names]
-    images = [path for path in found if path.name.lower().endswith(IMG_EXTENSIONS)]
-    kept = [path for path in images if not held_out or path.resolve() not in held_out]
-    names = sorted(path.relative_to(top).as_posix() for path in kept)
-    if not names:
+    found = list_images(top, "", "data.unlabelled")
+    kept = [row for row, name in enumerate(found.names) if not held_out or (top / name).resolve() not in held_out]
+    if not kept:
         raise InputError(
             f"data.unlabelled: {folder} has no images ({', '.join(IMG_EXTENSIONS)}) besides those of the validation "
             "split; name a folder with some"
         )
-    for name in names:
-        check_encoding("data.unlabelled", str(top / name))
-    return Photos.of_files(top, names, [UNLABELLED] * len(names), validation.classes)
+    rows = np.array(sorted(kept, key=list(found.names).__getitem__))
+    files = TreeFiles(found.sizes, found.changed_ns)
+    return Photos(found.names.take(rows), np.full(len(rows), UNLABELLED), validation.classes, files, top, rows)
 
 
 def _files_below(top: Path, photos: Photos) -> set[Path]:

@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from deit_kd.console import console, say
-from deit_kd.data import Photos, Splits, UnreadableImage, load_image
+from deit_kd.data import Photos, Splits, UnreadableImage
 from deit_kd.files import write_json
 
 
@@ -65,25 +65,28 @@ def check_data(splits: Splits, processes: int, json_file: Path | None) -> bool:
 
 
 def _read_all(splits: Splits, processes: int) -> list[Finding]:
-    jobs = [
-        (split, photos.root, name)
-        for split, photos in splits._asdict().items()
-        if photos.root is not None
-        for name in photos.names
-    ]
-    with ProcessPoolExecutor(processes) as pool:
-        found: Iterable[Finding] = pool.map(_read, jobs, chunksize=64)
-        return list(track(found, "reading", len(jobs), console=console, disable=not console.is_terminal))
+    photos = [(split, index) for split, photos in splits._asdict().items() for index in range(len(photos))]
+    with ProcessPoolExecutor(processes, initializer=_check_these, initargs=(splits,)) as pool:
+        found: Iterable[Finding] = pool.map(_read, photos, chunksize=64)
+        return list(track(found, "reading", len(photos), console=console, disable=not console.is_terminal))
 
 
-def _read(job: tuple[str, Path, str]) -> Finding:
-    split, root, name = job
-    path = root / name
+_checked: dict[str, Photos] = {}  # in a process that reads, by split
+
+
+def _check_these(splits: Splits) -> None:
+    _checked.update(splits._asdict())
+
+
+def _read(photo: tuple[str, int]) -> Finding:
+    split, index = photo
+    photos = _checked[split]
+    name = photos.names[index]
     try:
-        size = load_image(path).size
+        size = photos.image(index).size
     except UnreadableImage as error:
         return Finding(split, name, None, None, str(error))
-    return Finding(split, name, size, hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(), None)
+    return Finding(split, name, size, hashlib.blake2b(photos.content(index), digest_size=16).hexdigest(), None)
 
 
 def _duplicates(findings: list[Finding]) -> tuple[list[list[str]], list[list[str]]]:

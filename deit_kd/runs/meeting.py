@@ -80,7 +80,7 @@ def _met(
         for rank, share in enumerate(shares):
             whole[rank :: len(shares)] = share
         if section.min_top1 != 0:
-            check_columns(facts, run.classes, np.asarray(labels), whole)
+            check_columns(facts, run.classes, labels, whole)
         check_score(facts["name"], score["top1"], score["nll"], labels, section.min_top1, bool(section.fit.epochs))
     _say_met(run, role, teacher, facts)
     return facts, predictions

@@ -62,7 +62,7 @@ def with_labels(config: Config) -> Config:
 
 
 def agreed_splits(config: Config, processes: Processes) -> Splits:
-    """Return the recipe's dataset, which every process lists for itself.
+    """Return the recipe's dataset; one process of each machine lists it first, and the others find its index.
 
     Raises:
         InputError: it cannot be loaded, or is not the same everywhere.
@@ -72,7 +72,9 @@ def agreed_splits(config: Config, processes: Processes) -> Splits:
         with processes.busy("lists the photos"):
             return build_splits(config)
 
-    splits = together(processes, listed)
+    is_first = processes.first_of_machine(f"photos/{config.data.root}")
+    first = together(processes, lambda: listed() if is_first else None)
+    splits = together(processes, lambda: listed() if first is None else first)
     compare_photos(processes, splits._asdict())
     return splits
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,17 +19,17 @@ LEAST_GAIN = 0.1  # of recall per class: with more photos a smaller gain is sign
 LONGEST_LIST = 4
 
 
-def least_top1(labels: Sequence[int]) -> float:
+def least_top1(labels: Sequence[int] | np.ndarray) -> float:
     """Return the score that a teacher must beat, in percent: the largest class's share plus three standard errors.
 
     A teacher whose columns are in the wrong order scores about as well as guessing.
     """
-    share = max(Counter(labels).values()) / len(labels)
+    share = int(np.unique(labels, return_counts=True)[1].max()) / len(labels)
     return 100 * min(1.0, share + 3 * math.sqrt(share * (1 - share) / len(labels)))
 
 
 def check_score(
-    name: str, top1: float, nll: float, labels: Sequence[int], min_top1: float | None, fitted: bool = False
+    name: str, top1: float, nll: float, labels: Sequence[int] | np.ndarray, min_top1: float | None, fitted: bool = False
 ) -> None:
     """Raise an InputError unless the teacher's score on validation is good enough to teach.
 
@@ -56,7 +55,7 @@ def check_score(
 
 
 def check_features(
-    name: str, knn: float, labels: Sequence[int], least_score: float | None, fitted: bool = False
+    name: str, knn: float, labels: Sequence[int] | np.ndarray, least_score: float | None, fitted: bool = False
 ) -> None:
     """Raise an InputError unless the features of a teacher without a head separate classes better than guessing.
 
