@@ -215,13 +215,14 @@ def _data(arguments: Arguments) -> int:
     root = others["root"] or config.data.root
     photos_root(root)
     config = config.model_copy(update={"data": config.data.model_copy(update={"name": "folder", "root": root})})
-    from deit_kd.jobs.data import available_cores, check_data
+    from deit_kd.jobs.data import available_cores, check_data, tell_taken
     from deit_kd.runs.parts import build_splits
 
     splits, share = build_splits(config), config.data.validation_fraction
     if splits.validation.root == splits.train.root and config.data.folds is None:
         # Without its recipe, another share would be checked than the one that is trained with.
         print(f"validation: {100 * share:g} % of each class (data.validation_fraction; --config takes a recipe's)")
+    tell_taken(config, splits)
     return 0 if check_data(splits, available_cores(), json_file) else 1
 
 

@@ -75,7 +75,8 @@ class Facts(TypedDict):
     """What ``run.json`` holds."""
 
     classes: list[str]
-    data: dict[str, str]
+    data: dict[str, str]  # digest by split
+    images: NotRequired[dict[str, int]]  # by split
     views: NotRequired[int]
     executor: NotRequired[str]  # what made the views, and its version
     student: NotRequired[dict[str, Any] | None]  # the account of the weights that it began with

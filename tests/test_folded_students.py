@@ -17,6 +17,7 @@ from deit_kd.config import parse_config
 from deit_kd.evaluation.folds import folded_students
 from deit_kd.evaluation.sources import open_source
 from deit_kd.metrics import bootstrap_means, interval, mcnemar
+from deit_kd.runs.parts import build_splits
 from tests.helpers import heads_in, refused, tiny, write_photos
 
 ARMS = {
@@ -212,6 +213,22 @@ def test_what_has_learned_from_the_photos_held_out_is_refused(
     line = refused(leaks(home, tmp_path)[case], capsys)
     assert "held out fold 0 of 3" in line or "held out fold 1 of 3" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_the_fold_teaches_with_a_share_of_its_photos(home: Path, tmp_path: Path) -> None:
+    (teacher,) = {json.loads((home / "soft-0" / "run.json").read_text())["teacher"]["source"]}
+    own = {"teacher__fit__epochs": 0, "teacher__name": None, "teacher__checkpoint": teacher, "data__per_class": 4}
+    arguments = tiny(home / "photos", tmp_path / "run", **options_of("soft", home, 0, **own))
+    assert len(build_splits(parse_config(arguments)[0]).train) == 12
+
+
+def test_runs_of_other_classes_are_another_student(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "none-1", tmp_path / "other-1")
+    facts = json.loads((home / "none-1" / "run.json").read_text())
+    (tmp_path / "other-1" / "run.json").write_text(json.dumps({**facts, "classes": ["bars", "dots"]}))
+    sources = [open_source(str(folder)) for folder in (home / "none-0", home / "none-2", tmp_path / "other-1")]
+    students = folded_students([(source, source.own_config()) for source in sources])
+    assert [list(student.runs) for student in students] == [[0, 2], [1]]
 
 
 def test_all_of_other_photos_are_scored_where_folds_are_unset(home: Path, tmp_path: Path) -> None:

@@ -107,6 +107,12 @@ class Config(Section):
             raise ValueError(f"data.fold: {fold} is set, but data.folds is not; set both")
         if folds is not None and (fold is None or fold >= folds):
             raise ValueError(f"data.fold: {fold} is none of {folds} folds; set 0 to {folds - 1}")
+        if self.data.fraction is not None and self.data.per_class is not None:
+            raise ValueError("data.fraction and data.per_class exclude each other; unset one")
+        if self.data.per_class is not None and self.data.unlabelled is not None:
+            raise ValueError(
+                f"data.per_class: {self.data.unlabelled} has no labels to count by; set data.fraction, or unset one"
+            )
         if self.data.cache == "device" and self.data.executor != "device":
             raise ValueError(
                 "data.cache: device is for views that are made there; set data.executor device, or data.cache memory"

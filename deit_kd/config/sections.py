@@ -62,6 +62,14 @@ class Data(Section):
     """cross-validation: join all photos and divide each class into this many folds, by the hash of the photos' names"""
     fold: int | None = key(None, VIEWS, ge=0)
     """the fold to hold out, from 0; the student trains on the others"""
+    classes: list[str] | str | None = key(None, NOTHING)  # the photos themselves are compared
+    """take these classes alone: a list, a file with one a line (CSV: the first column), or the name of a list that
+    comes with the package: imagenet100, imagenette or imagewoof"""
+    fraction: float | None = key(None, VIEWS, gt=0, le=1)
+    """share of each class's training photos to take, by the hash of their names; a smaller share lies within a larger
+    one, and validation keeps all its photos"""
+    per_class: int | None = key(None, VIEWS, gt=0)
+    """number of each class's training photos to take, in the same way"""
     unlabelled: str | None = key(None, NOTHING)  # the photos themselves are compared
     """folder of photos without labels to train on, nested in any way; root then only gives classes and validation"""
     download: bool = key(False, NOTHING)
@@ -92,6 +100,21 @@ class Data(Section):
     """number of photos that may be left out; one more ends the run"""
 
     _check_std = field_validator("std")(_check_positive)
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _name_numbers(cls, value: Any) -> Any:
+        """Return the classes with names for numbers, which YAML makes of the names of some folders."""
+        return [str(name) if type(name) is int else name for name in value] if isinstance(value, list) else value
+
+    @property
+    def taken(self) -> str:
+        """What part of the photos is taken, in the words of the recipe; empty for all of them."""
+        named = self.classes
+        if isinstance(named, list):
+            named = ", ".join(named[:5]) + " …" * (len(named) > 5)
+        parts = {"classes": named, "fraction": self.fraction, "per_class": self.per_class}
+        return ", ".join(f"data.{key} {value}" for key, value in parts.items() if value is not None)
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from deit_kd.data.listing import listed_classes
 from deit_kd.data.photos import Photos, Splits, split_by_hash
 from deit_kd.data.source import TreeFiles
+from deit_kd.data.subsets import with_classes
 from deit_kd.interfaces import InputError
 from deit_kd.places import photos_root
 
@@ -59,13 +61,14 @@ def index_tree(*, root: str | None, train_split: str, validation_split: str) -> 
     return {str(split): len(_scan(split, indexed=True)) for split in splits or [top]}
 
 
-def one_split(root: str | None, split: str) -> Photos:
-    """Return the photos of ``root/<split>/<class>/…``; the split ``.`` is a tree without split folders.
+def one_split(root: str | None, split: str, classes: Sequence[str] | str | None = None) -> Photos:
+    """Return the photos of ``root/<split>/<class>/…``, of all classes or of some; ``.`` is a tree without splits.
 
     Raises:
-        InputError: the folder is missing or empty, or a class has no images.
+        InputError: the folder is missing or empty, a class has no images, or one of `classes` is not there.
     """
-    return _scan(photos_root(root) / split)
+    photos = _scan(photos_root(root) / split)
+    return photos if classes is None else with_classes(photos, classes)
 
 
 def _scan(split_folder: Path, indexed: bool = False) -> Photos:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from deit_kd.data.digits import digits
 from deit_kd.data.downloads import cifar10, cifar100, imagenette
 from deit_kd.data.folder import folder
 from deit_kd.data.folds import one_fold
 from deit_kd.data.photos import Splits
+from deit_kd.data.subsets import share_of, with_classes
 from deit_kd.data.unlabelled import unlabelled_photos
 from deit_kd.interfaces import InputError, nearest
 
@@ -32,11 +33,15 @@ def build_splits(
     fold: int | None,
     download: bool,
     unlabelled: str | None = None,
+    classes: Sequence[str] | str | None = None,
+    fraction: float | None = None,
+    per_class: int | None = None,
 ) -> Splits:
     """Return the training and the validation split of the dataset called `name`.
 
-    With `folds`, all its photos are joined, and fold number `fold` is held out, see `one_fold`. With `unlabelled`, the
-    photos of that folder are the training split, see `unlabelled_photos`.
+    In this order: `classes` are taken alone, see `with_classes`. With `folds`, all photos are joined, and fold number
+    `fold` is held out, see `one_fold`. With `unlabelled`, the photos of that folder are the training split, see
+    `unlabelled_photos`. Of the training split, `fraction` or `per_class` of each class are taken, see `share_of`.
 
     Raises:
         InputError: the name is unknown, or the data are missing, empty, inconsistent or of one class.
@@ -50,8 +55,12 @@ def build_splits(
         validation_fraction=validation_fraction,
         download=download,
     )
+    if classes is not None:
+        splits = Splits(*(with_classes(photos, classes) for photos in splits))
     if len(splits.train.classes) < 2:
         raise InputError(f"data.root: {root} has one class, {splits.train.classes[0]!r}; add the folder of another")
     if folds is not None and fold is not None:
         splits = one_fold(splits, folds, fold)
-    return splits if unlabelled is None else splits._replace(train=unlabelled_photos(unlabelled, splits.validation))
+    if unlabelled is not None:
+        splits = splits._replace(train=unlabelled_photos(unlabelled, splits.validation))
+    return splits._replace(train=share_of(splits.train, fraction, per_class))

@@ -117,11 +117,17 @@ def _photos(source: Source, config: Config, split: str, processes: Processes) ->
             return photos
         if config.data.name != "folder":
             raise InputError(f"--split: {config.data.name} has no split {split!r}; use train or validation")
-        return data.one_split(config.data.root, split)
+        return data.one_split(config.data.root, split, config.data.classes)
 
     photos = together(processes, listed)
     parts.compare_photos(processes, {split: photos})
     return photos
+
+
+PLACE = (  # keys of the section data that say which photos they are, and not how they are seen
+    *("name", "root", "train_split", "validation_split", "validation_fraction", "folds", "fold"),
+    *("classes", "fraction", "per_class", "workers"),
+)
 
 
 def examine_other(source: Source, first: Examination, split: str, processes: Processes) -> dict[str, Tensor]:
@@ -133,8 +139,7 @@ def examine_other(source: Source, first: Examination, split: str, processes: Pro
         InputError: as `examine` does.
     """
     own = source.own_config()
-    place = ("name", "root", "train_split", "validation_split", "validation_fraction", "folds", "fold", "workers")
-    photos = own.data.model_copy(update={key: getattr(first.config.data, key) for key in place})
+    photos = own.data.model_copy(update={key: getattr(first.config.data, key) for key in PLACE})
     train = own.train.model_copy(update={"device": first.config.train.device})
     config = own.model_copy(update={"data": photos, "train": train, "teacher": type(own.teacher)()})
     return examine(source, config, split, processes).predictions()

@@ -117,6 +117,7 @@ def recipe_but_fold(run: Path, learners: tuple[Path, ...] = ()) -> dict[str, Any
     teacher: Any = read_facts(run)["teacher"] or {}
     sources = [run_of(path_of(source)) for source in _sources_of(teacher)]
     return {
+        "classes": read_facts(run)["classes"],
         **{key: keys[key] for key in sorted(keys) if effects().get(key) != NOTHING and key != "data.fold"},
         "teachers' runs": [
             recipe_but_fold(source, (*learners, run))

@@ -179,11 +179,19 @@ def _facts(config: Config, facts: Mapping[str, Any], heads: Mapping[str, Any]) -
         if teacher is None
         else f"{teacher['name']}, {score_text(heads['teacher'] or teacher['score'], 2)} %",
         "learned from": config.distill.described(),
-        "data": f"{config.data.root or config.data.name}, {len(facts['classes'])} classes",
+        "data": _data_words(config, facts),
         "training": f"{train.epochs} epochs, batch {train.batch_size}, seed {config.seed}, precision {train.precision}",
         "scored": f"{heads['n']} validation images, weights: {heads['weights']}"
         + (f", {len(heads['unreadable'])} unreadable images left out" if heads["unreadable"] else ""),
     }
+
+
+def _data_words(config: Config, facts: Mapping[str, Any]) -> str:
+    """Describe the photos, and what was taken of them."""
+    words = f"{config.data.root or config.data.name}, {len(facts['classes'])} classes"
+    if "images" in facts:
+        words += f", {facts['images']['train']} training images"
+    return f"{words} ({config.data.taken})" if config.data.taken else words
 
 
 def _section(run: Seen, figures: Figures, several: bool) -> dict[str, Any]:

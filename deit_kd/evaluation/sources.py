@@ -20,8 +20,8 @@ from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN, check_source
 from deit_kd.run_folder import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, STUDENT_FOLDER, read_facts, run_of
 from deit_kd.runs import parts
 from deit_kd.students import TimmStudent
+from deit_kd.wordnet import WORDNET_ID
 
-WORDNET_ID = re.compile(r"n[0-9]{8}")  # timm's names for the classes of its ImageNet models
 NUMBER = re.compile(r"[0-9]{1,9}")
 HEADS = ("head.weight", "fc.weight", "classifier.weight", "head.fc.weight")  # of most timm models
 

@@ -13,9 +13,24 @@ from pathlib import Path
 from rich.progress import track
 from rich.table import Table
 
+from deit_kd.config import Config
 from deit_kd.console import console, say
 from deit_kd.data import Photos, Splits, UnreadableImage
 from deit_kd.files import write_json
+from deit_kd.runs import parts
+
+
+def tell_taken(config: Config, splits: Splits) -> None:
+    """Print what part of the photos a recipe takes, if not all."""
+    if not config.data.taken:
+        return
+    everything = config.data.model_copy(update={"classes": None, "fraction": None, "per_class": None})
+    whole = parts.build_splits(config.model_copy(update={"data": everything}))
+    (train, validation), (all_train, all_validation) = splits, whole
+    say(
+        f"taken: {len(train.classes)} of {len(all_train.classes)} classes, {len(train)} of {len(all_train)} training "
+        f"and {len(validation)} of {len(all_validation)} validation images ({config.data.taken})"
+    )
 
 
 @dataclass(frozen=True)

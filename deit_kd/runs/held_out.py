@@ -38,14 +38,15 @@ def check_fold(key: str, weights: str, here: Data, splits: Splits) -> None:
         splits: of this recipe.
 
     Raises:
-        InputError: the run used the same folder of photos, either has folds, and its splits were not these.
+        InputError: the run used the same folder of photos, either has folds, and it held out other photos; it may have
+            learned from fewer or more of the rest.
     """
     run = run_of(path_of(weights))
     if run is None or not (run / FACTS_FILE).is_file():
         return
     theirs = recipe_of(run).data
     has_folds = theirs.folds is not None or here.folds is not None
-    if has_folds and _place(theirs) == _place(here) and not was_trained_on(run, splits):
+    if has_folds and _place(theirs) == _place(here) and not _held_out(run, splits):
         raise InputError(
             f"{key}: {weights} held out {_fold_of(theirs)} of these photos, but this recipe holds out "
             f"{_fold_of(here)}, so it has learned from some of them; name weights of the same fold, trained with the "
@@ -74,6 +75,10 @@ def was_trained_on(run: Path, splits: Splits) -> bool:
     if recipe_of(run).data.unlabelled is not None:
         del compared["train"]
     return all(facts.get(split) == photos.digest() for split, photos in compared.items())
+
+
+def _held_out(run: Path, splits: Splits) -> bool:
+    return read_facts(run)["data"].get("validation") == splits.validation.digest()
 
 
 def _place(section: Data) -> tuple[str, Path | None]:

@@ -51,6 +51,9 @@ def build_splits(config: Config) -> Splits:
         fold=section.fold,
         download=section.download,
         unlabelled=section.unlabelled,
+        classes=section.classes,
+        fraction=section.fraction,
+        per_class=section.per_class,
     )
     check_checkpoints(config, splits)
     return splits

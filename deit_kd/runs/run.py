@@ -201,6 +201,7 @@ def _write_facts(run: Run, teacher_facts: TeacherFacts | None, attention: Attent
     run.folder.mkdir(parents=True, exist_ok=True)
     facts: Facts = {
         "data": run.data_facts,
+        "images": {split: len(photos) for split, photos in run.splits._asdict().items()},
         "views": VIEWS_VERSION,
         "executor": executor_of(run.config),
         "classes": list(run.classes),
@@ -222,6 +223,8 @@ def _say_start(run: Run, trainer: Trainer, first_step: int) -> None:
         + (f", continued from step {first_step}" if first_step else "")
         + f"; writes {run.folder}"
     )
+    if run.config.data.taken:
+        say(f"takes part of the photos: {run.config.data.taken}")
     say(f"learns from {run.config.distill.described()}")
     if trainer.ema is not None:
         say(average_line(trainer.ema, run.loader.total_steps))

@@ -6,7 +6,6 @@ import csv
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 
 from deit_kd.interfaces import InputError, nearest
 from deit_kd.origins import imagenet_names
+from deit_kd.wordnet import description, plain, words_of
 
 COLUMN = re.compile(r"[0-9]{1,9}")
-WORDNET_ID = re.compile(r"n[0-9]{8}")
 LABEL, NUMBER = "label:", "column:"  # before an entry of a mapping file that could be either
 PREFIXES = (LABEL, NUMBER)
 LABEL_SETS = (
@@ -71,24 +70,8 @@ class ClassMap(nn.Module):
 
 def described(label: str | None) -> str:
     """Return a column's label for display: a WordNet id comes with its description."""
-    description = None if label is None else _description(label)
-    return label or "" if description is None else f"{label} ({description})"
-
-
-def _description(label: str) -> str | None:
-    """Return the description of a WordNet id; None for any other label."""
-    if not WORDNET_ID.fullmatch(label):
-        return None
-    try:
-        description: str = _imagenet().label_name_to_description(label)
-    except KeyError:  # not one of ImageNet's
-        return None
-    return description
-
-
-@cache
-def _imagenet() -> ImageNetInfo:
-    return ImageNetInfo("imagenet-22k")
+    found = None if label is None else description(label)
+    return label or "" if found is None else f"{label} ({found})"
 
 
 def build_class_map(
@@ -317,8 +300,7 @@ class _Places:
             self._by_name.setdefault(name, set()).add(group)
             if COLUMN.fullmatch(name):
                 self._by_number.setdefault(int(name), set()).add(group)
-            description = _description(name) or name
-            for word in {_plain(word) for word in (description, *description.split(","))}:
+            for word in words_of(name):
                 self._by_word.setdefault(word, set()).add(group)
 
     def find(self, name: str, entry: str) -> tuple[int, ...]:
@@ -351,7 +333,7 @@ class _Places:
         return int(entry)
 
     def _labelled(self, name: str, entry: str) -> tuple[int, ...]:
-        found = sorted(self._by_name.get(entry) or self._by_word.get(_plain(entry), set()))
+        found = sorted(self._by_name.get(entry) or self._by_word.get(plain(entry), set()))
         if len(found) == 1:
             return found[0]
         if found:
@@ -366,8 +348,4 @@ class _Places:
 
     def nearest(self, name: str) -> str:
         """Return the teacher's names that are most similar to `name`, in brackets."""
-        return nearest(name, self._by_name) or nearest(_plain(name), self._by_word)
-
-
-def _plain(words: str) -> str:
-    return " ".join(words.replace("_", " ").lower().split())
+        return nearest(name, self._by_name) or nearest(plain(name), self._by_word)
