@@ -22,7 +22,7 @@ KEYS = [
     ({"teacher__fit__epoch": 1}, "teacher.fit.epoch: unknown key (nearest: teacher.fit.epochs"),
     ({"temperature": 3}, "temperature: unknown key (nearest: distill.temperature"),
     ({"batch_size": 8}, "batch_size: unknown key (nearest: "),
-    ({"config": "nowhere.yaml"}, "File does not exist"),
+    ({"config": "nowhere.yaml"}, "config: nowhere.yaml is neither a file nor a recipe of deit_kd"),
     ({"train__epochs": "many"}, "train.epochs: 'many'"),
     ({"train__epochs": 1.5}, "train.epochs: '1.5'"),
     ({"train__epochs": 0}, "train.epochs: '0' Input should be greater than 0"),

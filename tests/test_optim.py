@@ -145,7 +145,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused(warmup: int) -> None:
         ("finetune", 3068),
         ("quickstart", 1437),
         ("subset", 9469),
-        ("imagenet", 1_281_167),
+        ("imagenet_tiny", 1_281_167),
     ],
 )
 def test_the_decay_of_a_recipe_acts_for_the_last_third_of_its_run_at_least(recipe: str, images: int) -> None:

@@ -16,7 +16,7 @@ from deit_kd.distributed import Processes
 from on_gpu.card import Card, measured
 from on_gpu.timing import Row
 
-RECIPE = Path(__file__).resolve().parents[2] / "configs" / "imagenet.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "configs" / "imagenet_tiny.yaml"
 CLASSES = 1000
 
 Point = tuple[str, Callable[[], list[Row]]]  # what is measured together, and its rows

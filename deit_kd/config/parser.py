@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from deit_kd.config.keys import known_keys
 from deit_kd.config.recipe import Config
 from deit_kd.config.sections import Section
+from deit_kd.config.shipped import RECIPES, recipe_file
 from deit_kd.interfaces import InputError, nearest
 
 DEEPEST = 64  # sections and lists of a recipe within each other
@@ -35,7 +36,9 @@ def build_parser(program: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=program, exit_on_error=False, allow_abbrev=False, description=Config.__doc__, parser_mode="recipe"
     )
-    parser.add_argument("--config", action="config", help="recipe file; later options override it")
+    parser.add_argument(
+        "--config", action="config", help=f"recipe file, or one of {', '.join(RECIPES)}; later options override it"
+    )
     for path, field, default in _keys_of(Config()):
         plain = _plain(field.annotation)
         kind = Annotated[(plain, *field.metadata)] if field.metadata and plain == field.annotation else plain
@@ -100,13 +103,16 @@ def _in_todays_keys(tree: Any) -> Any:
 
 
 def _in_todays_options(arguments: list[str]) -> list[str]:
-    """Return options, perhaps for an earlier version, in the keys of this one."""
+    """Return options, perhaps for an earlier version, in the keys of this one, with recipes by their files."""
     old, cache = "--data.in_memory", {"true": "memory", "false": "none"}
-    whole = [part for one in arguments for part in (one.split("=", 1) if one.startswith(f"{old}=") else [one])]
+    apart = (f"{old}=", "--config=")
+    whole = [part for one in arguments for part in (one.split("=", 1) if one.startswith(apart) else [one])]
     renamed = whole[:1]
     for before, one in pairwise(whole):
         if before == old and one.lower() in cache:
             renamed[-1:] = ["--data.cache", cache[one.lower()]]
+        elif before == "--config":
+            renamed.append(str(recipe_file(one)))
         else:
             renamed.append(one)
     return renamed
