@@ -40,6 +40,9 @@ class Names(Sequence[str]):
     def __getitem__(self, index: slice) -> Names: ...
     def __getitem__(self, index: int | slice) -> str | Names:
         if isinstance(index, slice):
+            if self._rows is None and index.step in (None, 1):
+                first, last, _ = index.indices(len(self))
+                return Names(self._array.slice(first, max(0, last - first)))
             return self.take(np.arange(len(self))[index])
         row = range(len(self))[index]
         found: str = self._array[row if self._rows is None else int(self._rows[row])].as_py()
@@ -47,7 +50,7 @@ class Names(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         for first in range(0, len(self), AT_ONCE):
-            yield from self._part(first).to_pylist()
+            yield from self[first : first + AT_ONCE].array().to_pylist()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -74,8 +77,3 @@ class Names(Sequence[str]):
     def joined(cls, parts: Sequence[Names]) -> Names:
         """Return the names of all parts, one part after the other."""
         return cls(arrow.concat_arrays([part.array() for part in parts]))
-
-    def _part(self, first: int) -> arrow.Array:
-        if self._rows is None:
-            return self._array.slice(first, AT_ONCE)
-        return self._array.take(arrow.array(self._rows[first : first + AT_ONCE]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL import Image
 from deit_kd.data.cache import CHANNELS, Decoded, decode_all, in_threads
 from deit_kd.data.decode import DECODING, shrunk, shrunk_size
 from deit_kd.data.listing import stamps_of
-from deit_kd.data.names import Names, joined_text
+from deit_kd.data.names import AT_ONCE, Names, joined_text
 from deit_kd.data.source import Arrays, Source, TreeFiles
 from deit_kd.interfaces import InputError
 
@@ -163,7 +163,8 @@ class Photos:
     @cached_property
     def _digest(self) -> str:
         hasher = hashlib.blake2b("\n".join(self.classes).encode(), digest_size=16)
-        hasher.update(memoryview(_text_of(self._lines("\n"))))
+        for lines in self._lines("\n"):
+            hasher.update(memoryview(_text_of(lines)))
         if isinstance(self.source, Arrays):
             arrays = self.source.arrays if self.rows is None else self.source.arrays[self.rows]
             hasher.update(np.ascontiguousarray(arrays).data)
@@ -173,13 +174,15 @@ class Photos:
 
     def lines(self) -> list[str]:
         """Return name, size and label of every image."""
-        lines: list[str] = self._lines("").to_pylist()
-        return lines
+        return [line for lines in self._lines("") for line in lines.to_pylist()]
 
-    def _lines(self, before: str) -> arrow.Array:
-        sizes = self.source.sizes if self.rows is None else self.source.sizes[self.rows]
-        names = joined_text("", before, self.names.array())
-        return joined_text("\t", names, arrow.array(sizes), arrow.array(self.labels))
+    def _lines(self, before: str) -> Iterator[arrow.Array]:
+        """Yield a line for each image, with `before` in front of it, many at a time."""
+        for first in range(0, len(self), AT_ONCE):
+            part = slice(first, first + AT_ONCE)
+            sizes = self.source.sizes[part if self.rows is None else self.rows[part]]
+            names = joined_text("", before, self.names[part].array())
+            yield joined_text("\t", names, arrow.array(sizes), arrow.array(self.labels[part]))
 
 
 def _text_of(strings: arrow.Array) -> arrow.Buffer:
