@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from deit_kd.config import build_parser, parse_config, read_options
+from deit_kd.config import Config, build_parser, parse_config, read_options
 from deit_kd.files import check_file_to_be, refusal
 from deit_kd.interfaces import InputError, Stopped, nearest, printable
 from deit_kd.places import check_source, check_there, check_training, path_of, photos_root
@@ -205,17 +206,25 @@ def _runs_given(parser: ArgumentParser, arguments: Arguments) -> dict[str, Any]:
     return given
 
 
-def _data(arguments: Arguments) -> int:
-    parser = build_parser("deit-kd data")
-    parser.add_argument("action", choices=["check"], help="read every photo of a tree once")
+def _data(arguments: Arguments) -> int | None:
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        print("usage: deit-kd data check PHOTOS | pack PHOTOS OUT | index PHOTOS")
+        return 0
+    if verb not in DATA_VERBS:
+        raise InputError(f"data {verb}: unknown; use one of {', '.join(DATA_VERBS)}{nearest(verb, DATA_VERBS)}")
+    return DATA_VERBS[verb](arguments[1:])
+
+
+def _data_check(arguments: Arguments) -> int:
+    parser = build_parser("deit-kd data check")
     parser.add_argument("root", type=str, nargs="?", default=None, help="folder of the photos; data.root unless set")
     parser.add_argument("--json", type=str, default=None, help="file for the findings")
     config, others = parse_config(arguments, parser)
     json_file = _named_file("--json", others["json"])
-    root = others["root"] or config.data.root
-    photos_root(root)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"name": "folder", "root": root})})
-    from deit_kd.jobs.data import available_cores, check_data, tell_taken
+    config = _of_folder(config, others["root"])
+    from deit_kd.jobs.data import check_data, tell_taken
+    from deit_kd.machine import available_cores
     from deit_kd.runs.parts import build_splits
 
     splits, share = build_splits(config), config.data.validation_fraction
@@ -224,6 +233,67 @@ def _data(arguments: Arguments) -> int:
         print(f"validation: {100 * share:g} % of each class (data.validation_fraction; --config takes a recipe's)")
     tell_taken(config, splits)
     return 0 if check_data(splits, available_cores(), json_file) else 1
+
+
+def _data_pack(arguments: Arguments) -> None:
+    parser = build_parser("deit-kd data pack")
+    parser.add_argument("tree", type=str, help="folder of the photos")
+    parser.add_argument("out", type=str, help="folder for the shards")
+    parser.add_argument(
+        "--splits", type=str, nargs="+", default=[], help="folders in the tree; the recipe's two unless set"
+    )
+    parser.add_argument(
+        "--short-side",
+        type=PositiveInt,
+        default=None,
+        help="bring the shorter side of larger photos to this many pixels",
+    )
+    parser.add_argument("--quality", type=PositiveInt, default=None, help="of JPEG, 1 to 100; 90 with --short-side")
+    parser.add_argument("--shard-mb", type=PositiveFloat, default=256, help="photos of one shard, in MB of the tree")
+    parser.add_argument("--workers", type=PositiveInt, default=None, help="threads that read and encode")
+    config, others = parse_config(arguments, parser)
+    photos_root(others["tree"])
+    quality = others["quality"] or (90 if others["short_side"] else None)
+    if quality is not None and quality > 100:
+        raise InputError(f"--quality: {quality} is not a quality of JPEG; use 1 to 100")
+    from deit_kd.data import Look
+    from deit_kd.jobs.pack import pack_tree
+    from deit_kd.machine import available_cores
+
+    look = Look(others["short_side"], quality)
+    threads = others["workers"] or max(4, available_cores())
+    pack_tree(
+        config, others["tree"], Path(others["out"]), others["splits"], look, int(others["shard_mb"] * 10**6), threads
+    )
+
+
+def _data_index(arguments: Arguments) -> None:
+    parser = build_parser("deit-kd data index")
+    parser.add_argument("root", type=str, nargs="?", default=None, help="folder of the photos; data.root unless set")
+    parser.add_argument("--splits", type=str, nargs="+", default=[], help="splits besides the recipe's two")
+    parser.add_argument("--workers", type=PositiveInt, default=None, help="processes that read shards")
+    config, others = parse_config(arguments, parser)
+    config = _of_folder(config, others["root"])
+    from deit_kd.jobs.index import index
+    from deit_kd.machine import available_cores
+
+    index(config, others["splits"], others["workers"] or available_cores())
+
+
+def _of_folder(config: Config, root: str | None) -> Config:
+    """Return the recipe for the photos in a folder, which is a tree unless it holds shards."""
+    root = root or config.data.root
+    top = photos_root(root)
+    splits = [top / split for split in (".", config.data.train_split, config.data.validation_split)]
+    name = "shards" if any(next(split.glob("*.tar"), None) for split in splits) else "folder"
+    return config.model_copy(update={"data": config.data.model_copy(update={"name": name, "root": root})})
+
+
+DATA_VERBS: dict[str, Callable[[Arguments], int | None]] = {
+    "check": _data_check,
+    "pack": _data_pack,
+    "index": _data_index,
+}
 
 
 def _store(arguments: Arguments) -> None:
@@ -310,7 +380,7 @@ VERBS: dict[str, tuple[str, Callable[[Arguments], int | None]]] = {
     "eval": ("score the heads of a student, separately and fused: a run or a published model", _evaluate),
     "report": ("draw one page about runs: curves, heads, calibration, attention", _report),
     "plot": ("draw the curves of a run that is still going", _plot),
-    "data": ("check photos: counts, unreadable files, duplicates", _data),
+    "data": ("check photos, pack them into shards, or index them (check, pack, index)", _data),
     "store": ("run a teacher once for every view, and keep its answers (build, check, info)", _store),
     "predict": ("print class and probability for images without labels", _predict),
     "export": ("export a run's student to timm, transformers, ONNX or torch.export", _export),

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -103,17 +103,27 @@ def held(folder: Path, said: str) -> Iterator[None]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all, and survives a power cut; a failure leaves nothing behind."""
+    with whole_or_not(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def whole_or_not(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write to that appears as `path` once all is written; see `write_atomically`."""
     aside = path.with_name(f".{path.name}.partial")
     try:
         aside.unlink(missing_ok=True)
         with open(aside, "xb") as file:  # never through an existing link
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

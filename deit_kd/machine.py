@@ -1,7 +1,8 @@
-"""What a machine computes with, said beside every figure: the kind of its CPU, or its GPU."""
+"""What a machine computes with: the kind of its CPU or its GPU, said beside every figure, and how many cores."""
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from pathlib import Path
@@ -27,6 +28,11 @@ def cpu_kind(cpuinfo: str) -> str:
     model, flags = (_first(name, cpuinfo) for name in ("model name", "flags"))
     unit = next((unit for flag, unit in UNITS.items() if flag in flags.split()), None)
     return (model or platform.machine()) + (f" ({unit})" if unit else "")
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _first(name: str, cpuinfo: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from deit_kd.config import Config
 from deit_kd.interfaces import InputError
 
+TAR_SHARDS = "tar shards"
 LOCAL_DIR = "local-dir:"
 TEACHER_OF_RUN = ":teacher"  # after a run's folder: its teacher instead of its student
 
@@ -17,17 +18,21 @@ def check_there(key: str, path: str, cure: str) -> None:
         raise InputError(f"{key}: {path} is not there; {cure}")
 
 
-def photos_root(root: str | None) -> Path:
+def photos_root(root: str | None, holds: str = "one folder of images for each class") -> Path:
     """Return the folder that ``data.root`` names.
+
+    Args:
+        root: the value of the key.
+        holds: what should be in the folder, for the message.
 
     Raises:
         InputError: there is none.
     """
     if root is None:
-        raise InputError("data.root: is not set; name a folder with one folder of images for each class")
+        raise InputError(f"data.root: is not set; name a folder with {holds}")
     top = Path(root).expanduser()
     if not top.is_dir():
-        raise InputError(f"data.root: {root} is not a folder; name a folder with one folder of images for each class")
+        raise InputError(f"data.root: {root} is not a folder; name a folder with {holds}")
     return top
 
 
@@ -50,6 +55,8 @@ def check_training(config: Config) -> None:
     """Raise an InputError if training with `config` needs a file or a folder that does not exist."""
     if config.data.name == "folder":
         photos_root(config.data.root)
+    if config.data.name == "shards":
+        photos_root(config.data.root, TAR_SHARDS)
     if config.data.unlabelled is not None:
         check_there("data.unlabelled", config.data.unlabelled, "name a folder with images")
     weights = {"student.checkpoint": config.student.checkpoint}

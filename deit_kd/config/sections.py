@@ -48,8 +48,8 @@ def _check_positive(value: Statistics | None) -> Statistics | None:
 class Data(Section):
     """Where the photos are and how large the student sees them."""
 
-    name: str = key("folder", RESULT)
-    """dataset: folder, digits, imagenette, cifar10 or cifar100"""
+    name: str = key("folder", NOTHING)  # the photos themselves are compared
+    """dataset: folder, shards, digits, imagenette, cifar10 or cifar100"""
     root: str | None = key(None, NOTHING)  # the photos themselves are compared
     """folder of the photos"""
     train_split: str = key("train", RESULT)
@@ -74,6 +74,8 @@ class Data(Section):
     """folder of photos without labels to train on, nested in any way; root then only gives classes and validation"""
     download: bool = key(False, NOTHING)
     """let torchvision download the data to root"""
+    stage: str | None = key(None, NOTHING)
+    """folder on a local disk to copy shards to before they are read, once for all processes of a machine"""
     image_size: int = key(224, VIEWS, gt=0)
     """side of the student's images in pixels"""
     crop_fraction: float = key(0.9, VIEWS, gt=0, le=1)

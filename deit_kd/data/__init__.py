@@ -3,19 +3,24 @@
 from deit_kd.data.cache import CAN_SHARE, Decoded
 from deit_kd.data.decode import UnreadableImage, load_image
 from deit_kd.data.device_loader import DeviceLoader, Draws
-from deit_kd.data.folder import one_split
+from deit_kd.data.folder import index_tree
 from deit_kd.data.folds import joined
 from deit_kd.data.loader import PillowLoader, TrainingLoader, Views, build_evaluation_loader, lost_worker
 from deit_kd.data.mixing import Mixing
 from deit_kd.data.order import TrainingBatchSampler
+from deit_kd.data.packing import Look, check_room, keep_to_plan, pack
 from deit_kd.data.photos import Photos, Splits
-from deit_kd.data.sets import build_splits
+from deit_kd.data.sets import build_splits, one_split
+from deit_kd.data.shard_index import Manifest
+from deit_kd.data.shard_sets import index_shards, record_packed
 
 __all__ = [
     "CAN_SHARE",
     "Decoded",
     "DeviceLoader",
     "Draws",
+    "Look",
+    "Manifest",
     "Mixing",
     "Photos",
     "PillowLoader",
@@ -26,8 +31,14 @@ __all__ = [
     "Views",
     "build_evaluation_loader",
     "build_splits",
+    "check_room",
+    "index_shards",
+    "index_tree",
     "joined",
+    "keep_to_plan",
     "load_image",
     "lost_worker",
     "one_split",
+    "pack",
+    "record_packed",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from deit_kd.data.listing import listed_classes
 from deit_kd.data.photos import Photos, Splits, split_by_hash
 from deit_kd.data.source import TreeFiles
-from deit_kd.data.subsets import with_classes
 from deit_kd.interfaces import InputError
 from deit_kd.places import photos_root
 
@@ -42,7 +40,7 @@ def folder(
     if not validation_folder.is_dir():
         return split_by_hash(_scan(train_folder if train_folder.is_dir() else top), validation_fraction)
     splits = Splits(_scan(train_folder), _scan(validation_folder))
-    _check_same_classes(splits)
+    check_same_classes(splits)
     return splits
 
 
@@ -61,21 +59,21 @@ def index_tree(*, root: str | None, train_split: str, validation_split: str) -> 
     return {str(split): len(_scan(split, indexed=True)) for split in splits or [top]}
 
 
-def one_split(root: str | None, split: str, classes: Sequence[str] | str | None = None) -> Photos:
-    """Return the photos of ``root/<split>/<class>/…``, of all classes or of some; ``.`` is a tree without splits.
+def one_split_of_tree(root: str | None, split: str) -> Photos:
+    """Return the photos of ``root/<split>/<class>/…``; ``.`` is a tree without splits.
 
     Raises:
-        InputError: the folder is missing or empty, a class has no images, or one of `classes` is not there.
+        InputError: the folder is missing or empty, or a class has no images.
     """
-    photos = _scan(photos_root(root) / split)
-    return photos if classes is None else with_classes(photos, classes)
+    return _scan(photos_root(root) / split)
 
 
 def _scan(split_folder: Path, indexed: bool = False) -> Photos:
     try:
         classes, _ = find_classes(split_folder)
     except FileNotFoundError as error:
-        raise InputError(f"data.root: {split_folder} holds no class folders; put each class in a folder") from error
+        cure = "set data.name shards" if any(split_folder.glob("*.tar")) else "put each class in a folder"
+        raise InputError(f"data.root: {split_folder} holds no class folders; {cure}") from error
     found = listed_classes(split_folder, classes, "data.root", indexed)
     empty = [name for name, count in zip(classes, found.counts, strict=True) if not count]
     if empty:
@@ -88,7 +86,8 @@ def _scan(split_folder: Path, indexed: bool = False) -> Photos:
     return Photos(found.names, labels, tuple(classes), files, split_folder)
 
 
-def _check_same_classes(splits: Splits) -> None:
+def check_same_classes(splits: Splits) -> None:
+    """Raise an InputError unless both splits have the same classes."""
     train, validation = set(splits.train.classes), set(splits.validation.classes)
     if train == validation:
         return

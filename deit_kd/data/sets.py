@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 
 from deit_kd.data.digits import digits
 from deit_kd.data.downloads import cifar10, cifar100, imagenette
-from deit_kd.data.folder import folder
+from deit_kd.data.folder import folder, one_split_of_tree
 from deit_kd.data.folds import one_fold
-from deit_kd.data.photos import Splits
+from deit_kd.data.photos import Photos, Splits
+from deit_kd.data.shard_sets import one_split_of_shards, shards
 from deit_kd.data.subsets import share_of, with_classes
 from deit_kd.data.unlabelled import unlabelled_photos
 from deit_kd.interfaces import InputError, nearest
 
 SETS: dict[str, Callable[..., Splits]] = {
     "folder": folder,
+    "shards": shards,
     "digits": digits,
     "imagenette": imagenette,
     "cifar10": cifar10,
@@ -36,6 +38,7 @@ def build_splits(
     classes: Sequence[str] | str | None = None,
     fraction: float | None = None,
     per_class: int | None = None,
+    stage: str | None = None,
 ) -> Splits:
     """Return the training and the validation split of the dataset called `name`.
 
@@ -54,6 +57,7 @@ def build_splits(
         validation_split=validation_split,
         validation_fraction=validation_fraction,
         download=download,
+        stage=stage,
     )
     if classes is not None:
         splits = Splits(*(with_classes(photos, classes) for photos in splits))
@@ -64,3 +68,22 @@ def build_splits(
     if unlabelled is not None:
         splits = splits._replace(train=unlabelled_photos(unlabelled, splits.validation))
     return splits._replace(train=share_of(splits.train, fraction, per_class))
+
+
+def one_split(
+    *,
+    name: str,
+    root: str | None,
+    split: str,
+    classes: Sequence[str] | str | None = None,
+    stage: str | None = None,
+) -> Photos:
+    """Return the photos of any split of a dataset, of all classes or of some; the split ``.`` is `root` itself.
+
+    Raises:
+        InputError: the dataset has no splits but two, the split is missing or empty, or a class is not there.
+    """
+    if name not in ("folder", "shards"):
+        raise InputError(f"--split: {name} has no split {split!r}; use train or validation")
+    photos = one_split_of_tree(root, split) if name == "folder" else one_split_of_shards(root, split, stage)
+    return photos if classes is None else with_classes(photos, classes)

@@ -108,16 +108,19 @@ def first_reason(unreadable: dict[int, str]) -> str:
 def _photos(source: Source, config: Config, split: str, processes: Processes) -> Photos:
     """Return the photos of a split, which are the same for every process."""
 
-    def listed() -> Photos:
+    def found() -> Photos:
         if split in ("train", "validation"):
             splits = parts.build_splits(parts.with_labels(config))
             if source.run is not None:
                 check_own_fold(source.run, config.data, splits)
             photos: Photos = getattr(splits, split)
             return photos
-        if config.data.name != "folder":
-            raise InputError(f"--split: {config.data.name} has no split {split!r}; use train or validation")
-        return data.one_split(config.data.root, split, config.data.classes)
+        where = config.data
+        return data.one_split(name=where.name, root=where.root, split=split, classes=where.classes, stage=where.stage)
+
+    def listed() -> Photos:
+        with processes.busy("lists the photos"):
+            return found()
 
     photos = together(processes, listed)
     parts.compare_photos(processes, {split: photos})
@@ -126,7 +129,7 @@ def _photos(source: Source, config: Config, split: str, processes: Processes) ->
 
 PLACE = (  # keys of the section data that say which photos they are, and not how they are seen
     *("name", "root", "train_split", "validation_split", "validation_fraction", "folds", "fold"),
-    *("classes", "fraction", "per_class", "workers"),
+    *("classes", "fraction", "per_class", "workers", "stage"),
 )
 
 

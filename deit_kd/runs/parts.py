@@ -54,6 +54,7 @@ def build_splits(config: Config) -> Splits:
         classes=section.classes,
         fraction=section.fraction,
         per_class=section.per_class,
+        stage=section.stage,
     )
     check_checkpoints(config, splits)
     return splits
