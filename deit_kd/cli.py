@@ -299,7 +299,9 @@ DATA_VERBS: dict[str, Callable[[Arguments], int | None]] = {
 def _store(arguments: Arguments) -> None:
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
-        print("usage: deit-kd store build --config R --store DIR | check DIR --config R | info DIR")
+        print(
+            "usage: deit-kd store build --config R --store DIR [--part 3/16 | --join] | check DIR --config R | info DIR"
+        )
         return
     if verb not in STORE_VERBS:
         raise InputError(f"store {verb}: unknown; use one of {', '.join(STORE_VERBS)}{nearest(verb, STORE_VERBS)}")
@@ -311,11 +313,20 @@ def _store_build(arguments: Arguments) -> None:
     parser.add_argument("--store", type=str, default=None, help="folder of the store; teacher.store unless set")
     parser.add_argument("--epochs", type=int, default=None, help="view epochs to store; train.epochs unless set")
     parser.add_argument("--batch_size", type=int, default=256, help="images per process and batch")
+    parser.add_argument("--part", type=str, default=None, help="build only a part, such as 3/16: the third of 16")
+    parser.add_argument("--join", action="store_true", help="finish a store that was built in parts")
     config, others = parse_config(arguments, parser)
+    if others["join"] and others["part"] is not None:
+        raise InputError(f"--join: cannot be used with --part {others['part']}; build all parts, then join them")
+    if others["join"]:
+        from deit_kd.jobs.store import join
+
+        join(config, others["store"])
+        return
     check_training(config)
     from deit_kd.jobs.store import build
 
-    build(config, others["store"], others["epochs"], others["batch_size"])
+    build(config, others["store"], others["epochs"], others["batch_size"], others["part"])
 
 
 def _store_check(arguments: Arguments) -> None:

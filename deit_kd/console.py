@@ -43,6 +43,16 @@ class ViewMeter:
         if self._progress is not None:
             self._progress.stop()
 
+    @property
+    def done(self) -> int:
+        """How many views are done, including those from before."""
+        return self._done
+
+    @property
+    def rate(self) -> float:
+        """How many views a second are done; 0 before the first."""
+        return self._asked / max(time.perf_counter() - self._since, 1e-9)
+
     def advance(self, views: int) -> None:
         """Count views that were just done; without a terminal, print a line now and then."""
         self._asked += views
@@ -63,9 +73,8 @@ class ViewMeter:
     def _say(self, note: str) -> None:
         self._said = time.perf_counter()
         if self._is_main and self._asked:
-            rate = self._asked / (self._said - self._since)
-            left = timedelta(seconds=round((self._total - self._done) / rate))
-            say(f"{note}, {rate:.0f} views/s, {left} left")
+            left = duration_text((self._total - self._done) / self.rate)
+            say(f"{note}, {self.rate:.0f} views/s, {left} left")
 
 
 def progress_bar() -> Progress:

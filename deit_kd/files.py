@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -60,7 +61,7 @@ _held: set[Path] = set()
 
 
 @contextmanager
-def held(folder: Path, said: str) -> Iterator[None]:
+def held(folder: Path, said: str, shared: bool = False) -> Iterator[None]:
     """Lock `folder` for writing; create it if necessary, and remove it again if nothing was written to it.
 
     A process that dies releases the lock, even if its children survive. On a system without locks there is no
@@ -69,6 +70,7 @@ def held(folder: Path, said: str) -> Iterator[None]:
     Args:
         folder: of a run or a store.
         said: the message of the error.
+        shared: whether others may hold it at the same time, if they share it, too.
 
     Raises:
         InUse: another process holds it.
@@ -79,26 +81,40 @@ def held(folder: Path, said: str) -> Iterator[None]:
     place = folder.resolve()
     if place in _held:  # opening the file again and closing it would release the lock
         raise InputError(said)
-    with open(place / LOCK, "a") as file:
-        try:
-            import fcntl  # not on Windows
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise InUse(said) from error
-        except (ImportError, OSError):  # a file system without locks
-            pass
+    with _opened_lock(place, said) as file:
+        if not _locked(file, shared):
+            raise InUse(said)
         _held.add(place)
         try:
             yield
         finally:
             _held.remove(place)
-            if made and os.listdir(place) == [LOCK]:
+            if made and os.listdir(place) == [LOCK] and _locked(file):
                 (place / LOCK).unlink()
                 for empty in made:
                     if os.listdir(empty):
                         break
                     empty.rmdir()
+
+
+def _opened_lock(folder: Path, said: str) -> IO[str]:
+    try:
+        return open(folder / LOCK, "a+")
+    except FileNotFoundError as error:  # who held it has just removed the folder
+        raise InUse(said) from error
+
+
+def _locked(file: IO[str], shared: bool = False) -> bool:
+    """Lock an open file, or return False if another process holds it, or has deleted it with its folder."""
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except (BlockingIOError, PermissionError, FileNotFoundError):
+        return False
+    except (ImportError, OSError):  # a file system without locks
+        return True
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -110,14 +126,19 @@ def write_atomically(path: Path, content: bytes) -> None:
 @contextmanager
 def whole_or_not(path: Path) -> Iterator[BinaryIO]:
     """Give a file to write to that appears as `path` once all is written; see `write_atomically`."""
-    aside = path.with_name(f".{path.name}.partial")
+    with _named_when_whole(path, path.with_name(f".{path.name}.partial"), os.replace) as file:
+        yield file
+
+
+@contextmanager
+def _named_when_whole(path: Path, aside: Path, name: Callable[[Path, Path], None]) -> Iterator[BinaryIO]:
     try:
         aside.unlink(missing_ok=True)
         with open(aside, "xb") as file:  # never through an existing link
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        name(aside, path)
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -133,7 +154,29 @@ def whole_or_not(path: Path) -> Iterator[BinaryIO]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as a file that appears whole or not at all."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_atomically(path, _as_json(value))
+
+
+def write_unless_there(path: Path, value: Any) -> None:
+    """Write `value` as JSON, as `write_json` does, unless the file is there; of several writers, the first wins."""
+
+    def link(aside: Path, to: Path) -> None:
+        try:
+            os.link(aside, to)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(aside, to)
+        aside.unlink(missing_ok=True)
+
+    if not path.is_file():
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")  # the writers may be at it at once
+        with _named_when_whole(path, aside, link) as file:
+            file.write(_as_json(value))
+
+
+def _as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def read_json(path: Path, kind: type[Kind]) -> Kind:

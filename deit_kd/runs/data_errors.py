@@ -122,6 +122,14 @@ class DataErrors:
         self._is_cut_back = True
 
 
+def merge(folder: Path, others: Iterable[Path]) -> None:
+    """Add the lines of `others`, in their order, to those of `folder`, each view once."""
+    files = [place / DATA_ERRORS_FILE for place in (folder, *others)]
+    lines = {_subject(line): line for file in files for line in map(json.loads, lines_until(file, 0))}
+    if lines:
+        write_atomically(files[0], _as_text(lines.values()).encode())
+
+
 def _subject(line: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what a line is about, in the order of the file."""
     return line["step"], line["split"], -1 if line["epoch"] is None else line["epoch"], line["position"]

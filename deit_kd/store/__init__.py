@@ -1,15 +1,35 @@
 """The label store: a teacher's answers to every view, kept on disk and replayed for any student."""
 
-from deit_kd.store.folder import VALIDATION, VIEWS_FIELD, LabelStore, epoch_part
+from deit_kd.store.folder import MANIFEST, PARTS, VALIDATION, VIEWS_FIELD, LabelStore, epoch_part
 from deit_kd.store.record import Record
+from deit_kd.store.shares import (
+    Division,
+    Plan,
+    Share,
+    all_progress,
+    forget_parts,
+    missing_parts,
+    plan_of,
+    seconds_left,
+)
 from deit_kd.store.teacher import RecordingTeacher, StoredTeacher
 
 __all__ = [
+    "MANIFEST",
+    "PARTS",
     "VALIDATION",
     "VIEWS_FIELD",
+    "Division",
     "LabelStore",
+    "Plan",
     "Record",
     "RecordingTeacher",
+    "Share",
     "StoredTeacher",
+    "all_progress",
     "epoch_part",
+    "forget_parts",
+    "missing_parts",
+    "plan_of",
+    "seconds_left",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -19,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from deit_kd.files import checked, held, read_json, write_atomically, write_json
+from deit_kd.files import checked, held, read_json, write_atomically, write_json, write_unless_there
 from deit_kd.interfaces import InputError
 from deit_kd.models.state import tensors_hash
 from deit_kd.randomness import VIEWS_VERSION
@@ -28,6 +29,7 @@ from deit_kd.store.record import Record, is_missing, is_whole
 
 FORMAT = 1
 MANIFEST = "store.json"
+PARTS = "parts"  # folder of what several machines need to know that build the store together
 VALIDATION = "validation"
 VIEWS_FIELD = "views.version"  # of a store's identity
 ESSENTIAL = ("format", "identity", "classes", "top", "views", "validation")  # of a manifest: what records depend on
@@ -94,6 +96,7 @@ class LabelStore:
             )
         self.record = Record(len(self.manifest["classes"]), self.manifest["top"])
         self._open: tuple[str, Columns] | None = None
+        self._writer = uuid.uuid4().hex[:8]  # where there are no locks, two may answer the same views
 
     @classmethod
     def begin(cls, folder: str | Path, manifest: Mapping[str, Any]) -> LabelStore:
@@ -108,13 +111,11 @@ class LabelStore:
             InputError: the folder holds something else.
         """
         place = Path(folder).expanduser()
-        if not (place / MANIFEST).is_file():
-            if any(not path.name.startswith(".") for path in place.iterdir()):
-                raise InputError(
-                    f"teacher.store: {folder} holds something that is not a label store; name another folder"
-                )
-            with _said_clearly(place):
-                write_json(place / MANIFEST, {"format": FORMAT, **manifest})
+        there = {path.name for path in place.iterdir() if not path.name.startswith(".")} - {PARTS}
+        if there and not (place / MANIFEST).is_file():  # asked in this order, since another part may begin it now
+            raise InputError(f"teacher.store: {folder} holds something that is not a label store; name another folder")
+        with said_clearly(place):
+            write_unless_there(place / MANIFEST, {"format": FORMAT, **manifest})
         return cls(folder)
 
     @cached_property
@@ -148,7 +149,7 @@ class LabelStore:
     def accept(self, libraries: Mapping[str, str]) -> None:
         """Let these versions of libraries use the store from now on."""
         self.manifest["libraries"].append(dict(libraries))
-        with _said_clearly(self.folder):
+        with said_clearly(self.folder):
             write_json(self.folder / MANIFEST, self.manifest)
 
     def columns(self, part: str) -> Columns:
@@ -279,8 +280,8 @@ class LabelStore:
 
     @staticmethod
     @contextmanager
-    def lock(folder: str | Path) -> Iterator[None]:
-        """Lock `folder` for writing, see `held`.
+    def lock(folder: str | Path, shared: bool = False) -> Iterator[None]:
+        """Lock `folder` for writing, see `held`; `shared` with those that build other parts of it.
 
         Raises:
             InputError: another process writes to it.
@@ -288,19 +289,23 @@ class LabelStore:
         place = Path(folder).expanduser()
         busy = f"teacher.store: {folder} is being written by another process; wait for it, or name another folder"
         with ExitStack() as stack:
-            with _said_clearly(place):
-                stack.enter_context(held(place, busy))
+            with said_clearly(place):
+                stack.enter_context(held(place, busy, shared))
             yield
 
-    def missing(self, part: str) -> np.ndarray:
-        """Return the positions [n] of a part that have no answer yet; damaged pieces count as missing."""
+    def missing(self, part: str, within: range | None = None) -> np.ndarray:
+        """Return the positions [n] of a part, or of those `within`, that have no answer yet.
+
+        Damaged pieces count as missing.
+        """
         rows = self._rows(part)
         if self.holds(part):
             return np.empty(0, dtype=np.int64)
         answered = np.zeros(rows, dtype=bool)
-        for _, positions, _ in self._pieces(part):
+        for positions, _ in self._pieces(part):
             answered[positions.numpy()] = True
-        return np.flatnonzero(~answered)
+        missing = np.flatnonzero(~answered)
+        return missing if within is None else missing[(missing >= within.start) & (missing < within.stop)]
 
     def write_piece(self, part: str, positions: Tensor, columns: Columns) -> None:
         """Keep the records of some positions [n] of a part, in any order.
@@ -317,9 +322,9 @@ class LabelStore:
         tensors = {"positions": positions, **columns}
         content, digest = self._packed(tensors, {})
         place = self._pieces_folder(part)
-        with _said_clearly(self.folder):
+        with said_clearly(self.folder):
             place.mkdir(exist_ok=True)
-            write_atomically(place / f"{int(positions[0]):010d}-{digest[:12]}.safetensors", content)
+            write_atomically(place / f"{int(positions[0]):010d}-{digest[:12]}-{self._writer}.safetensors", content)
 
     def finish(self, part: str, notes: Any = None) -> None:
         """Join the pieces of a part into its file.
@@ -332,11 +337,11 @@ class LabelStore:
             shutil.rmtree(self._pieces_folder(part), ignore_errors=True)
             return
         columns = self.record.empty(self._rows(part))
-        for _, positions, piece in self._pieces(part):
+        for positions, piece in self._pieces(part):
             for name, column in columns.items():
                 column[positions] = piece[name]
         content, _ = self._packed(columns, notes)
-        with _said_clearly(self.folder):
+        with said_clearly(self.folder):
             write_atomically(self._file(part), content)
         shutil.rmtree(self._pieces_folder(part))
 
@@ -346,8 +351,8 @@ class LabelStore:
         digest = _hash(tensors, metadata)
         return save(tensors, {**metadata, "digest": digest}), digest
 
-    def _pieces(self, part: str) -> Iterator[tuple[Path, Tensor, Columns]]:
-        """Yield the pieces of a part; delete the damaged ones, whose views must be answered again."""
+    def _pieces(self, part: str) -> Iterator[tuple[Tensor, Columns]]:
+        """Yield the pieces of a part, without the damaged ones, whose views must be answered again."""
         for file in sorted(self._pieces_folder(part).glob("*.safetensors")):
             try:
                 columns, metadata = self._read(file, None)
@@ -358,9 +363,7 @@ class LabelStore:
             except InputError:
                 whole = False
             if whole:
-                yield file, columns.pop("positions"), columns
-            else:
-                file.unlink()
+                yield columns.pop("positions"), columns
 
     def _rows(self, part: str) -> int:
         return self.manifest["validation" if part == VALIDATION else "views"]
@@ -384,7 +387,8 @@ def _hash(tensors: Columns, metadata: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def _said_clearly(folder: Path) -> Iterator[None]:
+def said_clearly(folder: Path) -> Iterator[None]:
+    """Raise an InputError in place of an error of the disk."""
     try:
         yield
     except OSError as error:

@@ -25,6 +25,7 @@ from deit_kd.store import (
     LabelStore,
     Record,
     RecordingTeacher,
+    Share,
     epoch_part,
 )
 from deit_kd.teachers import NetworkTeacher
@@ -78,6 +79,7 @@ def writing(
     processes: Processes,
     teacher: NetworkTeacher,
     checkpoint: str | None,
+    share: Share | None = None,
 ) -> Iterator[LabelStore]:
     """Open or begin a store that every process may write pieces to, locked against other programs.
 
@@ -89,6 +91,7 @@ def writing(
         processes: of the job.
         teacher: whose answers are recorded.
         checkpoint: where its weights come from; None is timm or random weights.
+        share: which part of the store the job builds; None is all of it, and no other program may write to it.
 
     Raises:
         InputError: the store is of other views or another teacher, or another process writes to it.
@@ -111,7 +114,7 @@ def writing(
     with ExitStack() as stack:
 
         def enter() -> None:
-            stack.enter_context(LabelStore.lock(folder))
+            stack.enter_context(LabelStore.lock(folder) if share is None else share.lock(folder))
             store = LabelStore.begin(folder, manifest)
             refuse_other(store, fields)
             refuse_differences(store, differences(store.manifest, {key: manifest[key] for key in SHAPE}, IN_THE_STORE))
@@ -126,11 +129,14 @@ def writing(
                     f"distill.kind: {config.distill.kind!r} needs logits, but {folder} holds only hard labels; name "
                     "another folder"
                 )
+            if share is not None:
+                share.agree(folder)
 
         on_main(processes, enter, f"opens {folder}")
         store = LabelStore(folder)
         loader.order_as(store.views_version)  # an existing store keeps its order
-        verify(store, processes.share(store.parts), processes)
+        mine = store.parts if share is None else share.finished(store)
+        verify(store, processes.share(mine), processes)
         yield store
 
 
@@ -202,11 +208,12 @@ def fill_epoch(
     batch_size: int,
     errors: DataErrors,
     advance: Callable[[Batch], None] = lambda batch: None,
+    within: range | None = None,
 ) -> None:
-    """Record what an epoch still lacks, each process its share of blocks."""
+    """Record what an epoch, or its positions `within`, still lacks, each process its share of blocks."""
     processes.wait()
     part = epoch_part(epoch)
-    missing = from_main(processes, lambda: store.missing(part), f"looks for what {part} lacks")
+    missing = from_main(processes, lambda: store.missing(part, within), f"looks for what {part} lacks")
     block = batch_size + batch_size % 2
     starts = range(processes.rank * block, len(missing), processes.count * block)
     if len(starts):
@@ -219,4 +226,5 @@ def fill_epoch(
     recorder.flush()
     errors.tell()
     processes.wait()
-    on_main(processes, lambda: store.finish(part), f"joins {part} of {store.folder}")
+    if within is None or len(within) == loader.views_per_epoch:
+        on_main(processes, lambda: store.finish(part), f"joins {part} of {store.folder}")
