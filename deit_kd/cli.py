@@ -319,9 +319,12 @@ def _store_build(arguments: Arguments) -> None:
     if others["join"] and others["part"] is not None:
         raise InputError(f"--join: cannot be used with --part {others['part']}; build all parts, then join them")
     if others["join"]:
+        folder = others["store"] or config.teacher.store
+        if folder is not None:
+            check_there("teacher.store", folder, "build its parts first, with --part")
         from deit_kd.jobs.store import join
 
-        join(config, others["store"])
+        join(config, folder)
         return
     check_training(config)
     from deit_kd.jobs.store import build
