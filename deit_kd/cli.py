@@ -49,6 +49,9 @@ def _evaluate(arguments: Arguments) -> None:
         help="a run, an exported folder, a file or a timm model; or the runs of several folds",
     )
     parser.add_argument("--split", type=str, default="validation", help="train, validation or a folder in data.root")
+    parser.add_argument(
+        "--labels", type=str, default=None, help="JSON of right answers, or real; several or none a photo"
+    )
     parser.add_argument("--against", type=str, default=None, help="another student to compare with")
     parser.add_argument("--to", type=str, default=None, help="folder for the files; RUN/eval/<split> unless set")
     parser.add_argument("--diagnose", type=bool, default=False, help="also look at tokens, layers and attention")
@@ -79,6 +82,7 @@ def _evaluate(arguments: Arguments) -> None:
         look_inside=others["diagnose"],
         images=others["images"],
         with_probe=others["probe"],
+        labels=others["labels"],
     )
 
 
@@ -87,7 +91,9 @@ def _check_evaluation(options: dict[str, Any]) -> None:
     for student in (*options["sources"], options["against"]):
         if student is not None:
             check_source(student)
-    of_one = [option for option in ("against", "diagnose", "images", "probe") if options[option]]
+    if options["labels"] not in (None, "real"):
+        check_there("--labels", options["labels"], "name a file like real.json, or real")
+    of_one = [option for option in ("against", "diagnose", "images", "probe", "labels") if options[option]]
     of_one += ["split"] * (options["split"] != "validation")
     if of_one and len(options["sources"]) > 1:
         raise InputError(f"--{of_one[0]}: works for one student only; leave it out for runs of several folds")

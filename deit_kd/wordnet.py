@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from functools import cache
 
 from timm.data import ImageNetInfo
@@ -30,6 +31,28 @@ def words_of(name: str) -> set[str]:
 def plain(words: str) -> str:
     """Return words in lower case, with single spaces between them."""
     return " ".join(words.replace("_", " ").lower().split())
+
+
+def by_words(names: Iterable[str]) -> dict[str, set[str]]:
+    """Return the names of classes by each of their words, see `words_of`."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        for word in words_of(name):
+            found.setdefault(word, set()).add(name)
+    return found
+
+
+def same_words(name: str, known: Mapping[str, set[str]]) -> set[str]:
+    """Return the names that share a word with `name`: a WordNet id has those of its description.
+
+    Two WordNet ids are two classes, whatever words they share.
+
+    Args:
+        name: of a class.
+        known: the result of `by_words`.
+    """
+    found = set().union(*(known.get(word, set()) for word in words_of(name)))
+    return {other for other in found if not (WORDNET_ID.fullmatch(name) and WORDNET_ID.fullmatch(other))}
 
 
 @cache

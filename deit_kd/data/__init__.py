@@ -13,6 +13,7 @@ from deit_kd.data.photos import Photos, Splits
 from deit_kd.data.sets import build_splits, one_split
 from deit_kd.data.shard_index import Manifest
 from deit_kd.data.shard_sets import index_shards, record_packed
+from deit_kd.data.subsets import with_classes
 
 __all__ = [
     "CAN_SHARE",
@@ -41,4 +42,5 @@ __all__ = [
     "one_split",
     "pack",
     "record_packed",
+    "with_classes",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 
 from deit_kd.data.photos import Photos
 from deit_kd.interfaces import InputError, nearest
-from deit_kd.wordnet import WORDNET_ID, words_of
+from deit_kd.wordnet import by_words, same_words
 
 CLASS_LISTS = Path(__file__).with_name("class_lists")  # each file names its source
 COMMENT = "#"
@@ -88,13 +88,10 @@ def _found(names: Sequence[str], classes: Sequence[str], where: str) -> list[int
     """Return the labels of the named classes, in ascending order."""
     labels = {name: label for label, name in enumerate(classes)}
     missing = [name for name in names if name not in labels]
-    by_word: dict[str, set[str]] = {}
-    for name in classes if missing else ():
-        for word in words_of(name):
-            by_word.setdefault(word, set()).add(name)
+    known = by_words(classes if missing else ())
     found: dict[str, str] = {}
     for name in names:
-        own = name if name in labels else _by_words(name, by_word, classes, where)
+        own = name if name in labels else _by_words(name, known, classes, where)
         if own in found:
             other = found[own]
             also = "" if name == other else f", as {other!r} and {name!r}"
@@ -103,11 +100,9 @@ def _found(names: Sequence[str], classes: Sequence[str], where: str) -> list[int
     return sorted(labels[own] for own in found)
 
 
-def _by_words(name: str, by_word: dict[str, set[str]], classes: Sequence[str], where: str) -> str:
+def _by_words(name: str, known: dict[str, set[str]], classes: Sequence[str], where: str) -> str:
     """Return the class that is described by the same words: a WordNet id by a name, or the reverse."""
-    own = set().union(*(by_word.get(word, set()) for word in words_of(name)))
-    if WORDNET_ID.fullmatch(name):  # two ids are two classes, whatever words they share
-        own = {other for other in own if not WORDNET_ID.fullmatch(other)}
+    own = same_words(name, known)
     if len(own) == 1:
         return own.pop()
     if own:

@@ -250,7 +250,7 @@ def _attention(examination: Examination, batch: Batch) -> TokenAttention | None:
     if not tokens or not blocks(backbone) or getattr(backbone, "cls_token", None) is None:  # no head reads registers
         return None
     # Fused attention does not keep its weights: use a copy of the model built with plain attention.
-    config, classes = parts.with_attention(examination.config, "plain"), examination.photos.classes
+    config, classes = parts.with_attention(examination.config, "plain"), examination.matched.classes
     twin = load_student(examination.source, config, classes, examination.processes)
     return token_attention(twin.backbone, batch.images, tokens)
 

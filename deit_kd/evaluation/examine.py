@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ from torch import Tensor
 from deit_kd import data
 from deit_kd.asking import Answers, collect
 from deit_kd.config import Config
+from deit_kd.console import say
 from deit_kd.data import Photos
 from deit_kd.distributed import Processes, together
+from deit_kd.evaluation.classes import Matched
+from deit_kd.evaluation.right_answers import RightAnswers, read_right_answers
 from deit_kd.evaluation.sources import Source, check_classes, load_student
 from deit_kd.evaluation.teacher import teacher_of, whose
-from deit_kd.interfaces import Batch, InputError, Preprocessing, head_probabilities
+from deit_kd.interfaces import Batch, InputError, Preprocessing, StudentOutput, head_probabilities
 from deit_kd.metrics import judge
 from deit_kd.models.state import tensors_hash
 from deit_kd.run_folder import ScoreRecord
@@ -36,11 +39,18 @@ class Examination:
     split: str
     processes: Processes
     photos: Photos
+    matched: Matched
     student: TimmStudent
     teacher: NetworkTeacher | None  # also None if a label store answers for it
     teacher_score: ScoreRecord | None  # ``top1``, ``top5`` and ``nll`` over the split, recorded in a label store
     answers: Answers
     unreadable: dict[int, str]  # the reason, by index in the split
+    right_answers: RightAnswers | None = None  # to the split's images, in place of their labels
+
+    @property
+    def right(self) -> Tensor | None:
+        """The right answers [n, C] to the images that are scored, if a file gives them."""
+        return None if self.right_answers is None else self.right_answers.right[self.answers.indices]
 
     @property
     def speaker(self) -> str:
@@ -56,16 +66,24 @@ class Examination:
         return {head: probabilities.argmax(-1) for head, probabilities in self.heads().items()}
 
 
-def examine(source: Source, config: Config, split: str, processes: Processes) -> Examination:
+def examine(source: Source, config: Config, split: str, processes: Processes, labels: str | None = None) -> Examination:
     """Run a student, and its teacher if there is one, on every readable image of a split.
+
+    With `labels`, the right answers are those of a file, see `read_right_answers`, and images without any are left out.
 
     Raises:
         InputError: the student cannot be built, the photos are of other classes, or none can be read.
     """
     photos = _photos(source, config, split, processes)
-    check_classes(source, photos.classes)
-    student = load_student(source, config, photos.classes, processes)
-    teacher = teacher_of(source, config, photos, processes)
+    matched = check_classes(source, photos.classes)
+    line = matched.line(source.name, photos.classes)
+    if line is not None and processes.is_main:
+        say(line)
+    right = None
+    if labels is not None:
+        right = together(processes, lambda: read_right_answers(labels, photos.names, photos.classes))
+    student = load_student(source, config, matched.classes, processes)
+    teacher = teacher_of(source, config, _named_by(matched, photos), processes)
     stored = teacher if isinstance(teacher, StoredAnswers) else None
     network = None if isinstance(teacher, StoredAnswers) else teacher
     batches = parts.build_evaluation_loader(config, photos, processes, skip=True)
@@ -74,10 +92,11 @@ def examine(source: Source, config: Config, split: str, processes: Processes) ->
         student,
         network,
         _noting(batches, mine),
-        classes=len(photos.classes),
+        classes=len(matched.classes),
         processes=processes,
         precision=config.train.precision,
     )
+    answers = answers._replace(output=matched.answer(answers.output))
     unreadable = dict(sorted(pair for share in processes.gather(mine) for pair in share.items()))
     if not len(answers.labels):
         raise InputError(
@@ -91,8 +110,33 @@ def examine(source: Source, config: Config, split: str, processes: Processes) ->
             )
         logits = None if stored.logits is None else stored.logits[answers.indices]
         answers = answers._replace(teacher_predictions=stored.predictions[answers.indices], teacher_logits=logits)
-    score = None if stored is None or unreadable else stored.score
-    return Examination(source, config, split, processes, photos, student, network, score, answers, unreadable)
+    score = None if stored is None or unreadable or right is not None else stored.score
+    if right is not None:
+        answers = _of_rows(answers, right.right[answers.indices].any(-1).nonzero()[:, 0])
+    return Examination(
+        source, config, split, processes, photos, matched, student, network, score, answers, unreadable, right
+    )
+
+
+def _of_rows(answers: Answers, rows: Tensor) -> Answers:
+    """Return the answers to some of the images."""
+    cls_logits, dist_logits, _ = answers.output
+
+    def chosen(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[rows]
+
+    return Answers(
+        answers.indices[rows],
+        answers.labels[rows],
+        StudentOutput(cls_logits[rows], chosen(dist_logits)),
+        chosen(answers.teacher_predictions),
+        chosen(answers.teacher_logits),
+    )
+
+
+def _named_by(matched: Matched, photos: Photos) -> Photos:
+    """Return photos whose classes have the student's names, by which its teacher knows them."""
+    return photos if matched.names == photos.classes else replace(photos, classes=matched.names)
 
 
 def _noting(batches: Iterable[Batch], unreadable: dict[int, str]) -> Iterator[Batch]:
@@ -145,7 +189,8 @@ def examine_other(source: Source, first: Examination, split: str, processes: Pro
     photos = own.data.model_copy(update={key: getattr(first.config.data, key) for key in PLACE})
     train = own.train.model_copy(update={"device": first.config.train.device})
     config = own.model_copy(update={"data": photos, "train": train, "teacher": type(own.teacher)()})
-    return examine(source, config, split, processes).predictions()
+    labels = None if first.right_answers is None else first.right_answers.file
+    return examine(source, config, split, processes, labels).predictions()
 
 
 SEEN = set(Preprocessing._fields)  # of the section data
@@ -159,8 +204,9 @@ def evaluated(examination: Examination) -> dict[str, Any]:
         teacher = {"name": network.facts.get("name"), "weights": tensors_hash(network.state_dict())}
     elif examination.answers.teacher_predictions is not None:
         teacher = {"store": config.teacher.store}
-    root = config.data.root
+    root, right = config.data.root, examination.right_answers
     return {
+        **({} if right is None else {"labels": right.digest}),
         "root": config.data.name if root is None else str(Path(root).expanduser().absolute()),
         "split": examination.split,
         "photos": examination.photos.digest(),
@@ -173,7 +219,7 @@ def evaluated(examination: Examination) -> dict[str, Any]:
 def is_as_trained(examination: Examination) -> bool:
     """Return whether a run is evaluated on its own photos, with its own preprocessing, teacher and fusion."""
     source, config = examination.source, examination.config
-    if source.run is None:
+    if source.run is None or examination.right_answers is not None:
         return False
     own = source.own_config()
     digest = source.facts["data"].get(examination.split)
@@ -206,6 +252,21 @@ def beside(name: str, examinations: Mapping[str, Examination]) -> dict[str, dict
     }
 
 
+def _columns(examination: Examination) -> dict[str, Any]:
+    """Return ``{"columns": …}``, the student's column and name of each class, if they are not the photos' own."""
+    mapping = examination.matched.class_map
+    return {} if mapping is None else {"columns": mapping.record(examination.photos.classes)}
+
+
+def _labels(examination: Examination) -> dict[str, Any]:
+    """Return ``{"labels": …}``, the file of right answers and how many images it leaves out, if there is one."""
+    right = examination.right_answers
+    if right is None:
+        return {}
+    readable = len(examination.photos) - len(examination.unreadable)
+    return {"labels": {"file": right.file, "left_out": readable - len(examination.answers.labels)}}
+
+
 def judge_heads(examination: Examination, others: Mapping[str, dict[str, Tensor]]) -> dict[str, Any]:
     """Return what the evaluation's ``heads.json`` holds: that of a training run, and all that `judge` finds."""
     config, source, answers = examination.config, examination.source, examination.answers
@@ -218,6 +279,7 @@ def judge_heads(examination: Examination, others: Mapping[str, dict[str, Tensor]
         others=others,
         fusion=config.evaluate.fusion,
         seed=config.seed,
+        right=examination.right,
     )
     if judged["teacher"] is not None:  # a store rounds its logits, but holds the scores from before
         judged["teacher"] |= examination.teacher_score or {}
@@ -228,6 +290,8 @@ def judge_heads(examination: Examination, others: Mapping[str, dict[str, Tensor]
         "student": source.name,
         "evaluated": evaluated(examination),
         "classes": list(examination.photos.classes),
+        **_columns(examination),
+        **_labels(examination),
         "unreadable": {examination.photos.names[index]: reason for index, reason in examination.unreadable.items()},
         **judged,
     }

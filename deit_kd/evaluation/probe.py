@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from deit_kd.config import Config
-from deit_kd.data import Photos
+from deit_kd.data import Photos, with_classes
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import autocast
 from deit_kd.evaluation.examine import Examination
@@ -30,7 +30,7 @@ def probe(examination: Examination) -> dict[str, Any] | None:
         InputError: the split holds training photos; see also `collect_vectors`.
     """
     config, processes = parts.with_labels(examination.config), examination.processes
-    train = together(processes, lambda: parts.build_splits(config).train)
+    train = together(processes, lambda: _same_classes(parts.build_splits(config).train, examination.photos))
     shared = _files(train) & _files(examination.photos)
     if examination.split == "train" or shared:
         raise InputError(
@@ -46,6 +46,16 @@ def probe(examination: Examination) -> dict[str, Any] | None:
             pairs = known.features, known.labels, asked.features, asked.labels
             found[name] = judge_features(*pairs, seed=config.seed)
     return found if processes.is_main else None
+
+
+def _same_classes(train: Photos, photos: Photos) -> Photos:
+    """Return the training photos of the classes of `photos`."""
+    if train.classes == photos.classes:
+        return train
+    taken = with_classes(train, photos.classes)
+    if taken.classes != photos.classes:
+        raise InputError("--probe: true, but the classes of the training photos have another order; name other photos")
+    return taken
 
 
 def _files(photos: Photos) -> set[str]:

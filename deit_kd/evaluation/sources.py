@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from timm.data.constants import DEFAULT_CROP_PCT
 from deit_kd.config import IMAGENET_MEAN, IMAGENET_STD, Config, TeacherSection, as_options, build_parser, parse_config
 from deit_kd.console import say
 from deit_kd.distributed import Processes
+from deit_kd.evaluation.classes import NUMBER, Matched, knows_any, match_classes
 from deit_kd.interfaces import InputError, Preprocessing
 from deit_kd.models.local_dir import KnownPreprocessing
 from deit_kd.models.names import is_distilled_name
@@ -20,9 +20,7 @@ from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN, check_source
 from deit_kd.run_folder import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, STUDENT_FOLDER, read_facts, run_of
 from deit_kd.runs import parts
 from deit_kd.students import TimmStudent
-from deit_kd.wordnet import WORDNET_ID
 
-NUMBER = re.compile(r"[0-9]{1,9}")
 HEADS = ("head.weight", "fc.weight", "classifier.weight", "head.fc.weight")  # of most timm models
 
 
@@ -149,44 +147,37 @@ def data_options(preprocessing: Preprocessing) -> list[str]:
     return options
 
 
-def check_classes(source: Source, ours: tuple[str, ...]) -> None:
-    """Refuse photos of other classes than the student's, or in another order.
+def check_classes(source: Source, ours: tuple[str, ...]) -> Matched:
+    """Find the classes of photos among the student's, see `match_classes`.
 
-    Names are compared one by one, numbers as numbers. A 1000-way head without names of its own is taken for ImageNet's,
-    with a warning if the folders' names are not WordNet ids.
+    A 1000-way head without names of its own is taken for ImageNet's. 1000 folders with numbers for names are then its
+    columns (ImageNet-V2), and 1000 that have none of its names are taken in its order, with a warning.
 
     Raises:
-        InputError: a class differs (the first one is named), or the student's classes are not known.
+        InputError: the student does not know a class, or nothing says what its classes are.
     """
     theirs, count = source.classes, _class_count(source)
-    is_imagenet = count == 1000 and (theirs is None or source.origin.is_published)
-    if is_imagenet and len(ours) == 1000 and not any(map(WORDNET_ID.fullmatch, ours)):
-        if not all(map(NUMBER.fullmatch, ours)):
+    imagenet = imagenet_names(1000) if count == 1000 else None
+    if imagenet is not None and (theirs is None or source.origin.is_published or theirs == imagenet):
+        theirs = imagenet
+        if len(ours) == 1000 and all(map(NUMBER.fullmatch, ours)):
+            return match_classes(source.name, tuple(map(str, range(1000))), ours)._replace(classes=theirs)
+        if len(ours) == 1000 and not knows_any(theirs, ours):
             say(
                 f"warning: {source.name} has ImageNet's 1000 classes, and the class folders are assumed to be in the "
                 "same order"
             )
-            return
-        theirs = tuple(map(str, range(1000)))
-    elif is_imagenet:
-        theirs = imagenet_names(1000)
+            return Matched(theirs, tuple(range(1000)))
+    if theirs is None and count not in (None, len(ours)):
+        raise InputError(
+            f"data.root: {source.name} has {count} classes, the data have {len(ours)}; name photos of its classes"
+        )
     if theirs is None:
-        if count not in (None, len(ours)):
-            raise InputError(
-                f"data.root: {source.name} has {count} classes, the data have {len(ours)}; name photos of its classes"
-            )
         raise InputError(
             f"{source.name}: nothing says which classes its head stands for, and their number does not identify them; "
             'write {"label_names": ["…", …]}, in the order of its head, to config.json beside its weights'
         )
-    for position in range(max(len(theirs), len(ours))):
-        there = theirs[position] if position < len(theirs) else None
-        here = ours[position] if position < len(ours) else None
-        if there is None or here is None or not _is_same(there, here):
-            raise InputError(
-                f"data.root: {source.name} has {len(theirs)} classes, the data have {len(ours)}; class {position} is "
-                f"{_quoted(there)} there and {_quoted(here)} here. Name photos of the same classes, in this order"
-            )
+    return match_classes(source.name, theirs, ours)
 
 
 def _class_count(source: Source) -> int | None:
@@ -196,16 +187,6 @@ def _class_count(source: Source) -> int | None:
         return known
     heads = [source.origin.state[name] for name in HEADS if name in source.origin.state]
     return len(heads[0]) if heads and heads[0].ndim else None
-
-
-def _is_same(there: str, here: str) -> bool:
-    if NUMBER.fullmatch(there) and NUMBER.fullmatch(here):
-        return int(there) == int(here)
-    return there == here
-
-
-def _quoted(name: str | None) -> str:
-    return "nothing" if name is None else repr(name)
 
 
 def load_student(source: Source, config: Config, classes: tuple[str, ...], processes: Processes) -> TimmStudent:

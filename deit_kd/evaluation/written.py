@@ -26,7 +26,7 @@ def write_evaluation(folder: Path, examination: Examination, heads: dict[str, An
     """Write ``heads.json`` and ``predictions.parquet``; the diagnosis of an earlier evaluation is removed.
 
     The table has a row for each readable image: ``path``, ``label``, by head ``<head>_top5`` (classes, best first)
-    and ``<head>_top5_probability``, and ``teacher_top1``.
+    and ``<head>_top5_probability``, and ``teacher_top1``; with a file of right answers also ``right`` (classes).
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / HEADS_FILE, heads)
@@ -40,6 +40,8 @@ def write_evaluation(folder: Path, examination: Examination, heads: dict[str, An
         "path": arrow.array([photos.names[index] for index in answers.indices.tolist()]),
         "label": names(answers.labels),
     }
+    if examination.right is not None:
+        columns["right"] = arrow.array([[classes[label] for label in row.nonzero()[:, 0]] for row in examination.right])
     for head, log_probabilities in every_head(answers.output).items():
         best = log_probabilities.sort(descending=True, stable=True)  # the first of equal ones, as in argmax
         labels, values = best.indices[:, :5].tolist(), best.values[:, :5].exp().tolist()

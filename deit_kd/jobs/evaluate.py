@@ -47,6 +47,7 @@ def evaluate_source(
     look_inside: bool = False,
     images: list[str] | None = None,
     with_probe: bool = False,
+    labels: str | None = None,
 ) -> dict[str, Any]:
     """Score a student on a split; print the tables, write ``heads.json`` and ``predictions.parquet``.
 
@@ -59,6 +60,7 @@ def evaluate_source(
         look_inside: write ``diagnosis.json`` and the images with the tokens' attention, too; see `diagnose`.
         images: which images to show then; the most interesting ones unless set.
         with_probe: score the features as well, see `probe`.
+        labels: a file of right answers in place of the labels, see `read_right_answers`.
 
     Returns:
         What ``heads.json`` holds.
@@ -68,7 +70,7 @@ def evaluate_source(
     """
     with process_group(config.train.device) as processes:
         source = open_source(text)
-        examination = examine(source, config, split, processes)
+        examination = examine(source, config, split, processes, labels)
         other = None if against is None else open_source(against)
         others = {} if other is None else {other.name: examine_other(other, examination, split, processes)}
         heads = judge_heads(examination, others)
@@ -165,6 +167,9 @@ def tell(heads: dict[str, Any], examination: Examination, folder: Path) -> None:
             f"{len(examination.unreadable)} of {len(examination.photos)} images cannot be read and are left out: "
             f"{first_reason(examination.unreadable)}"
         )
+    if "labels" in heads:
+        labels = heads["labels"]
+        say(f"labels: {labels['file']}; {labels['left_out']} images without a right answer are left out")
     print_scores(heads)
     print_comparison(heads)
     if "probe" in heads:

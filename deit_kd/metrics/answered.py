@@ -35,6 +35,23 @@ def answered(log_probabilities: Tensor, labels: Tensor) -> Answered:
     return Answered(log_probabilities.argmax(-1), ranks(log_probabilities, labels), nll)
 
 
+def is_right(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Return whether each of the predicted classes [n] is right; `truth` is as for `likeliest`."""
+    return predicted == truth if truth.ndim == 1 else truth.gather(1, predicted[:, None])[:, 0]
+
+
+def likeliest(truth: Tensor, scores: Tensor) -> Tensor:
+    """Return the label [n] that counts: the right class with the largest score.
+
+    So an answer is correct among the first k if any right class is, as in timm's ``RealLabelsImagenet``.
+
+    Args:
+        truth: labels [n]; or bool [n, C], where several classes may be right, and one at least is.
+        scores: [n, C].
+    """
+    return truth if truth.ndim == 1 else scores.masked_fill(~truth, float("-inf")).argmax(-1)
+
+
 def joined(rows: Iterable[Answered]) -> Answered:
     """Return the rows of several batches as one."""
     return Answered(*(torch.cat(column) for column in zip(*rows, strict=True)))

@@ -11,6 +11,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from deit_kd.interfaces import StudentOutput
+from deit_kd.metrics.answered import likeliest
 
 BINS = 15
 
@@ -67,7 +68,8 @@ def reliability(probabilities: Tensor, labels: Tensor) -> list[dict[str, float |
 
 
 def _mean_nll(log_probabilities: Tensor, labels: Tensor) -> float:
-    return float(-log_probabilities.gather(1, labels[:, None]).double().mean())
+    own = likeliest(labels, log_probabilities)
+    return float(-log_probabilities.gather(1, own[:, None]).double().mean())
 
 
 def scale_temperature(log_probabilities: Tensor, temperature: float) -> Tensor:
@@ -97,7 +99,7 @@ def fit_fusion_weight(output: StudentOutput, labels: Tensor, weigh: Callable[[St
 
     Args:
         output: logits [n, C] of both heads.
-        labels: [n].
+        labels: [n], or bool [n, C], see `likeliest`.
         weigh: gives the fused log-probabilities [n, C] for a weight.
     """
     weights = [hundredths / 100 for hundredths in range(101)]

@@ -8,6 +8,8 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
+from deit_kd.metrics.answered import is_right
+
 
 def mcnemar(first_right: Tensor, second_right: Tensor) -> dict[str, float | int]:
     """Test whether two predictors are correct equally often on the same images (exact, two-sided).
@@ -31,14 +33,20 @@ def disagreement_matrix(predictions: Mapping[str, Tensor]) -> dict[str, list]:
     """Return how often each pair of `predictions` differs (DeiT, arXiv 2012.12877, Table 4).
 
     Args:
-        predictions: classes [n] by predictor, the truth among them.
+        predictions: classes [n] by predictor, the truth among them, which may also be bool [n, C], see `likeliest`.
 
     Returns:
         ``{"names": [k], "matrix": [k][k]}``, fractions of the images.
     """
     names = list(predictions)
-    matrix = [[float((predictions[a] != predictions[b]).double().mean()) for b in names] for a in names]
+    matrix = [[float(_differ(predictions[a], predictions[b]).double().mean()) for b in names] for a in names]
     return {"names": names, "matrix": matrix}
+
+
+def _differ(first: Tensor, second: Tensor) -> Tensor:
+    if first.ndim == second.ndim:
+        return (first != second).reshape(len(first), -1).any(-1)
+    return ~is_right(*sorted((first, second), key=Tensor.dim))
 
 
 def followed(predictions: Mapping[str, Tensor], labels: Tensor, teacher: Tensor) -> dict[str, dict[str, int]]:
@@ -60,12 +68,18 @@ def followed(predictions: Mapping[str, Tensor], labels: Tensor, teacher: Tensor)
     return counts
 
 
-def class_accuracies(predictions: Mapping[str, Tensor], labels: Tensor, classes: int) -> dict[str, list]:
-    """Return ``support`` [C] and each predictor's accuracy in percent [C]; None for a class without images."""
+def class_accuracies(
+    predictions: Mapping[str, Tensor], labels: Tensor, classes: int, truth: Tensor | None = None
+) -> dict[str, list]:
+    """Return ``support`` [C] and each predictor's accuracy in percent [C]; None for a class without images.
+
+    `labels` say which class an image belongs to, and `truth`, if given, which answers are right, see `likeliest`.
+    """
+    truth = labels if truth is None else truth
     support = torch.bincount(labels, minlength=classes)
     columns: dict[str, list] = {"support": support.tolist()}
     for name, predicted in predictions.items():
-        right = torch.bincount(labels[predicted == labels], minlength=classes)
+        right = torch.bincount(labels[is_right(predicted, truth)], minlength=classes)
         columns[name] = [
             100 * hits / images if images else None
             for hits, images in zip(right.tolist(), columns["support"], strict=True)

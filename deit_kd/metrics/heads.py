@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import StudentOutput, head_log_probabilities
-from deit_kd.metrics.answered import Answered, agreement, answered, score
+from deit_kd.metrics.answered import Answered, agreement, answered, is_right, likeliest, score
 from deit_kd.metrics.calibration import (
     calibration_gaps,
     expected_calibration_error,
@@ -84,6 +84,7 @@ def judge(
     fusion: str,
     seed: int,
     teacher_predictions: Tensor | None = None,
+    right: Tensor | None = None,
 ) -> dict[str, Any]:
     """Return the scores, intervals, tests and calibration of every head over one split.
 
@@ -96,6 +97,8 @@ def judge(
         fusion: which one is called ``fused``: ``softmax`` or ``logits``.
         seed: of the bootstrap and of the two halves.
         teacher_predictions: [n], of a teacher whose logits are not known; only its ``top1`` can be scored.
+        right: bool [n, C], the right answers in place of the labels, which then only sort ``by_class``. NLL, Brier's
+            score and calibration are those of the right class that a head finds likeliest.
 
     Returns:
         JSON: ``heads`` and ``teacher`` (``top1`` and ``top5`` in percent, ``nll``, ``brier``, ``ece``, and their
@@ -109,26 +112,28 @@ def judge(
     both_heads = output.dist_logits is not None
     teacher = None if teacher_logits is None else teacher_logits.float().log_softmax(-1)
     scored = {**heads, **({} if teacher is None else {"teacher": teacher})}
-    rows = {name: answered(values, labels) for name, values in scored.items()}
-    scores = {name: _score(values, rows[name], labels, seed) for name, values in scored.items()}
+    truth = labels if right is None else right
+    own = {name: likeliest(truth, values) for name, values in scored.items()}
+    rows = {name: answered(values, own[name]) for name, values in scored.items()}
+    scores = {name: _score(values, rows[name], own[name], seed) for name, values in scored.items()}
     if both_heads:
         scores["fused"] = scores[f"fused_{fusion}"]
     speakers = {"cls": "cls", "dist": "dist", "fused": f"fused_{fusion}", "teacher": "teacher"}
     predictions = {name: rows[speaker].predicted for name, speaker in speakers.items() if speaker in rows}
     if teacher is None and teacher_predictions is not None:
         predictions["teacher"] = teacher_predictions
-        scores["teacher"] = _score_of_classes(teacher_predictions, labels, seed)
+        scores["teacher"] = _score_of_classes(teacher_predictions, truth, seed)
     fitted, held_out = _halves(len(labels), seed)
     return {
         "heads": {name: scores.get(name) for name in ("cls", "dist", "fused", "fused_softmax", "fused_logits")},
         "teacher": scores.get("teacher"),
         "agreement": agreement(predictions, len(labels), ALONE),
-        "comparisons": _comparisons(predictions, others, labels, seed),
-        "disagreement": disagreement_matrix({"truth": labels, **predictions, **students}),
-        "by_class": class_accuracies({**predictions, **students}, labels, output.cls_logits.shape[-1]),
-        "fusion_weight": _fit_fusion(output, labels, fitted, held_out) if both_heads else None,
-        "temperature": {name: _fit_temperature(values, labels, fitted, held_out) for name, values in heads.items()},
-        "reliability": {name: reliability(values.exp(), labels) for name, values in scored.items()},
+        "comparisons": _comparisons(predictions, others, truth, seed),
+        "disagreement": disagreement_matrix({"truth": truth, **predictions, **students}),
+        "by_class": class_accuracies({**predictions, **students}, labels, output.cls_logits.shape[-1], right),
+        "fusion_weight": _fit_fusion(output, truth, fitted, held_out) if both_heads else None,
+        "temperature": {name: _fit_temperature(values, own[name], fitted, held_out) for name, values in heads.items()},
+        "reliability": {name: reliability(values.exp(), own[name]) for name, values in scored.items()},
     }
 
 
@@ -146,8 +151,8 @@ def _score(log_probabilities: Tensor, rows: Answered, labels: Tensor, seed: int)
     }
 
 
-def _score_of_classes(predictions: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
-    right = 100.0 * (predictions == labels).double()
+def _score_of_classes(predictions: Tensor, truth: Tensor, seed: int) -> dict[str, Any]:
+    right = 100.0 * is_right(predictions, truth).double()
     unknown = dict.fromkeys(("top5", "nll", "brier", "ece"))
     spread = interval(bootstrap_means(right[:, None], seed)[:, 0])
     return {"top1": float(right.mean()), **unknown, "intervals": {"top1": spread}}
@@ -159,7 +164,7 @@ def _speaker(predictions: Mapping[str, Tensor]) -> str:
 
 
 def _comparisons(
-    predictions: Mapping[str, Tensor], others: Mapping[str, Mapping[str, Tensor]], labels: Tensor, seed: int
+    predictions: Mapping[str, Tensor], others: Mapping[str, Mapping[str, Tensor]], truth: Tensor, seed: int
 ) -> list[dict[str, Any]]:
     """Compare each pair of a student's heads, and each head with the same head of the others or with their only one."""
     heads = [head for head in ("cls", "dist", "fused") if head in predictions]
@@ -170,7 +175,7 @@ def _comparisons(
             against = head if head in theirs and head != _speaker(predictions) else speaker
             called = name if against == speaker else f"{name}, {against}"
             pairs[head, called] = predictions[head], theirs[against]
-    right = {pair: (ours == labels, theirs == labels) for pair, (ours, theirs) in pairs.items()}
+    right = {pair: (is_right(ours, truth), is_right(theirs, truth)) for pair, (ours, theirs) in pairs.items()}
     if not right:
         return []
     differences = torch.stack([100 * (ours.double() - theirs.double()) for ours, theirs in right.values()], dim=1)
@@ -192,17 +197,17 @@ def _halves(images: int, seed: int) -> tuple[Tensor, Tensor]:
     return order[: images // 2], order[images // 2 :]
 
 
-def _fit_fusion(output: StudentOutput, labels: Tensor, fitted: Tensor, held_out: Tensor) -> dict[str, Any]:
+def _fit_fusion(output: StudentOutput, truth: Tensor, fitted: Tensor, held_out: Tensor) -> dict[str, Any]:
     assert output.dist_logits is not None
     halves = [StudentOutput(output.cls_logits[half], output.dist_logits[half]) for half in (fitted, held_out)]
     result = {}
     for fusion in FUSIONS:
         weigh = partial(weighted, fusion)
-        weight = fit_fusion_weight(halves[0], labels[fitted], weigh) if len(fitted) else 0.5
+        weight = fit_fusion_weight(halves[0], truth[fitted], weigh) if len(fitted) else 0.5
         result[fusion] = {
             "weight_of_cls": weight,
-            "weighted": _short_score(weigh(halves[1], weight), labels[held_out]),
-            "equal": _short_score(weigh(halves[1], 0.5), labels[held_out]),
+            "weighted": _short_score(weigh(halves[1], weight), truth[held_out]),
+            "equal": _short_score(weigh(halves[1], 0.5), truth[held_out]),
         }
     return result
 
@@ -217,7 +222,8 @@ def _fit_temperature(log_probabilities: Tensor, labels: Tensor, fitted: Tensor, 
     }
 
 
-def _short_score(log_probabilities: Tensor, labels: Tensor) -> dict[str, float | None]:
+def _short_score(log_probabilities: Tensor, truth: Tensor) -> dict[str, float | None]:
+    labels = likeliest(truth, log_probabilities)
     found = score(answered(log_probabilities, labels), log_probabilities.shape[-1], len(labels), ALONE)
     ece = expected_calibration_error(log_probabilities.exp(), labels)
     return {"top1": found["top1"], "nll": found["nll"], "ece": ece}
