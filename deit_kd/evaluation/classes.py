@@ -96,8 +96,8 @@ def match_classes(student: str, theirs: tuple[str, ...], ours: Sequence[str]) ->
         named = ", ".join(repr(name) + nearest(name, theirs) for name in unknown[:MOST_NAMED])
         raise InputError(
             f"data.root: {student} has {len(theirs)} classes, the data have {len(ours)}, and it does not know "
-            f"{len(unknown)} of them: {named}{' …' * (len(unknown) > MOST_NAMED)}; rename their folders, or name the "
-            "others in data.classes"
+            f"{len(unknown)} of them: {named}{' …' * (len(unknown) > MOST_NAMED)}; rename their folders, or take the "
+            "others with data.classes"
         )
     if len(ours) == 1 and len(theirs) > 1:
         raise InputError(f"data.root: the data have one class, {ours[0]!r}, so every answer is right; add another")
