@@ -17,7 +17,7 @@ from deit_kd import InputError
 from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.data import DeviceLoader, Draws, Photos, TrainingBatchSampler, UnreadableImage
-from deit_kd.data.device_loader import one_ahead
+from deit_kd.data.sharing import one_ahead
 from deit_kd.interfaces import Batch
 from deit_kd.runs.parts import build_splits
 from deit_kd.runs.viewing import build_training_loader

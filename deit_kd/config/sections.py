@@ -96,6 +96,8 @@ class Data(Section):
     """bring the shorter side of larger training photos to this many pixels first; null keeps their size"""
     workers: int = key(2, NOTHING, ge=0)
     """data loader workers per training process"""
+    prefetch_mb: int | None = key(None, NOTHING, gt=0)
+    """MB that the batches of a process's workers may take in shared memory; null is two ahead for each, if they fit"""
     on_error: Literal["raise", "skip"] = key("raise", NOTHING)  # what is left out is listed, and marked in a store
     """what to do with a photo that cannot be read: end the run, or leave it out and list it in data_errors.jsonl"""
     max_errors: int = key(100, NOTHING, ge=0)

@@ -1,6 +1,6 @@
 """From photos to batches: datasets, loaders, the order of an epoch, and mixing."""
 
-from deit_kd.data.cache import CAN_SHARE, Decoded
+from deit_kd.data.cache import CAN_SHARE, CHANNELS, Decoded
 from deit_kd.data.decode import UnreadableImage, load_image
 from deit_kd.data.device_loader import DeviceLoader, Draws
 from deit_kd.data.folder import index_tree
@@ -13,10 +13,13 @@ from deit_kd.data.photos import Photos, Splits
 from deit_kd.data.sets import build_splits, one_split
 from deit_kd.data.shard_index import Manifest
 from deit_kd.data.shard_sets import index_shards, record_packed
+from deit_kd.data.sharing import PREFETCHED, batches_ahead
 from deit_kd.data.subsets import with_classes
 
 __all__ = [
     "CAN_SHARE",
+    "CHANNELS",
+    "PREFETCHED",
     "Decoded",
     "DeviceLoader",
     "Draws",
@@ -30,6 +33,7 @@ __all__ = [
     "TrainingLoader",
     "UnreadableImage",
     "Views",
+    "batches_ahead",
     "build_evaluation_loader",
     "build_splits",
     "check_room",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from deit_kd.data.loader import TrainingLoader, in_workers
 from deit_kd.data.mixing import smoothed_targets
 from deit_kd.data.order import TrainingBatchSampler, ViewKey
 from deit_kd.data.photos import Photos
-from deit_kd.data.sharing import PREFETCHED, SharedBuffers
+from deit_kd.data.sharing import PREFETCHED, SharedBuffers, one_ahead, received
 from deit_kd.interfaces import Batch, Missing
 from deit_kd.views import Drawing, Executor, PhotoBuffer, Rows, draw
 
@@ -48,7 +48,7 @@ class Cut(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Draws(Dataset[Cut]):
+class Draws:
     """Draws the rows of a batch, and cuts out what its views show.
 
     Args:
@@ -62,11 +62,6 @@ class Draws(Dataset[Cut]):
     drawing: Drawing
     seed: int
     skip: bool = False
-    _buffers: SharedBuffers = field(default_factory=SharedBuffers, init=False, repr=False)
-
-    def __getitems__(self, keys: list[ViewKey]) -> Cut:
-        """Return a batch in memory that a worker shares."""
-        return self.cut(keys, lambda count: self._buffers.take(count, dtype=torch.uint8))
 
     def cut(self, keys: list[ViewKey], new: Callable[[int], Tensor], each: Callable = map) -> Cut:
         """Return a batch whose photos are read and cut.
@@ -119,6 +114,17 @@ class Draws(Dataset[Cut]):
         return Drawn(kept[:, 2], self.photos.labels[kept[:, 2]], rows, missing)
 
 
+@dataclass(frozen=True)
+class _Cuts(Dataset[Cut]):
+    """Batches of photos, cut by a worker into memory that it shares."""
+
+    draws: Draws
+    buffers: SharedBuffers
+
+    def __getitems__(self, keys: list[ViewKey]) -> Cut:
+        return self.draws.cut(keys, lambda count: self.buffers.take(count, dtype=torch.uint8))
+
+
 class DeviceLoader(TrainingLoader):
     """The device that trains makes the views.
 
@@ -132,6 +138,7 @@ class DeviceLoader(TrainingLoader):
         label_smoothing: mass spread evenly over all classes.
         workers: decode photos that have no cache.
         device: that trains.
+        ahead: batches that each worker makes ahead.
     """
 
     def __init__(
@@ -143,8 +150,10 @@ class DeviceLoader(TrainingLoader):
         label_smoothing: float,
         workers: int,
         device: torch.device,
+        ahead: int = PREFETCHED,
     ) -> None:
         super().__init__(batch_sampler)
+        self._ahead = ahead
         self._draws, self._executor, self._workers, self._device = draws, executor, workers, device
         self._classes, self._label_smoothing = len(draws.photos.classes), label_smoothing
 
@@ -172,12 +181,10 @@ class DeviceLoader(TrainingLoader):
 
     def _by_workers(self, blocks: Iterable[list[ViewKey]]) -> Iterator[Cut]:
         """Yield batches of decoded photos, in memory that is only lent until the next one is requested."""
-        # The workers' buffers stay mapped here, so they are not mapped again for every batch.
-        mapped: deque[Tensor] = deque(maxlen=self._workers * (PREFETCHED + 1))
-        has_gpu = self._device.type == "cuda"
-        for cut in in_workers(self._draws, blocks, _as_it_is, workers=self._workers, pin_memory=False, has_gpu=has_gpu):
-            mapped.append(cut.pixels)
-            yield cut
+        has_gpu, buffers = self._device.type == "cuda", self._workers * (self._ahead + 1)
+        dataset = _Cuts(self._draws, SharedBuffers(self._ahead))
+        cuts = in_workers(dataset, blocks, _as_it_is, workers=self._workers, ahead=self._ahead, has_gpu=has_gpu)
+        return received(cuts, buffers, lambda cut: cut.pixels)
 
     def _batch(self, drawn: Drawn, photos: PhotoBuffer, which: np.ndarray) -> Batch:
         labels = torch.from_numpy(drawn.labels)
@@ -239,18 +246,3 @@ def _on_gpu(
         pixels.record_stream(here)
         edges.record_stream(here)
         yield drawn, _buffer(pixels, edges)
-
-
-def one_ahead(act: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """Yield what `act` makes of each item; while one is used, a thread makes the next.
-
-    An item is only used until the next one is requested. Items are requested here, since torch reports the death of a
-    worker to the main thread.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        ready: list[Made] = []
-        for item in items:
-            following = thread.submit(act, item)
-            yield from ready
-            ready = [following.result()]
-        yield from ready

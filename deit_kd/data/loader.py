@@ -22,7 +22,7 @@ from deit_kd.data.decode import UnreadableImage
 from deit_kd.data.mixing import Example, Mixing, missing_of
 from deit_kd.data.order import TrainingBatchSampler, ViewKey
 from deit_kd.data.photos import Photos
-from deit_kd.data.sharing import PREFETCHED, received
+from deit_kd.data.sharing import PREFETCHED, SharedBuffers, one_ahead, received
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.randomness import seed_view
 from deit_kd.views.transforms import Transform
@@ -148,9 +148,12 @@ def _serve_and_stand_back(worker: int) -> None:
 
 
 def in_workers(
-    dataset: Dataset, blocks: Iterable[list[ViewKey]], collate: Any, *, workers: int, pin_memory: bool, has_gpu: bool
+    dataset: Dataset, blocks: Iterable[list[ViewKey]], collate: Any, *, workers: int, ahead: int, has_gpu: bool
 ) -> Iterable[Any]:
-    """Return what `collate` makes of each block of views, in order, from worker processes if there are any."""
+    """Return what `collate` makes of each block of views, in order, from worker processes if there are any.
+
+    Each worker makes `ahead` batches ahead.
+    """
     return _Plainly(
         DataLoader(
             dataset,
@@ -158,8 +161,7 @@ def in_workers(
             collate_fn=collate,
             num_workers=workers,
             timeout=SECONDS_FOR_A_BATCH if workers else 0,
-            prefetch_factor=PREFETCHED if workers else None,
-            pin_memory=pin_memory,
+            prefetch_factor=ahead if workers else None,
             worker_init_fn=_serve if has_gpu else _serve_and_stand_back,  # without one, the step needs the same cores
         )
     )
@@ -209,20 +211,51 @@ class TrainingLoader(ABC):
 
 
 class PillowLoader(TrainingLoader):
-    """Workers make the views."""
+    """Workers make the views.
+
+    Args:
+        views: of the run's photos.
+        batch_sampler: deals them.
+        mixing: makes batches of them.
+        workers: processes that make them.
+        pin_memory: whether batches are copied to pinned memory, for a GPU.
+        ahead: batches that each worker makes ahead.
+    """
 
     def __init__(
-        self, views: Views, batch_sampler: TrainingBatchSampler, mixing: Mixing, workers: int, pin_memory: bool
+        self,
+        views: Views,
+        batch_sampler: TrainingBatchSampler,
+        mixing: Mixing,
+        workers: int,
+        pin_memory: bool,
+        ahead: int = PREFETCHED,
     ) -> None:
         super().__init__(batch_sampler)
         self._views, self._mixing, self._workers, self._pin_memory = views, mixing, workers, pin_memory
+        self._ahead = ahead
 
     def _load(self, blocks: Iterable[list[ViewKey]], lent: bool = False) -> Iterable[Batch]:
-        has_gpu = self._pin_memory
-        batches = in_workers(
-            self._views, blocks, self._mixing, workers=self._workers, pin_memory=has_gpu, has_gpu=has_gpu
-        )
-        return received(batches, self._workers, lent)
+        collate = _InShared(self._mixing, SharedBuffers(self._ahead))
+        has_gpu, buffers = self._pin_memory, self._workers * (self._ahead + 1)
+        batches = in_workers(self._views, blocks, collate, workers=self._workers, ahead=self._ahead, has_gpu=has_gpu)
+        if not self._workers:
+            return map(Batch.pinned, batches) if has_gpu else batches
+        theirs = received(batches, buffers, lambda batch: batch.images)
+        if has_gpu:
+            return one_ahead(Batch.pinned, theirs)
+        return theirs if lent else (batch._replace(images=batch.images.clone()) for batch in theirs)
+
+
+@dataclass(frozen=True)
+class _InShared:
+    """Makes batches in memory that a worker shares."""
+
+    mixing: Mixing
+    buffers: SharedBuffers
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        return self.mixing(examples, self.buffers.stack)
 
 
 class _Photos(Dataset[Example]):

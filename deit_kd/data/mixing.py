@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import sqrt
 from typing import NamedTuple
 
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deit_kd.data.sharing import SharedStack
 from deit_kd.interfaces import Batch, InputError, Missing
 from deit_kd.randomness import generator
 
@@ -59,16 +59,18 @@ class Mixing:
     probability: float = 1.0
     switch_probability: float = 0.5
     label_smoothing: float = 0.0
-    _stack: SharedStack = field(default_factory=SharedStack, init=False, repr=False, compare=False)
 
     @property
     def is_on(self) -> bool:
         """Whether any pair is ever mixed."""
         return (self.mixup > 0 or self.cutmix > 0) and self.probability > 0
 
-    def __call__(self, examples: list[Example]) -> Batch:
-        """Return the batch of `examples`, whose positions are contiguous and start even when mixing is on."""
-        images = self._stack([example.image for example in examples])
+    def __call__(self, examples: list[Example], stack: Callable[[list[Tensor]], Tensor] = torch.stack) -> Batch:
+        """Return the batch of `examples`, whose positions are contiguous and start even when mixing is on.
+
+        `stack` makes one tensor of the views, which is then mixed in place.
+        """
+        images = stack([example.image for example in examples])
         labels = torch.tensor([example.label for example in examples])
         view_ids = torch.tensor([(example.epoch, example.position) for example in examples])
         targets = smoothed_targets(labels, self.classes, self.label_smoothing)

@@ -21,6 +21,7 @@ from deit_kd.data.names import AT_ONCE, Names, joined_text
 from deit_kd.data.source import Arrays, Source, TreeFiles
 from deit_kd.interfaces import InputError
 
+SAMPLED = 64  # photos that stand for all
 UNLABELLED = -1  # in place of a label
 
 
@@ -129,6 +130,11 @@ class Photos:
     def bytes_when_decoded(self) -> int:
         """Return how much memory a cache of these photos takes."""
         return CHANNELS * sum(width * height for width, height in self._sizes_in_pixels(shown=False))
+
+    def largest_pixels(self) -> int:
+        """Return the pixels of the largest of a few photos: about as many as any of them has."""
+        few = np.linspace(0, len(self) - 1, min(len(self), SAMPLED)).astype(int).tolist()
+        return max(width * height for width, height in map(self._size, few))
 
     def _sizes_in_pixels(self, shown: bool) -> list[tuple[int, int]]:
         return in_threads(self._size, range(len(self)), "reading sizes", shown)

@@ -228,7 +228,8 @@ def _with_epochs_enough(config: Config, rounds: int, steps: int) -> Config:
     prefetched = PREFETCHED * config.data.workers + 1
     epochs = rounds * 4 * (prefetched + SETTLING_STEPS + steps) + 1
     train_section = config.train.model_copy(update={"epochs": max(config.train.epochs, epochs)})
-    return config.model_copy(update={"train": train_section})
+    data_section = config.data.model_copy(update={"prefetch_mb": None})
+    return config.model_copy(update={"train": train_section, "data": data_section})
 
 
 def some_photos(photos: Photos, count: int) -> Photos:

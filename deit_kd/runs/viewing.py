@@ -11,10 +11,12 @@ import torch
 from deit_kd import data
 from deit_kd.config import Config
 from deit_kd.console import say, size_text
-from deit_kd.data import CAN_SHARE, Decoded, Photos
+from deit_kd.data import CAN_SHARE, CHANNELS, PREFETCHED, Decoded, Photos, batches_ahead
 from deit_kd.distributed import Processes, together
 from deit_kd.runs.parts import skips
 from deit_kd.views import EXECUTOR_VERSION, Drawing, Executor, Transform, training_transform
+
+FLOAT32 = 4  # bytes
 
 
 def cached(config: Config, photos: Photos, processes: Processes) -> Photos:
@@ -86,10 +88,11 @@ def build_training_loader(config: Config, photos: Photos, processes: Processes) 
         epochs=config.train.epochs,
     )
     making, kept = _making(config), cached(config, photos, processes)
+    ahead = _batches_ahead(config, kept, processes)
     if not isinstance(making, Drawing):
         views = data.Views(kept, making, config.seed, skips(config))
         has_gpu = processes.device.type == "cuda"
-        return data.PillowLoader(views, batch_sampler, mixing, section.workers, pin_memory=has_gpu)
+        return data.PillowLoader(views, batch_sampler, mixing, section.workers, pin_memory=has_gpu, ahead=ahead)
     return data.DeviceLoader(
         data.Draws(kept, making, config.seed, skips(config)),
         Executor(image_size=section.image_size, mean=section.mean, std=section.std, device=processes.device),
@@ -97,7 +100,31 @@ def build_training_loader(config: Config, photos: Photos, processes: Processes) 
         label_smoothing=augment.label_smoothing,
         workers=section.workers,
         device=processes.device,
+        ahead=ahead,
     )
+
+
+def _batches_ahead(config: Config, photos: Photos, processes: Processes) -> int:
+    """Return how many batches each worker makes ahead, and say what they take.
+
+    Raises:
+        InputError: they do not fit into shared memory, or into ``data.prefetch_mb``.
+    """
+    section = config.data
+    workers = section.workers
+    needs_workers = section.executor == "pillow" or photos.decoded is None
+    if not workers or not needs_workers:
+        return PREFETCHED
+    views = config.train.batch_size // (processes.count * config.train.accumulation_steps)
+    pixels = section.image_size**2 * FLOAT32 if section.executor == "pillow" else photos.largest_pixels()
+    batch_bytes = max(1, views) * CHANNELS * pixels
+    machines = processes.gather(socket.gethostname())
+    loaders = machines.count(machines[processes.rank])
+    ahead = together(processes, lambda: batches_ahead(batch_bytes, workers, loaders, section.prefetch_mb))
+    if processes.is_main:
+        each = (ahead + 1) * workers * batch_bytes
+        say(f"workers: {workers} hold up to {(ahead + 1) * workers} batches, {size_text(each)} of shared memory")
+    return ahead
 
 
 def _making(config: Config) -> Transform | Drawing:
