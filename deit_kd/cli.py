@@ -234,7 +234,7 @@ def _data_check(arguments: Arguments) -> int:
     from deit_kd.runs.parts import build_splits
 
     splits, share = build_splits(config), config.data.validation_fraction
-    if splits.validation.root == splits.train.root and config.data.folds is None:
+    if splits.validation.source is splits.train.source and config.data.folds is None:
         # Without its recipe, another share would be checked than the one that is trained with.
         print(f"validation: {100 * share:g} % of each class (data.validation_fraction; --config takes a recipe's)")
     tell_taken(config, splits)
@@ -262,9 +262,9 @@ def _data_pack(arguments: Arguments) -> None:
     quality = others["quality"] or (90 if others["short_side"] else None)
     if quality is not None and quality > 100:
         raise InputError(f"--quality: {quality} is not a quality of JPEG; use 1 to 100")
-    from deit_kd.data import Look
     from deit_kd.jobs.pack import pack_tree
     from deit_kd.machine import available_cores
+    from deit_kd.packing import Look
 
     look = Look(others["short_side"], quality)
     threads = others["workers"] or max(4, available_cores())

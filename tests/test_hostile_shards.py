@@ -16,8 +16,8 @@ import pytest
 
 from deit_kd.cli import main
 from deit_kd.data.index import place_of_index, read_index, write_index
-from deit_kd.data.tars import members, padded
 from deit_kd.interfaces import InputError
+from deit_kd.tars import members, padded
 from tests.helpers import draw, write_photos
 from tests.tiny_parts import folder_splits
 
@@ -218,6 +218,12 @@ def name_a_photo_elsewhere(copy: Path) -> None:
     write_index(path, names, index.columns, index.facts)
 
 
+def name_a_split_elsewhere(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["splits"]["../elsewhere"] = manifest["splits"]["train"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+
+
 def give_a_trees_index(copy: Path) -> None:
     path = copy / "train" / "index.arrow"
     index = read_index(path)
@@ -244,6 +250,7 @@ REFUSED_AT_START: list[tuple[Callable[[Path], None], str]] = [
     (label_below_zero, r"index.arrow: is no index of shards"),
     (list_a_shard_elsewhere, r"index.arrow: is older than its shards"),
     (name_a_photo_elsewhere, r"index.arrow: is no index of photos .it names photos outside their folder."),
+    (name_a_split_elsewhere, r"manifest.json: '../elsewhere' is not a name below its folder"),
     (give_a_trees_index, r"index.arrow: is no index of shards .not of shards."),
 ]
 
@@ -274,6 +281,7 @@ REFUSED_WHEN_INDEXED: list[tuple[Callable[[Path], None], str]] = [
     (add_a_shard, "000009.tar: is not the shard that"),
     (name_fewer_classes, "as class 2 of 2 in"),
     (rename_a_class, "as class 0, which is 'cats' in"),
+    (name_a_split_elsewhere, "'../elsewhere' is not a name below its folder"),
 ]
 
 
@@ -291,6 +299,11 @@ def test_shards_other_than_the_manifests_are_not_indexed(
 def test_shards_that_are_taken_for_a_tree_are_told_apart(copy: Path) -> None:
     with pytest.raises(InputError, match=r"train holds no class folders; set data.name shards"):
         folder_splits(copy)
+
+
+def test_a_tree_has_no_shards_to_stage(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data.stage: .*, but data.name folder has no shards to copy; unset it"):
+        folder_splits(shards.parent / "photos", stage=str(tmp_path))
 
 
 def test_an_older_index_is_made_again(copy: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -252,6 +253,11 @@ def test_an_index_made_again_is_the_one_that_packing_made(shards: Path, tmp_path
     assert (out / "train" / "index.arrow").read_bytes() == before
 
 
+def test_the_same_verb_indexes_a_tree(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "index", str(tree)]) == 0
+    assert f"{tree / 'train'}: 25 photos" in capsys.readouterr().out
+
+
 # What others have packed
 
 
@@ -327,6 +333,28 @@ def test_staged_shards_give_the_same_photos_and_are_copied_once(
     assert "copying" not in capsys.readouterr().out
     assert all(Path(file.path).is_relative_to(tmp_path) for file in again.source.files)  # type: ignore[attr-defined]
     assert list(pixels(again)) == list(pixels(first)) == list(pixels(of_shards(shards).train))
+
+
+def staged_names(root: Path, stage: Path) -> list[str]:
+    return [file.path for file in of_shards(root, stage=str(stage)).train.source.files]  # type: ignore[attr-defined]
+
+
+def test_processes_of_a_machine_copy_shards_once(
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with ProcessPoolExecutor(3) as pool:
+        found = list(pool.map(staged_names, [shards] * 3, [tmp_path] * 3))
+    assert found[0] == found[1] == found[2]
+    assert capfd.readouterr().out.count("copying") == 2  # each split
+
+
+def test_a_photo_that_is_damaged_in_the_shards_does_not_stop_staging(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "packed", copy_function=shutil.copy2)
+    photos = of_shards(tmp_path / "packed").train
+    spoil(Path(photos.source.files[photos.source.shard[0]].path), int(photos.source.offset[0]))  # type: ignore[attr-defined]
+    staged = of_shards(tmp_path / "packed", stage=str(tmp_path / "local")).train
+    unreadable = {name for name, value in pixels(staged) if value is None}
+    assert unreadable == {"bars/broken.jpg", photos.names[0]}
 
 
 @pytest.mark.parametrize("leaves", ["nothing", "a part of a shard", "other bytes"])

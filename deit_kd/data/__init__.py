@@ -8,11 +8,9 @@ from deit_kd.data.folds import joined
 from deit_kd.data.loader import PillowLoader, TrainingLoader, Views, build_evaluation_loader, lost_worker
 from deit_kd.data.mixing import Mixing
 from deit_kd.data.order import TrainingBatchSampler
-from deit_kd.data.packing import Look, check_room, keep_to_plan, pack
 from deit_kd.data.photos import Photos, Splits
 from deit_kd.data.sets import build_splits, one_split
-from deit_kd.data.shard_index import Manifest
-from deit_kd.data.shard_sets import index_shards, record_packed
+from deit_kd.data.shard_sets import index_shards
 from deit_kd.data.sharing import PREFETCHED, batches_ahead
 from deit_kd.data.subsets import with_classes
 
@@ -23,8 +21,6 @@ __all__ = [
     "Decoded",
     "DeviceLoader",
     "Draws",
-    "Look",
-    "Manifest",
     "Mixing",
     "Photos",
     "PillowLoader",
@@ -36,15 +32,11 @@ __all__ = [
     "batches_ahead",
     "build_evaluation_loader",
     "build_splits",
-    "check_room",
     "index_shards",
     "index_tree",
     "joined",
-    "keep_to_plan",
     "load_image",
     "lost_worker",
     "one_split",
-    "pack",
-    "record_packed",
     "with_classes",
 ]

@@ -47,10 +47,13 @@ def build_splits(
     `unlabelled_photos`. Of the training split, `fraction` or `per_class` of each class are taken, see `share_of`.
 
     Raises:
-        InputError: the name is unknown, or the data are missing, empty, inconsistent or of one class.
+        InputError: the name is unknown, there are no shards for `stage`, or the data are missing, empty, inconsistent
+            or of one class.
     """
     if name not in SETS:
         raise InputError(f"data.name: {name!r} is unknown; use one of {', '.join(SETS)}{nearest(name, SETS)}")
+    if stage is not None and name != "shards":
+        raise InputError(f"data.stage: {stage}, but data.name {name} has no shards to copy; unset it")
     splits = SETS[name](
         root=root,
         train_split=train_split,

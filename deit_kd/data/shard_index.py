@@ -18,10 +18,10 @@ from typing_extensions import NotRequired, TypedDict
 
 from deit_kd.data.index import Index, place_of_index, read_index, write_index
 from deit_kd.data.names import TEXT
-from deit_kd.data.packing import as_number, digest_of
-from deit_kd.data.tars import Member, checked_name, members
+from deit_kd.data.shards import as_number, digest_of
 from deit_kd.files import checked, read_json
 from deit_kd.interfaces import InputError
+from deit_kd.tars import Member, checked_name, members
 
 INDEX, MANIFEST = "index.arrow", "manifest.json"
 CLASS_LISTS = ("classes.txt", "classnames.txt")  # of sets that others have packed: one name a line, in label order
@@ -97,12 +97,15 @@ def manifest_of(root: Path) -> Manifest | None:
     """Return the manifest of a packed set; None if it has none.
 
     Raises:
-        InputError: it is damaged, or of a later version.
+        InputError: it is damaged, names folders outside `root`, or is of a later version.
     """
     path = root / MANIFEST
     if not path.exists():
         return None
     manifest = read_json(path, Manifest)
+    for split in manifest["splits"]:
+        if split != ".":
+            checked_name(split, str(path))
     if manifest["version"] != 1:
         raise InputError(f"{path}: is of version {manifest['version']}, this program reads 1; update it")
     return manifest
@@ -180,8 +183,8 @@ def fresh_index(folder: Path, shards: Sequence[str]) -> tuple[Index, Facts]:
             _check_columns(index, facts)
         except ValueError as error:
             raise InputError(f"{path}: is no index of shards ({error}); run deit-kd data index") from error
-        changed = [one["name"] for one in now if one not in facts["shards"]]
-        changed += sorted({one["name"] for one in facts["shards"]} - set(shards))
+        before = {one["name"]: one for one in facts["shards"]}
+        changed = [one["name"] for one in now if before.pop(one["name"], None) != one] + sorted(before)
         if not changed:
             return index, facts
         reasons.append(f"{path}: is older than its shards ({changed[0]} is new, gone or changed)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +12,10 @@ import numpy as np
 
 from deit_kd.data.folder import check_same_classes
 from deit_kd.data.names import Names
-from deit_kd.data.packing import Look
 from deit_kd.data.photos import Photos, Splits, split_by_hash
 from deit_kd.data.shard_index import (
-    MANIFEST,
     Facts,
     Found,
-    Manifest,
-    SplitRecord,
     check_complete,
     check_manifest,
     classes_of,
@@ -31,7 +27,6 @@ from deit_kd.data.shard_index import (
 )
 from deit_kd.data.shards import Shard, Shards
 from deit_kd.data.staging import staged
-from deit_kd.files import write_json
 from deit_kd.interfaces import InputError
 from deit_kd.places import TAR_SHARDS, photos_root
 
@@ -120,46 +115,6 @@ def index_shards(*, root: str | None, splits: Sequence[str], processes: int) -> 
     return made
 
 
-def record_packed(out: Path, trees: Mapping[str, Photos], classes: list[str], look: Look) -> Manifest:
-    """Read the shards that were packed, write an index of each split and the manifest, and return it.
-
-    Raises:
-        InputError: the shards do not hold the photos of the trees.
-    """
-    splits: dict[str, SplitRecord] = {}
-    left_out: dict[str, list[str]] = {}
-    for split, tree in trees.items():
-        folder = out / split
-        found = {name: scan(str(folder / name)) for name in shards_in(folder)}
-        packed = {name for one in found.values() for name in one.names}
-        missing = [name for name in tree.names if name not in packed]
-        if len(packed) + len(missing) != len(tree):
-            raise InputError(f"{folder}: holds photos that are not in {tree.root}; remove it, and pack again")
-        if missing:
-            left_out[split] = missing
-        write_found(folder, found)
-        splits[split] = {
-            "photos": len(packed),
-            "shards": [
-                {"name": name, "size": one.stamp["size"], "photos": len(one.names), "digest": one.digest()}
-                for name, one in found.items()
-            ],
-        }
-    manifest: Manifest = {
-        "version": 1,
-        "classes": classes,
-        "short_side": look.short_side,
-        "quality": look.quality,
-        "splits": splits,
-        "left_out": left_out,
-    }
-    write_json(out / MANIFEST, manifest)
-    for split, record in splits.items():  # read as a run will read them
-        record["digest"] = one_split_of_shards(str(out), split).digest()
-    write_json(out / MANIFEST, manifest)
-    return manifest
-
-
 def _scanned(folder: Path, shards: Sequence[str], processes: int) -> Iterator[Found]:
     paths = [str(folder / name) for name in shards]
     if min(processes, len(paths)) == 1:
@@ -191,7 +146,8 @@ def _complete(top: Path, split: str) -> Place:
 def _photos(top: Path, split: str, stage: str | None, said: dict[int, str]) -> Photos:
     folder, chosen = _complete(top, split)
     index, facts = fresh_index(folder, shards_in(folder))
-    is_chosen = np.array([one["name"] in chosen for one in facts["shards"]])
+    wanted = set(chosen)
+    is_chosen = np.array([one["name"] in wanted for one in facts["shards"]])
     names, columns = Names(index.names), index.columns
     if not is_chosen.all():
         rows = np.flatnonzero(is_chosen[columns["shard"]])
@@ -226,13 +182,14 @@ def _labelled(
     """
     given, places = np.unique(numbers, return_inverse=True)
     listed = classes_of(top)
+    place_of = {name: place for place, name in enumerate(listed or ())}
     order: Sequence[int] = range(len(given))
     if facts["by_name"]:
         names = [facts["classes"][number] for number in given.tolist()]
-        unknown = [] if listed is None else [name for name in names if name not in listed]
+        unknown = [] if listed is None else [name for name in names if name not in place_of]
         if unknown:
             raise InputError(f"data.root: {folder} has photos of {unknown[0]!r}, which {top} does not list; add it")
-        order = sorted(order, key=lambda i: names[i] if listed is None else listed.index(names[i]))
+        order = sorted(order, key=lambda i: (place_of.get(names[i], 0), names[i]))
     elif listed is None:
         names = [said.get(number, str(number)) for number in given.tolist()]
     elif given[-1] >= len(listed):

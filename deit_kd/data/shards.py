@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import BinaryIO, NamedTuple
@@ -11,11 +13,28 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from deit_kd.data.decode import UnreadableImage
-from deit_kd.data.packing import digest_of
 from deit_kd.data.source import Source
 from deit_kd.interfaces import InputError
 
+DIGEST_SIZE = 8  # bytes of a photo's digest
 OPEN_AT_ONCE = 128  # shards that a process keeps open; many systems allow 1,024 files
+
+
+def digest_of(content: bytes) -> int:
+    """Return a digest of a photo's bytes, an int64."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=DIGEST_SIZE).digest(), "big", signed=True)
+
+
+def as_text(digest: int) -> str:
+    """Return a digest as hexadecimal digits."""
+    return digest.to_bytes(DIGEST_SIZE, "big", signed=True).hex()
+
+
+def as_number(text: object) -> int | None:
+    """Return the digest that `as_text` wrote; None if `text` is none."""
+    if not isinstance(text, str) or not re.fullmatch(f"[0-9a-f]{{{2 * DIGEST_SIZE}}}", text):
+        return None
+    return int.from_bytes(bytes.fromhex(text), "big", signed=True)
 
 
 class Shard(NamedTuple):

@@ -11,9 +11,11 @@ from rich.progress import TaskID
 
 from deit_kd.config import Config
 from deit_kd.console import console, duration_text, progress_bar, say, size_text
-from deit_kd.data import Look, Manifest, Photos, check_room, keep_to_plan, one_split, pack, record_packed
+from deit_kd.data import Photos, one_split
+from deit_kd.data.shard_index import Manifest
 from deit_kd.files import check_writable, held
 from deit_kd.interfaces import InputError
+from deit_kd.packing import Look, check_room, keep_to_plan, pack, record_packed
 from deit_kd.places import photos_root
 
 

@@ -10,10 +10,9 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -21,17 +20,18 @@ from typing import NamedTuple, TypeVar
 from typing_extensions import TypedDict
 
 from deit_kd.console import size_text
-from deit_kd.data.decode import UnreadableImage, shrunk
-from deit_kd.data.photos import Photos
-from deit_kd.data.tars import END, member, padded
+from deit_kd.data import Photos, UnreadableImage, one_split
+from deit_kd.data.decode import shrunk
+from deit_kd.data.shard_index import MANIFEST, Manifest, SplitRecord, scan, shards_in, write_found
+from deit_kd.data.shards import as_text, digest_of
 from deit_kd.files import read_json, whole_or_not, write_json
 from deit_kd.interfaces import InputError
+from deit_kd.tars import END, member, padded
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 PLAN = ".pack.json"
-DIGEST_SIZE = 8  # bytes of a photo's digest
 AHEAD = 4  # photos that each thread reads before they are written
 OVERHEAD = 3 * 512 + 2 * 512  # bytes in a tar beside a photo's own: three headers, label and name
 
@@ -62,23 +62,6 @@ class Packed(NamedTuple):
     name: str
     content: bytes | None  # None if it is left out
     reason: str  # why it is left out
-
-
-def digest_of(content: bytes) -> int:
-    """Return a digest of a photo's bytes, an int64."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=DIGEST_SIZE).digest(), "big", signed=True)
-
-
-def as_text(digest: int) -> str:
-    """Return a digest as hexadecimal digits."""
-    return digest.to_bytes(DIGEST_SIZE, "big", signed=True).hex()
-
-
-def as_number(text: object) -> int | None:
-    """Return the digest that `as_text` wrote; None if `text` is none."""
-    if not isinstance(text, str) or not re.fullmatch(f"[0-9a-f]{{{2 * DIGEST_SIZE}}}", text):
-        return None
-    return int.from_bytes(bytes.fromhex(text), "big", signed=True)
 
 
 def keep_to_plan(out: Path, splits: dict[str, Photos], look: Look, shard_bytes: int) -> None:
@@ -242,3 +225,43 @@ def _keys(names: Iterable[str]) -> list[str]:
 def _extension(name: str) -> str:
     extension = name.rpartition(".")[2].lower()
     return "jpg" if extension == "jpeg" else extension
+
+
+def record_packed(out: Path, trees: Mapping[str, Photos], classes: list[str], look: Look) -> Manifest:
+    """Read the shards that were packed, write an index of each split and the manifest, and return it.
+
+    Raises:
+        InputError: the shards do not hold the photos of the trees.
+    """
+    splits: dict[str, SplitRecord] = {}
+    left_out: dict[str, list[str]] = {}
+    for split, tree in trees.items():
+        folder = out / split
+        found = {name: scan(str(folder / name)) for name in shards_in(folder)}
+        packed = {name for one in found.values() for name in one.names}
+        missing = [name for name in tree.names if name not in packed]
+        if len(packed) + len(missing) != len(tree):
+            raise InputError(f"{folder}: holds photos that are not in {tree.root}; remove it, and pack again")
+        if missing:
+            left_out[split] = missing
+        write_found(folder, found)
+        splits[split] = {
+            "photos": len(packed),
+            "shards": [
+                {"name": name, "size": one.stamp["size"], "photos": len(one.names), "digest": one.digest()}
+                for name, one in found.items()
+            ],
+        }
+    manifest: Manifest = {
+        "version": 1,
+        "classes": classes,
+        "short_side": look.short_side,
+        "quality": look.quality,
+        "splits": splits,
+        "left_out": left_out,
+    }
+    write_json(out / MANIFEST, manifest)
+    for split, record in splits.items():  # read as a run will read them
+        record["digest"] = one_split(name="shards", root=str(out), split=split).digest()
+    write_json(out / MANIFEST, manifest)
+    return manifest
