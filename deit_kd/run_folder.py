@@ -79,6 +79,7 @@ class Facts(TypedDict):
     images: NotRequired[dict[str, int]]  # by split
     views: NotRequired[int]
     executor: NotRequired[str]  # what made the views, and its version
+    decoder: NotRequired[str]  # what decoded the training photos, and its version
     student: NotRequired[dict[str, Any] | None]  # the account of the weights that it began with
     teacher: TeacherFacts | None
     processes: NotRequired[int]

@@ -77,6 +77,14 @@ def test_against_timm_times_both_sides(photos_root: Path, tmp_path: Path, progra
     assert len(measured["ratios"]) == 3
 
 
+def test_decoders_take_turns(photos_root: Path, program: Program) -> None:
+    pytest.importorskip("torchcodec")
+    printed = program("decoders", "--root", str(photos_root / "train"), "--photos", "4", "--longer_side", "40")
+    rows = [line.split("│")[1:7] for line in printed.splitlines() if "│ image" in line or "│ array" in line]
+    assert [row[0].strip() for row in rows] == ["image", "array"]
+    assert all(float(cell) > 0 for row in rows for cell in row[1:])
+
+
 def test_records_of_all_logits_lose_less_than_those_of_one(photos_root: Path, tmp_path: Path, program: Program) -> None:
     printed = program("store_divergence", *tiny(photos_root, tmp_path / "run"))
     rows = {cells[1].strip(): float(cells[3]) for cells in (line.split("|") for line in printed.splitlines()[3:])}

@@ -90,6 +90,8 @@ class Data(Section):
     """normalisation of the student's images, per channel"""
     executor: Literal["pillow", "device"] = key("pillow", VIEWS)
     """what makes the training views: Pillow in the workers, or the device that trains; each makes views of its own"""
+    decoder: Literal["pillow", "torchcodec"] = key("pillow", VIEWS)
+    """what decodes training photos: Pillow, or the extra torchcodec, faster for JPEG; scores always see Pillow's"""
     cache: Literal["none", "memory", "device"] = key("none", NOTHING)
     """decode every training photo once, and keep it in main memory or, for executor device, where views are made"""
     cache_size: int | None = key(None, VIEWS, gt=0)

@@ -2,6 +2,7 @@
 
 from deit_kd.data.cache import CAN_SHARE, CHANNELS, Decoded
 from deit_kd.data.decode import UnreadableImage, load_image
+from deit_kd.data.decoders import PILLOW, decoder_named
 from deit_kd.data.device_loader import DeviceLoader, Draws
 from deit_kd.data.folder import index_tree
 from deit_kd.data.folds import joined
@@ -17,6 +18,7 @@ from deit_kd.data.subsets import with_classes
 __all__ = [
     "CAN_SHARE",
     "CHANNELS",
+    "PILLOW",
     "PREFETCHED",
     "Decoded",
     "DeviceLoader",
@@ -32,6 +34,7 @@ __all__ = [
     "batches_ahead",
     "build_evaluation_loader",
     "build_splits",
+    "decoder_named",
     "index_shards",
     "index_tree",
     "joined",

@@ -115,7 +115,7 @@ class Decoded:
 
 
 def decode_all(
-    image_of: Callable[[int], Image.Image],
+    array_of: Callable[[int], np.ndarray],
     sizes: Sequence[tuple[int, int]],
     *,
     cache: str,
@@ -126,7 +126,7 @@ def decode_all(
     """Decode every photo once, in threads.
 
     Args:
-        image_of: returns a photo as RGB.
+        array_of: returns the pixels of a photo, uint8 [H, W, 3].
         sizes: width and height of each photo, perhaps of the turned one; (0, 0) if it is not known to be readable.
         cache: ``memory`` or ``device``, for the message.
         place: where they are kept; processes of a machine share main memory.
@@ -147,7 +147,7 @@ def decode_all(
 
     def decode(index: int) -> str | None:
         try:
-            array = np.array(image_of(index))
+            array = array_of(index)
         except UnreadableImage as error:
             if not skip:
                 raise
@@ -158,7 +158,7 @@ def decode_all(
         if in_host_memory is not None:
             in_host_memory[own] = array.reshape(-1)
         else:
-            pixels[own].copy_(torch.from_numpy(array.reshape(-1)))
+            pixels[own].copy_(torch.from_numpy(np.array(array).reshape(-1)))
         shapes[index] = array.shape[:2]
         return None
 

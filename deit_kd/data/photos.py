@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as arrow
@@ -16,6 +16,7 @@ from PIL import Image
 
 from deit_kd.data.cache import CHANNELS, Decoded, decode_all, in_threads
 from deit_kd.data.decode import DECODING, shrunk, shrunk_size
+from deit_kd.data.decoders import PILLOW, Decoder
 from deit_kd.data.listing import stamps_of
 from deit_kd.data.names import AT_ONCE, Names, joined_text
 from deit_kd.data.source import Arrays, Source, TreeFiles
@@ -23,6 +24,8 @@ from deit_kd.interfaces import InputError
 
 SAMPLED = 64  # photos that stand for all
 UNLABELLED = -1  # in place of a label
+
+Pixels = TypeVar("Pixels", Image.Image, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Photos:
         rows: int64 [n], the row of each image in `source`; None is one after the other.
         decoded: all of them, if they were decoded in advance.
         short_side: pixels that the shorter side of a larger image is brought to; None keeps its size.
+        decoder: what decodes them.
     """
 
     names: Names
@@ -48,6 +52,7 @@ class Photos:
     rows: np.ndarray | None = None
     decoded: Decoded | None = None
     short_side: int | None = None
+    decoder: Decoder = PILLOW
 
     @classmethod
     def of_files(cls, root: Path, names: Iterable[str], labels: Sequence[int], classes: tuple[str, ...]) -> Photos:
@@ -75,18 +80,22 @@ class Photos:
         """
         if self.decoded is not None:
             return self.decoded.image(index)
-        return shrunk(self._full(index), self.short_side)
+        return shrunk(self._read(self.source.image, index), self.short_side)
 
     def array(self, index: int) -> np.ndarray:
         """Return the pixels of one image, uint8 [H, W, 3] in RGB; not to be written to.
 
         Raises: as `image` does.
         """
-        return self.decoded.array(index) if self.decoded is not None else np.asarray(self.image(index))
+        if self.decoded is not None:
+            return self.decoded.array(index)
+        if self.short_side is None:
+            return self._read(self.source.array, index)
+        return np.asarray(self.image(index))
 
-    def _full(self, index: int) -> Image.Image:
+    def _read(self, read: Callable[[int, str, Decoder], Pixels], index: int) -> Pixels:
         try:
-            return self.source.image(self.row(index), self.where(index))
+            return read(self.row(index), self.where(index), self.decoder)
         except InputError as error:
             if self.root is not None and not self.root.is_dir():
                 raise InputError(
@@ -124,7 +133,7 @@ class Photos:
         if self.decoded is not None:
             return self
         sizes = self._sizes_in_pixels(shown)
-        decoded = decode_all(self.image, sizes, cache=cache, place=place, skip=skip, shown=shown)
+        decoded = decode_all(self.array, sizes, cache=cache, place=place, skip=skip, shown=shown)
         return replace(self, decoded=decoded)
 
     def bytes_when_decoded(self) -> int:

@@ -11,7 +11,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from deit_kd.data.decode import Stamp, decoded, opened, size_in_header
+from deit_kd.data.decode import Stamp, opened, size_in_header
+from deit_kd.data.decoders import PILLOW, Decoder
 
 
 class Source(ABC):
@@ -32,10 +33,15 @@ class Source(ABC):
             InputError: they are not those that were found at the start.
         """
 
-    def image(self, row: int, where: str) -> Image.Image:
+    def image(self, row: int, where: str, decoder: Decoder = PILLOW) -> Image.Image:
         """Return an image as RGB; raises as `open` does, and UnreadableImage if the bytes are no image."""
         with self.open(row, where) as file:
-            return decoded(file, where)
+            return decoder.image(file, where)
+
+    def array(self, row: int, where: str, decoder: Decoder = PILLOW) -> np.ndarray:
+        """Return the same pixels, uint8 [H, W, 3]; not to be written to."""
+        with self.open(row, where) as file:
+            return decoder.array(file, where)
 
     def pixel_size(self, row: int, where: str) -> tuple[int, int]:
         """Return width and height of an image, perhaps before it is turned; (0, 0) if it cannot be read."""
@@ -77,9 +83,14 @@ class Arrays(Source):
         """Return the pixels of an image."""
         return io.BytesIO(self.arrays[row].tobytes())
 
-    def image(self, row: int, where: str) -> Image.Image:
+    def image(self, row: int, where: str, decoder: Decoder = PILLOW) -> Image.Image:
         """Return an image."""
         return Image.fromarray(self.arrays[row])
+
+    def array(self, row: int, where: str, decoder: Decoder = PILLOW) -> np.ndarray:
+        """Return its pixels."""
+        pixels: np.ndarray = self.arrays[row]
+        return pixels
 
     def pixel_size(self, row: int, where: str) -> tuple[int, int]:
         """Return width and height of an image."""
@@ -100,10 +111,15 @@ class Joined(Source):
         part, row = self._found(row)
         return part.open(row, where)
 
-    def image(self, row: int, where: str) -> Image.Image:
+    def image(self, row: int, where: str, decoder: Decoder = PILLOW) -> Image.Image:
         """Return an image as RGB."""
         part, row = self._found(row)
-        return part.image(row, where)
+        return part.image(row, where, decoder)
+
+    def array(self, row: int, where: str, decoder: Decoder = PILLOW) -> np.ndarray:
+        """Return its pixels."""
+        part, row = self._found(row)
+        return part.array(row, where, decoder)
 
     def pixel_size(self, row: int, where: str) -> tuple[int, int]:
         """Return width and height of an image."""

@@ -11,6 +11,7 @@ from typing import Any
 from deit_kd.checkpoint import Found, load_checkpoint, newest_checkpoint
 from deit_kd.config import NOTHING, Config, differences, effects, flat, read_recipe
 from deit_kd.console import say
+from deit_kd.data import PILLOW
 from deit_kd.distributed import Processes, on_main, together
 from deit_kd.files import LOCK, InUse, check_writable, held
 from deit_kd.interfaces import InputError
@@ -24,10 +25,9 @@ from deit_kd.run_folder import (
     next_free_folder,
     read_facts,
 )
-from deit_kd.runs.viewing import executor_of
+from deit_kd.runs.viewing import makers_of
 
 RUNS = Path("runs")
-EXECUTOR = "data.executor"
 SECONDS_BETWEEN_TRIES = 1.0  # to get the lock of a folder
 # What a run that was killed before its first step leaves behind.
 LEFTOVERS = {LOCK, DATA_ERRORS_FILE, FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
@@ -116,9 +116,11 @@ def _newest(config: Config, folder: Path, data_facts: dict[str, str] | None) -> 
 
 def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) -> None:
     facts = read_facts(folder)
-    before = flat(read_recipe(folder / CONFIG_FILE)) | {EXECUTOR: facts.get("executor", "pillow")}
+    makers = makers_of(config)  # with their versions
+    before = flat(read_recipe(folder / CONFIG_FILE))
+    before |= {f"data.{name}": facts.get(name, PILLOW.version) for name in makers}
     now = dict.fromkeys(before) | flat(config.model_dump(mode="json"))  # a key that no longer exists has changed, too
-    now[EXECUTOR] = executor_of(config)  # with its version
+    now |= {f"data.{name}": maker for name, maker in makers.items()}
     changed = differences(before, {key: now[key] for key in now if effects().get(key) != NOTHING}, "in the run")
     before_data, before_views = facts["data"], facts.get("views", 1)
     changed += [f"views: version {before_views} in the run, {VIEWS_VERSION} here"] * (before_views != VIEWS_VERSION)

@@ -39,7 +39,7 @@ from deit_kd.runs.opening import open_folder
 from deit_kd.runs.outcome import head_scores, print_heads, save_student
 from deit_kd.runs.prepared import AfterEpoch, Run
 from deit_kd.runs.progress import Progress
-from deit_kd.runs.viewing import build_training_loader, cached, executor_of
+from deit_kd.runs.viewing import build_training_loader, cached, makers_of
 from deit_kd.stopping import Watch
 
 AVERAGED_SHARE = 1 / 20  # of a run's steps, covered by the average of the weights unless the recipe sets a decay
@@ -199,11 +199,13 @@ def average_line(average: WeightAverage, total_steps: int) -> str:
 
 def _write_facts(run: Run, teacher_facts: TeacherFacts | None, attention: AttentionFacts | None) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
+    makers = makers_of(run.config)
     facts: Facts = {
         "data": run.data_facts,
         "images": {split: len(photos) for split, photos in run.splits._asdict().items()},
         "views": VIEWS_VERSION,
-        "executor": executor_of(run.config),
+        "executor": makers["executor"],
+        "decoder": makers["decoder"],
         "classes": list(run.classes),
         "student": None if run.student.account is None else run.student.account.record(),
         "teacher": teacher_facts,

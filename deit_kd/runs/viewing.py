@@ -11,7 +11,7 @@ import torch
 from deit_kd import data
 from deit_kd.config import Config
 from deit_kd.console import say, size_text
-from deit_kd.data import CAN_SHARE, CHANNELS, PREFETCHED, Decoded, Photos, batches_ahead
+from deit_kd.data import CAN_SHARE, CHANNELS, PILLOW, PREFETCHED, Decoded, Photos, batches_ahead
 from deit_kd.distributed import Processes, together
 from deit_kd.runs.parts import skips
 from deit_kd.views import EXECUTOR_VERSION, Drawing, Executor, Transform, training_transform
@@ -28,23 +28,24 @@ def cached(config: Config, photos: Photos, processes: Processes) -> Photos:
         InputError: they do not fit, one of them cannot be read and ends the run, or no view of them could be made.
     """
     _making(config)  # what cannot be made is refused before anything is decoded
+    decoder = data.decoder_named(config.data.decoder)
     cache, device = config.data.cache, processes.device
-    photos = replace(photos, short_side=config.data.cache_size)
+    photos = replace(photos, short_side=config.data.cache_size, decoder=decoder)
     if cache == "none" or photos.decoded is not None:
         return photos
     are_shared = CAN_SHARE and processes.count > 1
     machines = processes.gather(socket.gethostname())
-    decoder = machines.index(machines[processes.rank]) if are_shared else processes.rank
+    first = machines.index(machines[processes.rank]) if are_shared else processes.rank
     place = device if cache == "device" and not are_shared else torch.device("cpu")
 
     def decode() -> Decoded | None:
-        if decoder != processes.rank:
+        if first != processes.rank:
             return None
         with processes.busy("decodes the photos"):
             return photos.cached(cache, place, skips(config), processes.is_main).decoded
 
     mine = together(processes, decode)
-    found = processes.gather(None if mine is None else mine.without_pixels())[decoder]
+    found = processes.gather(None if mine is None else mine.without_pixels())[first]
 
     def received() -> Photos:
         assert found is not None
@@ -155,6 +156,11 @@ def _making(config: Config) -> Transform | Drawing:
     )
 
 
-def executor_of(config: Config) -> str:
-    """Return what makes a recipe's views, and its version if it has one."""
-    return f"device {EXECUTOR_VERSION}" if config.data.executor == "device" else "pillow"
+def makers_of(config: Config) -> dict[str, str]:
+    """Return what makes a recipe's views, by its keys in ``data``, with versions where a maker has its own.
+
+    Raises:
+        InputError: one is not installed.
+    """
+    executor = f"device {EXECUTOR_VERSION}" if config.data.executor == "device" else PILLOW.version
+    return {"executor": executor, "decoder": data.decoder_named(config.data.decoder).version}

@@ -10,7 +10,7 @@ from typing import Any
 
 from deit_kd.config import FIT, Config, Distill, Fit, Guide, StudentSection, TeacherSection, differences, effects, flat
 from deit_kd.console import say
-from deit_kd.data import Splits
+from deit_kd.data import PILLOW, Splits
 from deit_kd.distributed import Processes, on_main
 from deit_kd.files import read_json, write_json
 from deit_kd.interfaces import InputError, Preprocessing
@@ -19,7 +19,7 @@ from deit_kd.run_folder import HEADS_FILE
 from deit_kd.runs import parts
 from deit_kd.runs.opening import claimed
 from deit_kd.runs.run import execute, prepare
-from deit_kd.runs.viewing import executor_of
+from deit_kd.runs.viewing import makers_of
 from deit_kd.teachers import NetworkTeacher
 
 KEY_FILE = "teacher_key.json"
@@ -126,8 +126,7 @@ def _key(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str
         del seen["crop_mode"]  # the first version had no such field
     if config.data.cache_size is not None:
         seen["cache_size"] = config.data.cache_size  # nor this one
-    if config.data.executor != "pillow":
-        seen["executor"] = executor_of(config)  # nor this one
+    seen |= {name: maker for name, maker in makers_of(config).items() if maker != PILLOW.version}  # nor these
     return {
         "data": {"train": splits.train.digest(), "validation": splits.validation.digest()},
         "classes": list(splits.train.classes),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deit_kd.config import ANSWERS, VIEWS, Config, differences, flat, keys_that_change
-from deit_kd.data import Photos, Splits
+from deit_kd.data import PILLOW, Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.interfaces import InputError, Preprocessing
 from deit_kd.models.state import tensors_hash
@@ -18,7 +18,7 @@ from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.run_folder import HEADS_FILE
 from deit_kd.runs import parts
-from deit_kd.runs.viewing import executor_of
+from deit_kd.runs.viewing import makers_of
 from deit_kd.store import LabelStore
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.teaching.fit import teacher_folder
@@ -26,7 +26,7 @@ from deit_kd.teaching.fit import teacher_folder
 IN_THE_STORE = "in the store"
 SHAPE = ("classes", "views", "validation")  # of a store's parts
 OF_A_STORE = ("data.", "augment.", "teacher.")  # prefixes of the keys that it depends on, besides the seed
-EXECUTOR = "data.executor"  # makes the views; accepted with the libraries that it uses, by `deit-kd store check`
+MAKERS = ("data.executor", "data.decoder")  # of views; accepted with libraries, by `deit-kd store check`
 LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")  # that the views depend on
 
 
@@ -37,7 +37,7 @@ def identity(config: Config, splits: Splits) -> dict[str, Any]:
         "train.images": len(splits.train),
         "train.photos": splits.train.digest(),
         **validation_identity(config, splits.validation),
-        **{key: keys[key] for key in found_by if not key.startswith("teacher.fit.") and key != EXECUTOR},
+        **{key: keys[key] for key in found_by if not key.startswith("teacher.fit.") and key not in MAKERS},
         "seed": config.seed,
         "teacher.image_size": config.teacher.image_size or config.data.image_size,
         "teacher.precision": parts.teacher_precision(config),
@@ -100,13 +100,16 @@ def weights_hash(teacher: NetworkTeacher | None, checkpoint: str | None) -> str:
 
 
 def in_use(config: Config) -> dict[str, str]:
-    """Return what makes a recipe's views: the executor, and the versions of the libraries that it depends on."""
-    return {EXECUTOR: executor_of(config)} | {name: version(name).split("+")[0] for name in LIBRARIES}
+    """Return what makes a recipe's views: executor and decoder, and the versions of the libraries they depend on."""
+    makers = {f"data.{name}": maker for name, maker in makers_of(config).items()}
+    return makers | {name: version(name).split("+")[0] for name in LIBRARIES}
 
 
 def accepted(store: LabelStore) -> list[dict[str, str]]:
     """Return what may make the views of a store, each as `in_use` says it."""
-    return [{EXECUTOR: "pillow"} | known for known in store.manifest["libraries"]]  # once, there was no other executor
+    return [
+        dict.fromkeys(MAKERS, PILLOW.version) | known for known in store.manifest["libraries"]
+    ]  # once the only ones
 
 
 def refuse_other(store: LabelStore, here: dict[str, Any]) -> None:
@@ -125,7 +128,7 @@ def refuse_differences(store: LabelStore, found: list[str]) -> None:
 
 
 def refuse_makers(store: LabelStore, config: Config) -> None:
-    """Raise an InputError unless the recipe's executor may make the store's views, with these libraries."""
+    """Raise an InputError unless the recipe's executor and decoder may make a store's views, with these libraries."""
     here = in_use(config)
     if here in accepted(store):
         return
