@@ -230,7 +230,7 @@ def test_photos_of_other_classes_are_not_scored(
 ) -> None:
     root = write_photos(tmp_path / "photos", {"train": 2, "validation": 2}, ("bars", "discs", "rings"))
     line = refused(["eval", str(finished.folder), "--data.root", str(root)], capsys)
-    assert "class 1 is 'dots' there and 'discs' here" in line
+    assert "does not know 1 of them: 'discs'" in line
 
 
 def test_a_teacher_of_other_classes_is_refused(

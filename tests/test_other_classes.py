@@ -155,6 +155,16 @@ def test_one_line_says_that_logits_are_restricted(
     assert "plain: its logits are restricted to the photos' 3 of 7 classes, found by words: Egg is egg" in said, said
 
 
+def test_the_teacher_knows_the_classes_by_the_students_names(runs: Path, tmp_path: Path) -> None:
+    root = photos_of(runs, tmp_path / "photos", ("apple", "egg", "fork"))
+    arguments = ["eval", str(runs / "distilled"), "--data.root", str(root), "--split", "."]
+    assert main([*arguments, "--to", str(tmp_path / "before")]) == 0
+    for name in ("apple", "egg", "fork"):  # all, so that the order stays
+        (root / name).rename(root / name.upper())
+    assert main([*arguments, "--to", str(tmp_path / "after")]) == 0
+    assert heads_in(tmp_path / "after")["teacher"] == heads_in(tmp_path / "before")["teacher"] is not None
+
+
 def test_the_probe_learns_from_the_same_classes(runs: Path, tmp_path: Path) -> None:
     root = photos_of(runs, tmp_path / "photos" / "few", ("apple", "egg", "fork")).parent
     shutil.copytree(runs / "photos" / "train", root / "train")

@@ -70,6 +70,16 @@ def test_some_classes_of_a_tree_are_what_a_copy_of_their_folders_is(
     assert digests(whole, classes=list(taken)) == digests(tmp_path)
 
 
+def test_classes_that_are_not_taken_may_differ_between_the_splits(tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "validation" / "a")
+    assert digests(tmp_path, classes=["b", "d"]) == digests(tree, classes=["b", "d"])
+    with pytest.raises(InputError, match=r"only in train: a"):
+        digests(tmp_path)
+    with pytest.raises(InputError, match=rf"'a' is not among the 4 classes of {tmp_path / 'validation'}"):
+        digests(tmp_path, classes=["a", "b"])
+
+
 def test_labels_are_renumbered_in_the_order_of_the_tree(tree: Path) -> None:
     train, validation = folder_splits(tree, classes=["d", "b"])
     assert train.classes == validation.classes == ("b", "d")
@@ -127,7 +137,7 @@ def test_numbers_in_a_recipe_name_folders() -> None:
 
 
 REFUSED_CLASSES = [
-    (["a", "bb"], "data.classes: 'bb' is not among the 5 classes of the photos"),
+    (["a", "bb"], "data.classes: 'bb' is not among the 5 classes of "),
     (["a", "b", "a"], "data.classes: names class 'a' twice; name it once"),
     (["a", "A"], "data.classes: names class 'a' twice, as 'a' and 'A'; name it once"),
     (["a"], "data.classes: names one class, 'a'; name another"),

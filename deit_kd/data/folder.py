@@ -29,7 +29,7 @@ def folder(
     under `root`.
 
     Raises:
-        InputError: the tree is missing or empty, a class has no images, or the splits' classes differ.
+        InputError: the tree is missing or empty, or a class has no images.
     """
     top = photos_root(root)
     train_folder, validation_folder = top / train_split, top / validation_split
@@ -39,9 +39,7 @@ def folder(
         )
     if not validation_folder.is_dir():
         return split_by_hash(_scan(train_folder if train_folder.is_dir() else top), validation_fraction)
-    splits = Splits(_scan(train_folder), _scan(validation_folder))
-    check_same_classes(splits)
-    return splits
+    return Splits(_scan(train_folder), _scan(validation_folder))
 
 
 def index_tree(*, root: str | None, train_split: str, validation_split: str) -> dict[str, int]:
@@ -84,16 +82,3 @@ def _scan(split_folder: Path, indexed: bool = False) -> Photos:
     labels = np.repeat(np.arange(len(classes)), found.counts)
     files = TreeFiles(found.sizes, found.changed_ns, found.is_indexed)
     return Photos(found.names, labels, tuple(classes), files, split_folder)
-
-
-def check_same_classes(splits: Splits) -> None:
-    """Raise an InputError unless both splits have the same classes."""
-    train, validation = set(splits.train.classes), set(splits.validation.classes)
-    if train == validation:
-        return
-    differences = [
-        f"only in {part}: {', '.join(sorted(names)[:5])}{' …' if len(names) > 5 else ''}"
-        for part, names in (("train", train - validation), ("validation", validation - train))
-        if names
-    ]
-    raise InputError(f"data.root: class folders differ between the splits ({'; '.join(differences)}); make them agree")

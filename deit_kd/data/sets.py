@@ -64,6 +64,7 @@ def build_splits(
     )
     if classes is not None:
         splits = Splits(*(with_classes(photos, classes) for photos in splits))
+    _check_same_classes(splits)
     if len(splits.train.classes) < 2:
         raise InputError(f"data.root: {root} has one class, {splits.train.classes[0]!r}; add the folder of another")
     if folds is not None and fold is not None:
@@ -71,6 +72,18 @@ def build_splits(
     if unlabelled is not None:
         splits = splits._replace(train=unlabelled_photos(unlabelled, splits.validation))
     return splits._replace(train=share_of(splits.train, fraction, per_class))
+
+
+def _check_same_classes(splits: Splits) -> None:
+    train, validation = set(splits.train.classes), set(splits.validation.classes)
+    if train == validation:
+        return
+    differences = [
+        f"only in {part}: {', '.join(sorted(names)[:5])}{' …' if len(names) > 5 else ''}"
+        for part, names in (("train", train - validation), ("validation", validation - train))
+        if names
+    ]
+    raise InputError(f"data.root: class folders differ between the splits ({'; '.join(differences)}); make them agree")
 
 
 def one_split(

@@ -29,7 +29,8 @@ def with_classes(photos: Photos, named: Sequence[str] | str) -> Photos:
         InputError: a class is not there or named twice, it is the only one, or the list cannot be read.
     """
     names, where = class_names(named)
-    kept = _found(names, photos.classes, where)
+    place = "the photos" if photos.root is None else str(photos.root)
+    kept = _found(names, photos.classes, where, place)
     if len(kept) < 2:
         raise InputError(f"{where}: names one class, {names[0]!r}; name another")
     return of_classes(photos, kept)
@@ -84,14 +85,14 @@ def _read(path: Path, named: str, shipped: Sequence[str]) -> list[str]:
     return [row[0] for row in rows]
 
 
-def _found(names: Sequence[str], classes: Sequence[str], where: str) -> list[int]:
+def _found(names: Sequence[str], classes: Sequence[str], where: str, place: str) -> list[int]:
     """Return the labels of the named classes, in ascending order."""
     labels = {name: label for label, name in enumerate(classes)}
     missing = [name for name in names if name not in labels]
     known = by_words(classes if missing else ())
     found: dict[str, str] = {}
     for name in names:
-        own = name if name in labels else _by_words(name, known, classes, where)
+        own = name if name in labels else _by_words(name, known, classes, where, place)
         if own in found:
             other = found[own]
             also = "" if name == other else f", as {other!r} and {name!r}"
@@ -100,7 +101,7 @@ def _found(names: Sequence[str], classes: Sequence[str], where: str) -> list[int
     return sorted(labels[own] for own in found)
 
 
-def _by_words(name: str, known: dict[str, set[str]], classes: Sequence[str], where: str) -> str:
+def _by_words(name: str, known: dict[str, set[str]], classes: Sequence[str], where: str, place: str) -> str:
     """Return the class that is described by the same words: a WordNet id by a name, or the reverse."""
     own = same_words(name, known)
     if len(own) == 1:
@@ -108,7 +109,7 @@ def _by_words(name: str, known: dict[str, set[str]], classes: Sequence[str], whe
     if own:
         raise InputError(f"{where}: {name!r} describes the classes {' and '.join(sorted(own))}; write which one")
     raise InputError(
-        f"{where}: {name!r} is not among the {len(classes)} classes of the photos{nearest(name, classes)}; correct it, "
+        f"{where}: {name!r} is not among the {len(classes)} classes of {place}{nearest(name, classes)}; correct it, "
         "or leave it out"
     )
 
