@@ -158,6 +158,7 @@ def test_one_line_says_that_logits_are_restricted(
 def test_the_teacher_knows_the_classes_by_the_students_names(runs: Path, tmp_path: Path) -> None:
     root = photos_of(runs, tmp_path / "photos", ("apple", "egg", "fork"))
     arguments = ["eval", str(runs / "distilled"), "--data.root", str(root), "--split", "."]
+    arguments += ["--teacher.checkpoint", str(runs / "plain")]
     assert main([*arguments, "--to", str(tmp_path / "before")]) == 0
     for name in ("apple", "egg", "fork"):  # all, so that the order stays
         (root / name).rename(root / name.upper())
