@@ -31,7 +31,8 @@ print("\\n" + json.dumps([code, sorted(sys.modules)]))
 ANSWERS = [
     ([], "usage: deit-kd VERB"),
     (["store"], "usage: deit-kd store build"),
-    *(([verb, "--help"], "--help") for verb in VERBS if verb != "store"),
+    *(([verb, "--help"], "--help") for verb in VERBS if verb not in ("data", "store")),
+    (["data", "pack", "--help"], "--quality"),
     (["store", "build", "--help"], "--store"),
 ]
 
