@@ -82,6 +82,8 @@ def _data_index(arguments: Arguments) -> None:
     parser.add_argument("--workers", type=PositiveInt, default=None, help="processes that read shards")
     config, others = parse_config(arguments, parser)
     config = _of_folder(config, others["root"])
+    if config.data.name == "hf":
+        raise InputError("data index: hf needs no index; name a tree or shards")
     from deit_kd.jobs.index import index
     from deit_kd.machine import available_cores
 
@@ -89,11 +91,12 @@ def _data_index(arguments: Arguments) -> None:
 
 
 def _of_folder(config: Config, root: str | None) -> Config:
-    """Return the recipe for the photos in a folder, which is a tree unless it holds shards."""
-    root = root or config.data.root
-    top = photos_root(root)
-    splits = [top / split for split in (".", config.data.train_split, config.data.validation_split)]
-    name = "shards" if any(next(split.glob("*.tar"), None) for split in splits) else "folder"
+    """Return the recipe for the photos in a folder, which is a tree unless it holds shards or the recipe says hf."""
+    root, name = root or config.data.root, config.data.name
+    if name != "hf":
+        top = photos_root(root)
+        splits = [top / split for split in (".", config.data.train_split, config.data.validation_split)]
+        name = "shards" if any(next(split.glob("*.tar"), None) for split in splits) else "folder"
     return config.model_copy(update={"data": config.data.model_copy(update={"name": name, "root": root})})
 
 

@@ -49,9 +49,13 @@ class Data(Section):
     """Where the photos are and how large the student sees them."""
 
     name: str = key("folder", NOTHING)  # the photos themselves are compared
-    """dataset: folder, shards, digits, imagenette, cifar10 or cifar100"""
+    """dataset: folder, shards, hf (Hugging Face), digits, imagenette, cifar10 or cifar100"""
     root: str | None = key(None, NOTHING)  # the photos themselves are compared
-    """folder of the photos"""
+    """folder of the photos; with hf also a data set of the hub, ID or ID:CONFIGURATION"""
+    image_column: str | None = key(None, NOTHING)  # the photos themselves are compared
+    """with hf: the column of images; null takes the only one"""
+    label_column: str | None = key(None, NOTHING)  # the photos themselves are compared
+    """with hf: the column of labels; null takes the only one of classes, or the one that is called label"""
     train_split: str = key("train", RESULT)
     """folder of the training split under root"""
     validation_split: str = key("validation", RESULT)

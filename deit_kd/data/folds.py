@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deit_kd.data.hugging_face import HuggingFace
 from deit_kd.data.names import Names
 from deit_kd.data.photos import Photos, Splits
 from deit_kd.data.source import Joined
@@ -85,6 +86,9 @@ def _all_photos(splits: Splits) -> tuple[Photos, list[str]]:
     if train.root is not None and validation.root is not None and train.root != validation.root:
         top = Path(os.path.commonpath([train.root.absolute(), validation.root.absolute()]))
         train, validation = (photos.seen_from(top) for photos in splits)
+    elif isinstance(train.source, HuggingFace) and train.source is not validation.source:
+        parts = splits._asdict().items()
+        train, validation = (replace(photos, names=photos.names.below(split)) for split, photos in parts)
     photos = joined([train, validation])
     twice = [name for name, count in Counter(photos.names).items() if count > 1]
     if twice:

@@ -8,6 +8,7 @@ from deit_kd.data.digits import digits
 from deit_kd.data.downloads import cifar10, cifar100, imagenette
 from deit_kd.data.folder import folder, one_split_of_tree
 from deit_kd.data.folds import one_fold
+from deit_kd.data.hugging_face import hugging_face, one_split_of_hub
 from deit_kd.data.photos import Photos, Splits
 from deit_kd.data.shard_sets import one_split_of_shards, shards
 from deit_kd.data.subsets import share_of, with_classes
@@ -17,6 +18,7 @@ from deit_kd.interfaces import InputError, nearest
 SETS: dict[str, Callable[..., Splits]] = {
     "folder": folder,
     "shards": shards,
+    "hf": hugging_face,
     "digits": digits,
     "imagenette": imagenette,
     "cifar10": cifar10,
@@ -39,6 +41,8 @@ def build_splits(
     fraction: float | None = None,
     per_class: int | None = None,
     stage: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> Splits:
     """Return the training and the validation split of the dataset called `name`.
 
@@ -61,6 +65,8 @@ def build_splits(
         validation_fraction=validation_fraction,
         download=download,
         stage=stage,
+        image_column=image_column,
+        label_column=label_column,
     )
     if classes is not None:
         splits = Splits(*(with_classes(photos, classes) for photos in splits))
@@ -93,13 +99,20 @@ def one_split(
     split: str,
     classes: Sequence[str] | str | None = None,
     stage: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> Photos:
     """Return the photos of any split of a dataset, of all classes or of some; the split ``.`` is `root` itself.
 
     Raises:
         InputError: the dataset has no splits but two, the split is missing or empty, or a class is not there.
     """
-    if name not in ("folder", "shards"):
+    if name == "folder":
+        photos = one_split_of_tree(root, split)
+    elif name == "shards":
+        photos = one_split_of_shards(root, split, stage)
+    elif name == "hf":
+        photos = one_split_of_hub(root, split, image_column, label_column)
+    else:
         raise InputError(f"--split: {name} has no split {split!r}; use train or validation")
-    photos = one_split_of_tree(root, split) if name == "folder" else one_split_of_shards(root, split, stage)
     return photos if classes is None else with_classes(photos, classes)

@@ -160,7 +160,15 @@ def _photos(source: Source, config: Config, split: str, processes: Processes) ->
             photos: Photos = getattr(splits, split)
             return photos
         where = config.data
-        return data.one_split(name=where.name, root=where.root, split=split, classes=where.classes, stage=where.stage)
+        return data.one_split(
+            name=where.name,
+            root=where.root,
+            split=split,
+            classes=where.classes,
+            stage=where.stage,
+            image_column=where.image_column,
+            label_column=where.label_column,
+        )
 
     def listed() -> Photos:
         with processes.busy("lists the photos"):
@@ -173,7 +181,7 @@ def _photos(source: Source, config: Config, split: str, processes: Processes) ->
 
 PLACE = (  # keys of the section data that say which photos they are, and not how they are seen
     *("name", "root", "train_split", "validation_split", "validation_fraction", "folds", "fold"),
-    *("classes", "fraction", "per_class", "workers", "stage"),
+    *("classes", "fraction", "per_class", "workers", "stage", "image_column", "label_column"),
 )
 
 

@@ -55,6 +55,8 @@ def build_splits(config: Config) -> Splits:
         fraction=section.fraction,
         per_class=section.per_class,
         stage=section.stage,
+        image_column=section.image_column,
+        label_column=section.label_column,
     )
     check_checkpoints(config, splits)
     return splits
