@@ -70,8 +70,8 @@ def hugging_face(
     Classes are those of the column's ``ClassLabel`` that have photos, in its order; or else its values, sorted.
 
     Raises:
-        InputError: `datasets` is not installed, the data set cannot be loaded, a split or a column is not there or
-            holds something else, or the splits' classes differ.
+        InputError: `datasets` is not installed, the data set cannot be loaded, or a split or a column is not there
+            or holds something else.
     """
     found = _loaded(root)
     if train_split == validation_split:
