@@ -27,7 +27,8 @@ NOWHERE = "no-photos-here"
 UNKNOWN = "no-such-option"
 # What a command says that is right in everything but what is not there: the files that it names, or an extra library.
 STOPPED = re.compile(
-    r"error: (.*(is not a folder|is not there|is not a file); |--to: .* already exists; |--format: \w+ needs )"
+    r"error: (.*(is not a folder|is not there|is not a file); |--to: .* already exists; |--format: \w+ needs "
+    r"|data\.name: hf needs |data\.root: \w+ cannot be loaded as )"
 )
 
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="there is no README.md")
