@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deit_kd.interfaces import InputError, Stopped
-from deit_kd.signs import GONE, Signs, no_progress
+from deit_kd.signs import GONE, Lookout, Signs, no_progress
 
 SECONDS_TO_MEET = 600.0
 SECONDS_BEFORE_A_LINE = 30.0  # about a wait; the next line comes after twice as long
@@ -102,25 +102,31 @@ class Processes:
 
     def _meet(self, signs: Signs, meeting: int) -> None:
         signs.arrive(meeting)
-        absent = set(range(self.count)) - {self.rank}
+        lookout = Lookout(_group_store(), f"meeting/{meeting}")
         since = last_sign = time.monotonic()
-        seen: list[tuple[str, int]] = []
+        seen: list[tuple[int, int, str]] = []
         pause, next_line = 0.001, SECONDS_BEFORE_A_LINE
-        while absent := signs.absent(meeting, absent):
+        while not signs.all_have_arrived(meeting, self.count):
+            if lookout.late is not None:
+                raise Stopped(no_progress(lookout.late, self.timeout), 1)
             if signs.one_has_failed():
                 raise Stopped(GONE, 1)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-            if pause < LONGEST_PAUSE:
+            if pause < LONGEST_PAUSE or not lookout.is_mine() or (said := signs.of_all(self.count)) is None:
                 continue
-            now, late, before = time.monotonic(), min(absent), seen
-            seen = [(signs.work_of(other), signs.beats_of(other)) for other in sorted(absent)]
-            if seen != before or any(work for work, _ in seen):
+            now, before = time.monotonic(), seen
+            seen = [(r, said.beats[r], said.works[r]) for r in range(self.count) if said.meetings[r] < meeting]
+            if not seen:
+                continue
+            if seen != before or any(work for _, _, work in seen):
                 last_sign = now
+            late, _, work = seen[0]
             if self.timeout and now - last_sign > self.timeout:
-                raise Stopped(no_progress(late, self.timeout), 1)
-            if now - since > next_line and self.rank == min(set(range(self.count)) - absent):
-                what = f", which {seen[0][0]}" if seen[0][0] else ""
+                lookout.tell(late)
+                time.sleep(4 * LONGEST_PAUSE)  # until all have read it; this process may hold the store
+            elif now - since > next_line:
+                what = f", which {work}" if work else ""
                 print(f"waiting for process {late}{what} ({now - since:.0f} s so far)", file=sys.stderr, flush=True)
                 next_line *= 2
 
@@ -135,7 +141,7 @@ class Processes:
             yield
             return
         signs = Signs(_group_store(), self.rank)
-        before = signs.work_of(self.rank)
+        before = signs.work()
         signs.work_on(work)
         try:
             yield
@@ -252,6 +258,8 @@ def start(device_name: str, timeout: float = 0.0) -> Processes:
             world_size=count,
             timeout=datetime.timedelta(seconds=SECONDS_OF_A_COLLECTIVE),
         )
+    if count > 1:
+        Signs(_group_store(), rank).begin()
     return Processes(rank, count, device, timeout)
 
 
@@ -266,7 +274,7 @@ def _fresh_store(rank: int, count: int) -> dist.Store:
         Stopped: a process does not arrive.
     """
     store, _, _ = next(dist.rendezvous("env://", rank, count))
-    word, last = uuid.uuid4().hex, time.monotonic() + SECONDS_TO_MEET
+    word, last, pause = uuid.uuid4().hex, time.monotonic() + SECONDS_TO_MEET, 0.02
     attempt, missing = (word, set(range(1, count))) if rank == 0 else ("", {rank})
     if rank:
         store.set(f"word/{rank}", word)
@@ -283,7 +291,8 @@ def _fresh_store(rank: int, count: int) -> dist.Store:
                 attempt = answer.removeprefix(word)
                 store.set(f"taken/{rank}", attempt)
                 missing.clear()
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(1.1 * pause, LONGEST_PAUSE)
     return dist.PrefixStore(attempt, store)
 
 

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deit_kd.interfaces import Stopped
-from deit_kd.signs import GONE, Signs, no_progress
+from deit_kd.signs import GONE, Lookout, Signs, no_progress
 
 if TYPE_CHECKING:  # the command line needs the signals without waiting for torch
     from deit_kd.distributed import Processes
@@ -96,7 +96,7 @@ class Watch:
         self._last_step: int | None = None
         self._agreed = threading.Event()
         self._closed = threading.Event()
-        self._beats = 0
+        self._beats, self._told = 0, -1  # signs of progress, and how many of them the others know of
         self._seen: dict[int, tuple[int, float]] = {}  # by rank: beats, and when they last changed
         Watch._opened += 1  # the same in every process, so that a later watch does not read an earlier one's entries
         self._prefix = f"watch/{Watch._opened}"
@@ -109,11 +109,17 @@ class Watch:
             import torch.distributed as dist
 
             store: Any = dist.distributed_c10d._get_default_store()
-            store = store.clone() if hasattr(store, "clone") else store
-            self._signs = Signs(store, self._processes.rank)
-            self._store = dist.PrefixStore(self._prefix, store)
+            self.connect(store.clone() if hasattr(store, "clone") else store)
             self._thread.start()
         return self
+
+    def connect(self, store: Any) -> None:
+        """Use a store, which no other thread may use, to signal through."""
+        import torch.distributed as dist
+
+        self._signs = Signs(store, self._processes.rank)
+        self._store = dist.PrefixStore(self._prefix, store)
+        self._lookout = Lookout(self._store, "stalled")
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
@@ -171,16 +177,19 @@ class Watch:
     def _look_now_and_then(self) -> None:
         while not self._closed.wait(SECONDS_BETWEEN_LOOKS):
             try:
-                self._agree()
-                self._look_for_gone()
-                if self._timeout:
-                    self._look_for_stalled()
+                self.look()
             except RuntimeError:  # the store is gone, and so is the process that held it
                 self._agreed.set()
                 return
 
+    def look(self) -> None:
+        """Tell the others what happened here, and do what they have agreed on; twice a second in a thread."""
+        self._agree()
+        self._look_for_gone()
+        if self._timeout:
+            self._look_for_stalled()
+
     def _agree(self) -> None:
-        ranks = range(self._processes.count)
         if self._signal is None and self._store.check(["signal"]):
             self._signal = int(self._store.get("signal"))
         if self._signal is not None and not self._said:
@@ -188,8 +197,9 @@ class Watch:
             with self._lock:
                 self._said = True
             self._store.set(f"begun/{self._processes.rank}", str(self._begun))
-        if self._said and self._last_step is None and self._store.check([f"begun/{rank}" for rank in ranks]):
-            self._last_step = max(int(self._store.get(f"begun/{rank}")) for rank in ranks)
+        begun = [f"begun/{rank}" for rank in range(self._processes.count)]
+        if self._said and self._last_step is None and self._store.check(begun):
+            self._last_step = max(map(int, self._store.multi_get(begun)))
             self._agreed.set()
 
     def _look_for_gone(self) -> None:
@@ -202,18 +212,30 @@ class Watch:
             os._exit(1)
 
     def _look_for_stalled(self) -> None:
-        now, mine = time.monotonic(), self._processes.rank
-        if self._seen.get(mine, (-1, 0.0))[0] != self._beats:
-            self._signs.beat(self._beats)
-        for rank in range(self._processes.count):
-            beats = self._signs.beats_of(rank)
-            if rank not in self._seen or self._seen[rank][0] != beats or self._signs.work_of(rank):
-                self._seen[rank] = beats, now
-        # A process that waits for another makes no progress either, but is not the cause.
-        if any(now - since < self._timeout for _, since in self._seen.values()):
+        if self._told != self._beats:
+            self._told = self._beats
+            self._signs.beat(self._told)
+        is_lookout = self._lookout.is_mine()
+        if is_lookout and self._lookout.late is None and (late := self._stalled()) is not None:
+            self._lookout.tell(late)
+        if self._lookout.late is None:
             return
-        stalled = min(self._seen, key=lambda rank: self._seen[rank])
-        print(f"error: {no_progress(stalled, self._timeout)}", file=sys.stderr, flush=True)
-        if mine == stalled:
-            time.sleep(4 * SECONDS_BETWEEN_LOOKS)  # give the others time to print, too
+        print(f"error: {no_progress(self._lookout.late, self._timeout)}", file=sys.stderr, flush=True)
+        if is_lookout or self._processes.rank == self._lookout.late:
+            time.sleep(4 * SECONDS_BETWEEN_LOOKS)  # give the others time to read and to print it, too
         os._exit(1)
+
+    def _stalled(self) -> int | None:
+        """Return the process that stopped making progress first, if none makes any.
+
+        A process that waits for another makes no progress either, but is not the cause.
+        """
+        said, now = self._signs.of_all(self._processes.count), time.monotonic()
+        if said is None:
+            return None
+        for rank, (beats, work) in enumerate(zip(said.beats, said.works, strict=True)):
+            if rank not in self._seen or self._seen[rank][0] != beats or work:
+                self._seen[rank] = beats, now
+        if any(now - since < self._timeout for _, since in self._seen.values()):
+            return None
+        return min(self._seen, key=lambda rank: self._seen[rank])  # it has given the fewest signs
