@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deit_kd.interfaces import InputError, Stopped
-from deit_kd.signs import GONE, Lookout, Signs, no_progress
+from deit_kd.signs import GONE, Signs, no_progress
 
 SECONDS_TO_MEET = 600.0
 SECONDS_BEFORE_A_LINE = 30.0  # about a wait; the next line comes after twice as long
@@ -96,13 +96,14 @@ class Processes:
         if self.count == 1:
             return
         try:
-            self._meet(Signs(_group_store(), self.rank), next(self._meetings))
+            self.meet(Signs(_group_store(), self.rank), next(self._meetings))
         except dist.DistError as error:  # the store is gone, and so is the process that held it
             raise Stopped(GONE, 1) from error
 
-    def _meet(self, signs: Signs, meeting: int) -> None:
+    def meet(self, signs: Signs, meeting: int) -> None:
+        """Wait for all others at a meeting, counted from 1; see `wait`."""
         signs.arrive(meeting)
-        lookout = Lookout(_group_store(), f"meeting/{meeting}")
+        lookout = signs.lookout(f"meeting/{meeting}")
         since = last_sign = time.monotonic()
         seen: list[tuple[int, int, str]] = []
         pause, next_line = 0.001, SECONDS_BEFORE_A_LINE

@@ -78,6 +78,10 @@ class Signs:
         meetings, works, beats = found[:count], found[count : 2 * count], found[2 * count :]
         return Said([*map(int, meetings)], works, [*map(int, beats)])
 
+    def lookout(self, name: str) -> Lookout:
+        """Return the lookout of this process for what is called `name`."""
+        return Lookout(self._store, name)
+
     def leave(self) -> None:
         """Announce that this process no longer needs the others."""
         self._say("left", "")

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deit_kd.interfaces import Stopped
-from deit_kd.signs import GONE, Lookout, Signs, no_progress
+from deit_kd.signs import GONE, Signs, no_progress
 
 if TYPE_CHECKING:  # the command line needs the signals without waiting for torch
     from deit_kd.distributed import Processes
@@ -115,11 +115,11 @@ class Watch:
 
     def connect(self, store: Any) -> None:
         """Use a store, which no other thread may use, to signal through."""
-        import torch.distributed as dist
+        self._store, self._signs = store, Signs(store, self._processes.rank)
+        self._lookout = self._signs.lookout(self._key("stalled"))
 
-        self._signs = Signs(store, self._processes.rank)
-        self._store = dist.PrefixStore(self._prefix, store)
-        self._lookout = Lookout(self._store, "stalled")
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}"
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
@@ -190,14 +190,14 @@ class Watch:
             self._look_for_stalled()
 
     def _agree(self) -> None:
-        if self._signal is None and self._store.check(["signal"]):
-            self._signal = int(self._store.get("signal"))
+        if self._signal is None and self._store.check([self._key("signal")]):
+            self._signal = int(self._store.get(self._key("signal")))
         if self._signal is not None and not self._said:
-            self._store.set("signal", str(int(self._signal)))
+            self._store.set(self._key("signal"), str(int(self._signal)))
             with self._lock:
                 self._said = True
-            self._store.set(f"begun/{self._processes.rank}", str(self._begun))
-        begun = [f"begun/{rank}" for rank in range(self._processes.count)]
+            self._store.set(self._key(f"begun/{self._processes.rank}"), str(self._begun))
+        begun = [self._key(f"begun/{rank}") for rank in range(self._processes.count)]
         if self._said and self._last_step is None and self._store.check(begun):
             self._last_step = max(map(int, self._store.multi_get(begun)))
             self._agreed.set()
