@@ -161,6 +161,12 @@ def test_what_cannot_be_packed_ends_packing_or_is_left_out_and_listed(
     assert manifest["left_out"] == {"train": ["bars/broken.jpg"]}
 
 
+def test_a_part_of_a_tree_is_packed_as_a_run_would_take_it(tree: Path, tmp_path: Path) -> None:
+    out = packed(tree, tmp_path / "part", "--data.classes", '["bars", "dots"]', "--data.per_class", "3")
+    theirs = folder_splits(tree, classes=["bars", "dots"], per_class=3)
+    assert [part.digest() for part in of_shards(out)] == [part.digest() for part in theirs]
+
+
 def test_the_manifest_names_classes_and_the_digest_that_runs_record(tree: Path, shards: Path) -> None:
     manifest = json.loads((shards / "manifest.json").read_text())
     assert manifest["classes"] == list(folder_splits(tree).train.classes)
@@ -311,6 +317,33 @@ def test_shards_of_others_are_read_in_one_folder(kind: str, classes: tuple[str, 
         label, name = int(splits.train.labels[index]), splits.train.names[index]
         number = int(Path(name).stem) + (6 if "train-0001" in name else 0)
         assert splits.train.content(index) == jpeg(label, number)
+
+
+def test_splits_that_number_their_classes_differently_are_refused(tmp_path: Path) -> None:
+    foreign(tmp_path / "train" / "0.tar", [labelled("hub", number % 3, number) for number in range(6)])
+    swapped = [labelled("hub", number % 3, number) for number in range(6)]
+    for number, sample in enumerate(swapped):
+        sample["cls"] = str((number + 1) % 3).encode()
+    foreign(tmp_path / "validation" / "0.tar", swapped)
+    assert main(["data", "index", str(tmp_path)]) == 0
+    with pytest.raises(InputError, match=r"is 'n0.' in the shards of 'validation', and 'n0.' in those of 'train'"):
+        of_shards(tmp_path)
+
+
+@pytest.mark.parametrize(("train", "validation"), [("hub", "name"), ("name", "hub")])
+def test_splits_with_numbers_and_with_names_have_one_order(train: str, validation: str, tmp_path: Path) -> None:
+    for part, kind in (("train", train), ("validation", validation)):
+        samples = [labelled(kind, number % 3, number) for number in range(6)]
+        for number, sample in enumerate(samples):
+            if kind == "hub":
+                sample["cls"] = str(2 - number % 3).encode()  # against the order of the names
+        foreign(tmp_path / part / "0.tar", samples)
+    assert main(["data", "index", str(tmp_path)]) == 0
+    splits = of_shards(tmp_path)
+    assert splits.train.classes == splits.validation.classes == ("n03", "n02", "n01")
+    for photos in splits:
+        for index in range(6):
+            assert photos.content(index) in [jpeg(2 - int(photos.labels[index]), number) for number in range(6)]
 
 
 def test_a_list_of_classes_beside_shards_names_them(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.progress import track
 
+from deit_kd.console import console
 from deit_kd.data.names import Names
 from deit_kd.data.photos import Photos, Splits, split_by_hash
 from deit_kd.data.shard_index import (
@@ -115,10 +118,14 @@ def index_shards(*, root: str | None, splits: Sequence[str], processes: int) -> 
 def _scanned(folder: Path, shards: Sequence[str], processes: int) -> Iterator[Found]:
     paths = [str(folder / name) for name in shards]
     if min(processes, len(paths)) == 1:
-        yield from map(scan, paths)
+        yield from _tracked(map(scan, paths), len(paths))
         return
     with ProcessPoolExecutor(min(processes, len(paths))) as pool:
-        yield from pool.map(scan, paths)
+        yield from _tracked(pool.map(scan, paths), len(paths))
+
+
+def _tracked(found: Iterator[Found], count: int) -> Iterable[Found]:
+    return track(found, "indexing", count, console=console, disable=not console.is_terminal)
 
 
 def _place(top: Path, split: str) -> Place | None:
@@ -160,12 +167,24 @@ def _photos(top: Path, split: str, stage: str | None, said: dict[int, str]) -> P
 
 
 def _said(top: Path, splits: Sequence[str]) -> dict[int, str]:
-    """Return the class name of each label, as far as the shards of any of the splits say it."""
+    """Return the class name of each label, as far as the shards of any of the splits say it.
+
+    Raises:
+        InputError: two labels have one name, or one has two.
+    """
     said: dict[int, str] = {}
-    for split in reversed(splits):
+    for split in splits:
         folder = _complete(top, split).folder
         _, facts = fresh_index(folder, shards_in(folder))
-        said |= {} if facts["by_name"] else facts["classes"]
+        for label, name in {} if facts["by_name"] else facts["classes"].items():
+            if said.setdefault(label, name) != name:
+                raise InputError(
+                    f"data.root: class {label} is {name!r} in the shards of {split!r}, and {said[label]!r} in those of "
+                    f"{splits[0]!r}; pack both splits with the same classes"
+                )
+    twice = next((name for name, count in Counter(said.values()).items() if count > 1), None)
+    if twice is not None:
+        raise InputError(f"data.root: the shards of {top} call two classes {twice!r}; pack both splits again")
     return said
 
 
@@ -179,7 +198,7 @@ def _labelled(
     """
     given, places = np.unique(numbers, return_inverse=True)
     listed = classes_of(top)
-    place_of = {name: place for place, name in enumerate(listed or ())}
+    place_of = {name: place for place, name in (said.items() if listed is None else enumerate(listed))}
     order: Sequence[int] = range(len(given))
     if facts["by_name"]:
         names = [facts["classes"][number] for number in given.tolist()]

@@ -13,6 +13,7 @@ from deit_kd.config import Config
 from deit_kd.console import console, duration_text, progress_bar, say, size_text
 from deit_kd.data import Photos, one_split
 from deit_kd.data.shard_index import Manifest
+from deit_kd.data.subsets import share_of
 from deit_kd.files import check_writable, held
 from deit_kd.interfaces import InputError
 from deit_kd.packing import Look, check_room, keep_to_plan, pack, record_packed
@@ -27,7 +28,8 @@ def pack_tree(
     What a former, killed call has finished is kept.
 
     Args:
-        config: says which splits there are and what to do with a photo that cannot be packed.
+        config: says which splits there are, which of their photos to take, and what to do with one that cannot be
+            packed.
         tree: folder of the photos.
         out: folder for the shards.
         splits: to pack; the recipe's two, or the whole tree if it has neither, unless any are named.
@@ -41,7 +43,7 @@ def pack_tree(
     top = photos_root(tree)
     named = [split for split in (config.data.train_split, config.data.validation_split) if (top / split).is_dir()]
     taken = splits or named or ["."]
-    parts = {split: one_split(name="folder", root=tree, split=split, classes=config.data.classes) for split in taken}
+    parts = {split: _taken(config, tree, split) for split in taken}
     for part in parts.values():
         if part.root is not None and out.resolve().is_relative_to(part.root.resolve()):
             raise InputError(f"{out}: is inside the photos of {part.root}; name a folder elsewhere")
@@ -58,6 +60,13 @@ def pack_tree(
     for split, names in manifest["left_out"].items():
         say(f"{split}: {len(names)} photos could not be packed, see left_out in {out}/manifest.json")
     say(f"packed in {duration_text(time.perf_counter() - since)}: --data.name shards --data.root {out}")
+
+
+def _taken(config: Config, tree: str, split: str) -> Photos:
+    """Return the photos of a split that a recipe takes."""
+    data = config.data
+    photos = one_split(name="folder", root=tree, split=split, classes=data.classes)
+    return share_of(photos, data.fraction, data.per_class) if split == data.train_split else photos
 
 
 def _pack_all(
