@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from deit_kd import InputError
 from deit_kd.cli import main
-from deit_kd.data import PREFETCHED, batches_ahead
+from deit_kd.data import PREFETCHED, batches_ahead, build_evaluation_loader
+from deit_kd.data.loader import _keep_pages_shared
 from deit_kd.data.sharing import MEGABYTE
 from tests.helpers import refused, tiny
+from tests.tiny_parts import array_photos
 
 
 def with_free(free: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +74,29 @@ def test_what_does_not_fit_is_one_line_before_a_worker_begins(
     line = refused(["train", *too_little], capsys)
     assert line.startswith("error: data.prefetch_mb: 1 MB do not hold two batches of ")
     assert not (tmp_path / "run").exists()
+
+
+class Held:
+    """A view that says how many MB of this process are its own, after its garbage was collected."""
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        gc.collect()
+        line = next(
+            line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if "Private_Dirty" in line
+        )
+        return torch.full((3, 1, 1), int(line.split()[1]) / 1024)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="needs Linux")
+def test_a_worker_does_not_copy_what_it_shares_when_it_collects_garbage() -> None:
+    photos = array_photos(6)
+    _keep_pages_shared.cache_clear()  # done once in a process, perhaps by another test
+    kept = [{"number": str(number)} for number in range(400_000)]  # some 100 MB of objects, as the libraries'
+    held = [float(batch.images.max()) for batch in build_evaluation_loader(
+        photos, Held(), batch_size=2, rank=0, processes=1, workers=1, pin_memory=False
+    )]  # fmt: skip
+    assert max(held) < 40
+    assert len(kept) == 400_000
 
 
 def test_a_run_says_what_its_workers_hold_and_does_not_depend_on_it(

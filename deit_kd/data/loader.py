@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing.util
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -89,9 +91,11 @@ class _Plainly(Generic[Loaded]):
     it (`lost_worker`), not as the broken connection that follows.
     """
 
-    batches: Iterable[Loaded]
+    batches: DataLoader[Any]
 
     def __iter__(self) -> Iterator[Loaded]:
+        if self.batches.num_workers:
+            _keep_pages_shared()
         try:
             yield from self.batches
         except InputError as error:
@@ -101,6 +105,17 @@ class _Plainly(Generic[Loaded]):
             # that into an error wherever the program is then.
             time.sleep(SECONDS_TO_LEARN_OF_A_DEATH)
             raise
+
+
+@cache
+def _keep_pages_shared() -> None:
+    """Let the garbage collector leave alone what there is now.
+
+    It writes to every object that it looks at, which would give each worker its own copy of all pages of the libraries.
+    """
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # some libraries complain of what was not collected at the end
 
 
 def lost_worker(error: RuntimeError) -> InputError | None:
