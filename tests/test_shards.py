@@ -22,7 +22,7 @@ from deit_kd.cli import main
 from deit_kd.data import Photos, Splits, UnreadableImage
 from deit_kd.data.shards import OPEN_AT_ONCE
 from deit_kd.interfaces import InputError
-from tests.helpers import Finished, assert_same_end, copied, draw, newest_two, write_photos
+from tests.helpers import Finished, assert_same_end, copied, draw, newest_two, tiny, write_photos
 from tests.tiny_parts import folder_splits
 
 ODD_NAMES = ("a.b.jpg", "a_b.jpg", "a_b.png", "x.JPEG", ".hidden.png", "deep/er/y.webp", "deep-er.png", "ö ß.png")
@@ -182,6 +182,14 @@ def test_a_run_begun_on_the_tree_goes_on_from_its_shards(finished: Finished, pho
     assert main(["train", *arguments, "--data.name", "shards", "--data.root", str(out), *stage]) == 0
     assert_same_end(finished, tmp_path)
     assert len(list((tmp_path / "local").glob("*/*.tar"))) == len(list(out.glob("*/*.tar")))
+
+
+def test_a_label_store_of_the_tree_teaches_from_its_shards(tmp_path: Path) -> None:
+    tree = write_photos(tmp_path / "photos", {"train": 4, "validation": 2})
+    out, store = packed(tree, tmp_path / "packed"), str(tmp_path / "store")
+    assert main(["store", "build", *tiny(tree, None, distill__kind="soft"), "--store", store]) == 0
+    arguments = tiny(out, None, distill__kind="soft", data__name="shards")
+    assert main(["store", "check", store, *arguments]) == 0
 
 
 def test_a_run_is_evaluated_on_shards_as_on_its_tree(runs: Path, tmp_path: Path) -> None:
