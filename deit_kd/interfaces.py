@@ -11,7 +11,8 @@ if TYPE_CHECKING:  # the command line needs the errors without waiting for torch
     import torch
     from torch import Tensor
 
-FEATURE_KINDS = ("guide", "pooled")  # of terms that compare features; the others compare logits
+MAP_KINDS = ("guide", "relations")  # of terms that compare maps
+FEATURE_KINDS = (*MAP_KINDS, "pooled")  # of terms that compare features; the others compare logits
 
 
 class InputError(Exception):
@@ -161,13 +162,14 @@ class TeacherOutput(NamedTuple):
 
 
 class Link(NamedTuple):
-    """One feature of the student that a connector brings to the width of one of the teacher's."""
+    """One feature of the student that is compared with one of the teacher's."""
 
-    name: str  # of the student's feature after its connector
+    name: str  # of the student's feature after its connector, if it has one
     student: str  # name of the student's feature
     teacher: str  # name of the teacher's feature
     student_width: int
     teacher_width: int
+    has_connector: bool = True  # which brings the student's feature to the teacher's width
 
 
 class Student(Protocol):

@@ -231,6 +231,7 @@ def test_every_key_of_a_recipe_says_what_it_changes() -> None:
         ([], "labels and the teacher's hard labels, alpha 0.5"),
         (["--distill.kind", "none"], "labels alone"),
         (["--distill.kind", "none", "--distill.terms", '[{"kind": "guide", "weight": 2}]'], "labels; guide, weight 2"),
+        (["--distill.kind", "none", "--distill.terms", '[{"kind": "relations"}]'], "labels; relations, weight 1"),
         (
             ["--distill.kind", "soft", "--distill.terms", '[{"kind": "pooled", "weight": {"start": 1, "until": 0.5}}]'],
             "labels and the teacher's soft labels, alpha 0.5, temperature 3; pooled, weight 1 until 0.5 of the run, "

@@ -17,6 +17,7 @@ from tests.started import kill, torchrun
 
 EPOCHS, STEPS_PER_EPOCH = 4, 3
 GUIDE = {"kind": "guide", "weight": {"start": 2.5, "until": 0.5}, "blocks": [0, 1], "stages": ["layer1", "layer2"]}
+RELATIONS = {"kind": "relations", "blocks": [0, 1], "stages": ["layer1", "layer2"]}
 OPTIONS: dict[str, Any] = {
     "data__image_size": 32,
     "distill__kind": "soft",
@@ -111,6 +112,25 @@ def test_two_processes_across_the_stop_give_the_losses_of_one(photos_root: Path,
             assert term == pytest.approx(there["terms"][kind], rel=1e-4)
 
 
+def test_relations_alone_resume_bit_for_bit_and_two_processes_give_the_losses_of_one(
+    photos_root: Path, teacher: Path, tmp_path: Path
+) -> None:
+    options = {"distill__terms": [RELATIONS], "distill__temperature": 1.0, "student__drop_path": 0.0}
+    options |= {"train__epochs": 2, "train__checkpoint_every_steps": 1}
+    assert main(["train", *guided(photos_root, tmp_path / "one", teacher, **options)]) == 0
+    one = steps(tmp_path / "one")
+    terms = [step["terms"]["relations"] for step in one]
+    assert all(term["loss"] > 0 and -1 <= term["cosine"] <= 1 for term in terms)
+    killed = guided(photos_root, tmp_path / "killed", teacher, **options)
+    kill(killed, 4, tmp_path / "said.txt")
+    assert main(["train", *killed, "--resume", "auto"]) == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "one")
+    assert torchrun(guided(photos_root, tmp_path / "two", teacher, **options), tmp_path / "said.txt") == 0
+    for here, there in zip(one, steps(tmp_path / "two"), strict=True):
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-4)
+        assert here["terms"]["relations"] == pytest.approx(there["terms"]["relations"], rel=1e-4)
+
+
 def test_a_stored_teacher_with_an_online_guide_is_both_online(
     whole: Finished, photos_root: Path, tmp_path: Path
 ) -> None:
@@ -186,9 +206,23 @@ def test_a_wrong_stage_is_told_before_a_teacher_is_fitted(
         ({"distill__terms": [{**GUIDE, "blocks": [0, 2]}]}, "the student has no block 2; use 0 to 1"),
         ({"distill__terms": [{**GUIDE, "grid": 3}]}, "cannot be averaged to one of 3 x 3"),
         ({"distill__terms": [{**GUIDE, "loss": "huber"}]}, "loss does not act on a term of kind guide"),
+        ({"distill__terms": [RELATIONS, RELATIONS]}, "relations is there twice"),
+        ({"distill__terms": [{**RELATIONS, "normalise": False}]}, "normalise does not act on a term of kind relations"),
+        ({"distill__terms": [{**RELATIONS, "temperature": 0}]}, "must be above 0"),
+        ({"distill__terms": [{**RELATIONS, "stages": ["layer1", "layer9"]}]}, "the teacher has no stage 'layer9'"),
+        ({"distill__terms": [{**RELATIONS, "grid": 1}]}, "fewer than 3 places have no relations to compare"),
         ({"distill__terms": [], "guide__name": "test_resnet"}, "no term of distill.terms compares features"),
         (
             {"teacher__store": "store", "teacher__checkpoint": None, "teacher__name": None},
+            "a label store gives answers alone; add an online guide",
+        ),
+        (
+            {
+                "distill__terms": [RELATIONS],
+                "teacher__store": "store",
+                "teacher__checkpoint": None,
+                "teacher__name": None,
+            },
             "a label store gives answers alone; add an online guide",
         ),
         (

@@ -76,6 +76,7 @@ def as_schedule(value: float | ScheduleSection) -> Schedule:
 
 _KEYS_OF_TERM: dict[str, set[str]] = {
     "guide": {"blocks", "stages", "grid", "normalise"},
+    "relations": {"blocks", "stages", "grid", "temperature"},
     "pooled": {"loss"},
     "soft": {"temperature"},
     "hard": set(),
@@ -86,18 +87,20 @@ _KEYS_OF_TERM: dict[str, set[str]] = {
 class TermSection(Section):
     """One more term of the objective."""
 
-    kind: Literal["guide", "pooled", "soft", "hard", "standardised"] = key(..., RESULT)
-    """guide: feature maps; pooled: one vector per image; soft, hard, standardised: the teacher's logits"""
+    kind: Literal["guide", "relations", "pooled", "soft", "hard", "standardised"] = key(..., RESULT)
+    """guide: feature maps; relations: how alike the places of a map are; pooled: one vector per image; soft, hard,
+    standardised: the teacher's logits"""
     weight: Scheduled = key(1.0, RESULT)
     """a number, or a schedule {start, end, from, until, shape}"""
     temperature: Scheduled | None = key(None, RESULT)
-    """for soft and standardised; null is 3, or for standardised depends on the number of classes"""
+    """for soft, standardised and relations; null is 3, by the number of classes, or 0.1"""
     blocks: list[int] | None = key(None, RESULT)
-    """for guide: the student's blocks, from 0; null spreads them evenly, one for each stage"""
+    """for guide and relations: the student's blocks, from 0; null spreads them evenly, one for each stage"""
     stages: list[str] | None = key(None, RESULT)
-    """for guide: the teacher's layers by timm's names; null takes the last three no coarser than the student's grid"""
+    """for guide and relations: the teacher's layers by timm's names; null takes the last three no coarser than the
+    student's grid"""
     grid: int | None = key(None, RESULT, gt=0)
-    """for guide: side of a coarser grid to compare maps on; null takes the coarser of the two grids"""
+    """for guide and relations: side of a coarser grid to compare maps on; null takes the coarser of the two grids"""
     normalise: bool = key(True, RESULT)
     """for guide: layer-normalise the teacher's maps over channels"""
     loss: Literal["cosine", "huber"] = key("cosine", RESULT)

@@ -190,7 +190,7 @@ def _term_charts(runs: Mapping[str, Records]) -> dict[str, Chart]:
                 ends.append((f"{prefix}{kind} ends", at[-1]))
     charts = {"terms": Chart("Further terms, unweighted", "step", "", losses, marks=ends)} if losses else {}
     if cosines:
-        charts["connectors"] = Chart("Connectors and their targets", "step", "cosine", cosines, marks=ends)
+        charts["connectors"] = Chart("Compared features: student and teacher", "step", "cosine", cosines, marks=ends)
     return charts
 
 

@@ -3,9 +3,10 @@
 from deit_kd.losses.classification import soft_target_cross_entropy
 from deit_kd.losses.guide import guide
 from deit_kd.losses.hard import hard_distillation
-from deit_kd.losses.links import Shapes, guide_links, pooled_links
+from deit_kd.losses.links import Shapes, guide_links, pooled_links, relation_links
 from deit_kd.losses.objective import CheckedTerms, Objective, Terms
 from deit_kd.losses.pooled import pooled_cosine, pooled_huber
+from deit_kd.losses.relations import relations
 from deit_kd.losses.soft import soft_distillation
 from deit_kd.losses.standardised import standardised_distillation
 from deit_kd.losses.terms import FeatureTerm, LogitTerm, Needs, Term
@@ -25,6 +26,8 @@ __all__ = [
     "pooled_cosine",
     "pooled_huber",
     "pooled_links",
+    "relation_links",
+    "relations",
     "soft_distillation",
     "soft_target_cross_entropy",
     "standardised_distillation",

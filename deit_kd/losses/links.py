@@ -8,7 +8,8 @@ from deit_kd.features import POOLED
 from deit_kd.interfaces import InputError, Link, nearest
 
 Shapes = Mapping[str, Sequence[int]]  # of one image's features, by name: [D, h, w] or [D]
-STAGES = 3  # of a guide, unless a recipe names them
+STAGES = 3  # of a guide or of relations, unless a recipe names them
+LEAST_PLACES = 3  # a softmax over the one other of two places is always 1
 
 
 def guide_links(
@@ -31,6 +32,47 @@ def guide_links(
     Raises:
         InputError: a block or a stage does not exist, their numbers differ, or grids cannot be matched.
     """
+    return _map_links("guide", student, teacher, blocks, stages, grid)
+
+
+def relation_links(
+    student: Shapes,
+    teacher: Shapes,
+    *,
+    blocks: Sequence[int] | None = None,
+    stages: Sequence[str] | None = None,
+    grid: int | None = None,
+) -> tuple[Link, ...]:
+    """Return the links of relations, which need no connectors; arguments and errors as for `guide_links`.
+
+    Raises:
+        InputError: also if fewer than three places are left to compare.
+    """
+    links = _map_links("relations", student, teacher, blocks, stages, grid)
+    for link in links:
+        sides = zip(student[link.student][1:], teacher[link.teacher][1:], strict=True)
+        height, width = (min(pair) if grid is None else grid for pair in sides)
+        if height * width < LEAST_PLACES:
+            raise InputError(
+                f"distill.terms: relations of {link.student} and {link.teacher} have a grid of {height} x {width}, and "
+                f"fewer than {LEAST_PLACES} places have no relations to compare; choose another stage or grid"
+            )
+    return tuple(link._replace(has_connector=False) for link in links)
+
+
+def pooled_links(student: Shapes, teacher: Shapes) -> tuple[Link, ...]:
+    """Return the one link of a pooled term: the student's mean patch with the teacher's pooled vector."""
+    return (Link(POOLED, POOLED, POOLED, student[POOLED][0], teacher[POOLED][0]),)
+
+
+def _map_links(
+    term: str,
+    student: Shapes,
+    teacher: Shapes,
+    blocks: Sequence[int] | None,
+    stages: Sequence[str] | None,
+    grid: int | None,
+) -> tuple[Link, ...]:
     own = {name: shape for name, shape in student.items() if len(shape) == 3}
     theirs = {name: shape for name, shape in teacher.items() if len(shape) == 3}
     for whose, maps in (("student", own), ("teacher", theirs)):
@@ -49,17 +91,12 @@ def guide_links(
             raise InputError(f"distill.terms: the student has no block {place}; use 0 to {len(own) - 1}")
     if len(places) != len(chosen) or not chosen:
         raise InputError(
-            f"distill.terms: {len(places)} blocks cannot be guided by {len(chosen)} stages; name the same number of "
-            "each"
+            f"distill.terms: {len(places)} blocks cannot be compared with {len(chosen)} stages; name the same "
+            "number of each"
         )
     names = list(own)
     pairs = [(names[place], stage) for place, stage in zip(places, chosen, strict=True)]
-    return tuple(_link("guide", block, stage, own[block], theirs[stage], grid) for block, stage in pairs)
-
-
-def pooled_links(student: Shapes, teacher: Shapes) -> tuple[Link, ...]:
-    """Return the one link of a pooled term: the student's mean patch with the teacher's pooled vector."""
-    return (Link(POOLED, POOLED, POOLED, student[POOLED][0], teacher[POOLED][0]),)
+    return tuple(_link(term, block, stage, own[block], theirs[stage], grid) for block, stage in pairs)
 
 
 def _chosen_stages(maps: Shapes, coarsest: int) -> list[str]:

@@ -24,7 +24,7 @@ class Terms(NamedTuple):
     classification: Tensor
     distillation: Tensor
     others: Mapping[str, Tensor] = NO_TERM  # by the kind of each further term that has not ended
-    cosines: Mapping[str, Tensor] = NO_TERM  # between connector outputs and targets, by the kind of each feature term
+    cosines: Mapping[str, Tensor] = NO_TERM  # between student and teacher, by the kind of each feature term
 
 
 class CheckedTerms(NamedTuple):
@@ -157,7 +157,7 @@ class Objective:
                 if isinstance(term, LogitTerm):
                     losses[term.kind], answered = _logit_losses(term, student, teacher, place)
                 else:
-                    losses[term.kind], cosines[term.kind] = term.per_example(*_features(student, teacher, term))
+                    losses[term.kind], cosines[term.kind] = term.per_example(*_features(student, teacher, term), place)
             is_finite = torch.stack(list(losses.values())).detach().sum(0).isfinite()
             means = {kind: _mean(loss) for kind, loss in losses.items()}
             if self.scale == "numel":

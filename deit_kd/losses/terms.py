@@ -13,6 +13,7 @@ from deit_kd.interfaces import FEATURE_KINDS, InputError, Link, nearest
 from deit_kd.losses.guide import map_error, on_one_grid
 from deit_kd.losses.hard import hard_distillation
 from deit_kd.losses.pooled import normalised, pooled_cosine, pooled_huber
+from deit_kd.losses.relations import RELATIONS_TEMPERATURE, relation_error, relations_of
 from deit_kd.losses.soft import soft_distillation
 from deit_kd.losses.standardised import default_temperature, standardised_distillation
 from deit_kd.schedules import Schedule
@@ -48,8 +49,7 @@ class LogitTerm:
                 f"distill.terms: kind {self.kind!r} is unknown; use one of {', '.join(known)}"
                 f"{nearest(self.kind, known)}"
             )
-        if self.temperature is not None and min(self.temperature.values) <= 0:
-            raise InputError(f"distill.temperature: {min(self.temperature.values):g} is not above 0")
+        _check_temperature(self.temperature)
 
     def per_example(self, dist_logits: Tensor, teacher_logits: Tensor, place: float) -> Tensor:
         """Return the loss [B] of logits [B, C] each, in fp32."""
@@ -63,15 +63,16 @@ class LogitTerm:
 
 @dataclass(frozen=True)
 class FeatureTerm:
-    """A comparison of features of the student, through its connectors, with features of the teacher.
+    """A comparison of features of the student, through its connectors if they have any, with features of the teacher.
 
     Args:
-        kind: ``guide`` (maps) or ``pooled`` (vectors); the sum over `links` is the term.
+        kind: ``guide`` (maps), ``relations`` (within maps) or ``pooled`` (vectors); the sum over `links` is the term.
         weight: by the place in the run.
         links: what is compared.
         normalise: of ``guide``, see `on_one_grid`.
-        grid: of ``guide``, see `on_one_grid`.
+        grid: of ``guide`` and ``relations``, see `on_one_grid`.
         loss: of ``pooled``: ``cosine`` or ``huber``.
+        temperature: of ``relations``, by the place in the run; None is 0.1.
     """
 
     kind: str
@@ -80,26 +81,47 @@ class FeatureTerm:
     normalise: bool = True
     grid: int | None = None
     loss: str = "cosine"
+    temperature: Schedule | None = None
 
-    def per_example(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the loss [B], and the cosine [B] of connector outputs and targets over channels, in fp32.
+    def __post_init__(self) -> None:
+        _check_temperature(self.temperature)
+
+    def per_example(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], place: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss [B], and the cosine [B] of what is compared, over channels or over relations, in fp32.
 
         Args:
             student: features by the names of the links, [B, D, h, w] or [B, D].
             teacher: features by their own names.
+            place: share of the run that is done.
         """
-        error = map_error if self.kind == "guide" else POOLED_LOSSES[self.loss]
         pairs = [self._pair(student[link.name].float(), teacher[link.teacher].float()) for link in self.links]
-        losses = torch.stack([error(own, target) for own, target in pairs]).sum(0)
+        losses = torch.stack([self._error(own, target, place) for own, target in pairs]).sum(0)
+        compared = 2 if self.kind == "relations" else 1
         with torch.no_grad():
-            cosines = [torch.cosine_similarity(own, target, dim=1) for own, target in pairs]  # [B, h, w] or [B]
+            cosines = [torch.cosine_similarity(own, target, dim=compared) for own, target in pairs]  # [B, …]
             cosine = torch.stack([each[..., None].flatten(1).mean(1) for each in cosines]).mean(0)
         return losses, cosine
+
+    def _error(self, student: Tensor, target: Tensor, place: float) -> Tensor:
+        if self.kind == "relations":
+            temperature = RELATIONS_TEMPERATURE if self.temperature is None else self.temperature.at(place)
+            return relation_error(student, target, temperature)
+        return map_error(student, target) if self.kind == "guide" else POOLED_LOSSES[self.loss](student, target)
 
     def _pair(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         if self.kind == "guide":
             return on_one_grid(student, teacher, self.normalise, self.grid)
+        if self.kind == "relations":
+            student, teacher = on_one_grid(student, teacher, normalise=False, grid=self.grid)
+            return relations_of(student), relations_of(teacher)
         return student, normalised(teacher)
+
+
+def _check_temperature(temperature: Schedule | None) -> None:
+    if temperature is not None and min(temperature.values) <= 0:
+        raise InputError(f"distill.temperature: {min(temperature.values):g} is not above 0")
 
 
 Term = LogitTerm | FeatureTerm

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deit_kd.engine import Distiller
 from deit_kd.features import POOLED, layer_names, shapes
-from deit_kd.interfaces import Batch, InputError, StudentOutput, Teacher, TeacherOutput
+from deit_kd.interfaces import MAP_KINDS, Batch, InputError, StudentOutput, Teacher, TeacherOutput
 from deit_kd.losses import Needs, Objective
 from deit_kd.runs import parts
 from deit_kd.runs.prepared import Run
@@ -105,6 +105,8 @@ def connect(run: Run, lesson: Lesson) -> Run:
     if not objective.needs.links:
         return replace(run, objective=objective)
     connectors = Connectors(objective.needs.links, run.config.seed).to(run.processes.device)
+    if not list(connectors.parameters()):  # relations alone compare features as they are
+        return replace(run, objective=objective, connectors=connectors)
     parts.add_connectors(run.config, run.optimizer, connectors)
     schedule = parts.build_schedule(run.config, run.optimizer, run.loader.steps_per_epoch)
     return replace(run, objective=objective, connectors=connectors, schedule=schedule)
@@ -120,7 +122,7 @@ def match_features(run: Run, lesson: Lesson) -> Objective:
         return parts.build_objective(run.config, {}, {})
     size = run.config.data.image_size
     blank = torch.zeros(1, 3, size, size, device=run.processes.device)
-    with_maps = any(term.kind == "guide" for term in run.config.distill.terms)
+    with_maps = any(term.kind in MAP_KINDS for term in run.config.distill.terms)
     own = _student_shapes(run.student, blank, with_maps)
     theirs = _teacher_shapes(lesson.feature_giver, blank, with_maps)
     return parts.build_objective(run.config, own, theirs)

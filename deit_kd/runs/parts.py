@@ -22,7 +22,7 @@ from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
 from deit_kd.interfaces import Batch, InputError
-from deit_kd.losses import FeatureTerm, LogitTerm, Objective, Shapes, Term, guide_links, pooled_links
+from deit_kd.losses import FeatureTerm, LogitTerm, Objective, Shapes, Term, guide_links, pooled_links, relation_links
 from deit_kd.models.create import chosen_attention
 from deit_kd.optim import build_optimizer, scaled_lr
 from deit_kd.optim import build_schedule as build_cosine_schedule
@@ -171,6 +171,9 @@ def _build_term(section: TermSection, student: Shapes, teacher: Shapes) -> Term:
     if section.kind == "pooled":
         return FeatureTerm("pooled", weight, pooled_links(student, teacher), loss=section.loss)
     temperature = None if section.temperature is None else as_schedule(section.temperature)
+    if section.kind == "relations":
+        links = relation_links(student, teacher, blocks=section.blocks, stages=section.stages, grid=section.grid)
+        return FeatureTerm("relations", weight, links, grid=section.grid, temperature=temperature)
     return LogitTerm(section.kind, weight, temperature)
 
 

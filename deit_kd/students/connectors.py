@@ -13,7 +13,7 @@ from deit_kd.students.heads import TimmStudent
 
 
 class Connectors(nn.Module):
-    """One linear map with bias for each link; feature maps are connected at each place separately.
+    """One linear map with bias for each link that has a connector; maps are connected at each place separately.
 
     Args:
         links: what to connect.
@@ -25,10 +25,10 @@ class Connectors(nn.Module):
         self.links = tuple(links)
         with torch.random.fork_rng(devices=[]):
             seed_initialisation("connectors", seed)
-            self.linears = nn.ModuleList(nn.Linear(link.student_width, link.teacher_width) for link in links)
+            self.linears = nn.ModuleList(_connector(link) for link in links)
 
     def forward(self, features: Mapping[str, Tensor], links: Sequence[Link]) -> dict[str, Tensor]:
-        """Return the features of `links` by their names, in the teacher's widths."""
+        """Return the features of `links` by their names, those that have a connector in the teacher's widths."""
         return {
             link.name: _by_channels(linear, features[link.student])
             for link, linear in zip(self.links, self.linears, strict=True)
@@ -39,6 +39,10 @@ class Connectors(nn.Module):
         """Train only the connectors of `links` from now on."""
         for link, linear in zip(self.links, self.linears, strict=True):
             linear.requires_grad_(link in links)
+
+
+def _connector(link: Link) -> nn.Module:
+    return nn.Linear(link.student_width, link.teacher_width) if link.has_connector else nn.Identity()
 
 
 def _by_channels(linear: nn.Module, features: Tensor) -> Tensor:
