@@ -179,6 +179,17 @@ def test_files_without_names_of_their_own_are_named_by_position(hf: Any, tmp_pat
     assert sum(map(len, splits_of(tmp_path / "two", folds=2, fold=0))) == 12
 
 
+def test_files_that_share_a_name_are_named_by_position(hf: Any, tmp_path: Path) -> None:
+    for label, name in enumerate(("a/x", "a/y", "b/x", "b/y")):
+        (tmp_path / name).mkdir(parents=True)
+        draw(label % 2, label).save(tmp_path / name / "0.png")
+    files = [{"bytes": None, "path": str(path)} for path in sorted(tmp_path.rglob("*.png"))]
+    labels = ([0, 0, 1, 1], hf.ClassLabel(names=["a", "b"]))
+    columns(hf, image=(files, hf.Image()), label=labels).save_to_disk(tmp_path / "one")
+    train, validation = splits_of(tmp_path / "one", validation_fraction=0.5)
+    assert sorted([*train.names, *validation.names]) == [f"{index:08d}" for index in range(4)]
+
+
 def test_classes_without_photos_are_left_out(hf: Any, tmp_path: Path) -> None:
     every = of_classes(hf, ("none", *WORDS))
     columns(hf, image=images(hf), label=([1, 2, 3] * 2, every[1])).save_to_disk(tmp_path / "one")
