@@ -157,7 +157,17 @@ class Processes:
 
     def first_of_machine(self, key: str) -> bool:
         """Return whether this process is the first of its machine to ask for `key`."""
-        return self.count == 1 or Signs(_group_store(), self.rank).is_first(f"{socket.gethostname()}/{key}")
+        return self.count == 1 or Signs(_group_store(), self.rank).is_first(f"{this_machine()}/{key}")
+
+    def of_this_machine(self) -> list[int]:
+        """Return the ranks of this machine's processes; all of them must ask."""
+        mine = this_machine()
+        return [rank for rank, machine in enumerate(self.gather(mine)) if machine == mine]
+
+
+def this_machine() -> str:
+    """Return the name of this machine, whose processes share memory: ``DEIT_KD_MACHINE``, or else its host name."""
+    return os.environ.get("DEIT_KD_MACHINE") or socket.gethostname()
 
 
 def on_main(processes: Processes, act: Callable[[], Answer], work: str = "") -> Answer | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -327,3 +329,19 @@ def test_a_busy_device_counts_overlapping_kernels_once(gpu: Any) -> None:
     assert profile.union([(3, 5), (0, 2), (1, 4), (7, 8), (7, 7.5)]) == 6
     assert profile.idle_share(profile.Profile(0.75, 1, []), 1.0) == 0.25
     assert profile.idle_share(profile.Profile(None, 1, []), 1.0) is None
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="it counts with strace")
+def test_two_machines_of_two_processes_are_stopped_and_one_goes_on() -> None:
+    """It fails unless losses are those of one process, and all but the first of a machine leave its photos alone."""
+    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    words = [sys.executable, str(REPOSITORY / "benchmarks" / "machines.py"), "--machines", "2", "--processes", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the losses are those of one process" in done.stdout
+    assert "| any other | 0 |" in done.stdout
+
+
+def test_signals_prints_a_row_for_each_number_of_processes(program: Program) -> None:
+    out = program("signals", "--processes", "2", "4", "--seconds", "0.6")
+    assert [line.split()[1] for line in out.splitlines()[2:]] == ["2", "4"]

@@ -285,3 +285,16 @@ def test_what_a_resumed_recording_run_still_has_to_ask_beats_the_watch(photos_ro
     assert two(go_on_slowly, tmp_path / "said.txt") == [0, 0], (tmp_path / "said.txt").read_text()
     assert "continued from step 3" in (tmp_path / "said.txt").read_text()
     assert (tmp_path / "store/epoch-00000.safetensors").is_file()
+
+
+def test_a_machine_is_what_its_name_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes of one host are of two machines if the environment says so: each is the first of its own."""
+
+    def act(processes: distributed.Processes) -> None:
+        monkeypatch.setenv("DEIT_KD_MACHINE", f"machine {processes.rank}")
+        assert processes.of_this_machine() == [processes.rank]
+        assert processes.gather(processes.first_of_machine("part")) == [True, True]
+        monkeypatch.delenv("DEIT_KD_MACHINE")
+        assert processes.of_this_machine() == [0, 1]
+
+    assert two(in_group(act), tmp_path / "said.txt") == [0, 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import replace
 from typing import Any
 
@@ -34,8 +33,8 @@ def cached(config: Config, photos: Photos, processes: Processes) -> Photos:
     if cache == "none" or photos.decoded is not None:
         return photos
     are_shared = CAN_SHARE and processes.count > 1
-    machines = processes.gather(socket.gethostname())
-    first = machines.index(machines[processes.rank]) if are_shared else processes.rank
+    neighbours = processes.of_this_machine()
+    first = neighbours[0] if are_shared else processes.rank
     place = device if cache == "device" and not are_shared else torch.device("cpu")
 
     def decode() -> Decoded | None:
@@ -119,8 +118,7 @@ def _batches_ahead(config: Config, photos: Photos, processes: Processes) -> int:
     views = config.train.batch_size // (processes.count * config.train.accumulation_steps)
     pixels = section.image_size**2 * FLOAT32 if section.executor == "pillow" else photos.largest_pixels()
     batch_bytes = max(1, views) * CHANNELS * pixels
-    machines = processes.gather(socket.gethostname())
-    loaders = machines.count(machines[processes.rank])
+    loaders = len(processes.of_this_machine())
     ahead = together(processes, lambda: batches_ahead(batch_bytes, workers, loaders, section.prefetch_mb))
     if processes.is_main:
         each = (ahead + 1) * workers * batch_bytes
