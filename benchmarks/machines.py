@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import deit_kd.jobs.train  # now, and not once more in each process
 from deit_kd.cli import main as deit_kd
 
 CLASSES, PHOTOS, HELD_OUT = 4, 64, 16
