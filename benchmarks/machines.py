@@ -135,6 +135,7 @@ def inner(shared: Path, machines: int, each: int) -> None:
     """Run everything; the ids of the processes go to ``pids.json``."""
     said = shared.parent / "said"
     write_photos(shared / "photos")
+    time.sleep(2.1)  # an index does not trust folders that have just changed
     assert deit_kd(["data", "index", str(shared / "photos")]) == 0
     batch = 2 * machines * each
     phases = {}
