@@ -211,11 +211,13 @@ def _student_of(key: str, name: str, place: Path, run: Path) -> Origin:
 def _teacher_of(key: str, name: str, asked: frozenset[str]) -> Origin:
     """Return the teacher of a run, as its record describes it: names, columns and preprocessing together."""
     run, asked = _run_of_student(key, name.removesuffix(TEACHER_OF_RUN), asked), _asking(key, name, asked)
-    record, section = read_facts(run), recipe_of(run).teacher
+    record, recipe = read_facts(run), recipe_of(run)
+    section = recipe.teacher
     facts = record["teacher"]
-    if facts is None or section.members or section.random_weights or "store" in facts:
+    if facts is None or recipe.learns_from_own_average or section.members or section.random_weights or "store" in facts:
         found = (
-            "no teacher" if facts is None
+            "its own average" if recipe.learns_from_own_average
+            else "no teacher" if facts is None
             else "several teachers" if section.members
             else "random weights" if section.random_weights
             else "a label store"

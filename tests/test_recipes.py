@@ -37,8 +37,10 @@ def recipe(name: str) -> Config:
 def toy(name: str, root: Path, output: Path) -> list[str]:
     """Return the arguments of a run of a recipe whose networks, photos, steps and precision are tiny."""
     section = recipe(name).teacher
-    teacher: dict[str, Any] = {"teacher__name": "test_resnet", "teacher__args": {}, "teacher__min_top1": 0}
-    teacher |= {"teacher__pretrained": False, "teacher__random_weights": not section.fit.epochs}
+    teacher: dict[str, Any] = {}
+    if section.kind == "network":
+        teacher |= {"teacher__name": "test_resnet", "teacher__args": {}, "teacher__min_top1": 0}
+        teacher |= {"teacher__pretrained": False, "teacher__random_weights": not section.fit.epochs}
     if section.fit.epochs:
         short = {"epochs": 1, "batch_size": 16, "optim__warmup_epochs": 0, "folder": output.parent / "teachers"}
         teacher |= {f"teacher__fit__{key}": value for key, value in short.items()}

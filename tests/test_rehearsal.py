@@ -32,6 +32,13 @@ SOFT = {
     "train__precision": "bf16",
     "data__on_error": "skip",
 }
+OWN_AVERAGE = {
+    "teacher__kind": "average",
+    "teacher__name": None,
+    "teacher__random_weights": None,
+    "distill__alpha": {"start": 0, "end": 0.5, "until": 0.5},
+    "train__ema_decay": 0.5,
+}
 RESNET = {"student__name": "test_resnet", "student__args": {}, "distill__kind": "none", "train__ema_decay": 0.9}
 
 
@@ -44,8 +51,13 @@ def trainer_of(photos_root: Path, home: Path, **options: Any) -> Trainer:
 
 @pytest.mark.parametrize(
     "options",
-    [SOFT, {**SOFT, "distill__terms": [GUIDE]}, RESNET],
-    ids=["soft", "soft and a guide", "a network with BatchNorm"],
+    [
+        SOFT,
+        {**SOFT, "distill__terms": [GUIDE, {**GUIDE, "kind": "relations"}]},
+        {**SOFT, **OWN_AVERAGE},
+        RESNET,
+    ],
+    ids=["soft", "soft, a guide and relations", "its own average", "a network with BatchNorm"],
 )
 def test_no_step_reads_a_value_from_the_device(photos_root: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     rehearsal = Rehearsal(trainer_of(photos_root, tmp_path, **options))

@@ -187,6 +187,13 @@ class Distill(Section):
         return kinds - {"none", *FEATURE_KINDS}
 
     @property
+    def logit_weights(self) -> dict[str, float | ScheduleSection]:
+        """The weights of what is learned from the teacher's logits, by their keys."""
+        weights = {"distill.alpha": self.alpha} if self.kind != "none" else {}
+        terms = {f"distill.terms: weight of {term.kind}": term for term in self.terms}
+        return weights | {key: term.weight for key, term in terms.items() if term.kind not in FEATURE_KINDS}
+
+    @property
     def needs_features(self) -> bool:
         """Whether any term compares features."""
         return any(term.kind in FEATURE_KINDS for term in self.terms)

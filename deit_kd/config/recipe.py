@@ -140,11 +140,19 @@ class Config(Section):
             )
         if teacher.members and teacher.is_named:
             raise ValueError("teacher.members and a teacher of the section's own exclude each other; unset one")
+        if teacher.kind == "average":
+            self._check_average()
         if self.guide.is_named and not self.distill.needs_features:
             raise ValueError("guide: is set, but no term of distill.terms compares features; add one, or unset it")
         if self.distill.needs_features and not self.guide.is_named:
-            answers_alone = "several teachers give" if teacher.members else "a label store gives"
-            if teacher.members or (teacher.reads_store and not teacher.is_named):
+            answers_alone = (
+                "several teachers give"
+                if teacher.members
+                else "the average of the student's weights gives"
+                if teacher.kind == "average"
+                else "a label store gives"
+            )
+            if teacher.members or teacher.kind == "average" or (teacher.reads_store and not teacher.is_named):
                 raise ValueError(
                     f"distill.terms: features are compared, but {answers_alone} answers alone; add an online guide "
                     "(guide.name, and guide.checkpoint or guide.fit.epochs)"
@@ -154,6 +162,30 @@ class Config(Section):
         if self.train.precision == "fp16" and self.train.device == "cpu":
             raise ValueError("train.precision: fp16 needs CUDA; use bf16 or off on the CPU")
         return self
+
+    def _check_average(self) -> None:
+        if self.train.ema_decay == 0:
+            raise ValueError(
+                "teacher.kind: average, but with train.ema_decay 0 no average of the weights is kept; set it to null "
+                "or above 0"
+            )
+        if self.teacher.store is not None:
+            raise ValueError(
+                "teacher.store: no store can keep the answers of the student's own average, which change with every "
+                "step; unset it, or set teacher.kind network"
+            )
+        acting = {"kind", *(("precision", "channels_last", "compile") if self.guide.is_named else ())}
+        foreign = [name for name in self.teacher.changed_keys if name not in acting]
+        if foreign:
+            raise ValueError(
+                f"teacher.{foreign[0]}: does not act with teacher.kind average, which takes the student's own weights; "
+                "unset it, or set teacher.kind network"
+            )
+
+    @property
+    def learns_from_own_average(self) -> bool:
+        """Whether the average of the student's weights is its teacher."""
+        return self.teacher.kind == "average" and self.distill.has_token
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every key with its value."""

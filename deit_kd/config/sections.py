@@ -292,8 +292,10 @@ class TeacherMember(TeacherNetwork):
 
 
 class TeacherSection(SoleTeacher):
-    """What is learned from: one network, or several."""
+    """What is learned from: one network, several, or the average of the student's own weights."""
 
+    kind: Literal["network", "average"] = key("network", RESULT)
+    """network; or average, of the student's own weights, which needs nothing else of this section"""
     members: list[TeacherMember] = key([], ANSWERS)
     """several teachers instead of one, each with its own size, normalisation and class map"""
     combine: Literal["mean", "draw"] = key("mean", ANSWERS)
@@ -312,6 +314,12 @@ class TeacherSection(SoleTeacher):
     """fold batch norms into the convolutions before them: fewer operations, and answers that differ by rounding"""
     compile: bool = key(False, NOTHING)
     """run it through torch.compile"""
+
+    @property
+    def changed_keys(self) -> list[str]:
+        """The keys that are not at their defaults."""
+        default = TeacherSection()
+        return [name for name in type(self).model_fields if getattr(self, name) != getattr(default, name)]
 
     @property
     def reads_store(self) -> bool:

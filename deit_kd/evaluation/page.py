@@ -175,7 +175,9 @@ def _facts(config: Config, facts: Mapping[str, Any], heads: Mapping[str, Any]) -
     train = config.train
     return {
         "student": f"{config.student.name}, {config.data.image_size} px",
-        "teacher": "none"
+        "teacher": "the average of its own weights"
+        if config.learns_from_own_average
+        else "none"
         if teacher is None
         else f"{teacher['name']}, {score_text(heads['teacher'] or teacher['score'], 2)} %",
         "learned from": config.distill.described(),

@@ -23,9 +23,10 @@ from deit_kd.engine import StepResult, Trainer, train
 from deit_kd.interfaces import Batch, InputError, Teacher, TeacherOutput
 from deit_kd.memory import peak_memory
 from deit_kd.rehearsal import Rehearsal
+from deit_kd.runs.average import average_line
 from deit_kd.runs.lesson import Lesson, connect
 from deit_kd.runs.prepared import Run
-from deit_kd.runs.run import average_line, build_trainer, prepare
+from deit_kd.runs.run import build_trainer, prepare
 from deit_kd.store import Record, RecordingTeacher, StoredTeacher
 from deit_kd.teachers import GuidedTeacher
 from deit_kd.teaching.fit import guide_config, is_unfitted

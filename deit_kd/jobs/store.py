@@ -63,6 +63,11 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
     folder = _named_folder(config, folder)
     if not config.distill.has_token:
         raise InputError("distill.kind: 'none' needs no answers of a teacher; set soft or hard")
+    if config.teacher.kind == "average":
+        raise InputError(
+            "teacher.kind: no store can keep the answers of the student's own average, which change with every step; "
+            "train with --teacher.kind average as it is, or name a network"
+        )
     if batch_size < 1 or (epochs is not None and epochs < 1):
         raise InputError(f"store build: --epochs {epochs} and --batch_size {batch_size} must be above 0")
     epochs = epochs or config.train.epochs

@@ -14,6 +14,7 @@ from deit_kd.features import POOLED, layer_names, shapes
 from deit_kd.interfaces import MAP_KINDS, Batch, InputError, StudentOutput, Teacher, TeacherOutput
 from deit_kd.losses import Needs, Objective
 from deit_kd.runs import parts
+from deit_kd.runs.average import AverageTeacher
 from deit_kd.runs.prepared import Run
 from deit_kd.store import RecordingTeacher, StoredTeacher
 from deit_kd.students import ConnectedStudent, Connectors, TimmStudent
@@ -27,13 +28,14 @@ class Lesson:
     """What a run learns from.
 
     Args:
-        answers: provides the logits, and the features unless there is a guide; None for a run without a teacher.
+        answers: provides the logits, and the features unless there is a guide; None for a run without a teacher, and
+            for one whose own average teaches until its trainer is built.
         source: where its weights or its answers come from; None is timm or random weights.
         guide: provides the features instead.
         guide_source: where the guide's weights come from.
     """
 
-    answers: Answers | None = None
+    answers: Answers | AverageTeacher | None = None
     source: str | None = None
     guide: FrozenTeacher | None = None
     guide_source: str | None = None

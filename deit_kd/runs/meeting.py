@@ -15,6 +15,7 @@ from deit_kd.interfaces import InputError
 from deit_kd.models.state import tensors_hash
 from deit_kd.run_folder import TeacherFacts, read_facts
 from deit_kd.runs import parts
+from deit_kd.runs.average import AverageTeacher
 from deit_kd.runs.lesson import Answers, Lesson
 from deit_kd.runs.prepared import Run
 from deit_kd.runs.vectors import score_headless
@@ -24,13 +25,14 @@ from deit_kd.teachers import FrozenTeacher, check_columns, check_features, check
 
 def meet_teachers(run: Run, lesson: Lesson) -> tuple[TeacherFacts | None, Tensor | None]:
     """Score the teachers before the first step; refuse one that cannot be right or differs between processes."""
-    if lesson.answers is None and lesson.guide is None:
+    answers = None if isinstance(lesson.answers, AverageTeacher) else lesson.answers  # it has no score before a step
+    if answers is None and lesson.guide is None:
         return None, None
-    if lesson.answers is None:
+    if answers is None:
         assert lesson.guide is not None
         facts, predictions = _met(run, "guide", lesson.guide, lesson.guide_source, _guide_section(run.config))
         return cast(TeacherFacts, facts), predictions
-    facts, predictions = _met(run, "teacher", lesson.answers, lesson.source, run.config.teacher)
+    facts, predictions = _met(run, "teacher", answers, lesson.source, run.config.teacher)
     if lesson.guide is not None:
         facts["guide"], _ = _met(run, "guide", lesson.guide, lesson.guide_source, _guide_section(run.config))
     return cast(TeacherFacts, facts), predictions

@@ -15,7 +15,6 @@ from deit_kd.engine import Trainer
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import InputError
 from deit_kd.kernels import choose_kernels, preferred_attention
-from deit_kd.optim import WeightAverage
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.run_folder import (
     CHECKPOINTS,
@@ -31,6 +30,7 @@ from deit_kd.run_folder import (
 )
 from deit_kd.runs import parts
 from deit_kd.runs.attention import attention_line, attention_of
+from deit_kd.runs.average import AverageTeacher, average_line, build_average, check_own_average
 from deit_kd.runs.course import Course
 from deit_kd.runs.journal import Journal, check_tracking
 from deit_kd.runs.lesson import Lesson, build_distiller, connect
@@ -41,8 +41,6 @@ from deit_kd.runs.prepared import AfterEpoch, Run
 from deit_kd.runs.progress import Progress
 from deit_kd.runs.viewing import build_training_loader, cached, makers_of
 from deit_kd.stopping import Watch
-
-AVERAGED_SHARE = 1 / 20  # of a run's steps, covered by the average of the weights unless the recipe sets a decay
 
 
 def prepare(
@@ -72,6 +70,7 @@ def prepare(
             "processes"
         )
     loader = build_training_loader(config, splits.train, processes)
+    check_own_average(config, loader.total_steps)
     with processes.busy("builds the student"):
         student = parts.build_student(config, splits.train.classes, processes.device)
     optimizer = parts.build_student_optimizer(config, student)
@@ -159,15 +158,19 @@ def execute(run: Run, lesson: Lesson | None = None, after_epoch: AfterEpoch | No
 
 
 def build_trainer(run: Run, lesson: Lesson, first_step: int = 0) -> Trainer:
-    """Return the trainer of a connected run."""
+    """Return the trainer of a connected run; if its own average teaches, `lesson` gets to know it."""
     config, processes = run.config, run.processes
+    average = build_average(config, run.student, run.loader.total_steps)
+    if config.learns_from_own_average:
+        assert average is not None  # or the recipe is refused
+        lesson.answers = AverageTeacher(average.module, config.train.precision, config.evaluate.fusion)
     return Trainer(
         distiller=build_distiller(run, lesson, first_step),
         model=run.student,
         connectors=run.connectors,
         optimizer=run.optimizer,
         schedule=run.schedule,
-        ema=_average(run),
+        ema=average,
         scaler=torch.amp.GradScaler(processes.device.type, enabled=config.train.precision == "fp16"),
         processes=processes,
         accumulation_steps=config.train.accumulation_steps,
@@ -177,24 +180,6 @@ def build_trainer(run: Run, lesson: Lesson, first_step: int = 0) -> Trainer:
         total_steps=run.loader.total_steps,
         further_terms=run.objective.further_terms,
     )
-
-
-def _average(run: Run) -> WeightAverage | None:
-    decay = run.config.train.ema_decay
-    if decay is None:
-        decay = 1 - 1 / max(1.0, AVERAGED_SHARE * run.loader.total_steps)
-    elif not decay:
-        return None
-    return WeightAverage(run.student, decay)
-
-
-def average_line(average: WeightAverage, total_steps: int) -> str:
-    """Return the line that is printed about the average of the weights."""
-    share = 100 * average.span / total_steps
-    line = f"average: over {average.span:.0f} steps, {share:.1f} % of the run's {total_steps}"
-    if average.span <= total_steps:
-        return line
-    return f"warning: {line}, so it is the plain mean of all of them; lower train.ema_decay, or set it to null"
 
 
 def _write_facts(run: Run, teacher_facts: TeacherFacts | None, attention: AttentionFacts | None) -> None:
@@ -230,6 +215,8 @@ def _say_start(run: Run, trainer: Trainer, first_step: int) -> None:
     say(f"learns from {run.config.distill.described()}")
     if trainer.ema is not None:
         say(average_line(trainer.ema, run.loader.total_steps))
+    if run.config.learns_from_own_average:
+        say("teacher: the average of the student's own weights; nothing checks it before the first step")
     if not run.objective.learns_from_labels:
         say(
             f"the run does not learn from labels: score the features with deit-kd eval {run.folder} --probe true, not "

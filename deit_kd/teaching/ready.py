@@ -26,7 +26,7 @@ def ready_lesson(run: Run, may_fit: bool = True) -> Lesson:
     if may_fit and distill.needs_features and is_unfitted(guide or config, splits):
         match_features(run, ready_lesson(run, may_fit=False))  # a wrong stage is refused before hours of fitting
     lesson = Lesson()
-    if distill.has_token or (distill.needs_features and guide is None):
+    if config.teacher.kind == "network" and (distill.has_token or (distill.needs_features and guide is None)):
         if config.teacher.reads_store:
             lesson = Lesson(stored_teacher(run), config.teacher.store)
         elif is_unfitted(config, splits) and not may_fit:
