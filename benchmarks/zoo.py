@@ -7,7 +7,8 @@ A family is a class of a module of timm's and the way it pools. Its smallest mod
 is large, and sees two small images. It works as
 
 - a distilled student, if its class head, with the distillation token masked out of attention, answers as the plain
-  model of timm's that it was started from, and otherwise not;
+  model of timm's that it was started from, and otherwise not; without a token, if the mean of its two heads is timm's
+  answer;
 - a plain student and a teacher, if its logits are timm's own.
 
 What is refused is shown with its line. The program ends with 1 where anything is wrong or ends in a traceback.
@@ -63,7 +64,8 @@ The smallest model of each of {families} families of timm {timm}, with random we
 `python benchmarks/zoo.py --markdown docs/evidence/zoo.md`: {tally}.
 
 A distilled student works if its class head gives the logits of the plain model it was started from while the
-distillation token is masked out of attention, and other logits while it is not. A plain student and a teacher work if
+distillation token is masked out of attention, and other logits while it is not. A student with two heads
+and no token works if they differ and their mean is timm's answer. A plain student and a teacher work if
 their logits are timm's own. A refusal is one line, before a run starts. Large models are built with two blocks.
 
 | module | class | pools | model | {roles} |
@@ -236,6 +238,12 @@ def judge_distilled(specimen: Specimen, image_size: int) -> Verdict:
         student = as_student(specimen, image_size, distilled=True, checkpoint=file)
     images = views(image_size)
     expected, seen = plain(images), student(images)
+    if not student.has_distillation_token:
+        if seen.dist_logits is None or same(seen.dist_logits, seen.cls_logits):
+            return Verdict("wrong", "it has no second head")
+        if not same((seen.cls_logits + seen.dist_logits) / 2, expected):
+            return Verdict("wrong", "the mean of its heads is not timm's answer")
+        return Verdict("works", "with its own two heads")
     with TokenHidden(getattr(student.backbone, "num_prefix_tokens", 2)) as mask:
         hidden = student(images)
     if seen.dist_logits is None or seen.dist_logits.shape != expected.shape:

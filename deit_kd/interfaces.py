@@ -140,7 +140,7 @@ class StudentOutput(NamedTuple):
     """What a student answers, the same in train and in eval."""
 
     cls_logits: Tensor  # [B, C]
-    dist_logits: Tensor | None = None  # [B, C]; None exactly when there is no distillation token
+    dist_logits: Tensor | None = None  # [B, C]; None if the student answers with one head
     features: Mapping[str, Tensor] | None = None  # maps [B, D, h, w] and vectors [B, D]; None unless something asks
 
 

@@ -29,7 +29,7 @@ from deit_kd.models.local_dir import (
     preprocessing_of,
     read_preprocessor,
 )
-from deit_kd.models.names import check_known, distilled_twin, plain_twin
+from deit_kd.models.names import check_known, distilled_twin, has_published_second_head, plain_twin
 from deit_kd.models.state import published_state, read_state, tensors_hash
 from deit_kd.models.weights import fit_weights, holds_distillation_token
 from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN
@@ -56,6 +56,8 @@ class Origin:
         licence: of the weights.
         record: the run whose record describes them.
         is_published: whether they are timm's own.
+        answers_apart: whether two heads of it are known to answer apart; see `is_distilled` for weights without a
+            description.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Origin:
     licence: str | None = None
     record: Path | None = None
     is_published: bool = False
+    answers_apart: bool = False
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
@@ -84,8 +87,8 @@ class Origin:
 
     @property
     def is_distilled(self) -> bool:
-        """Whether the network has a distillation token; a second head without a token reads the same features."""
-        return holds_distillation_token(self.state)
+        """Whether the network answers with two heads; heads without a token do so if their description says so."""
+        return self.answers_apart or holds_distillation_token(self.state)
 
     def arguments_of(self, architecture: str) -> dict[str, Any]:
         """Return how the network was built, if it is of this architecture."""
@@ -136,6 +139,7 @@ def open_published(key: str, name: str) -> Origin:
         preprocessing=preprocessing_of(cfg.to_dict()),
         licence=cfg.license,
         is_published=True,
+        answers_apart=has_published_second_head(name),
     )
 
 
@@ -158,7 +162,7 @@ def open_model(key: str, path: str | Path) -> nn.Module:
         key,
         origin.architecture,
         image_size=origin.preprocessing.image_size,
-        distillation_token=origin.is_distilled,
+        distilled=origin.is_distilled,
         num_classes=origin.class_count or 0,
         **origin.model_args,
     )
@@ -205,6 +209,7 @@ def _student_of(key: str, name: str, place: Path, run: Path) -> Origin:
         class_count=len(classes),
         preprocessing=KnownPreprocessing(*recipe.data.preprocessing),
         record=run,
+        answers_apart=recipe.distill.has_token,
     )
 
 
@@ -255,6 +260,7 @@ def _teacher_of(key: str, name: str, asked: frozenset[str]) -> Origin:
         layer_norm_eps=weights.layer_norm_eps,
         licence=weights.licence,
         record=run,
+        answers_apart=weights.answers_apart,
     )
 
 
@@ -297,6 +303,7 @@ def _described_beside(key: str, name: str, file: Path) -> Origin:
         columns=columns,
         class_count=len(classes) if classes is not None else count,
         preprocessing=preprocessing_of({**saved.get("pretrained_cfg", {}), **saved}),
+        answers_apart="dist" in saved.get("heads", ()),
     )
 
 

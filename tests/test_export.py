@@ -28,6 +28,10 @@ TINY = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 STUDENTS = {
     "deit_*_distilled": ("deit_tiny_distilled_patch16_224", {}, 32),
     "pit_*_distilled": ("pit_ti_distilled_224", None, 64),
+    "levit_* with two heads": ("levit_128s", None, 64),
+    "levit_conv_* with two heads": ("levit_conv_128s", None, 64),
+    "levit_* without a distillation head (heads averaged)": ("levit_128s", None, 64),
+    "repvit_* with two heads": ("repvit_m0_9", None, 64),
     "vit_*, deit_* (token pooling)": ("vit_tiny_patch16_224", {"patch_size": 8, "mlp_ratio": 2.0}, 32),
     "deit3_* (layer scale, no_embed_class)": ("deit3_small_patch16_224", {}, 32),
     "DINOv2 without registers": ("vit_small_patch14_dinov2", {}, 28),
@@ -44,11 +48,17 @@ STUDENTS = {
 }
 
 
+SMALL = {
+    "pit": {"base_dims": (16, 16, 16), "depth": (1, 1, 1), "heads": (1, 1, 1)},
+    "levit": {"embed_dim": (16, 32, 48), "depth": (1, 1, 1), "num_heads": (2, 2, 2), "key_dim": 8},
+    "repvit": {"embed_dim": (8, 16, 24, 32), "depth": (1, 1, 1, 1)},
+}
+
+
 def arguments(row):
     _, extra, _ = STUDENTS[row]
     if extra is None:
-        small = {"base_dims": (16, 16, 16), "depth": (1, 1, 1), "heads": (1, 1, 1)}
-        return small if row.startswith("pit") else {}
+        return SMALL.get(row.split("_")[0], {})
     return {**TINY, **extra}
 
 
@@ -59,7 +69,7 @@ def student(row):
         "student.name",
         name,
         image_size=size,
-        distillation_token="without a distillation" not in row,
+        distilled="without a distillation" not in row,
         num_classes=5,
         **arguments(row),
     ).eval()

@@ -149,9 +149,6 @@ def test_a_checkpoint_gives_its_weights(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"name": "levit_128s", "args": {}, "image_size": 224}, "LevitDistilled has a second head but no distill"),
-        ({"name": "efficientformer_l1", "args": {}, "image_size": 224}, "second head but no distillation token"),
-        ({"name": "iformer_m_distilled", "args": {}, "image_size": 224}, "second head but no distillation token"),
         ({"name": "test_resnet", "args": {}}, "is a ResNet, which a distillation token cannot be grafted onto"),
         (
             {"name": "deit_tiny_destilled_patch16_224"},

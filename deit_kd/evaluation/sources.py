@@ -14,14 +14,14 @@ from deit_kd.distributed import Processes
 from deit_kd.evaluation.classes import NUMBER, Matched, knows_any, match_classes
 from deit_kd.interfaces import InputError, Preprocessing
 from deit_kd.models.local_dir import KnownPreprocessing
-from deit_kd.models.names import is_distilled_name
+from deit_kd.models.names import has_published_second_head
 from deit_kd.origins import Origin, imagenet_names, open_origin, open_published
 from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN, check_source
 from deit_kd.run_folder import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, STUDENT_FOLDER, read_facts, run_of
 from deit_kd.runs import parts
 from deit_kd.students import TimmStudent
 
-HEADS = ("head.weight", "fc.weight", "classifier.weight", "head.fc.weight")  # of most timm models
+HEADS = ("head.weight", "fc.weight", "classifier.weight", "head.fc.weight", "head.linear.weight")  # of most timm models
 
 
 class Source(NamedTuple):
@@ -98,7 +98,7 @@ def _from_weights(text: str, path: Path) -> Source:
 
 def _from_timm(name: str) -> Source:
     origin = open_published("eval", name)
-    recipe = [*("--student.name", name), *("--student.pretrained", "true"), *_kind(is_distilled_name(name))]
+    recipe = [*("--student.name", name), *("--student.pretrained", "true"), *_kind(has_published_second_head(name))]
     return Source(name, [*recipe, *_input_of(origin.preprocessing)], origin)
 
 

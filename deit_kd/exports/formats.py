@@ -131,13 +131,17 @@ def _without_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 _READ_TIMM = """
-import timm
+import json, timm
 def read(folder, images):
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    if getattr(model, "head_dist", None) is None or getattr(model, "cls_token", None) is None:
+    if json.load(open(f"{folder}/config.json"))["heads"] == ["cls"]:
         return [model(images)]
     features = model.forward_features(images)
-    return [model.head(features[:, 0]), model.head_dist(features[:, 1])]
+    if hasattr(model, "cls_token"):
+        return [model.head(features[:, 0]), model.head_dist(features[:, 1])]
+    vector = model.forward_head(features, pre_logits=True)
+    heads = model if hasattr(model, "head_dist") else model.head
+    return [heads.head(vector), heads.head_dist(vector)]
 """
 _READ_OURS = """
 from deit_kd.origins import open_model

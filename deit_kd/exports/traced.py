@@ -20,7 +20,7 @@ from deit_kd.exports.about import About
 from deit_kd.exports.plain_vit import CannotHold
 from deit_kd.files import write_json
 from deit_kd.interfaces import InputError, StudentOutput, head_probabilities
-from deit_kd.models.tokens import has_distillation_token, read_heads
+from deit_kd.models.tokens import answers_apart, read_heads
 
 HEADS = ("cls", "dist", "fused")
 OPSET = 18  # the first that torch's exporter supports
@@ -51,7 +51,7 @@ class Choices:
         Raises:
             InputError: it lacks one that was asked for.
         """
-        there = HEADS if has_distillation_token(backbone) else HEADS[:1]
+        there = HEADS if answers_apart(backbone) else HEADS[:1]
         for name in self.outputs or ():
             if name not in there:
                 raise InputError(f"--outputs: {name!r}, but the student has {', '.join(there)}; name one of these")
@@ -94,7 +94,7 @@ def resizable(backbone: nn.Module) -> nn.Module:
     """Return a copy of a student whose position embedding is resized to that of its images, as timm does it.
 
     Raises:
-        CannotHold: its position embedding has a fixed size.
+        CannotHold: its position embedding or its attention biases (LeViT) have a fixed size.
     """
     model: Any = copy.deepcopy(backbone)
     if isinstance(backbone, VisionTransformer) and backbone.pos_embed is not None:
@@ -104,7 +104,14 @@ def resizable(backbone: nn.Module) -> nn.Module:
         return model
     if getattr(model, "pos_embed", None) is not None or hasattr(model, "rope") or hasattr(model, "patch_embed"):
         raise CannotHold("its position embedding has a fixed size (dynamic_size)")
+    if _has_attention_biases(backbone):
+        raise CannotHold("its attention biases have a fixed size (dynamic_size)")
     return model
+
+
+def _has_attention_biases(backbone: nn.Module) -> bool:
+    """Return whether attention adds a bias for each pair of places, as in LeViT."""
+    return any(name.endswith("attention_bias_idxs") for name, _ in backbone.named_buffers())
 
 
 def size_step(backbone: nn.Module) -> int:
@@ -164,7 +171,11 @@ def _traceable(backbone: nn.Module, about: About, choices: Choices) -> tuple[Ans
     module, size = Answering(backbone, about.fusion, choices), about.preprocessing.image_size
     shapes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)}
     if not choices.dynamic_size:
-        return module, torch.zeros(2, 3, size, size), shapes
+        images = torch.zeros(2, 3, size, size)
+        if _has_attention_biases(module):
+            with torch.no_grad():  # timm keeps their values at the first answer: a tracer must not see it do so
+                module(images)
+        return module, images, shapes
     step = size_step(backbone)
     least = 3 if step == STRIDE else 2  # an edge of one patch would be traced as a special case
     for dimension, name in ((2, "rows"), (3, "columns")):

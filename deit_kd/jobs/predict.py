@@ -35,7 +35,7 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
         place: folder of a finished run, or an ONNX model exported from one.
         config: the run's, or what the model records of it.
         files: images.
-        head: ``cls``, ``dist``, ``fused`` or ``all``; a student without a distillation token has ``cls`` alone,
+        head: ``cls``, ``dist``, ``fused`` or ``all``; a student of one head has ``cls`` alone,
             which is then also the fused one.
         csv_file: where to write; None is standard output.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deit_kd.interfaces import InputError
 from deit_kd.models.names import check_known
-from deit_kd.models.tokens import complete_distilled_vit, graft, has_second_head
+from deit_kd.models.tokens import complete_distilled_vit, graft, has_distillation_token, has_second_head
 
 Pixels = Annotated[int, Field(gt=0, le=2**14)]
 
@@ -85,7 +85,7 @@ def create_model(
     /,
     *,
     image_size: int | None = None,
-    distillation_token: bool = False,
+    distilled: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Create a timm model with new weights; `image_size` reaches only models that are built for one size.
@@ -94,7 +94,7 @@ def create_model(
         key: the recipe's key, which errors begin with.
         name: a timm name, with or without a pretrained tag.
         image_size: pixels.
-        distillation_token: graft a token and its head onto a model that has none.
+        distilled: answer with two heads: the model's own (see `answers_apart`), or a token and its head grafted on.
         kwargs: passed to ``timm.create_model``.
 
     Raises:
@@ -108,8 +108,10 @@ def create_model(
     _check_patches(key, model, image_size)
     if isinstance(model, VisionTransformerDistilled):
         complete_distilled_vit(key, model, kwargs)
-    if distillation_token and not has_second_head(model):
+    if distilled and not has_second_head(model):
         graft(key, model)
+    elif distilled and not has_distillation_token(model):
+        model.set_distilled_training(True)  # type: ignore[operator]  # in eval, timm's own forward still averages
     return model
 
 

@@ -48,6 +48,7 @@ class LocalDir(PretrainedCfg, total=False):
     """What we read of the ``config.json`` beside weights: timm's, or transformers'."""
 
     architecture: str
+    heads: list[str]  # that answer: cls, and dist if there are two
     model_args: dict[str, Any]
     model_type: str | None
     id2label: Numbered

@@ -29,6 +29,13 @@ def is_distilled_name(name: str) -> bool:
     return "_distilled" in architecture and is_model_in_modules(architecture, ("deit", "pit"))
 
 
+def has_published_second_head(name: str) -> bool:
+    """Return whether timm's own weights of `name` have a distillation head, with a token or without."""
+    cfg = timm.get_pretrained_cfg(name)
+    heads = () if cfg is None or isinstance(cfg.classifier, str) else cfg.classifier or ()
+    return any("head_dist" in head.split(".") for head in heads)
+
+
 def plain_twin(name: str) -> str:
     """Return the name of the model without token and second head; a plain model's name is unchanged."""
     return name.split(".")[0].replace("_distilled", "") if is_distilled_name(name) else name

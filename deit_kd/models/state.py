@@ -21,6 +21,7 @@ from torch.torch_version import TorchVersion
 from deit_kd.interfaces import InputError, Preprocessing
 from deit_kd.models.create import OF_THE_ARCHITECTURE, created_by_timm
 from deit_kd.models.names import check_known
+from deit_kd.models.tokens import answers_apart
 from deit_kd.models.weights import classifier_names, to_timm_names
 
 LEAST_TORCH = "2.10"  # older versions can be made to run code even with weights_only: CVE-2026-24747
@@ -126,7 +127,11 @@ def save_local_dir(
         save_for_hf(
             plain,
             str(aside),
-            model_config={"num_classes": len(classes), "label_names": list(classes)},
+            model_config={
+                "num_classes": len(classes),
+                "label_names": list(classes),
+                "heads": ["cls", "dist"] if answers_apart(model) else ["cls"],
+            },
             data_config={
                 "input_size": (3, preprocessing.image_size, preprocessing.image_size),
                 "mean": preprocessing.mean,

@@ -1,4 +1,4 @@
-"""The distillation token (DeiT, arXiv 2012.12877): graft it onto timm's plain ViTs, and read both heads separately."""
+"""The distillation token (DeiT, arXiv 2012.12877): graft it onto timm's plain ViTs, and read two heads separately."""
 
 from __future__ import annotations
 
@@ -29,9 +29,23 @@ def has_second_head(backbone: nn.Module) -> bool:
 
 
 def has_distillation_token(backbone: nn.Module) -> bool:
-    """Return whether the model has a token for its second head to read."""
+    """Return whether the model has a token for its second head to read; LeViT's heads read the same vector."""
     has_token = isinstance(getattr(backbone, "dist_token", None), nn.Parameter) or both_in_class_token(backbone)
     return has_token and isinstance(getattr(backbone, "head_dist", None), nn.Module)
+
+
+def answers_apart(backbone: nn.Module) -> bool:
+    """Return whether `read_heads` gives the logits of two heads.
+
+    A model with a distillation token always answers with both. One whose heads read the same vector (LeViT, RepViT)
+    does so after timm's ``set_distilled_training()``; otherwise it averages them, as timm does.
+    """
+    return has_distillation_token(backbone) or getattr(_holder_of_heads(backbone), "distilled_training", False)
+
+
+def _holder_of_heads(backbone: nn.Module) -> Any:
+    """Return the module with ``head`` and ``head_dist``: the model itself or, in RepViT and iFormer, its classifier."""
+    return backbone if hasattr(backbone, "head_dist") else getattr(backbone, "head", None)
 
 
 def both_in_class_token(backbone: nn.Module) -> bool:
@@ -113,9 +127,7 @@ def _check_can_graft(key: str, backbone: Any) -> None:
     kind, cure = type(backbone).__name__, "use a vit_*, deit_*, deit3_* or eva model with a class token"
     has_class_token = getattr(backbone, "cls_token", None) is not None
     reason = None
-    if has_second_head(backbone):
-        reason = "has a second head but no distillation token (both heads read the same features)"
-    elif not isinstance(backbone, Host):
+    if not isinstance(backbone, Host):
         has_one = any("cls_token" in name for name, _ in backbone.named_parameters())  # each branch of CrossViT has one
         around = "is built around one class token" if has_one else "has no class token to stand beside"
         reason = f"is a {kind}, which a distillation token cannot be grafted onto: it {around}"
@@ -138,7 +150,7 @@ def _check_can_graft(key: str, backbone: Any) -> None:
 
 
 def read_heads(backbone: nn.Module, images: Tensor) -> StudentOutput:
-    """Answer `images` [B, 3, H, W] with logits [B, C] of each of its heads."""
+    """Answer `images` [B, 3, H, W] with logits [B, C] of each of its heads, see `answers_apart`."""
     model: Any = backbone
     return heads_of(backbone, model.forward_features(images))
 
@@ -146,8 +158,11 @@ def read_heads(backbone: nn.Module, images: Tensor) -> StudentOutput:
 def heads_of(backbone: nn.Module, last: Tensor) -> StudentOutput:
     """Return the logits [B, C] of each of its heads, from the model's last features."""
     model: Any = backbone
-    if not has_distillation_token(backbone):
+    if not answers_apart(backbone):
         return StudentOutput(model.forward_head(last))
+    if not has_distillation_token(backbone):
+        vector, holder = model.forward_head(last, pre_logits=True), _holder_of_heads(backbone)
+        return StudentOutput(holder.head(vector), holder.head_dist(vector))
     drop = model.head_drop
     if is_grafted(backbone):
         return StudentOutput(model.forward_head(last), model.head_dist(drop(model.fc_norm_dist(last[:, 1]))))

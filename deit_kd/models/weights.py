@@ -18,15 +18,7 @@ from deit_kd.models.layouts import from_transformers, is_transformers
 
 TOKEN_NOISE = 0.1  # share of the class token's spread: two identical tokens would stay alike (cosine .999 in the paper)
 
-# What a distillation token, its position and its head start from if the source has none.
-ORIGINS = {
-    "dist_token": "cls_token",
-    "pos_embed[dist]": "pos_embed[cls]",
-    "head_dist.weight": "head.weight",
-    "head_dist.bias": "head.bias",
-    "fc_norm_dist.weight": "fc_norm.weight",
-    "fc_norm_dist.bias": "fc_norm.bias",
-}
+_OF_DISTILLATION = re.compile(r"^dist_token$|\[dist\]|\b(head|fc_norm)_dist\b")
 
 
 @dataclass
@@ -71,7 +63,9 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the model's heads, e.g. ``("fc",)`` or ``("head", "head_dist")``."""
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    return (*names, "head_dist") if hasattr(model, "head_dist") and "head_dist" not in names else names
+    if not hasattr(model, "head_dist") or any(name.startswith("head_dist") for name in names):
+        return names
+    return (*names, *(name.replace("head", "head_dist", 1) for name in names))  # levit_384_s8 names one of its heads
 
 
 def to_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,8 +139,7 @@ def fit_weights(
             used.add(name)
         elif taken is not None:
             problems.append(f"{name} is {list(taken.shape)}, not {list(drawn.shape)}")
-        elif not strict and name in ORIGINS:
-            origin = ORIGINS[name]
+        elif not strict and (origin := _origin_of(name)) is not None:
             if origin in account.loaded and (token == "cls" or name.startswith("fc_norm")):
                 fitted[name] = _with_noise(fitted[origin]) if name == "dist_token" else fitted[origin].clone()
                 account.derived[name] = origin
@@ -157,18 +150,25 @@ def fit_weights(
         else:
             problems.append(f"{name} is missing")
     for name in given.keys() - used:
-        if not strict and (name in ORIGINS or name.startswith(heads)):
+        if not strict and (_origin_of(name) is not None or name.startswith(heads)):
             account.left_out.append(name)
         elif name not in own:
             problems.append(f"{name} is unknown")
     if problems:
         shown = "; ".join(sorted(problems)[:3])
-        raise InputError(
-            f"{key}: {source} does not fit the model ({len(problems)} differences: {shown}); name its own model"
-        )
+        of_one_size = all("attention_biases" in problem for problem in problems)
+        cure = "set the image size that its attention biases belong to" if of_one_size else "name its own model"
+        raise InputError(f"{key}: {source} does not fit the model ({len(problems)} differences: {shown}); {cure}")
     account.left_out.sort()
     model.load_state_dict(_together(model, fitted))
     return account
+
+
+def _origin_of(name: str) -> str | None:
+    """Return what a part of the distillation token or of its head starts from if the source has none."""
+    if not _OF_DISTILLATION.search(name):
+        return None
+    return name.replace("dist_token", "cls_token").replace("[dist]", "[cls]").replace("_dist", "")
 
 
 def _layer_scales(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from timm.scheduler.scheduler import Scheduler
+from torch import nn
 
 from deit_kd import data, views
 from deit_kd.config import (
@@ -108,6 +109,16 @@ def _refuse_others(processes: Processes, split: str, photos: Photos, digest: str
             )
 
     together(processes, refuse)
+
+
+def check_batch_norms(config: Config, student: TimmStudent, processes: Processes) -> None:
+    """Refuse batches of one view for a student that normalises vectors over a batch (the heads of LeViT, RepViT)."""
+    views = config.train.batch_size // (processes.count * config.train.accumulation_steps)
+    if views < 2 and any(isinstance(module, nn.BatchNorm1d) for module in student.modules()):
+        raise InputError(
+            f"train.batch_size: {config.train.batch_size} leaves one view for each process and micro-step, over which "
+            f"{config.student.name}'s BatchNorm cannot normalise; use at least {2 * config.train.batch_size}"
+        )
 
 
 def build_student_optimizer(config: Config, student: TimmStudent) -> torch.optim.Optimizer:

@@ -73,6 +73,7 @@ def prepare(
     check_own_average(config, loader.total_steps)
     with processes.busy("builds the student"):
         student = parts.build_student(config, splits.train.classes, processes.device)
+    parts.check_batch_norms(config, student, processes)
     optimizer = parts.build_student_optimizer(config, student)
     schedule = parts.build_schedule(config, optimizer, loader.steps_per_epoch)
     data_facts = {split: photos.digest() for split, photos in splits._asdict().items()}

@@ -9,7 +9,6 @@ from torch import nn
 from deit_kd.interfaces import InputError
 from deit_kd.models.create import check_answer, check_arguments, create_model, size_argument
 from deit_kd.models.names import check_known, distilled_twin, plain_twin
-from deit_kd.models.tokens import has_distillation_token
 from deit_kd.models.weights import Account, fit_weights
 from deit_kd.origins import Origin, open_origin, open_published
 from deit_kd.randomness import seed_initialisation
@@ -41,16 +40,16 @@ def build_student(
     """Build a student with seeded initial weights.
 
     Args:
-        name: a timm name; with `distilled` one that has a distillation token, its plain twin, or a plain ViT
-            that a token is grafted onto; without it any model; a name with a distillation token then builds its plain
-            twin (no token, no second head).
+        name: a timm name; with `distilled` one that has a distillation token or a second head, its plain twin, or a
+            plain ViT that a token is grafted onto; without it any model; a name with a distillation token then builds
+            its plain twin (no token, no second head), and two heads without a token are averaged.
         pretrained: start from timm's weights.
         checkpoint: start from these weights instead, see `open_origin`.
         args: passed to ``timm.create_model`` (patch_size, embed_dim, depth, …).
         drop_path: rate of stochastic depth.
         classes: the dataset's class names, in label order.
         image_size: pixels.
-        distilled: whether the student learns from a teacher through its token.
+        distilled: whether the student learns from a teacher through a head of its own.
         token: what a new token starts from, ``cls`` or ``scratch``; see `fit_weights`.
         new_heads: initialise new heads even if the weights' own have the same number of classes.
         freeze: ``none``, ``patch_embed``, ``backbone`` (tokens and heads learn) or ``all_but_heads``.
@@ -59,7 +58,7 @@ def build_student(
         seed: of the run.
 
     Raises:
-        InputError: the model is unknown, has no distillation token and cannot get one, or cannot take the size,
+        InputError: the model is unknown, has no second head and cannot get one, or cannot take the size,
             the arguments or the weights, or does not answer images with logits [B, C].
     """
     if name is None:
@@ -78,16 +77,11 @@ def build_student(
         "student.name",
         architecture,
         image_size=image_size,
-        distillation_token=distilled,
+        distilled=distilled,
         num_classes=len(classes),
         **args,
         **({"drop_path_rate": drop_path} if drop_path else {}),
     )
-    if distilled and not has_distillation_token(backbone):
-        raise InputError(
-            f"student.name: {type(backbone).__name__} has a second head but no distillation token (both heads read "
-            "the same features); use a deit_*_distilled, pit_* or vit_* model, or set distill.kind none"
-        )
     account = None
     if origin is not None:
         other_classes = origin.classes is not None and (origin.classes != classes or origin.columns is not None)

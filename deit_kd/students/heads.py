@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.models.pit import PoolingVisionTransformer
 from torch import Tensor, nn
 
-from deit_kd.features import answer_with_features, mean_patch
+from deit_kd.features import POOLED, answer_with_features, layer_names, mean_patch
 from deit_kd.interfaces import StudentOutput
 from deit_kd.models.tokens import has_distillation_token, heads_of, read_heads
 from deit_kd.models.weights import Account
@@ -20,7 +21,8 @@ class TimmStudent(nn.Module):
 
     Args:
         backbone: a model with a distillation token (timm's deit and pit, or a grafted one), or any other, which
-            answers with one head; a network with two heads and no token (LeViT, RepViT) averages them itself.
+            answers with one head. Two heads without a token (LeViT, RepViT) answer apart after timm's
+            ``set_distilled_training()``; before, the network averages them.
         model_args: what ``timm.create_model`` needs to build the backbone again, besides the number of classes.
         account: where each of its initial weights came from; None if all of them are new.
         channels_last: memory format of weights and images; None uses it for networks with BatchNorm2d.
@@ -47,10 +49,15 @@ class TimmStudent(nn.Module):
         images = images.contiguous(memory_format=self._memory_format)
         if not features:
             return read_heads(self.backbone, images)
-        heads, found = answer_with_features(
-            self.backbone, images, features, head=partial(heads_of, self.backbone), pool=self._pool
-        )
-        return StudentOutput(heads.cls_logits, heads.dist_logits, found)
+        ask = partial(answer_with_features, self.backbone, images, head=partial(heads_of, self.backbone))
+        if POOLED in features and isinstance(self.backbone, PoolingVisionTransformer):
+            # pit's last features are its tokens alone; its patches are the map of its last layer
+            last = layer_names(self.backbone)[-1]
+            heads, maps = ask({*features, last} - {POOLED}, pool=self._pool)
+            found = {**maps, POOLED: mean_patch(maps[last], 0)}
+        else:
+            heads, found = ask(features, pool=self._pool)
+        return StudentOutput(heads.cls_logits, heads.dist_logits, {name: found[name] for name in features})
 
     def _pool(self, last: Tensor) -> Tensor:
         return mean_patch(last, getattr(self.backbone, "num_prefix_tokens", 0))

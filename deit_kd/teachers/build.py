@@ -10,7 +10,7 @@ import torch
 from deit_kd.interfaces import InputError, Preprocessing, Statistics
 from deit_kd.models.create import check_answer, check_arguments, create_model, leave_out_head
 from deit_kd.models.names import check_known, is_kin, plain_twin
-from deit_kd.models.tokens import has_distillation_token
+from deit_kd.models.tokens import answers_apart
 from deit_kd.models.weights import fit_weights
 from deit_kd.origins import Origin, open_origin, open_published
 from deit_kd.randomness import seed_initialisation
@@ -96,7 +96,7 @@ def build_teacher(
         "teacher.name",
         architecture,
         image_size=size,
-        distillation_token=not random_weights and origin.is_distilled,
+        distilled=not random_weights and origin.is_distilled,
         num_classes=columns,
         **arguments,
     )
@@ -130,7 +130,7 @@ def build_teacher(
     own_std: Statistics = std or known.std or student.std
     interpolation = "bilinear" if known.interpolation == "bilinear" else "bicubic"
     return FrozenTeacher(
-        FusedHeads(network) if head and has_distillation_token(network) else network,
+        FusedHeads(network) if head and answers_apart(network) else network,
         student_mean=student.mean,
         student_std=student.std,
         mean=own_mean,
