@@ -62,7 +62,6 @@ MODELS = [
     ({"student__name": "deit_tiny_destilled_patch16_224"}, "(nearest: deit_tiny_distilled_patch16_224"),
     ({"student__name": "vit_base_patch16_siglip_224"}, "has no class token for a distillation token"),
     ({"student__name": "levit_256d", "student__args": "{}", "data__image_size": 224}, "has no class token"),
-    ({"student__name": "iformer_m_distilled", "student__args": "{}"}, "second head but no distillation token"),
     ({"data__image_size": 20}, "data.image_size: 20 is not a multiple of student.name's patch size 8; use 16 or 24"),
     ({"student__args": {**STUDENT_ARGS, "num_heads": 5}}, "student.name: "),
     ({"student__args": {**STUDENT_ARGS, "embed_dim": "wide"}}, "student.name: "),

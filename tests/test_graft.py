@@ -205,7 +205,6 @@ def test_plain_name_stays_plain_without_distillation():
         ("beit_base_patch16_224", TINY, "is a Beit, .*: it is built around one class token"),
         ("test_resnet", {}, "is a ResNet, which a distillation token cannot be grafted onto"),
         ("swin_tiny_patch4_window7_224", {"embed_dim": 24, "depths": (1, 1, 1, 1)}, "is a SwinTransformer"),
-        ("iformer_l_distilled", {}, "has a second head but no distillation token"),
         ("vit_tiny_patch16_224", {**TINY, "global_pool": "prr"}, "pools over its prefix tokens"),
     ],
 )

@@ -32,7 +32,7 @@ def is_distilled_name(name: str) -> bool:
 def has_published_second_head(name: str) -> bool:
     """Return whether timm's own weights of `name` have a distillation head, with a token or without."""
     cfg = timm.get_pretrained_cfg(name)
-    heads = () if cfg is None or isinstance(cfg.classifier, str) else cfg.classifier or ()
+    heads: tuple[str, ...] = () if cfg is None or isinstance(cfg.classifier, str) else cfg.classifier or ()
     return any("head_dist" in head.split(".") for head in heads)
 
 

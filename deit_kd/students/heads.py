@@ -53,7 +53,7 @@ class TimmStudent(nn.Module):
         if POOLED in features and isinstance(self.backbone, PoolingVisionTransformer):
             # pit's last features are its tokens alone; its patches are the map of its last layer
             last = layer_names(self.backbone)[-1]
-            heads, maps = ask({*features, last} - {POOLED}, pool=self._pool)
+            heads, maps = ask(tuple({*features, last} - {POOLED}), pool=self._pool)
             found = {**maps, POOLED: mean_patch(maps[last], 0)}
         else:
             heads, found = ask(features, pool=self._pool)
