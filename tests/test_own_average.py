@@ -109,6 +109,16 @@ def test_it_teaches_after_its_warm_up_and_a_killed_run_ends_bit_for_bit(
     assert "learned from its own average" in said
 
 
+def test_a_guide_beside_it_gives_the_features_and_is_what_is_recorded(photos_root: Path, tmp_path: Path) -> None:
+    terms = [{"kind": "relations", "blocks": [1], "stages": ["layer2"], "weight": {"start": 1, "until": 0.5}}]
+    guide = {"guide__name": "test_resnet", "guide__random_weights": True, "distill__terms": terms}
+    assert main(["train", *own(photos_root, tmp_path / "run", **guide)]) == 0
+    made = steps(tmp_path / "run")
+    assert [list(step.get("terms", {})) for step in made] == [["relations"]] * 6 + [[]] * 3  # to the end of its epoch
+    assert made[-1]["distillation"] > 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["teacher"]["name"] == "test_resnet"
+
+
 def test_two_processes_give_the_losses_of_one(photos_root: Path, tmp_path: Path) -> None:
     assert main(["train", *own(photos_root, tmp_path / "one")]) == 0
     assert torchrun(own(photos_root, tmp_path / "two"), tmp_path / "said.txt") == 0, (tmp_path / "said.txt").read_text()

@@ -124,7 +124,8 @@ def _report(clock: Clock, config: Config, processes: Processes, views: int, json
     ratios = clock.ratios(RATIOS)
     peaks = clock.peaks or _process_peak()
     networks: Sequence[TeacherNetwork] = config.teacher.members or [config.teacher]
-    teachers = " + ".join(str(network.name) for network in networks)
+    names = ["its own average"] if config.learns_from_own_average else [str(network.name) for network in networks]
+    teachers = " + ".join(names)
     say(
         f"{config.student.name}, {config.data.image_size} px, "
         f"{'no teacher' if config.distill.kind == 'none' else f'teacher {teachers}'}, batch "
