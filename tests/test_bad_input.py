@@ -50,7 +50,7 @@ KEYS = [
 DATA = [
     ({"data__root": "nowhere"}, "data.root: nowhere is not a folder"),
     ({"data__root": None}, "data.root: is not set"),
-    ({"data__name": "imagenet"}, "data.name: 'imagenet' is unknown; use one of folder, shards, digits"),
+    ({"data__name": "imagenet"}, "data.name: 'imagenet' is unknown; use one of folder, shards, hf, digits"),
     ({"data__name": "cifar10", "data__root": "nowhere"}, "--data.download true"),
     ({"data__train_split": "learn"}, "data.train_split: "),
     ({"train__batch_size": 9}, "train.batch_size: 9 is not a multiple of 2"),

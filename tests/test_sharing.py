@@ -95,7 +95,7 @@ def test_a_worker_does_not_copy_what_it_shares_when_it_collects_garbage() -> Non
     held = [float(batch.images.max()) for batch in build_evaluation_loader(
         photos, Held(), batch_size=2, rank=0, processes=1, workers=1, pin_memory=False
     )]  # fmt: skip
-    assert max(held) < 40
+    assert max(held) < 90  # 150 and more with a copy
     assert len(kept) == 400_000
 
 

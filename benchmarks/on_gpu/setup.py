@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from deit_kd.config import Config, parse_config
@@ -135,4 +136,4 @@ class Setup:
 def tile(photos: Photos, count: int) -> Photos:
     """Return `count` photos with labels in turn, as often the same ones as that takes."""
     again = photos.subset([index % len(photos) for index in range(count)])
-    return replace(again, labels=[index % len(photos.classes) for index in range(count)])
+    return replace(again, labels=np.arange(count) % len(photos.classes))
