@@ -97,3 +97,9 @@ def test_it_answers_without_loading_anything_heavy(
 
 def test_the_normalisation_that_is_written_out_is_timms() -> None:
     assert (Data().mean, Data().std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def test_the_package_runs_as_a_program(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "deit_kd", "nonsense"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: nonsense: unknown verb")
