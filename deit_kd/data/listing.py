@@ -72,10 +72,10 @@ def listed_classes(top: Path, classes: Sequence[str], key: str, indexed: bool = 
         InputError: a name is not UTF-8.
     """
     known = None if indexed else _read_known(top)
-    if known is not None and _changed(top, known, classes) == set():
-        return known.listing
     changed = set(classes) if known is None else _changed(top, known, classes)
-    parts = [list_images(top, name, key) if name in changed or known is None else known.of(name) for name in classes]
+    if known is not None and not changed:
+        return known.listing
+    parts = [list_images(top, name, key) if known is None or name in changed else known.of(name) for name in classes]
     found = _joined(parts)
     if not indexed and known is None and len(found.names) < LARGE:
         return found

@@ -47,7 +47,8 @@ def batches_ahead(batch_bytes: int, workers: int, loaders: int, limit_mb: int | 
             )
         ahead = limit_mb * MEGABYTE // (workers * batch_bytes) - 1
     else:
-        ahead = PREFETCHED if free is None or 3 * workers * batch_bytes * loaders <= free else 1
+        wanted = (PREFETCHED + 1) * workers * batch_bytes * loaders
+        ahead = PREFETCHED if free is None or wanted <= free else 1
     held = (ahead + 1) * workers * batch_bytes * loaders
     if free is not None and held > free:
         what = f"data.prefetch_mb: {limit_mb} MB let" if limit_mb is not None else "data.workers:"
