@@ -19,6 +19,7 @@ from tests.helpers import records, refused, tiny, write_photos
 from tests.tiny_parts import array_photos, folder_splits
 
 CPU = torch.device("cpu")
+OWN_AVERAGE = {"teacher__name": None, "teacher__random_weights": None, "teacher__kind": "average"}
 
 
 def pixels(photos: Photos) -> list[tuple[tuple[int, int], bytes]]:
@@ -163,3 +164,26 @@ def test_a_control_groups_limit_counts(own: str, files: dict[str, str], left: li
 
 def test_a_machine_has_memory() -> None:
     assert available_memory(CPU) > 2**20
+
+
+@pytest.mark.parametrize(
+    ("options", "about"),
+    [
+        ({"student__name": "deit_tiny_distild"}, "student.name"),
+        ({"optim__warmup_epochs": 1}, "optim.warmup_epochs"),
+        ({"train__batch_size": 99}, "train.batch_size"),
+        ({**OWN_AVERAGE, "train__ema_decay": 0.9999}, "train.ema_decay"),
+        ({}, "output"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused_before_a_photo_is_decoded(
+    options: dict[str, object], about: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_photos(tmp_path / "photos", {"train": 6, "validation": 2})
+    (root / "train" / "bars" / "000.png").write_bytes(b"not an image")  # decoding ends with another line
+    output = tmp_path / "run"
+    if about == "output":
+        output.mkdir()
+        (output / "notes.txt").touch()
+    line = refused(["train", *tiny(root, output, data__cache="memory", **options)], capsys)
+    assert line.startswith(f"error: {about}: "), line

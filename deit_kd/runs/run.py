@@ -39,7 +39,7 @@ from deit_kd.runs.opening import open_folder
 from deit_kd.runs.outcome import head_scores, print_heads, save_student
 from deit_kd.runs.prepared import AfterEpoch, Run
 from deit_kd.runs.progress import Progress
-from deit_kd.runs.viewing import build_training_loader, cached, makers_of
+from deit_kd.runs.viewing import build_training_loader, cached, makers_of, training_order
 from deit_kd.stopping import Watch
 
 
@@ -63,27 +63,28 @@ def prepare(
     check_tracking(config.tracking.wandb)
     choose_kernels(processes.device, config.train.deterministic)
     splits = splits or parts.agreed_splits(config, processes)
-    splits = splits._replace(train=cached(config, splits.train, processes))  # a teacher's fit shares them
     if len(splits.validation) < processes.count:
         raise InputError(
             f"data: {len(splits.validation)} validation images are fewer than {processes.count} processes; use fewer "
             "processes"
         )
-    loader = build_training_loader(config, splits.train, processes)
-    check_own_average(config, loader.total_steps)
+    order = training_order(config, splits.train, processes)
+    check_own_average(config, order.total_steps)
     with processes.busy("builds the student"):
         student = parts.build_student(config, splits.train.classes, processes.device)
     parts.check_batch_norms(config, student, processes)
     optimizer = parts.build_student_optimizer(config, student)
-    schedule = parts.build_schedule(config, optimizer, loader.steps_per_epoch)
+    schedule = parts.build_schedule(config, optimizer, order.steps_per_epoch)
     data_facts = {split: photos.digest() for split, photos in splits._asdict().items()}
     folder, checkpoint = open_folder(config, processes, None if is_named_by_recipe else data_facts)
+    # Photos are decoded once everything else is known to work; a teacher's fit shares them.
+    splits = splits._replace(train=cached(config, splits.train, processes))
     return Run(
         config=config,
         processes=processes,
         splits=splits,
         folder=folder,
-        loader=loader,
+        loader=build_training_loader(config, splits.train, processes),
         validation=parts.build_evaluation_loader(config, splits.validation, processes),
         student=student,
         optimizer=optimizer,

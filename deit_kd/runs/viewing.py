@@ -60,33 +60,34 @@ def cached(config: Config, photos: Photos, processes: Processes) -> Photos:
     return kept
 
 
-def build_training_loader(config: Config, photos: Photos, processes: Processes) -> data.TrainingLoader:
-    """Return the loader of this process's training views.
+def training_order(config: Config, photos: Photos, processes: Processes) -> data.TrainingBatchSampler:
+    """Return which views this process computes in each step; no photo is read.
 
     Raises:
         InputError: the batch cannot be dealt evenly, or the set is smaller than one batch.
     """
-    section, augment = config.data, config.augment
-    mixing = data.Mixing(
-        classes=len(photos.classes),
-        seed=config.seed,
-        mixup=augment.mixup,
-        cutmix=augment.cutmix,
-        probability=augment.mix_probability,
-        switch_probability=augment.mix_switch_probability,
-        label_smoothing=augment.label_smoothing,
-    )
-    batch_sampler = data.TrainingBatchSampler(
+    return data.TrainingBatchSampler(
         photos=len(photos),
-        repeats=augment.repeats,
+        repeats=config.augment.repeats,
         seed=config.seed,
         batch_size=config.train.batch_size,
         accumulation_steps=config.train.accumulation_steps,
         rank=processes.rank,
         processes=processes.count,
-        pairs=mixing.is_on,
+        pairs=_mixing(config, len(photos.classes)).is_on,
         epochs=config.train.epochs,
     )
+
+
+def build_training_loader(config: Config, photos: Photos, processes: Processes) -> data.TrainingLoader:
+    """Return the loader of this process's training views.
+
+    Raises:
+        InputError: see `training_order`; or what it needs does not fit into memory.
+    """
+    section = config.data
+    batch_sampler = training_order(config, photos, processes)
+    mixing = _mixing(config, len(photos.classes))
     making, kept = _making(config), cached(config, photos, processes)
     ahead = _batches_ahead(config, kept, processes)
     if not isinstance(making, Drawing):
@@ -97,10 +98,23 @@ def build_training_loader(config: Config, photos: Photos, processes: Processes) 
         data.Draws(kept, making, config.seed, skips(config)),
         Executor(image_size=section.image_size, mean=section.mean, std=section.std, device=processes.device),
         batch_sampler,
-        label_smoothing=augment.label_smoothing,
+        label_smoothing=mixing.label_smoothing,
         workers=section.workers,
         device=processes.device,
         ahead=ahead,
+    )
+
+
+def _mixing(config: Config, classes: int) -> data.Mixing:
+    augment = config.augment
+    return data.Mixing(
+        classes=classes,
+        seed=config.seed,
+        mixup=augment.mixup,
+        cutmix=augment.cutmix,
+        probability=augment.mix_probability,
+        switch_probability=augment.mix_switch_probability,
+        label_smoothing=augment.label_smoothing,
     )
 
 
