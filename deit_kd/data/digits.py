@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from deit_kd.data.photos import Photos, Splits, split_by_hash
 
 
 def digits(*, validation_fraction: float, **_: Any) -> Splits:
     """Return the digits, 8 x 8 pixels, with `validation_fraction` of each class held out."""
+    from sklearn.datasets import load_digits
+
     bunch = load_digits()
     grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     photos = Photos.of_arrays(

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from deit_kd.interfaces import StudentOutput
@@ -23,7 +22,6 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor) -> float:
         probabilities: [n, C].
         labels: [n].
     """
-    # Imported here because it takes a second, and `import deit_kd` should not wait for it.
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     classes = probabilities.shape[-1]
@@ -85,6 +83,8 @@ def fit_temperature(log_probabilities: Tensor, labels: Tensor) -> float:
             a mean of two softmaxes.
         labels: [n].
     """
+    from scipy.optimize import minimize_scalar
+
     found: Any = minimize_scalar(
         lambda log_temperature: _mean_nll(scale_temperature(log_probabilities, float(np.exp(log_temperature))), labels),
         bounds=(np.log(0.05), np.log(20)),

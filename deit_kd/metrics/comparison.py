@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from deit_kd.metrics.answered import is_right
@@ -22,6 +21,8 @@ def mcnemar(first_right: Tensor, second_right: Tensor) -> dict[str, float | int]
         ``{"only_first", "only_second", "p"}``: images that only one gets right, and the p-value; 1 if there are none
         (McNemar 1947; the exact form is a sign test).
     """
+    from scipy.stats import binomtest
+
     only_first = int((first_right & ~second_right).sum())
     only_second = int((second_right & ~first_right).sum())
     decided = only_first + only_second

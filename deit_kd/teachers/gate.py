@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.sparse import bmat, coo_matrix, csr_matrix, diags, identity
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
@@ -202,6 +201,8 @@ def _is_clear(cycle: np.ndarray, counts: csr_matrix, photos: np.ndarray) -> bool
     def log_bound(slope: float) -> float:
         moments = np.log1p(up * np.expm1(slope / n) + down * np.expm1(-slope / n))
         return float((n * moments).sum() - slope * gain)
+
+    from scipy.optimize import minimize_scalar
 
     found: Any = minimize_scalar(log_bound, bounds=(0, 100 * n.min()), method="bounded")
     cycles_of_that_length = math.lgamma(classes + 1) - math.lgamma(classes - len(cycle) + 1) - math.log(len(cycle))
