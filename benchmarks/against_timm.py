@@ -50,6 +50,7 @@ TIMMS_LOOP, TIMMS_STEP = "timm: loop, teacher online", "timm: student's step"
 OURS = {ONLINE: f"ours: {ONLINE}", STORED: f"ours: {STORED}", STEP: f"ours: {STEP}"}
 TURNS = (TIMMS_LOOP, OURS[ONLINE], OURS[STORED], TIMMS_STEP, OURS[STEP])
 RATIOS = ((OURS[ONLINE], [TIMMS_LOOP]), (OURS[STORED], [TIMMS_LOOP]), (OURS[STEP], [TIMMS_STEP]))
+FRESH = multiprocessing.get_context("spawn")
 REST_SECONDS = 1.0  # for the workers of the side that was timed before
 
 Act = Callable[[str], object]
@@ -247,15 +248,14 @@ def read(arguments: list[str]) -> tuple[Config, dict[str, Any]]:
 
 def main() -> None:
     config, options = read(sys.argv[1:])
-    fresh = multiprocessing.get_context("spawn")
     clock = Clock(pick_device(config.train.device))
     with ExitStack() as stack:
         lines = {}
         for name, side in (("ours", our_side), ("timm", timms_side)):  # ours fits the teacher where there is none
-            lines[name], theirs = fresh.Pipe()
+            lines[name], theirs = FRESH.Pipe()
             if side is timms_side and os.environ.get("GOMP_SPINCOUNT") == SPIN_COUNT:
                 del os.environ["GOMP_SPINCOUNT"]  # which a program without this package does not have
-            process = fresh.Process(target=serve, args=(side, sys.argv[1:], theirs))
+            process = FRESH.Process(target=serve, args=(side, sys.argv[1:], theirs))
             process.start()
             theirs.close()
             stack.callback(process.join)

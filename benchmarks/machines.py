@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import deit_kd.jobs.train  # now, and not once more in each process
 from deit_kd.cli import main as deit_kd
 
 CLASSES, PHOTOS, HELD_OUT = 4, 64, 16
@@ -133,6 +132,8 @@ def losses(run_folder: Path) -> list[float]:
 
 def inner(shared: Path, machines: int, each: int) -> None:
     """Run everything; the ids of the processes go to ``pids.json``."""
+    from deit_kd.jobs import train  # noqa: F401 - now, and not once more in each process
+
     said = shared.parent / "said"
     write_photos(shared / "photos")
     time.sleep(2.1)  # an index does not trust folders that have just changed

@@ -1,7 +1,8 @@
-"""train.py with a fault in one process; the environment's FAULT is <what>:<rank>:<step>, as in ``kill:1:4``."""
+"""A fault in one process of a run: <what>:<rank>:<step>, as in ``kill:1:4``; as a program, train.py with $FAULT."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import runpy
 import signal
@@ -15,39 +16,40 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-WHAT, RANK, STEP = os.environ["FAULT"].split(":")
-steps = forwards = 0
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.SIGINT}
 
 
-def in_step(*_: object) -> None:
-    """Be ended or stall within one optimiser step, once in the life of the run."""
-    global steps
-    steps += 1
-    if steps == int(STEP) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        print(f"{WHAT}ing in step {STEP}", flush=True)
-        if WHAT in ("stall", "wait"):
-            time.sleep(1000)
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[WHAT])
+def register(fault: str, rank: int) -> None:
+    """Let this process, if it is the one that `fault` names, be ended, stall or compute nonsense once in its life."""
+    what, of_rank, of_step = fault.split(":")
+    if rank != int(of_rank):
+        return
+    steps = itertools.count(1)
 
+    def in_step(*_: object) -> None:
+        """Be ended or stall within one optimiser step, once in the life of the run."""
+        if next(steps) == int(of_step) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            print(f"{what}ing in step {of_step}", flush=True)
+            if what in ("stall", "wait"):
+                time.sleep(1000)
+            os.kill(os.getpid(), SIGNALS[what])
 
-def spoil(module: nn.Module, inputs: Any) -> Any:
-    """Let the second view of one micro-batch be not a number."""
-    global forwards
-    if type(module).__name__ != "TimmStudent" or not module.training:
-        return None
-    forwards += 1
-    if forwards != int(STEP):
-        return None
-    images = inputs[0].clone()
-    images[1] = torch.nan
-    return (images,)
+    def spoil(module: nn.Module, inputs: Any) -> Any:
+        """Let the second view of one micro-batch be not a number."""
+        if type(module).__name__ != "TimmStudent" or not module.training or next(steps) != int(of_step):
+            return None
+        images = inputs[0].clone()
+        images[1] = torch.nan
+        return (images,)
 
-
-if os.environ["RANK"] == RANK:
-    if WHAT == "nan":
+    if what == "nan":
         register_module_forward_pre_hook(spoil)
     else:
         register_optimizer_step_pre_hook(in_step)
-program = Path(__file__).resolve().parents[1] / "train.py"
-sys.argv[0] = str(program)
-runpy.run_path(str(program), run_name="__main__")
+
+
+if __name__ == "__main__":
+    register(os.environ["FAULT"], int(os.environ["RANK"]))
+    program = Path(__file__).resolve().parents[1] / "train.py"
+    sys.argv[0] = str(program)
+    runpy.run_path(str(program), run_name="__main__")

@@ -1,4 +1,7 @@
-"""train.py in processes of its own: under torchrun, with a fault, or killed."""
+"""train.py under torchrun, with a fault where a test wants one, and a run that is killed.
+
+A torchrun costs twenty seconds, for it starts Python three times: for what two processes compute see forked.py.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from deit_kd.cli import main
+from tests.faulty import register
+from tests.forked import one
 from tests.helpers import REPOSITORY
 
 STANDALONE = ("--standalone", "--nproc-per-node", "2")
@@ -53,47 +59,11 @@ def kill_family(pid: int) -> None:
         kill_family(child)
 
 
-# train.py itself, which kills itself before the n-th optimiser step of this process.
-KILLED = """
-import os, runpy, signal, sys
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-left, sys.argv[1:] = int(sys.argv[1]), sys.argv[2:]
-def count(*_):
-    global left
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-register_optimizer_step_pre_hook(count)
-runpy.run_path("train.py", run_name="__main__")
-"""
+def kill(arguments: list[str], before_step: int, said: Path) -> None:
+    """Train in a process that is killed in the optimiser step `before_step` (from 1), before it changes anything."""
 
+    def act() -> int:
+        register(f"kill:0:{before_step}", 0)
+        return main(["train", *arguments])
 
-# train.py itself, which kills itself when the n-th checkpoint is written whole and about to get its name.
-KILLED_IN_A_WRITE = """
-import os, runpy, signal, sys
-left, sys.argv[1:] = int(sys.argv[1]), sys.argv[2:]
-def watch(event, given):
-    global left
-    if event == "os.rename" and ".step-" in str(given[0]):
-        left -= 1
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(watch)
-runpy.run_path("train.py", run_name="__main__")
-"""
-
-
-def kill(arguments: list[str], before_step: int, said: Path, program: str = KILLED) -> None:
-    """Run `program`, which kills itself before step (or checkpoint) `before_step`."""
-    command = [sys.executable, "-c", program, str(before_step), *arguments]
-    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    with open(said, "w") as output:  # no pipe: the workers would hold it open for seconds after the kill
-        done = subprocess.run(
-            command,
-            cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": paths},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            timeout=200,
-        )
-    assert done.returncode == -signal.SIGKILL, said.read_text()
+    assert one(act, said) == -signal.SIGKILL, said.read_text()

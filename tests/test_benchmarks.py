@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -40,10 +41,22 @@ def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The program for a GPU; its sections are ``gpu.SECTIONS``."""
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Import a benchmark."""
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    return import_module("gpu")
+    return import_module
+
+
+@pytest.fixture
+def gpu(benchmark: Callable[[str], Any]) -> Any:
+    """The program for a GPU; its sections are ``gpu.SECTIONS``."""
+    return benchmark("gpu")
+
+
+@pytest.fixture
+def folds(benchmark: Callable[[str], Any]) -> Any:
+    """The program for arms times folds."""
+    return benchmark("folds")
 
 
 def test_growth_prints_four_tables(photos_root: Path, tmp_path: Path, program: Program) -> None:
@@ -68,7 +81,13 @@ def test_growth_prints_four_tables(photos_root: Path, tmp_path: Path, program: P
     assert json.loads(found.read_text())["image, ms an image"].keys() == {"16 px", "32 px"}
 
 
-def test_against_timm_times_both_sides(photos_root: Path, tmp_path: Path, program: Program) -> None:
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_against_timm_times_both_sides(
+    photos_root: Path, tmp_path: Path, program: Program, benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    against_timm = benchmark("against_timm")
+    monkeypatch.setattr(against_timm, "FRESH", multiprocessing.get_context("fork"))  # spares both sides their imports
+    monkeypatch.setattr(against_timm, "REST_SECONDS", 0.0)
     found = tmp_path / "against.json"
     options = ["--rounds", "1", "--steps", "2", "--json", str(found)]
     recipe = {"augment__mixup": 0, "augment__cutmix": 0, "data__workers": 1}
@@ -156,14 +175,23 @@ def test_fine_tuning_is_compared_with_scratch(runs: Path, tmp_path: Path, progra
     assert len([line for line in printed.splitlines() if line.endswith("% top-1")]) == 3
 
 
-def test_arms_are_trained_over_folds_and_compared(photos_root: Path, tmp_path: Path, program: Program) -> None:
+def test_arms_are_trained_over_folds_and_compared(
+    photos_root: Path, tmp_path: Path, program: Program, folds: Any
+) -> None:
     arms = tmp_path / "arms.yaml"
     arms.write_text("none: {distill.kind: none}\nsoft: {distill.kind: soft, distill.alpha: 0.9}\n")
     fit = {"random_weights": None, "min_top1": 0, "fit__epochs": 1, "fit__batch_size": 8}
     fit |= {"fit__optim__warmup_epochs": 0, "fit__folder": str(tmp_path / "teachers")}
     recipe = tiny(photos_root, tmp_path, **{f"teacher__{key}": value for key, value in fit.items()})
+    planned = Namespace(folds=2, only=[1], to=tmp_path / "to")
+    jobs = folds.plan(planned, ["--evaluate.report", "false", *recipe], folds.read_arms(arms, None))
+    (plain, needed_by_plain), (_, (fit,)) = jobs.items()
+    assert needed_by_plain == []
+    program("folds", *fit.command[2:])  # here, where all is imported; the last one gets a process of its own
+    assert main(["train", *plain.command[2:]]) == 0
     options = ["--arms", str(arms), "--to", str(tmp_path / "to"), "--folds", "2", "--only", "1", *recipe]
-    assert program("folds", *options).count("done: ") == 3
+    said = program("folds", *options)
+    assert said.count("begins: ") == said.count("done: ") == 1
     printed = program("folds", *options)
     assert "begins: " not in printed
     assert "soft: no run of fold 0 of 2" in printed
@@ -174,10 +202,7 @@ def test_arms_are_trained_over_folds_and_compared(photos_root: Path, tmp_path: P
     assert json.loads((tmp_path / "to/soft-1/run.json").read_text())["teacher"]["source"] == str(teacher)
 
 
-def test_the_arms_that_are_given_can_be_planned(photos_root: Path, tmp_path: Path, program: Program) -> None:
-    with pytest.raises(SystemExit):
-        program("folds")  # to be imported
-    folds = import_module("folds")
+def test_the_arms_that_are_given_can_be_planned(photos_root: Path, tmp_path: Path, folds: Any) -> None:
     arms = folds.read_arms(REPOSITORY / "benchmarks" / "arms.yaml", None)
     common = ["--config", str(REPOSITORY / "configs" / "photos.yaml"), "--data.root", str(photos_root)]
     jobs = folds.plan(Namespace(folds=3, only=[1], to=tmp_path), common, arms)
@@ -193,12 +218,7 @@ def test_the_arms_that_are_given_can_be_planned(photos_root: Path, tmp_path: Pat
     assert terms["guide-alone"] == ["guide"]
 
 
-def test_a_guide_is_fitted_before_the_arms_and_named_by_its_fold(
-    photos_root: Path, tmp_path: Path, program: Program
-) -> None:
-    with pytest.raises(SystemExit):
-        program("folds")  # to be imported
-    folds = import_module("folds")
+def test_a_guide_is_fitted_before_the_arms_and_named_by_its_fold(photos_root: Path, tmp_path: Path, folds: Any) -> None:
     terms = {"distill.terms": [{"kind": "guide"}]}
     arms = {
         "fitted": {**terms, "guide.name": "resnet10t", "guide.fit.epochs": 2},
@@ -214,11 +234,8 @@ def test_a_guide_is_fitted_before_the_arms_and_named_by_its_fold(
 
 
 def test_a_run_whose_teacher_could_not_be_fitted_is_left_out(
-    tmp_path: Path, program: Program, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, folds: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        program("folds")  # to be imported
-    folds = import_module("folds")
     broken = (sys.executable, "-c", "print('error: no photos'); exit(2)")
     fit, plain = (folds.Job(tmp_path / name, tmp_path / f"{name}.log", broken) for name in ("fit", "plain"))
     taught = folds.Job(tmp_path / "taught", tmp_path / "taught.log", ("nothing",))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from deit_kd.cli import main
 from deit_kd.models.layouts import to_transformers
+from tests.forked import run_on_two
 from tests.helpers import MEAN, SEVEN_CLASSES, STD, Finished, assert_same_scores, heads_in, tiny, write_photos
 from tests.tiny_parts import write_transformers_folder
 
@@ -209,13 +207,7 @@ def test_two_processes_count_exactly_as_one(runs: Path, tmp_path: Path) -> None:
     (root / "validation/door/000.png").write_bytes(b"no image")  # shares of different size
     arguments = [str(runs / "distilled"), "--data.root", str(root)]
     alone = evaluate(tmp_path / "one", *arguments)
-    program = tmp_path / "program.py"
-    program.write_text("import sys\nfrom deit_kd.cli import main\nsys.exit(main(sys.argv[1:]))\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    subprocess.run(
-        [*launch, "eval", *arguments, "--to", str(tmp_path / "two")], check=True, env=environment, timeout=120
-    )
+    run_on_two(["eval", *arguments, "--to", str(tmp_path / "two")], tmp_path / "said.txt")
     together = heads_in(tmp_path / "two")
     assert together["n"] == alone["n"] == 34
     assert together["unreadable"] == alone["unreadable"]

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from deit_kd.cli import main
+from tests.forked import run_on_two
 from tests.helpers import FULL, Finished, heads_in, records, tiny
-from tests.started import kill, torchrun
+from tests.started import kill
 
 EPOCHS, STEPS_PER_EPOCH = 4, 3
 GUIDE = {"kind": "guide", "weight": {"start": 2.5, "until": 0.5}, "blocks": [0, 1], "stages": ["layer1", "layer2"]}
@@ -101,7 +102,7 @@ def test_two_processes_across_the_stop_give_the_losses_of_one(photos_root: Path,
     options = {"student__drop_path": 0.0, "distill__temperature": 1.0}  # drop-path's seed names the process
     assert main(["train", *guided(photos_root, tmp_path / "one", teacher, **options)]) == 0
     two = guided(photos_root, tmp_path / "two", teacher, **options)
-    assert torchrun(two, tmp_path / "said.txt") == 0, (tmp_path / "said.txt").read_text()
+    run_on_two(["train", *two], tmp_path / "said.txt")
     assert "guide: ended after step 6" in (tmp_path / "said.txt").read_text()
     pairs = list(zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True))
     assert len(pairs) == EPOCHS * STEPS_PER_EPOCH
@@ -125,7 +126,7 @@ def test_relations_alone_resume_bit_for_bit_and_two_processes_give_the_losses_of
     kill(killed, 4, tmp_path / "said.txt")
     assert main(["train", *killed, "--resume", "auto"]) == 0
     assert_same_run(tmp_path / "killed", tmp_path / "one")
-    assert torchrun(guided(photos_root, tmp_path / "two", teacher, **options), tmp_path / "said.txt") == 0
+    run_on_two(["train", *guided(photos_root, tmp_path / "two", teacher, **options)], tmp_path / "said.txt")
     for here, there in zip(one, steps(tmp_path / "two"), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-4)
         assert here["terms"]["relations"] == pytest.approx(there["terms"]["relations"], rel=1e-4)

@@ -17,8 +17,9 @@ from deit_kd.runs.lesson import connect
 from deit_kd.runs.run import build_trainer, prepare
 from deit_kd.schedules import Schedule
 from deit_kd.teaching.ready import ready_lesson
+from tests.forked import run_on_two
 from tests.helpers import ONE_PROCESS, TINY, as_arguments, heads_in, records, refused, tiny
-from tests.started import kill, torchrun
+from tests.started import kill
 from tests.tiny_parts import make_batch, trainer
 
 ALPHA = {"start": 0, "end": 0.8, "from": 0.5, "until": 0.7, "shape": "linear"}
@@ -121,7 +122,7 @@ def test_a_guide_beside_it_gives_the_features_and_is_what_is_recorded(photos_roo
 
 def test_two_processes_give_the_losses_of_one(photos_root: Path, tmp_path: Path) -> None:
     assert main(["train", *own(photos_root, tmp_path / "one")]) == 0
-    assert torchrun(own(photos_root, tmp_path / "two"), tmp_path / "said.txt") == 0, (tmp_path / "said.txt").read_text()
+    run_on_two(["train", *own(photos_root, tmp_path / "two")], tmp_path / "said.txt")
     for here, there in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
         for term in ("loss", "classification", "distillation"):
             assert here[term] == pytest.approx(there[term], rel=1e-4, abs=1e-7)

@@ -1,16 +1,15 @@
-"""Two processes under torchrun are the same run as one."""
+"""Two processes are the same run as one, whatever happens to one of them, and under torchrun."""
 
 from __future__ import annotations
 
 import socket
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deit_kd.cli import main
+from tests.forked import faulty, run_on_two, wait_for
 from tests.helpers import FULL, Finished, heads_in, records, tiny
 from tests.started import KEEP_ALIVE, STANDALONE, kill_family, launched, torchrun
 
@@ -36,8 +35,7 @@ def shared(finished: Finished, photos_root: Path, output: Path, **options: Any) 
 def one_and_two(finished: Finished, photos_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     home = tmp_path_factory.mktemp("processes")
     assert main(["train", *shared(finished, photos_root, home / "one")]) == 0
-    code = torchrun(shared(finished, photos_root, home / "two", data__cache="memory"), home / "said.txt")
-    assert code == 0, (home / "said.txt").read_text()
+    run_on_two(["train", *shared(finished, photos_root, home / "two", data__cache="memory")], home / "said.txt")
     return home / "one", home / "two"
 
 
@@ -60,8 +58,7 @@ def test_two_processes_give_the_losses_of_one_on_views_that_the_device_makes(
 ) -> None:
     options = {"data__executor": "device", "data__cache": "device"}
     assert main(["train", *shared(finished, photos_root, tmp_path / "one", **options)]) == 0
-    code = torchrun(shared(finished, photos_root, tmp_path / "two", **options), tmp_path / "said.txt")
-    assert code == 0, (tmp_path / "said.txt").read_text()
+    run_on_two(["train", *shared(finished, photos_root, tmp_path / "two", **options)], tmp_path / "said.txt")
     assert_same_losses(tmp_path / "one", tmp_path / "two")
 
 
@@ -77,12 +74,12 @@ def test_two_processes_count_what_one_counts(one_and_two: tuple[Path, Path]) -> 
 
 def test_two_processes_fit_a_teacher_and_go_on_where_they_were_cut(photos_root: Path, tmp_path: Path) -> None:
     options = {**FULL, "data__workers": 0, "teacher__fit__folder": str(tmp_path / "teachers")}
-    arguments = [*tiny(photos_root, tmp_path / "run", **options), "--resume", "auto"]
-    assert torchrun(arguments, tmp_path / "said.txt") == 0, (tmp_path / "said.txt").read_text()
+    arguments = ["train", *tiny(photos_root, tmp_path / "run", **options), "--resume", "auto"]
+    run_on_two(arguments, tmp_path / "said.txt")
     before, written = heads_in(tmp_path / "run"), records(tmp_path / "run")
     (tmp_path / "run" / "heads.json").unlink()
     max((tmp_path / "run" / "checkpoints").glob("step-*")).unlink()
-    assert torchrun(arguments, tmp_path / "said.txt") == 0, (tmp_path / "said.txt").read_text()
+    run_on_two(arguments, tmp_path / "said.txt")
     assert (heads_in(tmp_path / "run"), records(tmp_path / "run")) == (before, written)
 
 
@@ -90,12 +87,12 @@ def test_two_processes_fit_a_teacher_and_go_on_where_they_were_cut(photos_root: 
 def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(
     one_and_two: tuple[Path, Path], finished: Finished, photos_root: Path, tmp_path: Path, step: int
 ) -> None:
-    arguments = [*shared(finished, photos_root, tmp_path / "run"), "--resume", "auto"]
-    assert torchrun(arguments, tmp_path / "said.txt", fault=f"term:1:{step}") != 0
+    arguments = ["train", *shared(finished, photos_root, tmp_path / "run"), "--resume", "auto"]
+    assert faulty(arguments, tmp_path / "said.txt", f"term:1:{step}") == [143, 143]
     said = (tmp_path / "said.txt").read_text()
     assert said.count("stopped by SIGTERM; the checkpoint of step ") == 1, said
     assert not (tmp_path / "run" / "heads.json").exists()
-    assert main(["train", *arguments]) == 0
+    assert main(arguments) == 0
     assert_same_losses(one_and_two[0], tmp_path / "run")
 
 
@@ -111,17 +108,17 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(
 
 
 def test_a_process_that_stalls_stops_the_others(finished: Finished, photos_root: Path, tmp_path: Path) -> None:
-    arguments = shared(finished, photos_root, tmp_path / "run", train__timeout_seconds=8)
-    assert torchrun(arguments, tmp_path / "said.txt", fault="stall:1:3") != 0
+    arguments = ["train", *shared(finished, photos_root, tmp_path / "run", train__timeout_seconds=5)]
+    assert faulty(arguments, tmp_path / "said.txt", "stall:1:3") == [1, 1]
     said = (tmp_path / "said.txt").read_text()
-    assert "error: process 1 has made no progress for 8 s; all stop, the last checkpoint is kept" in said, said
+    assert "error: process 1 has made no progress for 5 s; all stop, the last checkpoint is kept" in said, said
 
 
 def test_a_bad_gradient_of_one_process_is_left_out_on_both(
     finished: Finished, photos_root: Path, tmp_path: Path
 ) -> None:
-    arguments = shared(finished, photos_root, tmp_path / "run")
-    assert torchrun(arguments, tmp_path / "said.txt", fault="nan:1:4") == 0, (tmp_path / "said.txt").read_text()
+    arguments = ["train", *shared(finished, photos_root, tmp_path / "run")]
+    assert faulty(arguments, tmp_path / "said.txt", "nan:1:4") == [0, 0], (tmp_path / "said.txt").read_text()
     written = records(tmp_path / "run")
     assert [record["bad_steps"] for record in written if record["kind"] == "step"] == [0, 1, 0, 0, 0, 0]
     (bad,) = [record for record in written if record["kind"] == "bad_step" and len(record["views"]) == 1]
@@ -162,11 +159,3 @@ def test_a_machine_that_is_lost_comes_back_and_the_run_ends_as_if_it_had_not_bee
             machine.wait()
     assert "continued from step 2" in said[0].read_text() + said[1].read_text()
     assert_same_losses(one_and_two[0], tmp_path / "run")
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Return when `condition` holds."""
-    last = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < last
-        time.sleep(0.2)

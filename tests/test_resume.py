@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import signal
-import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from deit_kd.checkpoint import BEST, load_checkpoint
 from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.runs.run import execute, prepare
+from tests.forked import begun, one, wait_for
 from tests.helpers import (
     ONE_PROCESS,
-    REPOSITORY,
     Finished,
     as_arguments,
     assert_same_end,
@@ -33,7 +34,7 @@ from tests.helpers import (
     signal_in_step,
     tiny,
 )
-from tests.started import KILLED_IN_A_WRITE, kill
+from tests.started import kill
 
 FIT_STEPS = 8  # optimiser steps of the teacher's fit; the student's 12 come after them
 
@@ -55,13 +56,25 @@ def test_a_killed_run_ends_as_the_unbroken_one(kills: list[int], finished: Finis
     assert_same_end(finished, tmp_path)
 
 
+def killed_in_a_write(arguments: list[str]) -> int:
+    """Train, and be killed when the second checkpoint is written whole and about to get its name."""
+    writes = itertools.count(1)
+
+    def watch(event: str, given: Any) -> None:
+        if event == "os.rename" and ".step-" in str(given[0]) and next(writes) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    return main(["train", *arguments])
+
+
 def test_a_run_killed_inside_a_checkpoints_write_ends_as_the_unbroken_one(finished: Finished, tmp_path: Path) -> None:
     arguments = copied(finished, tmp_path)
     run = tmp_path / "run"
     (run / "heads.json").unlink()
     for checkpoint in (run / "checkpoints").iterdir():
         checkpoint.unlink()
-    kill(arguments, 2, tmp_path / "said.txt", KILLED_IN_A_WRITE)
+    assert one(lambda: killed_in_a_write(arguments), tmp_path / "said.txt") == -signal.SIGKILL
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == [".step-000000004.safetensors.partial", "step-000000002.safetensors"]
     assert main(["train", *arguments]) == 0
@@ -168,45 +181,43 @@ def test_resume_auto_without_an_output_goes_on_with_the_newest_run(
 
 
 def test_what_a_run_writes_is_its_own_from_the_teachers_fit_on(finished: Finished, tmp_path: Path) -> None:
-    arguments = elsewhere(finished, tmp_path)
-    refused: list[subprocess.CompletedProcess[str]] = []
+    arguments, said = elsewhere(finished, tmp_path), tmp_path / "said.txt"
+    refused: list[int] = []
 
     def another(*_: object) -> None:
         if not refused:  # while the teacher is being fitted
-            words = [sys.executable, "train.py", *arguments, "--resume", "auto"]
-            refused.append(subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False))
+            refused.append(one(lambda: main(["train", *arguments, "--resume", "auto"]), said))
 
     hook = register_optimizer_step_pre_hook(another)
     try:
         assert main(["train", *arguments]) == 0
     finally:
         hook.remove()
-    assert refused[0].returncode == 2
-    assert refused[0].stderr.count("is being written by another run") == refused[0].stderr.count("\n") == 1
+    assert refused == [2]
+    errors = [line for line in said.read_text().splitlines() if not line.startswith("workers: ")]
+    assert len(errors) == 1
+    assert "is being written by another run" in errors[0]
     assert_same_end(finished, tmp_path)
 
 
 def test_a_run_waits_for_the_teacher_that_another_one_fits(finished: Finished, tmp_path: Path) -> None:
-    arguments, said = elsewhere(finished, tmp_path), tmp_path / "said.txt"
-    others: list[subprocess.Popen[bytes]] = []
+    arguments, said, fitting = elsewhere(finished, tmp_path), tmp_path / "said.txt", tmp_path / "fitting"
 
-    def another(*_: object) -> None:
-        if not others:
-            words = [sys.executable, "train.py", *arguments, "--output", str(tmp_path / "other")]
-            with open(said, "w") as output:
-                others.append(subprocess.Popen(words, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT))
-            last = time.monotonic() + 200
-            while "waiting until it is done" not in said.read_text():
-                assert others[0].poll() is None, said.read_text()
-                assert time.monotonic() < last
-                time.sleep(0.1)
+    def other() -> int:
+        wait_for(fitting.exists)
+        return main(["train", *arguments, "--output", str(tmp_path / "other")])
 
-    hook = register_optimizer_step_pre_hook(another)
+    def let_it_come(*_: object) -> None:
+        fitting.touch()
+        wait_for(lambda: "waiting until it is done" in said.read_text())
+
+    another = begun(other, said)  # before the fit: a child shares the locks that its parent holds
+    hook = register_optimizer_step_pre_hook(let_it_come)
     try:
         assert main(["train", *arguments]) == 0
     finally:
         hook.remove()
-    assert others[0].wait(200) == 0, said.read_text()
+    assert another.wait() == 0, said.read_text()
     (teacher,) = (tmp_path / "teachers").iterdir()
     assert said.read_text().count(f"teacher: another run is fitting {teacher}; waiting until it is done") == 1
     assert f"teacher: found {teacher}" in said.read_text()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
+import warnings
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.forked import one
 from tests.helpers import REPOSITORY
 
 pytestmark = pytest.mark.skipif(
@@ -20,26 +21,39 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    words = [sys.executable, str(REPOSITORY / "scripts" / name), *arguments]
-    return subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, timeout=280)
+def script(name: str) -> Any:
+    """Return a script as a module."""
+    loader = SourceFileLoader(name, str(REPOSITORY / "scripts" / name))
+    module = module_from_spec(spec_from_loader(name, loader))
+    loader.exec_module(module)
+    return module
 
 
-def test_spoiled_files_are_accepted_or_refused_in_one_line() -> None:
-    done = program("fuzz", "--cases", "204", "--seed", "7")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\| all +\| 204 \| \d+ \| \d+ \| 0 \|", done.stdout)
+def printed(said: Path, name: str, *arguments: str) -> str:
+    """Run a script in a process of its own, which must succeed; return what it prints."""
+
+    def act() -> int:
+        warnings.simplefilter("default")
+        sys.argv = [name, *arguments]
+        return script(name).main()
+
+    assert one(act, said) == 0, said.read_text()
+    return said.read_text()
 
 
-def test_neither_memory_nor_open_files_grow_over_a_hundred_steps() -> None:
-    done = program("soak", "--steps", "100")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"steps: 105, evaluations: 3; .* open files by -?\d+ ", done.stdout)
+def test_spoiled_files_are_accepted_or_refused_in_one_line(tmp_path: Path) -> None:
+    table = printed(tmp_path / "said.txt", "fuzz", "--cases", "204", "--seed", "7")
+    assert re.search(r"\| all +\| 204 \| \d+ \| \d+ \| 0 \|", table)
+
+
+def test_neither_memory_nor_open_files_grow_over_a_hundred_steps(tmp_path: Path) -> None:
+    said = printed(tmp_path / "said.txt", "soak", "--steps", "100")
+    assert re.search(r"steps: 105, evaluations: 3; .* open files by -?\d+ ", said)
 
 
 def test_every_mutation_has_its_line_and_its_tests() -> None:
-    done = program("mutate", "--dry-run")
+    words = [sys.executable, str(REPOSITORY / "scripts" / "mutate"), "--dry-run"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -56,7 +70,4 @@ def test_every_mutation_has_its_line_and_its_tests() -> None:
     ],
 )
 def test_a_replay_forgives_nothing_but_the_last_digits_of_a_likelihood(before: Any, here: Any, is_same: bool) -> None:
-    loader = SourceFileLoader("replay", str(REPOSITORY / "scripts/replay"))
-    replay = module_from_spec(spec_from_loader("replay", loader))
-    loader.exec_module(replay)
-    assert replay.same(before, here) == is_same
+    assert script("replay").same(before, here) == is_same

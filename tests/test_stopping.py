@@ -17,11 +17,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from deit_kd.cli import main
 from deit_kd.interfaces import TeacherOutput
 from deit_kd.students import TimmStudent
 from deit_kd.teachers import FrozenTeacher
+from tests.forked import one
 from tests.helpers import (
     FIT_STEPS,
     REPOSITORY,
@@ -108,23 +110,18 @@ def test_a_signal_while_a_finished_run_is_scored_again_changes_no_score(finished
     assert (folder / "heads.json").read_text() == before
 
 
-TWICE = """
-import os, runpy, signal, sys
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-def interrupt(*_):
-    os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGINT)
-    print("still here", flush=True)
-register_optimizer_step_pre_hook(interrupt)
-runpy.run_path("train.py", run_name="__main__")
-"""
-
-
 def test_a_second_interrupt_ends_at_once(photos_root: Path, tmp_path: Path) -> None:
-    arguments = tiny(photos_root, tmp_path / "run", distill__kind="none")
-    done = subprocess.run([sys.executable, "-c", TWICE, *arguments], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 130
-    assert "still here" not in done.stdout
+    def interrupt(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        print("still here")
+
+    def act() -> int:
+        register_optimizer_step_pre_hook(interrupt)
+        return main(["train", *tiny(photos_root, tmp_path / "run", distill__kind="none")])
+
+    assert one(act, tmp_path / "said.txt") == 130
+    assert "still here" not in (tmp_path / "said.txt").read_text()
 
 
 def test_an_interrupt_before_training_is_one_line(photos_root: Path, tmp_path: Path) -> None:

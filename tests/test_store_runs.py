@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +34,7 @@ from deit_kd.runs.run import prepare
 from deit_kd.store import VALIDATION, LabelStore, Record, epoch_part
 from deit_kd.teaching import recording
 from deit_kd.teaching.stored import stored_teacher
+from tests.forked import run_on_two
 from tests.helpers import assert_same_scores, evaluated, heads_in, refused, tiny
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
@@ -207,17 +205,7 @@ def test_two_processes_store_what_one_does(home: Home, soft: Path, tmp_path: Pat
     else:
         options = {"distill.kind": "soft", "teacher.store": place, "teacher.store_mode": "record"}
         arguments = ["train", *home.arguments(output=tmp_path / "run", **options, **{"train.batch_size": 28})]
-    program = tmp_path / "program.py"
-    program.write_text("import sys\nfrom deit_kd.cli import main\nsys.exit(main(sys.argv[1:]))\n")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    done = subprocess.run(
-        [sys.executable, *command, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_on_two(arguments, tmp_path / "said.txt")
     same_answers(LabelStore(place), LabelStore(soft), EPOCHS)
 
 
