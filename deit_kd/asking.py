@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from deit_kd.distributed import Processes
 from deit_kd.engine import ask, autocast
-from deit_kd.interfaces import Batch, InputError, StudentOutput, Teacher, head_log_probabilities
+from deit_kd.interfaces import (
+    HEADS,
+    Batch,
+    InputError,
+    StudentOutput,
+    Teacher,
+    head_log_probabilities,
+    pair_log_probabilities,
+    reported,
+)
 from deit_kd.metrics import Answered, agreement, answered, joined, score
 
 
@@ -66,7 +75,8 @@ def evaluate(
 
     Returns:
         By model: ``{"n": …, "heads": {"cls": {"top1", "top5", "nll"}, "dist": …, "fused": …}, "agreement": …}``, with
-        None for heads that do not exist; n is the number of images seen.
+        None for heads that do not exist; n is the number of images seen. With three heads there are also ``patch`` and
+        `PAIRS`.
 
     Raises:
         InputError: no image can be read.
@@ -77,7 +87,7 @@ def evaluate(
     for asked in _asked(models, batches, processes, precision):
         lacking += len(asked.batch.missing)
         for name, output in asked.outputs.items():
-            heads = head_log_probabilities(output, fusion)
+            heads = head_log_probabilities(output, fusion) | pair_log_probabilities(output, fusion)
             tables[name].append({head: answered(values, asked.batch.labels) for head, values in heads.items()})
         if teacher_predictions is not None:
             taught.append(teacher_predictions[asked.places])
@@ -94,8 +104,7 @@ def _scored(
     return {
         "n": total,
         "heads": {
-            head: score(rows[head], classes, total, processes) if head in rows else None
-            for head in ("cls", "dist", "fused")
+            head: score(rows[head], classes, total, processes) if head in rows else None for head in reported(rows)
         },
         "agreement": agreement({head: of_head.predicted for head, of_head in rows.items()} | teacher, total, processes),
     }
@@ -148,7 +157,7 @@ def collect(
         if not len(asked.places):
             continue
         output = asked.outputs["student"]
-        logits = [output.cls_logits, output.dist_logits, None if teacher is None else teacher(asked.batch).logits]
+        logits = [*map(output.logits.get, HEADS), None if teacher is None else teacher(asked.batch).logits]
         none = torch.empty(len(asked.places), 0)
         indices = processes.rank + processes.count * asked.places
         rows.append((indices, asked.batch.labels.cpu(), *(none if x is None else x.float().cpu() for x in logits)))
@@ -156,13 +165,13 @@ def collect(
     if not rows:
         empty = torch.empty(0, dtype=torch.long)
         return Answers(empty, empty, StudentOutput(torch.empty(0, classes)), None, None)
-    indices, labels, cls, dist, taught = (torch.cat(column) for column in zip(*rows, strict=True))
+    indices, labels, *heads, taught = (torch.cat(column) for column in zip(*rows, strict=True))
     order = indices.argsort()
     teacher_logits = taught[order] if taught.shape[1] else None
     return Answers(
         indices[order],
         labels[order],
-        StudentOutput(cls[order], dist[order] if dist.shape[1] else None),
+        StudentOutput.of({name: head[order] for name, head in zip(HEADS, heads, strict=True) if head.shape[1]}),
         None if teacher_logits is None else teacher_logits.argmax(-1),
         teacher_logits,
     )

@@ -78,12 +78,9 @@ def ask(student: Student, images: Tensor) -> StudentOutput:
     if len(images):
         return student(images)
     # Attention on CUDA rejects an empty batch, and DDP waits for a forward pass in every process.
-    cls_logits, dist_logits, features = student(images.new_zeros(2, *images.shape[1:]))
-    return StudentOutput(
-        cls_logits[:0],
-        None if dist_logits is None else dist_logits[:0],
-        None if features is None else {name: feature[:0] for name, feature in features.items()},
-    )
+    output = student(images.new_zeros(2, *images.shape[1:]))
+    nothing = None if output.features is None else {name: feature[:0] for name, feature in output.features.items()}
+    return output.mapped(lambda logits: logits[:0])._replace(features=nothing)
 
 
 class StepResult(NamedTuple):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 if TYPE_CHECKING:  # the command line needs the errors without waiting for torch
     import torch
@@ -13,6 +15,12 @@ if TYPE_CHECKING:  # the command line needs the errors without waiting for torch
 
 MAP_KINDS = ("guide", "relations")  # of terms that compare maps
 FEATURE_KINDS = (*MAP_KINDS, "pooled")  # of terms that compare features; the others compare logits
+
+Head = Literal["cls", "dist", "patch"]  # the class token's, the distillation token's, and the latter on the patches
+Answer = Literal[Head, "fused"]  # of a student: its heads, and the mean of those that it has
+HEADS: tuple[str, ...] = get_args(Head)
+ANSWERS: tuple[str, ...] = get_args(Answer)
+PAIRS = {f"fused_{first}_{second}": (first, second) for first, second in combinations(HEADS, 2)}  # of three heads
 
 
 class InputError(Exception):
@@ -142,6 +150,22 @@ class StudentOutput(NamedTuple):
     cls_logits: Tensor  # [B, C]
     dist_logits: Tensor | None = None  # [B, C]; None if the student answers with one head
     features: Mapping[str, Tensor] | None = None  # maps [B, D, h, w] and vectors [B, D]; None unless something asks
+    patch_logits: Tensor | None = None  # [B, C]; None unless its recipe has a dense term
+
+    @property
+    def logits(self) -> dict[str, Tensor]:
+        """The logits [B, C] of the heads that it has, by name, in the order of `HEADS`."""
+        heads = zip(HEADS, (self.cls_logits, self.dist_logits, self.patch_logits), strict=True)
+        return {name: logits for name, logits in heads if logits is not None}
+
+    @classmethod
+    def of(cls, logits: Mapping[str, Tensor]) -> StudentOutput:
+        """Return the answer of heads with these `logits` [B, C], by name; without features."""
+        return cls(logits["cls"], logits.get("dist"), patch_logits=logits.get("patch"))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> StudentOutput:
+        """Return the answer whose heads have the logits that `change` returns for these; without features."""
+        return StudentOutput.of({name: change(logits) for name, logits in self.logits.items()})
 
 
 class TeacherOutput(NamedTuple):
@@ -184,32 +208,68 @@ class Teacher(Protocol):
     def __call__(self, batch: Batch) -> TeacherOutput: ...
 
 
+def reported(answers: Iterable[str]) -> list[str]:
+    """Return the names of a student's answers in records, in order, for those that it has.
+
+    Every student has a place for ``cls``, ``dist`` and ``fused``; only one with three heads for ``patch`` and `PAIRS`.
+    """
+    there = {*answers}
+    names = [name for name in ANSWERS if name != "patch" or name in there]
+    return [*names, *(name for name in PAIRS if name in there)]
+
+
+def speaker(answers: Mapping[str, Any]) -> str:
+    """Return which of a student's answers speaks for it: the fused one, or that of its class head if it has no other.
+
+    Args:
+        answers: by name; those that do not exist are absent or None.
+    """
+    return "cls" if answers.get("fused") is None else "fused"
+
+
 def head_probabilities(output: StudentOutput, fusion: str = "softmax") -> dict[str, Tensor]:
-    """Return each head's class probabilities in fp32, and of both heads fused; see `head_log_probabilities`."""
+    """Return each head's class probabilities in fp32, and of all heads fused; see `head_log_probabilities`."""
     return {head: values.exp() for head, values in head_log_probabilities(output, fusion).items()}
 
 
 def head_log_probabilities(output: StudentOutput, fusion: str = "softmax") -> dict[str, Tensor]:
-    """Return the logarithm of each head's class probabilities in fp32, and of both heads fused.
+    """Return the logarithm of each head's class probabilities in fp32, and of all heads fused.
 
     A probability below 1e-38 is 0 in fp32; its logarithm is exact.
 
     Args:
         output: logits of one batch, each [B, C].
-        fusion: ``softmax`` is the mean of the two softmaxes (DeiT, arXiv 2012.12877, section 4);
+        fusion: ``softmax`` is the mean of the heads' softmaxes (DeiT, arXiv 2012.12877, section 4);
             ``logits`` is the softmax of the mean logits (the published deit and timm code).
 
     Returns:
-        ``cls`` and, when the student has a distillation token, ``dist`` and ``fused``; each [B, C].
+        ``cls`` and, when the student has further heads, each of them and ``fused``; each [B, C].
     """
-    cls_logits = output.cls_logits.float()
-    heads = {"cls": cls_logits.log_softmax(-1)}
-    if output.dist_logits is None:
-        return heads
-    dist_logits = output.dist_logits.float()
-    heads["dist"] = dist_logits.log_softmax(-1)
-    if fusion == "softmax":
-        heads["fused"] = heads["cls"].logaddexp(heads["dist"]) - math.log(2)
-    else:
-        heads["fused"] = ((cls_logits + dist_logits) / 2).log_softmax(-1)
+    logits = {name: values.float() for name, values in output.logits.items()}
+    heads = {name: values.log_softmax(-1) for name, values in logits.items()}
+    if len(heads) > 1:
+        heads["fused"] = _fused(logits, heads, fusion)
     return heads
+
+
+def pair_log_probabilities(output: StudentOutput, fusion: str = "softmax") -> dict[str, Tensor]:
+    """Return the logarithm of the class probabilities [B, C] of each two of three heads fused, by the names of `PAIRS`.
+
+    Empty for a student with fewer heads; arguments as for `head_log_probabilities`.
+    """
+    logits = output.logits
+    if len(logits) < len(HEADS):
+        return {}
+    found = {}
+    for name, pair in PAIRS.items():
+        two = {head: logits[head].float() for head in pair}
+        found[name] = _fused(two, {head: values.log_softmax(-1) for head, values in two.items()}, fusion)
+    return found
+
+
+def _fused(logits: Mapping[str, Tensor], heads: Mapping[str, Tensor], fusion: str) -> Tensor:
+    import torch
+
+    if fusion == "softmax":
+        return reduce(torch.logaddexp, heads.values()) - math.log(len(heads))
+    return (reduce(torch.add, logits.values()) / len(logits)).log_softmax(-1)

@@ -31,6 +31,7 @@ from deit_kd.models.local_dir import (
 )
 from deit_kd.models.names import check_known, distilled_twin, has_published_second_head, plain_twin
 from deit_kd.models.state import published_state, read_state, tensors_hash
+from deit_kd.models.tokens import answer_with_patches
 from deit_kd.models.weights import fit_weights, holds_distillation_token
 from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN
 from deit_kd.run_folder import CONFIG_FILE, STUDENT_FOLDER, read_facts, run_of
@@ -58,6 +59,7 @@ class Origin:
         is_published: whether they are timm's own.
         answers_apart: whether two heads of it are known to answer apart; see `is_distilled` for weights without a
             description.
+        answers_with_patches: whether it also answers with ``patch``.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Origin:
     record: Path | None = None
     is_published: bool = False
     answers_apart: bool = False
+    answers_with_patches: bool = False
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
@@ -167,6 +170,8 @@ def open_model(key: str, path: str | Path) -> nn.Module:
         **origin.model_args,
     )
     fit_weights(key, model, origin.state, source=origin.name, strict=True)
+    if origin.answers_with_patches:
+        answer_with_patches(key, model)
     return model
 
 
@@ -261,6 +266,7 @@ def _teacher_of(key: str, name: str, asked: frozenset[str]) -> Origin:
         licence=weights.licence,
         record=run,
         answers_apart=weights.answers_apart,
+        answers_with_patches=weights.answers_with_patches,
     )
 
 
@@ -304,6 +310,7 @@ def _described_beside(key: str, name: str, file: Path) -> Origin:
         class_count=len(classes) if classes is not None else count,
         preprocessing=preprocessing_of({**saved.get("pretrained_cfg", {}), **saved}),
         answers_apart="dist" in saved.get("heads", ()),
+        answers_with_patches="patch" in saved.get("heads", ()),
     )
 
 

@@ -238,6 +238,7 @@ def test_onnx_carries_what_a_deployer_needs_and_nothing_of_the_machine_that_wrot
         "crop_mode": "center",
         "fusion": "logits",
         "temperature": {"cls": 1.5, "dist": 2.0, "fused": 1.25},
+        "heads": ["cls", "dist"],
         "outputs": ["fused", "cls"],
         "precision": "fp16",
         "dynamic_size": True,

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from deit_kd.commands.shared import Arguments, asks_for_help
 from deit_kd.config import build_parser, parse_config, read_options
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import ANSWERS, InputError
 from deit_kd.places import check_source, check_there, path_of, photos_root
 
 
@@ -80,7 +80,7 @@ def predict(arguments: Arguments) -> None:
     """Print the classes of images."""
     parser = _run_parser("deit-kd predict")
     parser.add_argument("files", type=str, nargs="+", help="images")
-    parser.add_argument("--head", choices=["cls", "dist", "fused", "all"], default="fused", help="which head answers")
+    parser.add_argument("--head", choices=[*ANSWERS, "all"], default="fused", help="which head answers")
     parser.add_argument("--csv", type=str, default=None, help="CSV file to write; standard output unless set")
     if arguments and arguments[0].endswith(".onnx") and not asks_for_help(arguments):
         from deit_kd.jobs.predict import recipe_of_model
@@ -102,7 +102,7 @@ def export(arguments: Arguments) -> None:
     parser.add_argument("--format", type=str, required=True, help="timm, local-dir, transformers, onnx or torch-export")
     parser.add_argument("--to", type=str, default=None, help="folder to write; RUN/export/FORMAT unless set")
     parser.add_argument(
-        "--outputs", type=str, nargs="+", default=None, help="any of cls, dist and fused; all unless set"
+        "--outputs", type=str, nargs="+", default=None, help=f"any of {', '.join(ANSWERS)}; all unless set"
     )
     parser.add_argument("--opset", type=int, default=18, help="ONNX operator set, 18 to 23")
     parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="of the weights in ONNX or .pt2")

@@ -37,11 +37,7 @@ class Matched(NamedTuple):
     def answer(self, output: StudentOutput) -> StudentOutput:
         """Return the logits [n, C] of the photos' classes from those of the student's."""
         mapping = self.class_map
-        if mapping is None:
-            return output
-        return StudentOutput(
-            mapping(output.cls_logits), None if output.dist_logits is None else mapping(output.dist_logits)
-        )
+        return output if mapping is None else output.mapped(mapping)
 
     def line(self, student: str, ours: Sequence[str]) -> str | None:
         """Return a line that says how the photos' classes were found; None if they are the student's, in its order."""

@@ -14,7 +14,7 @@ from typing_extensions import NotRequired, TypedDict
 from deit_kd.console import score_text
 from deit_kd.figures import Chart, Series, colour_of
 from deit_kd.files import checked
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import ANSWERS, InputError
 from deit_kd.run_folder import METRICS_FILE, FeatureRecord, ScoreRecord, kept_weights
 
 Step = Annotated[int, Field(ge=0, lt=2**63)]
@@ -45,6 +45,7 @@ class HeadTable(TypedDict):
 
     cls: ScoreRecord | None
     dist: ScoreRecord | None
+    patch: NotRequired[ScoreRecord | None]
     fused: ScoreRecord | None
 
 
@@ -80,7 +81,7 @@ COLUMNS = {
     "epoch": ("step", "epoch", "model", "teacher"),
     "bad_step": ("step",),
 }
-HEADS = {"cls": ":", "dist": "--", "fused": "-"}
+DASHES: dict[str, str] = dict(zip(ANSWERS, (":", "--", "-.", "-"), strict=True))
 
 
 def names_of(folders: Sequence[Path]) -> dict[str, Path]:
@@ -147,13 +148,13 @@ def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
         for term, head in (("classification", "cls"), ("distillation", "dist")):
             if term == "classification" or distils:
                 line = colour if several else colour_of(head)
-                dash = HEADS["dist"] if several and head == "dist" else "-"
+                dash = DASHES["dist"] if several and head == "dist" else "-"
                 values = [math.nan if record[term] is None else record[term] for record in steps]
                 loss.append(Series(f"{prefix}{term}", at, values, line, dash))
         rate.append(Series(run, at, [record["lr"] for record in steps], colour))
         speed.append(Series(run, at, [record["images_per_second"] for record in steps], colour))
-        for head, dash in HEADS.items():
-            scored = [(record["epoch"] + 1, scores_of(record)["heads"][head]) for record in epochs]
+        for head, dash in DASHES.items():
+            scored = [(record["epoch"] + 1, scores_of(record)["heads"].get(head)) for record in epochs]
             points = [(epoch, score["top1"]) for epoch, score in scored if score is not None]
             if points:
                 line = colour if several else colour_of(head)

@@ -18,7 +18,7 @@ from deit_kd.evaluation.examine import Examination
 from deit_kd.evaluation.sources import load_student
 from deit_kd.figures import image_png, look, side_by_side
 from deit_kd.files import write_atomically, write_json
-from deit_kd.interfaces import Batch, InputError, nearest
+from deit_kd.interfaces import HEADS, Batch, InputError, nearest
 from deit_kd.metrics import followed, linear_cka, token_cosines
 from deit_kd.probes import (
     TokenAttention,
@@ -37,6 +37,7 @@ from deit_kd.teachers import FrozenTeacher
 COLLAPSED = 0.995  # two class tokens end at .999 in the paper, a class and a distillation token begin at .06
 PROBED_IMAGES = 256
 GALLERY = 8
+TOKENS = HEADS[:2]  # the heads that read a token each
 
 
 DIAGNOSIS_FILE = "diagnosis.json"
@@ -56,7 +57,7 @@ class Portrait:
     @property
     def tokens(self) -> tuple[str, ...]:
         """The heads whose tokens attend to the patches."""
-        return () if self.attention is None else ("cls", "dist") if "dist" in self.answers else ("cls",)
+        return () if self.attention is None else tuple(token for token in TOKENS if token in self.answers)
 
     def maps(self) -> dict[str, dict[str, Tensor]]:
         """Return the attention [h, w] by token: ``last block`` (mean over heads), ``rollout`` and every ``head n``."""
@@ -145,10 +146,9 @@ def _rows_of(names: list[str], examination: Examination) -> list[int]:
 
 
 def _distance(heads: dict[str, Tensor]) -> Tensor:
-    """Return the total variation [n] between the heads, 0 to 1; for a single head, its uncertainty."""
-    if "dist" not in heads:
-        return 1 - heads["cls"].max(-1).values
-    return (heads["cls"] - heads["dist"]).abs().sum(-1) / 2
+    """Return the total variation [n] between the heads of the tokens, 0 to 1; for a single head, its uncertainty."""
+    first, *others = (heads[token] for token in TOKENS if token in heads)
+    return (first - others[0]).abs().sum(-1) / 2 if others else 1 - first.max(-1).values
 
 
 def _batch(examination: Examination, rows: list[int]) -> Batch:

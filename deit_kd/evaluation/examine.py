@@ -19,7 +19,7 @@ from deit_kd.evaluation.classes import Matched
 from deit_kd.evaluation.right_answers import RightAnswers, read_right_answers
 from deit_kd.evaluation.sources import Source, check_classes, load_student
 from deit_kd.evaluation.teacher import teacher_of, whose
-from deit_kd.interfaces import Batch, InputError, Preprocessing, StudentOutput, head_probabilities
+from deit_kd.interfaces import Batch, InputError, Preprocessing, head_probabilities, speaker
 from deit_kd.metrics import judge
 from deit_kd.models.state import tensors_hash
 from deit_kd.run_folder import ScoreRecord
@@ -54,11 +54,11 @@ class Examination:
 
     @property
     def speaker(self) -> str:
-        """Which head speaks for the student: its fused one, or the class head if it has no other."""
-        return "cls" if self.answers.output.dist_logits is None else "fused"
+        """Which head speaks for the student, see `deit_kd.interfaces.speaker`."""
+        return speaker(self.heads())
 
     def heads(self) -> dict[str, Tensor]:
-        """Return the probabilities [n, C] of the heads that it has: ``cls``, ``dist`` and ``fused``."""
+        """Return the probabilities [n, C] of the heads that it has, of `ANSWERS`."""
         return dict(head_probabilities(self.answers.output, self.config.evaluate.fusion))
 
     def predictions(self) -> dict[str, Tensor]:
@@ -120,7 +120,6 @@ def examine(source: Source, config: Config, split: str, processes: Processes, la
 
 def _of_rows(answers: Answers, rows: Tensor) -> Answers:
     """Return the answers to some of the images."""
-    cls_logits, dist_logits, _ = answers.output
 
     def chosen(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[rows]
@@ -128,7 +127,7 @@ def _of_rows(answers: Answers, rows: Tensor) -> Answers:
     return Answers(
         answers.indices[rows],
         answers.labels[rows],
-        StudentOutput(cls_logits[rows], chosen(dist_logits)),
+        answers.output.mapped(lambda logits: logits[rows]),
         chosen(answers.teacher_predictions),
         chosen(answers.teacher_logits),
     )

@@ -19,7 +19,7 @@ from deit_kd.data import joined
 from deit_kd.distributed import Processes
 from deit_kd.evaluation.examine import Examination, evaluated, examine, judge_heads
 from deit_kd.evaluation.sources import Source
-from deit_kd.interfaces import InputError, StudentOutput
+from deit_kd.interfaces import InputError, StudentOutput, speaker
 from deit_kd.places import path_of
 from deit_kd.run_folder import CONFIG_FILE, read_facts, run_of
 
@@ -66,9 +66,9 @@ class FoldedExamination:
 def fold_scores(heads: Mapping[str, Any]) -> str:
     """Return a line with the score of a student's main head by fold."""
     folds = heads["folds"]
-    speaker = "fused" if heads["heads"]["fused"] is not None else "cls"
-    by_fold = ", ".join(f"{fold}: {top1[speaker]:.2f}" for fold, top1 in folds["top1"].items())
-    return f"top-1 % of {speaker} by fold of {folds['count']}: {by_fold}"
+    main = speaker(heads["heads"])
+    by_fold = ", ".join(f"{fold}: {top1[main]:.2f}" for fold, top1 in folds["top1"].items())
+    return f"top-1 % of {main} by fold of {folds['count']}: {by_fold}"
 
 
 def folded_students(runs: Sequence[tuple[Source, Config]]) -> list[FoldedStudent]:
@@ -203,9 +203,8 @@ def _joined_answers(parts: Sequence[Answers], starts: Sequence[int]) -> Answers:
     return Answers(
         indices=torch.cat([part.indices + start for part, start in zip(parts, starts, strict=True)]),
         labels=torch.cat([part.labels for part in parts]),
-        output=StudentOutput(
-            torch.cat([output.cls_logits for output in outputs]),
-            _all_or_none([output.dist_logits for output in outputs]),
+        output=StudentOutput.of(
+            {name: torch.cat([output.logits[name] for output in outputs]) for name in outputs[0].logits}
         ),
         teacher_predictions=_all_or_none([part.teacher_predictions for part in parts]),
         teacher_logits=_all_or_none([part.teacher_logits for part in parts]),

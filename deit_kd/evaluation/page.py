@@ -33,7 +33,8 @@ from deit_kd.figures import (
     token_chart,
 )
 from deit_kd.files import write_atomically, write_json
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import ANSWERS, PAIRS, InputError
+from deit_kd.metrics import names_in_every_head
 from deit_kd.run_folder import CONFIG_FILE
 
 REPORT_FILE = "report.html"
@@ -43,8 +44,10 @@ MOST_CLASSES = 24  # bars in a figure
 HEADS = {
     "cls": "class token",
     "dist": "distillation token",
+    "patch": "patch tokens",
     "fused_softmax": "fused, mean of softmaxes",
     "fused_logits": "fused, mean of logits",
+    **{name: f"fused, {first} and {second} alone" for name, (first, second) in PAIRS.items()},
     "teacher": "teacher",
 }
 
@@ -237,7 +240,7 @@ def _section(run: Seen, figures: Figures, several: bool) -> dict[str, Any]:
 def _class_figure(prefix: str, heads: Mapping[str, Any], figures: Figures) -> dict[str, str]:
     """Draw accuracy by class, starting with the classes on which the two heads differ most."""
     by_class, classes = heads["by_class"], heads["classes"]
-    present = [name for name in ("cls", "dist", "fused", "teacher") if name in by_class]
+    present = [name for name in (*ANSWERS, "teacher") if name in by_class]
     filled = [index for index, support in enumerate(by_class["support"]) if support]
 
     def gain(index: int) -> tuple[float, float]:
@@ -260,8 +263,8 @@ def _class_figure(prefix: str, heads: Mapping[str, Any], figures: Figures) -> di
 
 
 def _reliability_figure(calibration: Mapping[str, Any], fusion: str) -> Figure:
-    chosen = {"cls": "cls", "dist": "dist", f"fused_{fusion}": "fused", "teacher": "teacher"}
-    return reliability_diagram({name: calibration[head] for head, name in chosen.items() if head in calibration})
+    names = names_in_every_head(fusion).items()
+    return reliability_diagram({name: calibration[head] for name, head in names if head in calibration})
 
 
 def _card(portrait: Portrait) -> dict[str, Any]:

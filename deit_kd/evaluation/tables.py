@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from deit_kd.console import console, say
+from deit_kd.interfaces import ANSWERS
 
 
 def print_scores(result: Mapping[str, Any]) -> None:
@@ -62,8 +63,8 @@ def print_students(results: Mapping[str, Mapping[str, Any]]) -> None:
         table.add_column(column, justify="left" if column in ("student", "head") else "right")
     for name, result in results.items():
         compared = {row["first"]: row for row in result["comparisons"] if row["second"].split(", ")[0] == base}
-        for head in ("cls", "dist", "fused"):
-            score, row = result["heads"][head], compared.get(head)
+        for head in ANSWERS:
+            score, row = result["heads"].get(head), compared.get(head)
             if score is None:
                 continue
             table.add_row(

@@ -42,7 +42,7 @@ def write_evaluation(folder: Path, examination: Examination, heads: dict[str, An
     }
     if examination.right is not None:
         columns["right"] = arrow.array([[classes[label] for label in row.nonzero()[:, 0]] for row in examination.right])
-    for head, log_probabilities in every_head(answers.output).items():
+    for head, log_probabilities in every_head(answers.output, examination.config.evaluate.fusion).items():
         best = log_probabilities.sort(descending=True, stable=True)  # the first of equal ones, as in argmax
         labels, values = best.indices[:, :5].tolist(), best.values[:, :5].exp().tolist()
         columns[f"{head}_top5"] = arrow.array([[classes[label] for label in row] for row in labels])

@@ -5,11 +5,10 @@ from deit_kd.exports.compare import export, missing_libraries, read_again, write
 from deit_kd.exports.formats import FORMATS
 from deit_kd.exports.opened import OpenedModel, open_exported
 from deit_kd.exports.plain_vit import CannotHold
-from deit_kd.exports.traced import HEADS, OPSET, Choices
+from deit_kd.exports.traced import OPSET, Choices
 
 __all__ = [
     "FORMATS",
-    "HEADS",
     "OPSET",
     "About",
     "CannotHold",

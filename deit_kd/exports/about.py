@@ -19,7 +19,7 @@ class About:
         model_args: what ``timm.create_model`` needs besides the number of classes.
         classes: names, in label order.
         preprocessing: of its images.
-        fusion: of the two heads, ``softmax`` or ``logits``.
+        fusion: of the heads, ``softmax`` or ``logits``.
         heads: the content of ``heads.json``; None if it was not scored.
         teacher: the teacher's entry in ``run.json``; None if there was none.
         data: a line about the photos.

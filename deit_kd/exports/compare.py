@@ -20,6 +20,7 @@ from deit_kd.exports.about import About
 from deit_kd.exports.formats import FORMATS
 from deit_kd.exports.traced import Answering, Choices, size_step
 from deit_kd.interfaces import InputError
+from deit_kd.models.tokens import names_of_heads
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 1e-2}  # of the largest logit, or of 1
 PROBE_IMAGES = 3  # not the batch size that any format is written with
@@ -89,9 +90,14 @@ def read_again(
             raise InputError(f"--format: {format_name} cannot be read again ({last}); nothing was written")
         found = [load_file(Path(place) / f"{number}.found") for number in range(len(written))]
     return [
-        _distance(_expected(backbone, images, about.fusion, choices), outputs)
+        _distance(_expected(backbone, images, about.fusion, choices), outputs, _held(format_name, backbone))
         for (_, backbone, about), images, outputs in zip(written, probes, found, strict=True)
     ]
+
+
+def _held(format_name: str, backbone: nn.Module) -> int:
+    """Return how many of a student's heads a format holds."""
+    return sum(head in FORMATS[format_name].heads for head in names_of_heads(backbone))
 
 
 @torch.no_grad()
@@ -100,10 +106,9 @@ def _expected(backbone: nn.Module, images: Tensor, fusion: str, choices: Choices
     return answer
 
 
-def _distance(expected: Sequence[Tensor], found: dict[str, Tensor]) -> float:
-    """Return the largest difference of any output, in units of the largest logit or of 1; heads are first."""
-    heads = min(2, len(expected))
-    if len(found) < heads:
+def _distance(expected: Sequence[Tensor], found: dict[str, Tensor], heads: int) -> float:
+    """Return the largest difference of any output, in units of the largest logit or of 1; `heads` of them are first."""
+    if len(found) < min(heads, len(expected)):
         return float("inf")
     return max(
         float((found[str(number)] - output).abs().max() / output.abs().max().clamp_min(1))

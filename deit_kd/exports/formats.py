@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deit_kd.exports.about import About
 from deit_kd.exports.plain_vit import CannotHold, as_plain_vit
 from deit_kd.exports.traced import write_onnx, write_torch_export
+from deit_kd.interfaces import HEADS
 from deit_kd.models.layouts import to_transformers
 from deit_kd.models.state import save_local_dir
 from deit_kd.models.tokens import is_grafted
@@ -29,19 +30,21 @@ class Format:
         how_to_load: a sentence for the model card.
         reader: Python source that defines ``read(folder, images)`` with only the target library and returns a list of
             outputs; it runs in its own process.
+        heads: that it can tell apart; the others of a student are left out.
         libraries: modules needed for reading and writing, installed by the extra of the format's name.
     """
 
     write: Callable[..., None]
     how_to_load: str
     reader: str
+    heads: tuple[str, ...] = HEADS
     libraries: tuple[str, ...] = ()
     is_traced: bool = False
 
 
 def _write_timm(backbone: nn.Module, folder: Path, about: About) -> None:
     if not is_grafted(backbone):
-        _write_local_dir(backbone, folder, about)
+        _write_local_dir(backbone, folder, about, heads=HEADS[:2])
         return
     expressed = as_plain_vit(backbone)
     twin = timm.create_model(expressed.architecture, num_classes=len(about.classes), **expressed.arguments)
@@ -54,13 +57,20 @@ def _write_timm(backbone: nn.Module, folder: Path, about: About) -> None:
     _write_local_dir(twin, folder, about, expressed.arguments)
 
 
-def _write_local_dir(backbone: nn.Module, folder: Path, about: About, model_args: dict[str, Any] | None = None) -> None:
+def _write_local_dir(
+    backbone: nn.Module,
+    folder: Path,
+    about: About,
+    model_args: dict[str, Any] | None = None,
+    heads: tuple[str, ...] = HEADS,
+) -> None:
     save_local_dir(
         backbone,
         folder,
         model_args=dict(about.model_args) if model_args is None else model_args,
         classes=about.classes,
         preprocessing=about.preprocessing,
+        heads=heads,
     )
 
 
@@ -147,7 +157,7 @@ _READ_OURS = """
 from deit_kd.origins import open_model
 from deit_kd.models.tokens import read_heads
 def read(folder, images):
-    return [logits for logits in read_heads(open_model("folder", folder).eval(), images) if logits is not None]
+    return list(read_heads(open_model("folder", folder).eval(), images).logits.values())
 """
 _READ_TRANSFORMERS = """
 import json, transformers
@@ -187,6 +197,7 @@ FORMATS: dict[str, Format] = {
         'Plain timm loads it: `timm.create_model("local-dir:FOLDER", pretrained=True)`; its forward is the mean of '
         "both heads' logits.",
         _READ_TIMM,
+        heads=HEADS[:2],
     ),
     "local-dir": Format(
         _write_local_dir,
@@ -200,20 +211,21 @@ FORMATS: dict[str, Format] = {
         "mean of both heads' logits; a student without a distillation token is a `ViTForImageClassification`. "
         "`AutoImageProcessor.from_pretrained(FOLDER)` prepares its images.",
         _READ_TRANSFORMERS,
-        ("transformers",),
+        heads=HEADS[:2],
+        libraries=("transformers",),
     ),
     "onnx": Format(
         write_onnx,
-        "`student.onnx`: `images` [batch, 3, H, W], normalised, to logits `cls`, `dist` and probabilities `fused`; "
+        "`student.onnx`: `images` [batch, 3, H, W], normalised, to logits of each head and probabilities `fused`; "
         "`metadata_props` and `config.json` hold the classes and how images are prepared.",
         _READ_ONNX,
-        ("onnx", "onnxscript", "onnxruntime"),
+        libraries=("onnx", "onnxscript", "onnxruntime"),
         is_traced=True,
     ),
     "torch-export": Format(
         write_torch_export,
-        '`torch.export.load("student.pt2").module()` answers `images` [batch, 3, H, W], normalised, with logits cls, '
-        "dist and probabilities fused; `config.json`, beside it and within, holds the classes and how images are "
+        '`torch.export.load("student.pt2").module()` answers `images` [batch, 3, H, W], normalised, with logits of '
+        "each head and probabilities fused; `config.json`, beside it and within, holds the classes and how images are "
         "prepared.",
         _READ_TORCH_EXPORT,
         is_traced=True,

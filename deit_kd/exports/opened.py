@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from deit_kd.files import checked
-from deit_kd.interfaces import InputError, StudentOutput, head_probabilities
+from deit_kd.interfaces import Answer, Head, InputError, StudentOutput, head_probabilities
 
 SUFFIX = ".onnx"
 
@@ -31,7 +31,8 @@ class Facts(TypedDict):
     crop_fraction: Annotated[float, Field(gt=0, le=1)]
     crop_mode: Literal["center", "border", "squash"]
     fusion: Literal["softmax", "logits"]
-    outputs: Annotated[list[Literal["cls", "dist", "fused"]], Field(min_length=1)]
+    outputs: Annotated[list[Answer], Field(min_length=1)]
+    heads: NotRequired[list[Head]]  # of the student, whether or not they are outputs
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,12 @@ class OpenedModel:
     session: Any
 
     def probabilities(self, images: Tensor) -> dict[str, Tensor]:
-        """Return [B, C] of each of its heads, for `images` [B, 3, H, W]; both heads are fused if it says how."""
+        """Return [B, C] of each of its answers to `images` [B, 3, H, W]; fused, too, if all heads are outputs."""
         answers = self.session.run(self.facts["outputs"], {"images": np.ascontiguousarray(images.cpu().numpy())})
-        found = dict(zip(self.facts["outputs"], map(torch.from_numpy, answers), strict=True))
-        if "cls" in found and "fused" not in found:
-            return head_probabilities(StudentOutput(found["cls"], found.get("dist")), self.facts["fusion"])
+        found: dict[str, Tensor] = dict(zip(self.facts["outputs"], map(torch.from_numpy, answers), strict=True))
+        is_whole = "cls" in found and found.keys() >= {*self.facts.get("heads", found)}
+        if is_whole and "fused" not in found:
+            return head_probabilities(StudentOutput.of(found), self.facts["fusion"])
         return {name: answer if name == "fused" else answer.softmax(-1) for name, answer in found.items()}
 
 

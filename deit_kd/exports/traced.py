@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from deit_kd.exports.about import About
 from deit_kd.exports.plain_vit import CannotHold
 from deit_kd.files import write_json
-from deit_kd.interfaces import InputError, StudentOutput, head_probabilities
-from deit_kd.models.tokens import answers_apart, read_heads
+from deit_kd.interfaces import InputError, head_probabilities
+from deit_kd.models.tokens import names_of_heads, read_heads
 
-HEADS = ("cls", "dist", "fused")
 OPSET = 18  # the first that torch's exporter supports
 LARGEST_BATCH = 4096
 MOST_STEPS = 256  # patches, or strides of a CNN, along an edge
@@ -34,7 +33,7 @@ class Choices:
     """How a student is traced.
 
     Args:
-        outputs: some of `HEADS`, in their order; None is all that the student has.
+        outputs: some of `ANSWERS`, in their order; None is all that the student has.
         opset: of ONNX.
         dynamic_size: whether images may have another size than the student was trained with.
         precision: of the weights, ``fp32`` or ``fp16``; images and outputs are fp32.
@@ -51,7 +50,8 @@ class Choices:
         Raises:
             InputError: it lacks one that was asked for.
         """
-        there = HEADS if answers_apart(backbone) else HEADS[:1]
+        heads = names_of_heads(backbone)
+        there: tuple[str, ...] = (*heads, "fused") if len(heads) > 1 else heads
         for name in self.outputs or ():
             if name not in there:
                 raise InputError(f"--outputs: {name!r}, but the student has {', '.join(there)}; name one of these")
@@ -59,11 +59,11 @@ class Choices:
 
 
 class Answering(nn.Module):
-    """Answers images with a tuple: logits ``cls`` and ``dist``, and probabilities ``fused``, as requested.
+    """Answers images with a tuple: logits of each head, and probabilities ``fused``, as requested.
 
     Args:
         backbone: a student; neither moved nor changed.
-        fusion: of both heads, ``softmax`` or ``logits``.
+        fusion: of its heads, ``softmax`` or ``logits``.
         choices: of outputs, precision and size.
 
     Raises:
@@ -81,9 +81,8 @@ class Answering(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return [B, C] for each output, for `images` [B, 3, H, W]."""
-        cls_logits, dist_logits, _ = read_heads(self.backbone, images.to(self.dtype))
-        output = StudentOutput(cls_logits.float(), None if dist_logits is None else dist_logits.float())
-        answers = {"cls": output.cls_logits, "dist": output.dist_logits}
+        output = read_heads(self.backbone, images.to(self.dtype)).mapped(Tensor.float)
+        answers = output.logits
         if "fused" in self.outputs:
             answers["fused"] = head_probabilities(output, self.fusion)["fused"]
         chosen: Any = tuple(answers[name] for name in self.outputs)
@@ -186,7 +185,8 @@ def _traceable(backbone: nn.Module, about: About, choices: Choices) -> tuple[Ans
 
 def _facts(module: Answering, about: About, choices: Choices) -> dict[str, Any]:
     chosen = {"precision": choices.precision, "dynamic_size": choices.dynamic_size}
-    return {**about.for_deployment(), "outputs": list(module.outputs), **chosen}
+    heads = list(names_of_heads(module.backbone))
+    return {**about.for_deployment(), "heads": heads, "outputs": list(module.outputs), **chosen}
 
 
 def _forget_the_machine(model: Any) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deit_kd.interfaces import ANSWERS
+
 # Legible on white and on black, and distinct for red-green colour blindness (after Okabe & Ito).
-_HEADS = {"cls": "#3f8fd2", "dist": "#e58a1f", "fused": "#2aa876", "teacher": "#8a8f98"}
+_HEADS = dict(zip((*ANSWERS, "teacher"), ("#3f8fd2", "#e58a1f", "#c65fa8", "#2aa876", "#8a8f98"), strict=True))
 _OTHERS = ("#3f8fd2", "#e58a1f", "#2aa876", "#c65fa8", "#d9534f", "#8c7ae6", "#b5a336")
 
 

@@ -15,9 +15,11 @@ from deit_kd.console import say
 from deit_kd.distributed import Processes
 from deit_kd.evaluation.curves import read_records
 from deit_kd.evaluation.sources import Source, load_student
-from deit_kd.exports import FORMATS, HEADS, OPSET, About, CannotHold, Choices, export, missing_libraries
+from deit_kd.exports import FORMATS, OPSET, About, CannotHold, Choices, export, missing_libraries
 from deit_kd.files import read_json
-from deit_kd.interfaces import InputError, nearest
+from deit_kd.interfaces import ANSWERS, InputError, nearest
+from deit_kd.metrics import names_in_every_head
+from deit_kd.models.tokens import names_of_heads
 from deit_kd.run_folder import CONFIG_FILE, HEADS_FILE, kept_weights, read_head_scores
 from deit_kd.runs import parts
 
@@ -76,6 +78,9 @@ def export_student(
     except CannotHold as error:
         others = "local-dir, onnx or torch-export"
         raise InputError(f"--format: {format_name} cannot hold this student: {error}; use {others}") from error
+    for head in names_of_heads(student.backbone):
+        if head not in FORMATS[format_name].heads:
+            say(f"export: {format_name} has no place for the head {head!r}, and leaves it out; onnx keeps it")
     say(f"export: {target}   read again by {format_name}, off by {distance:.1e}")
     return target
 
@@ -105,9 +110,9 @@ def _check(choices: Choices, format_name: str) -> None:
         raise InputError(f"--opset: {format_name} has none; use --format onnx")
     if not OPSET <= choices.opset <= LARGEST_OPSET:
         raise InputError(f"--opset: {choices.opset} is not supported; use {OPSET} to {LARGEST_OPSET}")
-    unknown = [name for name in choices.outputs or () if name not in HEADS]
+    unknown = [name for name in choices.outputs or () if name not in ANSWERS]
     if unknown or len(set(choices.outputs or ())) != len(choices.outputs or ()):
-        raise InputError(f"--outputs: {' '.join(choices.outputs or ())}; use each of {', '.join(HEADS)} at most once")
+        raise InputError(f"--outputs: {' '.join(choices.outputs or ())}; use each of {', '.join(ANSWERS)} at most once")
 
 
 class _Fitted(TypedDict):
@@ -128,5 +133,5 @@ def _fitted_temperature(folder: Path, fusion: str) -> dict[str, float] | None:
     if evaluation["student"] != folder.resolve().name:
         return None
     fitted = evaluation["temperature"]
-    named = {"cls": "cls", "dist": "dist", "fused": f"fused_{fusion}"}
-    return {head: fitted[name]["temperature"] for head, name in named.items() if name in fitted}
+    names = names_in_every_head(fusion).items()
+    return {head: fitted[name]["temperature"] for head, name in names if name in fitted}

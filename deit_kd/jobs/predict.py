@@ -23,8 +23,6 @@ from deit_kd.files import check_file_to_be, write_atomically
 from deit_kd.interfaces import InputError, Preprocessing, head_probabilities, printable
 from deit_kd.runs import parts
 
-HEADS = ("cls", "dist", "fused", "all")
-
 Answer = Callable[[Tensor], dict[str, Tensor]]  # images [B, 3, H, W] to probabilities [B, C] by head
 
 
@@ -35,7 +33,7 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
         place: folder of a finished run, or an ONNX model exported from one.
         config: the run's, or what the model records of it.
         files: images.
-        head: ``cls``, ``dist``, ``fused`` or ``all``; a student of one head has ``cls`` alone,
+        head: one of `ANSWERS`, or ``all``; a student of one head has ``cls`` alone,
             which is then also the fused one.
         csv_file: where to write; None is standard output.
 
@@ -56,7 +54,7 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
             block = files[start_at : start_at + config.evaluate.batch_size]
             images = torch.stack([transform(load_image(file)) for file in block]).to(processes.device)
             heads = answer(images)
-            if head == "fused" and "dist" not in heads and "cls" in heads:
+            if head == "fused" and heads.keys() == {"cls"}:
                 head = "cls"
             if head != "all" and head not in heads:
                 raise InputError(f"--head: {head!r}, but {place} has no such head; use {' or '.join(heads)}")

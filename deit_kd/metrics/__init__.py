@@ -11,7 +11,7 @@ from deit_kd.metrics.calibration import (
     scale_temperature,
 )
 from deit_kd.metrics.comparison import class_accuracies, disagreement_matrix, followed, mcnemar
-from deit_kd.metrics.heads import every_head, judge, per_image
+from deit_kd.metrics.heads import every_head, judge, names_in_every_head, per_image
 from deit_kd.metrics.intervals import bootstrap_means, interval
 from deit_kd.metrics.neighbours import neighbour_classes, score_neighbours
 from deit_kd.metrics.representation import linear_cka, token_cosines
@@ -35,6 +35,7 @@ __all__ = [
     "judge",
     "linear_cka",
     "mcnemar",
+    "names_in_every_head",
     "neighbour_classes",
     "per_image",
     "ranks",

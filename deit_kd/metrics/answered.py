@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deit_kd.distributed import Processes
+from deit_kd.interfaces import HEADS, reported
 
 
 class Answered(NamedTuple):
@@ -87,12 +89,13 @@ def agreement(predictions: Mapping[str, Tensor], total: int, processes: Processe
     """Return the share of all processes' images for which two predictors agree; None if one is missing.
 
     Args:
-        predictions: this process's classes [n] of ``cls``, ``dist`` and ``teacher``, those that exist.
+        predictions: this process's classes [n] of the student's heads and of ``teacher``, those that exist.
         total: images of all processes.
         processes: that share the images.
     """
     shares: dict[str, float | None] = {}
-    for first, second in (("cls", "teacher"), ("dist", "teacher"), ("cls", "dist")):
+    heads = [name for name in reported(predictions) if name in HEADS]
+    for first, second in (*((head, "teacher") for head in heads), *combinations(heads, 2)):
         both = first in predictions and second in predictions
         same = (predictions[first] == predictions[second]).sum() if both else None
         shares[f"{first}_{second}"] = None if same is None else int(processes.sum(same)) / total

@@ -98,7 +98,7 @@ def fit_fusion_weight(output: StudentOutput, labels: Tensor, weigh: Callable[[St
     """Return the weight of the class head, in hundredths from 0 to 1, that gives the smallest NLL.
 
     Args:
-        output: logits [n, C] of both heads.
+        output: logits [n, C] of the heads.
         labels: [n], or bool [n, C], see `likeliest`.
         weigh: gives the fused log-probabilities [n, C] for a weight.
     """

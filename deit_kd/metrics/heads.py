@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, reduce
 from itertools import combinations
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deit_kd.distributed import Processes
-from deit_kd.interfaces import StudentOutput, head_log_probabilities
+from deit_kd.interfaces import (
+    ANSWERS,
+    HEADS,
+    StudentOutput,
+    head_log_probabilities,
+    pair_log_probabilities,
+    reported,
+    speaker,
+)
 from deit_kd.metrics.answered import Answered, agreement, answered, is_right, likeliest, score
 from deit_kd.metrics.calibration import (
     calibration_gaps,
@@ -29,29 +38,33 @@ FUSIONS = ("softmax", "logits")
 ALONE = Processes(0, 1, torch.device("cpu"))  # the answers of all processes have been joined already
 
 
-def every_head(output: StudentOutput) -> dict[str, Tensor]:
-    """Return the log-probabilities [n, C] of ``cls`` and, with a distillation head, of both and of both fusions."""
+def every_head(output: StudentOutput, fusion: str = "softmax") -> dict[str, Tensor]:
+    """Return the log-probabilities [n, C] of each head and, if there are several, of all of them by both fusions.
+
+    With three heads each two of them are also fused, by `fusion`.
+    """
     heads = head_log_probabilities(output, "softmax")
-    if output.dist_logits is None:
+    fused = heads.pop("fused", None)
+    if fused is None:
         return heads
-    return {
-        "cls": heads["cls"],
-        "dist": heads["dist"],
-        "fused_softmax": heads["fused"],
-        "fused_logits": head_log_probabilities(output, "logits")["fused"],
-    }
+    by_logits = head_log_probabilities(output, "logits")["fused"]
+    pairs = pair_log_probabilities(output, fusion)
+    return {**heads, "fused_softmax": fused, "fused_logits": by_logits, **pairs}
+
+
+def names_in_every_head(fusion: str) -> dict[str, str]:
+    """Return under which name `every_head` and a table of scores have each of a student's answers and the teacher."""
+    return {**{head: head for head in HEADS}, "fused": f"fused_{fusion}", "teacher": "teacher"}
 
 
 def weighted(fusion: str, output: StudentOutput, weight: float) -> Tensor:
-    """Return fused log-probabilities [n, C] with `weight` on the class head."""
-    cls_logits, dist_logits = output.cls_logits.float(), output.dist_logits
-    assert dist_logits is not None
+    """Return fused log-probabilities [n, C] with `weight` on the class head; the other heads share the rest."""
+    cls_logits, *others = (logits.float() for logits in output.logits.values())
     if fusion == "softmax":
-        log_weight = torch.tensor([weight, 1 - weight]).log()
-        return torch.logaddexp(
-            cls_logits.log_softmax(-1) + log_weight[0], dist_logits.float().log_softmax(-1) + log_weight[1]
-        )
-    return torch.lerp(dist_logits.float(), cls_logits, weight).log_softmax(-1)
+        log_weight = torch.tensor([weight, (1 - weight) / len(others)]).log()
+        rest = (logits.log_softmax(-1) + log_weight[1] for logits in others)
+        return reduce(torch.logaddexp, rest, cls_logits.log_softmax(-1) + log_weight[0])
+    return torch.lerp(torch.stack(others).mean(0), cls_logits, weight).log_softmax(-1)
 
 
 def per_image(log_probabilities: Tensor, rows: Answered) -> dict[str, Tensor]:
@@ -72,7 +85,7 @@ def per_image(log_probabilities: Tensor, rows: Answered) -> dict[str, Tensor]:
     return values
 
 
-PREDICTORS = ("truth", "teacher", "cls", "dist", "fused")
+PREDICTORS = ("truth", "teacher", *ANSWERS)
 
 
 def judge(
@@ -107,31 +120,31 @@ def judge(
         without a distillation head lacks is None.
     """
     others = {f"{name} (student)" if name in PREDICTORS else name: answers for name, answers in others.items()}
-    students = {name: answers[_speaker(answers)] for name, answers in others.items()}
-    heads = every_head(output)
-    both_heads = output.dist_logits is not None
+    students = {name: answers[speaker(answers)] for name, answers in others.items()}
+    heads = every_head(output, fusion)
+    has_several = len(output.logits) > 1
     teacher = None if teacher_logits is None else teacher_logits.float().log_softmax(-1)
     scored = {**heads, **({} if teacher is None else {"teacher": teacher})}
     truth = labels if right is None else right
     own = {name: likeliest(truth, values) for name, values in scored.items()}
     rows = {name: answered(values, own[name]) for name, values in scored.items()}
     scores = {name: _score(values, rows[name], own[name], seed) for name, values in scored.items()}
-    if both_heads:
+    if has_several:
         scores["fused"] = scores[f"fused_{fusion}"]
-    speakers = {"cls": "cls", "dist": "dist", "fused": f"fused_{fusion}", "teacher": "teacher"}
-    predictions = {name: rows[speaker].predicted for name, speaker in speakers.items() if speaker in rows}
+    names = names_in_every_head(fusion)
+    predictions = {name: rows[own_name].predicted for name, own_name in names.items() if own_name in rows}
     if teacher is None and teacher_predictions is not None:
         predictions["teacher"] = teacher_predictions
         scores["teacher"] = _score_of_classes(teacher_predictions, truth, seed)
     fitted, held_out = _halves(len(labels), seed)
     return {
-        "heads": {name: scores.get(name) for name in ("cls", "dist", "fused", "fused_softmax", "fused_logits")},
+        "heads": {name: scores.get(name) for name in (*reported(scores), "fused_softmax", "fused_logits")},
         "teacher": scores.get("teacher"),
         "agreement": agreement(predictions, len(labels), ALONE),
         "comparisons": _comparisons(predictions, others, truth, seed),
         "disagreement": disagreement_matrix({"truth": truth, **predictions, **students}),
         "by_class": class_accuracies({**predictions, **students}, labels, output.cls_logits.shape[-1], right),
-        "fusion_weight": _fit_fusion(output, truth, fitted, held_out) if both_heads else None,
+        "fusion_weight": _fit_fusion(output, truth, fitted, held_out) if has_several else None,
         "temperature": {name: _fit_temperature(values, own[name], fitted, held_out) for name, values in heads.items()},
         "reliability": {name: reliability(values.exp(), own[name]) for name, values in scored.items()},
     }
@@ -158,22 +171,17 @@ def _score_of_classes(predictions: Tensor, truth: Tensor, seed: int) -> dict[str
     return {"top1": float(right.mean()), **unknown, "intervals": {"top1": spread}}
 
 
-def _speaker(predictions: Mapping[str, Tensor]) -> str:
-    """Return the main head of a student."""
-    return "fused" if "fused" in predictions else "cls"
-
-
 def _comparisons(
     predictions: Mapping[str, Tensor], others: Mapping[str, Mapping[str, Tensor]], truth: Tensor, seed: int
 ) -> list[dict[str, Any]]:
     """Compare each pair of a student's heads, and each head with the same head of the others or with their only one."""
-    heads = [head for head in ("cls", "dist", "fused") if head in predictions]
+    heads = [head for head in ANSWERS if head in predictions]
     pairs = {pair: (predictions[pair[0]], predictions[pair[1]]) for pair in combinations(heads, 2)}
     for name, theirs in others.items():
-        speaker = _speaker(theirs)
-        for head in sorted(heads, key=_speaker(predictions).__ne__):
-            against = head if head in theirs and head != _speaker(predictions) else speaker
-            called = name if against == speaker else f"{name}, {against}"
+        main = speaker(theirs)
+        for head in sorted(heads, key=speaker(predictions).__ne__):
+            against = head if head in theirs and head != speaker(predictions) else main
+            called = name if against == main else f"{name}, {against}"
             pairs[head, called] = predictions[head], theirs[against]
     right = {pair: (is_right(ours, truth), is_right(theirs, truth)) for pair, (ours, theirs) in pairs.items()}
     if not right:
@@ -198,16 +206,16 @@ def _halves(images: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _fit_fusion(output: StudentOutput, truth: Tensor, fitted: Tensor, held_out: Tensor) -> dict[str, Any]:
-    assert output.dist_logits is not None
-    halves = [StudentOutput(output.cls_logits[half], output.dist_logits[half]) for half in (fitted, held_out)]
+    first, second = (output.mapped(itemgetter(half)) for half in (fitted, held_out))
+    equal = 1 / len(output.logits)
     result = {}
     for fusion in FUSIONS:
         weigh = partial(weighted, fusion)
-        weight = fit_fusion_weight(halves[0], truth[fitted], weigh) if len(fitted) else 0.5
+        weight = fit_fusion_weight(first, truth[fitted], weigh) if len(fitted) else equal
         result[fusion] = {
             "weight_of_cls": weight,
-            "weighted": _short_score(weigh(halves[1], weight), truth[held_out]),
-            "equal": _short_score(weigh(halves[1], 0.5), truth[held_out]),
+            "weighted": _short_score(weigh(second, weight), truth[held_out]),
+            "equal": _short_score(weigh(second, equal), truth[held_out]),
         }
     return result
 

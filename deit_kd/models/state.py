@@ -6,7 +6,7 @@ import copy
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,10 +18,10 @@ from timm.models import save_for_hf
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from deit_kd.interfaces import InputError, Preprocessing
+from deit_kd.interfaces import HEADS, InputError, Preprocessing
 from deit_kd.models.create import OF_THE_ARCHITECTURE, created_by_timm
 from deit_kd.models.names import check_known
-from deit_kd.models.tokens import answers_apart
+from deit_kd.models.tokens import names_of_heads
 from deit_kd.models.weights import classifier_names, to_timm_names
 
 LEAST_TORCH = "2.10"  # older versions can be made to run code even with weights_only: CVE-2026-24747
@@ -113,11 +113,13 @@ def save_local_dir(
     model_args: dict[str, Any],
     classes: tuple[str, ...],
     preprocessing: Preprocessing,
+    heads: Sequence[str] = HEADS,
 ) -> None:
     """Save `model` so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` answers the same.
 
     What timm knows about the architecture's published weights (tag, licence, crop) is not written for these. The folder
-    appears whole or not at all; an existing one is replaced.
+    appears whole or not at all; an existing one is replaced. Of the model's heads, those that are among `heads` are
+    described.
     """
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     plain.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key in OF_THE_ARCHITECTURE}
@@ -130,7 +132,7 @@ def save_local_dir(
             model_config={
                 "num_classes": len(classes),
                 "label_names": list(classes),
-                "heads": ["cls", "dist"] if answers_apart(model) else ["cls"],
+                "heads": [head for head in names_of_heads(model) if head in heads],
             },
             data_config={
                 "input_size": (3, preprocessing.image_size, preprocessing.image_size),

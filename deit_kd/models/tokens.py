@@ -13,8 +13,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from deit_kd.interfaces import InputError, StudentOutput
+from deit_kd.interfaces import HEADS, InputError, StudentOutput
 
 Host = VisionTransformer | Eva | ConVit | VisionTransformerRelPos  # which take any number of prefix tokens
 
@@ -41,6 +42,40 @@ def answers_apart(backbone: nn.Module) -> bool:
     does so after timm's ``set_distilled_training()``; otherwise it averages them, as timm does.
     """
     return has_distillation_token(backbone) or getattr(_holder_of_heads(backbone), "distilled_training", False)
+
+
+def answer_with_patches(key: str, backbone: nn.Module) -> None:
+    """Let `heads_of` also answer with ``patch`` from now on: the distillation head on the mean of the patch tokens.
+
+    Args:
+        key: the recipe's key, which errors begin with.
+        backbone: a model with a distillation token.
+
+    Raises:
+        InputError: its distillation head cannot read its patch tokens.
+    """
+    model: Any = backbone
+    kind = type(backbone).__name__
+    reason = None
+    if not has_distillation_token(backbone):
+        reason = f"is a {kind}, which has no distillation token"
+    elif not hasattr(backbone, "num_prefix_tokens") or not hasattr(backbone.patch_embed, "grid_size"):
+        reason = f"is a {kind}, whose last features are its tokens without its patches"
+    elif not isinstance(getattr(backbone, "patch_drop", nn.Identity()), nn.Identity):
+        reason = "drops patches (patch_drop_rate), and each place needs one"
+    if reason is not None:
+        raise InputError(
+            f"{key}: the model {reason}, so its distillation head cannot read every patch token; use a vit_*, deit_*, "
+            "deit3_* or eva model without patch_drop_rate, or leave out the dense term"
+        )
+    model.answers_with_patches = True
+
+
+def names_of_heads(backbone: nn.Module) -> tuple[str, ...]:
+    """Return which of `HEADS` the model answers with, see `heads_of`."""
+    if not answers_apart(backbone):
+        return HEADS[:1]
+    return HEADS if getattr(backbone, "answers_with_patches", False) else HEADS[:2]
 
 
 def _holder_of_heads(backbone: nn.Module) -> Any:
@@ -156,7 +191,44 @@ def read_heads(backbone: nn.Module, images: Tensor) -> StudentOutput:
 
 
 def heads_of(backbone: nn.Module, last: Tensor) -> StudentOutput:
-    """Return the logits [B, C] of each of its heads, from the model's last features."""
+    """Return the logits [B, C] of each of its heads, from the model's last features; see `answer_with_patches`."""
+    output = _two_heads_of(backbone, last)
+    if "patch" not in names_of_heads(backbone):
+        return output
+    model: Any = backbone
+    return output._replace(patch_logits=model.head_dist(model.head_drop(_patches(model, last).mean(1))))
+
+
+def dense_logits_of(backbone: nn.Module, last: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the logits [B, h, w, C] of the distillation head at every place of a `grid` of h x w.
+
+    A place is the mean of the patch tokens under it, as ``adaptive_avg_pool2d`` divides them; the head is linear, so
+    this is the mean of their logits.
+
+    Args:
+        backbone: a model for which `answer_with_patches` was called.
+        last: its last features [B, N, D].
+        grid: any; that of a teacher.
+    """
+    model: Any = backbone
+    tokens = _patches(model, last)
+    height, width = model.patch_embed.grid_size
+    with torch.no_grad():
+        single = torch.eye(height * width, device=tokens.device).view(-1, 1, height, width)
+        shares = F.adaptive_avg_pool2d(single, grid).flatten(1).mT.to(tokens.dtype)  # [h w, N]
+    # Not adaptive_avg_pool2d of the tokens: on CUDA its gradient is not deterministic.
+    logits: Tensor = model.head_dist(model.head_drop(shares @ tokens))
+    return logits.unflatten(1, grid)
+
+
+def _patches(model: Any, last: Tensor) -> Tensor:
+    """Return the patch tokens [B, N, D] as the distillation head reads its own token."""
+    patches = last[:, model.num_prefix_tokens :]
+    normed: Tensor = model.fc_norm_dist(patches) if is_grafted(model) else patches
+    return normed
+
+
+def _two_heads_of(backbone: nn.Module, last: Tensor) -> StudentOutput:
     model: Any = backbone
     if not answers_apart(backbone):
         return StudentOutput(model.forward_head(last))

@@ -9,7 +9,7 @@ from torch import nn
 
 from deit_kd.config import Config, as_schedule
 from deit_kd.engine import ask, autocast
-from deit_kd.interfaces import Batch, InputError, TeacherOutput, head_log_probabilities
+from deit_kd.interfaces import Batch, InputError, TeacherOutput, head_log_probabilities, speaker
 from deit_kd.optim import WeightAverage
 
 AVERAGED_SHARE = 1 / 20  # of a run's steps, covered by the average of the weights unless the recipe sets a decay
@@ -40,7 +40,7 @@ class AverageTeacher:
     Args:
         average: the network that the engine averages into; it is asked as it is, in eval mode, and never copied.
         precision: of autocast: ``bf16``, ``fp16`` or ``off``.
-        fusion: of its two heads, see `head_log_probabilities`.
+        fusion: of its heads, see `head_log_probabilities`.
     """
 
     def __init__(self, average: nn.Module, precision: str = "off", fusion: str = "softmax") -> None:
@@ -50,11 +50,11 @@ class AverageTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutput:
-        """Answer `batch` with the log-probabilities [B, C] of both heads fused, or of the only head."""
+        """Answer `batch` with the log-probabilities [B, C] of all heads fused, or of the only head."""
         with autocast(batch.images.device, self._precision):
             output = ask(self.network, batch.images)
         heads = head_log_probabilities(output, self._fusion)
-        return TeacherOutput(heads.get("fused", heads["cls"]))
+        return TeacherOutput(heads[speaker(heads)])
 
 
 def check_own_average(config: Config, total_steps: int) -> None:

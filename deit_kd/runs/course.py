@@ -15,7 +15,7 @@ from deit_kd.checkpoint import CheckpointWriter
 from deit_kd.console import say, score_text, size_text
 from deit_kd.distributed import on_main
 from deit_kd.engine import StepResult, Trainer, train
-from deit_kd.interfaces import Batch, InputError, Stopped
+from deit_kd.interfaces import Batch, InputError, Stopped, speaker
 from deit_kd.memory import peak_memory, reset_peak_memory
 from deit_kd.run_folder import CHECKPOINTS, METRICS_FILE, FeatureRecord, ScoreRecord, kept_weights
 from deit_kd.runs import parts
@@ -189,7 +189,7 @@ class Course:
         if run.processes.is_main:
             say(_epoch_note(epoch, run.config.train.epochs, scores, self.teacher_score))
         heads = scores[kept_weights(scores)]["heads"]
-        top1 = (heads["fused"] or heads["cls"])["top1"]
+        top1 = heads[speaker(heads)]["top1"]
         is_best = top1 > self.progress.best_top1
         self.progress.best_top1 = max(top1, self.progress.best_top1)
         self._save(is_best)

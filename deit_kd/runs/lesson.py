@@ -156,9 +156,11 @@ def _teacher_shapes(giver: FrozenTeacher, image: torch.Tensor, with_maps: bool) 
 
 def _check_same(whose: str, plain: StudentOutput | TeacherOutput, asked: StudentOutput | TeacherOutput) -> None:
     """Refuse a network whose answers change when it is asked for features; timm does not guarantee that they do not."""
-    both = [(feature, (asked.features or {})[name]) for name, feature in (plain.features or {}).items()]
-    for before, after in [*zip(plain[:-1], asked[:-1], strict=True), *both]:
-        if before is not None and after is not None and not torch.allclose(before, after, rtol=1e-2, atol=1e-3):
+    before: dict[str, Any]
+    after: dict[str, Any]
+    before, after = ({**output._asdict(), **(output.features or {})} for output in (plain, asked))
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor) and not torch.allclose(value, after[name], rtol=1e-2, atol=1e-3):
             raise InputError(
                 f"distill.terms: {whose} answers differently when it is asked for features (timm's "
                 "forward_intermediates skips a layer); name another network"

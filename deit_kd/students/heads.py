@@ -57,7 +57,8 @@ class TimmStudent(nn.Module):
             found = {**maps, POOLED: mean_patch(maps[last], 0)}
         else:
             heads, found = ask(features, pool=self._pool)
-        return StudentOutput(heads.cls_logits, heads.dist_logits, {name: found[name] for name in features})
+        answer: StudentOutput = heads
+        return answer._replace(features={name: found[name] for name in features})
 
     def _pool(self, last: Tensor) -> Tensor:
         return mean_patch(last, getattr(self.backbone, "num_prefix_tokens", 0))

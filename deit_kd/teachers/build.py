@@ -10,7 +10,7 @@ import torch
 from deit_kd.interfaces import InputError, Preprocessing, Statistics
 from deit_kd.models.create import check_answer, check_arguments, create_model, leave_out_head
 from deit_kd.models.names import check_known, is_kin, plain_twin
-from deit_kd.models.tokens import answers_apart
+from deit_kd.models.tokens import answer_with_patches, answers_apart
 from deit_kd.models.weights import fit_weights
 from deit_kd.origins import Origin, open_origin, open_published
 from deit_kd.randomness import seed_initialisation
@@ -105,6 +105,8 @@ def build_teacher(
         if origin.layer_norm_eps is not None:
             set_layer_norm_eps(network, origin.layer_norm_eps)
         refuse_other_twin("teacher.args", network, origin, architecture, arguments, size)
+        if origin.answers_with_patches:
+            answer_with_patches("teacher.checkpoint", network)
     network.eval()
     mapping = None
     if head:

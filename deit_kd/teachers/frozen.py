@@ -20,7 +20,7 @@ LONGEST_LIST = 20  # classes of a map that are printed; run.json has all of them
 
 
 class FusedHeads(nn.Module):
-    """A distilled model that teaches through both its heads: log of the mean of their softmaxes (DeiT, section 4)."""
+    """A distilled model that teaches through all its heads: log of the mean of their softmaxes (DeiT, section 4)."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -32,10 +32,8 @@ class FusedHeads(nn.Module):
 
     def forward_head(self, last: Tensor) -> Tensor:
         """Return log-probabilities [B, C] from the backbone's last features."""
-        output = heads_of(self.backbone, last)
-        assert output.dist_logits is not None
-        heads = torch.stack([output.cls_logits.float(), output.dist_logits.float()])
-        return heads.log_softmax(-1).logsumexp(0) - math.log(2)
+        heads = torch.stack([logits.float() for logits in heads_of(self.backbone, last).logits.values()])
+        return heads.log_softmax(-1).logsumexp(0) - math.log(len(heads))
 
 
 def backbone_of(network: nn.Module) -> Any:
