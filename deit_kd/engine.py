@@ -79,8 +79,10 @@ def ask(student: Student, images: Tensor) -> StudentOutput:
         return student(images)
     # Attention on CUDA rejects an empty batch, and DDP waits for a forward pass in every process.
     output = student(images.new_zeros(2, *images.shape[1:]))
-    nothing = None if output.features is None else {name: feature[:0] for name, feature in output.features.items()}
-    return output.mapped(lambda logits: logits[:0])._replace(features=nothing)
+    return output.mapped(lambda logits: logits[:0])._replace(
+        features=None if output.features is None else {name: feature[:0] for name, feature in output.features.items()},
+        dense_logits=None if output.dense_logits is None else output.dense_logits[:0],
+    )
 
 
 class StepResult(NamedTuple):

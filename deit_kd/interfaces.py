@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the command line needs the errors without waiting for torch
 
 MAP_KINDS = ("guide", "relations")  # of terms that compare maps
 FEATURE_KINDS = (*MAP_KINDS, "pooled")  # of terms that compare features; the others compare logits
+DENSE = "dense"  # the kind of term that compares logits at every place
 
 Head = Literal["cls", "dist", "patch"]  # the class token's, the distillation token's, and the latter on the patches
 Answer = Literal[Head, "fused"]  # of a student: its heads, and the mean of those that it has
@@ -151,6 +152,7 @@ class StudentOutput(NamedTuple):
     dist_logits: Tensor | None = None  # [B, C]; None if the student answers with one head
     features: Mapping[str, Tensor] | None = None  # maps [B, D, h, w] and vectors [B, D]; None unless something asks
     patch_logits: Tensor | None = None  # [B, C]; None unless its recipe has a dense term
+    dense_logits: Tensor | None = None  # [B, h, w, C], of its distillation head at places; None unless something asks
 
     @property
     def logits(self) -> dict[str, Tensor]:
@@ -160,11 +162,11 @@ class StudentOutput(NamedTuple):
 
     @classmethod
     def of(cls, logits: Mapping[str, Tensor]) -> StudentOutput:
-        """Return the answer of heads with these `logits` [B, C], by name; without features."""
+        """Return the answer of heads with these `logits` [B, C], by name, and nothing else."""
         return cls(logits["cls"], logits.get("dist"), patch_logits=logits.get("patch"))
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> StudentOutput:
-        """Return the answer whose heads have the logits that `change` returns for these; without features."""
+        """Return the answer whose heads have the logits that `change` returns for these, and nothing else."""
         return StudentOutput.of({name: change(logits) for name, logits in self.logits.items()})
 
 
@@ -173,6 +175,29 @@ class TeacherOutput(NamedTuple):
 
     logits: Tensor | None  # [B, C]; None for a network without a head
     features: Mapping[str, Tensor] | None = None  # maps [B, D, h, w] and vectors [B, D]; None unless something asks
+    dense_logits: Tensor | None = None  # [B, h, w, C], of its head at places; None unless something asks
+    dense_labels: Tensor | None = (
+        None  # [B, h, w], from a label store: the argmax of `mixed`, -1 where it is not finite
+    )
+
+    def mixed(self, share: float | Tensor) -> Tensor:
+        """Return ``share * dense_logits + (1 - share) * logits`` at each place, [B, h, w, C] in fp32.
+
+        Args:
+            share: 0 to 1; a number, or one for each view [B] in fp64, which gives the same bits.
+
+        Raises:
+            InputError: the teacher has no logits at places.
+        """
+        if self.dense_logits is None:
+            raise InputError(
+                "distill.terms: dense needs the teacher's logits at every place, and this teacher has none; name a CNN"
+            )
+        own: Any = share
+        rest: Any = 1 - own
+        if not isinstance(share, float | int):
+            own, rest = (value.float()[:, None, None, None] for value in (own, rest))
+        return own * self.dense_logits.float() + rest * self.needed_logits().float()[:, None, None]
 
     def needed_logits(self) -> Tensor:
         """Return the logits [B, C].

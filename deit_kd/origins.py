@@ -215,6 +215,7 @@ def _student_of(key: str, name: str, place: Path, run: Path) -> Origin:
         preprocessing=KnownPreprocessing(*recipe.data.preprocessing),
         record=run,
         answers_apart=recipe.distill.has_token,
+        answers_with_patches=recipe.distill.dense is not None,
     )
 
 

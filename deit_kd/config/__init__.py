@@ -1,6 +1,6 @@
 """The schema of a recipe, and the one way from YAML and dotted overrides to a checked value."""
 
-from deit_kd.config.distill import Distill, TermSection, as_schedule
+from deit_kd.config.distill import Distill, TermSection, as_schedule, in_words
 from deit_kd.config.effects import ANSWERS, FIT, NOTHING, VIEWS
 from deit_kd.config.keys import differences, effects, flat, keys_that_change, known_keys
 from deit_kd.config.parser import (
@@ -46,6 +46,7 @@ __all__ = [
     "differences",
     "effects",
     "flat",
+    "in_words",
     "keys_that_change",
     "known_keys",
     "parse_config",

@@ -16,7 +16,7 @@ from pydantic import (
 
 from deit_kd.config.effects import RESULT, key
 from deit_kd.config.sections import Section
-from deit_kd.interfaces import FEATURE_KINDS
+from deit_kd.interfaces import DENSE, FEATURE_KINDS
 from deit_kd.schedules import Schedule, always
 
 
@@ -81,19 +81,25 @@ _KEYS_OF_TERM: dict[str, set[str]] = {
     "soft": {"temperature"},
     "hard": set(),
     "standardised": {"temperature"},
+    DENSE: {"mode", "mix", "temperature"},
 }
 
 
 class TermSection(Section):
     """One more term of the objective."""
 
-    kind: Literal["guide", "relations", "pooled", "soft", "hard", "standardised"] = key(..., RESULT)
+    kind: Literal["guide", "relations", "pooled", "soft", "hard", "standardised", "dense"] = key(..., RESULT)
     """guide: feature maps; relations: how alike the places of a map are; pooled: one vector per image; soft, hard,
-    standardised: the teacher's logits"""
+    standardised: the teacher's logits; dense: its logits at every place of its last map"""
     weight: Scheduled = key(1.0, RESULT)
     """a number, or a schedule {start, end, from, until, shape}"""
     temperature: Scheduled | None = key(None, RESULT)
-    """for soft, standardised and relations; null is 3, by the number of classes, or 0.1"""
+    """for soft, standardised, relations and soft dense; null is 3, by the number of classes, 0.1, or 3"""
+    mode: Literal["hard", "soft"] = key("hard", RESULT)
+    """for dense: whether a place learns the argmax or the softmax"""
+    mix: Scheduled = key(ScheduleSection(start=1.0, end=0.0, shape="linear"), RESULT)
+    """for dense: share of a place's own logits in its target, a number from 0 to 1 or a schedule; the rest is the whole
+    image's"""
     blocks: list[int] | None = key(None, RESULT)
     """for guide and relations: the student's blocks, from 0; null spreads them evenly, one for each stage"""
     stages: list[str] | None = key(None, RESULT)
@@ -105,6 +111,13 @@ class TermSection(Section):
     """for guide: layer-normalise the teacher's maps over channels"""
     loss: Literal["cosine", "huber"] = key("cosine", RESULT)
     """for pooled: how vectors are compared"""
+
+    @field_validator("mix")
+    @classmethod
+    def _check_share(cls, value: Scheduled) -> Scheduled:
+        if not all(0 <= number <= 1 for number in as_schedule(value).values):
+            raise ValueError("must be between 0 and 1")
+        return value
 
     @field_validator("weight", "temperature")
     @classmethod
@@ -122,7 +135,13 @@ class TermSection(Section):
         foreign = sorted(self.model_fields_set - own)
         if foreign:
             raise ValueError(f"{foreign[0]} does not act on a term of kind {self.kind}; leave it out")
+        if self.kind == DENSE and self.mode == "hard" and self.temperature is not None:
+            raise ValueError("temperature does not act on a dense term of mode hard; leave it out, or set mode soft")
         return self
+
+    def __str__(self) -> str:
+        own = f" ({self.mode}, mix {in_words(self.mix)})" if self.kind == DENSE else ""
+        return f"{self.kind}{own}, weight {in_words(self.weight)}"
 
     @model_serializer(mode="wrap")
     def _own_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -172,13 +191,22 @@ class Distill(Section):
             "soft": f"labels and the teacher's soft labels, alpha {alpha}, temperature {temperature}",
             "standardised": f"labels and the teacher's standardised logits, alpha {alpha}, temperature {temperature}",
         }
-        terms = [f"{term.kind}, weight {in_words(term.weight)}" for term in self.terms]
-        return "; ".join([how[self.kind], *terms])
+        return "; ".join([how[self.kind], *map(str, self.terms)])
 
     @property
     def has_token(self) -> bool:
         """Whether the student needs a distillation token."""
         return self.kind != "none" or self.logit_kinds != set()
+
+    @property
+    def dense(self) -> TermSection | None:
+        """The term that compares logits at every place, if there is one."""
+        return next((term for term in self.terms if term.kind == DENSE), None)
+
+    @property
+    def stores_dense(self) -> bool:
+        """Whether a label store can keep what the dense term learns: the class of each place."""
+        return self.dense is not None and self.dense.mode == "hard"
 
     @property
     def logit_kinds(self) -> set[str]:
@@ -205,5 +233,5 @@ class Distill(Section):
 
     @property
     def takes_hard_labels(self) -> bool:
-        """Whether the teacher's decisions are enough."""
-        return self.logit_kinds <= {"hard"}
+        """Whether the teacher's decisions on whole images are enough."""
+        return self.logit_kinds <= {"hard", DENSE}

@@ -140,6 +140,11 @@ class Config(Section):
             )
         if teacher.members and teacher.is_named:
             raise ValueError("teacher.members and a teacher of the section's own exclude each other; unset one")
+        if self.distill.dense is not None and teacher.kind == "average":
+            raise ValueError(
+                "distill.terms: dense logits are those of a CNN at each place of its last map, and the average of the "
+                "student's weights is no CNN; leave out the dense term, or name a CNN as the teacher"
+            )
         if teacher.kind == "average":
             self._check_average()
         if self.guide.is_named and not self.distill.needs_features:
@@ -157,6 +162,11 @@ class Config(Section):
                     f"distill.terms: features are compared, but {answers_alone} answers alone; add an online guide "
                     "(guide.name, and guide.checkpoint or guide.fit.epochs)"
                 )
+        if self.distill.dense is not None and not self.distill.stores_dense and teacher.reads_store:
+            raise ValueError(
+                "teacher.store: keeps the class of each place, and a dense term of mode soft learns from all logits; "
+                "set its mode to hard, or unset the store"
+            )
         if teacher.store_mode == "record" and teacher.store is None:
             raise ValueError("teacher.store_mode: record needs a folder to fill; set teacher.store")
         if self.train.precision == "fp16" and self.train.device == "cpu":

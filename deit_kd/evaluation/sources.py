@@ -12,7 +12,7 @@ from deit_kd.config import IMAGENET_MEAN, IMAGENET_STD, Config, TeacherSection, 
 from deit_kd.console import say
 from deit_kd.distributed import Processes
 from deit_kd.evaluation.classes import NUMBER, Matched, knows_any, match_classes
-from deit_kd.interfaces import InputError, Preprocessing
+from deit_kd.interfaces import DENSE, InputError, Preprocessing
 from deit_kd.models.local_dir import KnownPreprocessing
 from deit_kd.models.names import has_published_second_head
 from deit_kd.origins import Origin, imagenet_names, open_origin, open_published
@@ -104,7 +104,7 @@ def _from_timm(name: str) -> Source:
 
 def _options(text: str, origin: Origin) -> list[str]:
     """Return the options that weights stand for, as far as they are described."""
-    options = ["--student.checkpoint", text, *_kind(origin.is_distilled)]
+    options = ["--student.checkpoint", text, *_kind(origin.is_distilled, origin.answers_with_patches)]
     if origin.architecture is None:
         return options
     arguments = json.dumps(origin.model_args)
@@ -121,8 +121,9 @@ def options_before(source: Source, typed: list[str]) -> list[str]:
     return [*source.recipe, *as_options(TeacherSection(), "teacher.")] if is_another else source.recipe
 
 
-def _kind(distilled: bool) -> list[str]:
-    return ["--distill.kind", "hard" if distilled else "none", "--student.drop_path", "0"]
+def _kind(distilled: bool, patches: bool = False) -> list[str]:
+    terms = ["--distill.terms", json.dumps([{"kind": DENSE}])] if patches else []
+    return ["--distill.kind", "hard" if distilled else "none", *terms, "--student.drop_path", "0"]
 
 
 def _input_of(known: KnownPreprocessing) -> list[str]:

@@ -34,7 +34,7 @@ from deit_kd.runs.run import build_trainer, prepare
 from deit_kd.store import RecordingTeacher, StoredTeacher
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.teaching.ready import ready_lesson
-from deit_kd.teaching.recording import fill_epoch, writing
+from deit_kd.teaching.recording import fill_epoch, shares_of_dense, writing
 
 STEP = "student's step"
 TIMMS_STEP = "student's step as timm gives it"
@@ -248,7 +248,8 @@ def _lessons(run: Run, folder: str) -> dict[str, Lesson]:
     if not config.distill.has_token or not isinstance(online.answers, NetworkTeacher):
         return {ONLINE: online}
     with writing(config, folder, run.splits, run.loader, processes, online.answers, online.source) as store:
-        recorder, batch_size = RecordingTeacher(online.answers, store), config.train.batch_size
+        recorder = RecordingTeacher(online.answers, store, shares_of_dense(config, run.loader))
+        batch_size = config.train.batch_size
         fill_epoch(store, recorder, run.loader, 0, processes, batch_size, run.errors)
     guide = online.feature_giver if config.distill.needs_features else None
     return {ONLINE: online, STORED: Lesson(StoredTeacher(store, 1), guide=guide)}

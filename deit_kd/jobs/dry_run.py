@@ -88,7 +88,7 @@ def dry_run(config: Config) -> Needs:
         needs = Needs(
             memory=max(processes.gather(peak_memory(processes.device))),
             checkpoint=checkpoint_bytes(trainer.state()),
-            store=_store_bytes(run),
+            store=_store_bytes(run, lesson),
             time=Time(step_seconds, evaluation_seconds, epoch_seconds),
         )
         if processes.is_main:
@@ -127,7 +127,7 @@ def _estimate(config: Config) -> Needs:
             ) from error
         photos = run.splits.train.bytes_when_decoded() if config.data.cache == "device" else 0
         stays += photos
-        needs = Needs(rehearsal.peak_bytes + photos, checkpoint_bytes(rehearsal.state()), _store_bytes(run))
+        needs = Needs(rehearsal.peak_bytes + photos, checkpoint_bytes(rehearsal.state()), _store_bytes(run, lesson))
         if processes.is_main:
             stay = "weights, moments, average, teacher" + ", photos" * bool(photos)
             whose = f", for each of {processes.count} processes" if processes.count > 1 else ""
@@ -160,7 +160,13 @@ def _without_files(teacher: Teacher | None, classes: int) -> Teacher | None:
     if isinstance(teacher, GuidedTeacher):
         return GuidedTeacher(_without_files(teacher.answers, classes), teacher.guide)
     if isinstance(teacher, StoredTeacher):
-        return lambda batch: TeacherOutput(batch.images.new_zeros(len(batch.images), classes))
+        grid = teacher.grid
+
+        def answer(batch: Batch) -> TeacherOutput:
+            places = None if grid is None else batch.labels.new_zeros(len(batch.images), *grid)
+            return TeacherOutput(batch.images.new_zeros(len(batch.images), classes), dense_labels=places)
+
+        return answer
     return teacher.teacher if isinstance(teacher, RecordingTeacher) else teacher
 
 
@@ -218,11 +224,12 @@ def _time_evaluation(run: Run, trainer: Trainer) -> float:
     return time.perf_counter() - since
 
 
-def _store_bytes(run: Run) -> int:
+def _store_bytes(run: Run, lesson: Lesson) -> int:
     section = run.config.teacher
     if not run.config.distill.has_token or section.store is None or section.store_mode == "read":
         return 0
-    record = Record(len(run.classes), logits_kept(run.config))
+    grid = lesson.dense_grid if run.config.distill.stores_dense else None
+    record = Record(len(run.classes), logits_kept(run.config), grid)
     views = run.loader.views_per_epoch * run.config.train.epochs + len(run.splits.validation)
     return views * record.bytes_per_view
 

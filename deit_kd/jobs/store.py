@@ -39,7 +39,7 @@ from deit_kd.store import (
 )
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.teaching.fit import is_unfitted, online_teacher, teacher_folder
-from deit_kd.teaching.recording import fill_epoch, fill_validation, writing
+from deit_kd.teaching.recording import fill_epoch, fill_validation, shares_of_dense, writing
 from deit_kd.teaching.store_identity import accepted, identity, in_use, refuse_other, verify, weights_hash
 from deit_kd.teaching.stored import open_store
 
@@ -93,7 +93,7 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
         errors = parts.build_data_errors(config, splits, place, processes)
         if share is None or share.number == 1:
             fill_validation(config, store, teacher, splits, processes, errors)
-        recorder = RecordingTeacher(teacher, store)
+        recorder = RecordingTeacher(teacher, store, shares_of_dense(config, loader))
         if share is not None:
             _fill_share(store, share, recorder, loader, processes, errors)
             return
@@ -169,7 +169,7 @@ def check(config: Config, folder: str, samples: int) -> dict[str, float]:
         views = loader.views_per_epoch
         drawn = np.unique(generator("store check", config.seed).integers(store.epochs * views, size=samples))
         batches = loader.views(np.stack(np.divmod(drawn, views), axis=1), config.evaluate.batch_size)
-        result = _compare(store, teacher, batches, processes.device)
+        result = _compare(store, teacher, batches, processes.device, shares_of_dense(config, loader))
         if processes.is_main:
             say(
                 f"store: {folder}, all checksums match; {len(drawn)} views run again: largest difference "
@@ -201,7 +201,8 @@ def info(folder: str) -> None:
         f"{folder}: {store.epochs} epochs of {views} views, {store.manifest['validation']} validation images, "
         f"{size_text(store.bytes_on_disk)}"
     )
-    say(f"a record: {kept} of {record.classes} classes, {record.bytes_per_view} bytes")
+    places = "" if record.grid is None else f", the class of each of {record.grid[0]} x {record.grid[1]} places"
+    say(f"a record: {kept} of {record.classes} classes{places}, {record.bytes_per_view} bytes")
     if (plan := plan_of(folder)) is not None:
         say(f"parts: {_of_all_parts(store, plan)}")
     begun = [path.name.removesuffix(".pieces") for path in sorted(store.folder.glob("*.pieces"))]
@@ -222,6 +223,8 @@ def info(folder: str) -> None:
         f"may be used with distill.kind {kinds}, and with any student, alpha, temperature, learning rate, batch size, "
         f"number of processes, workers and epochs (above {store.epochs}, the views repeat)"
     )
+    if "train.epochs" in store.manifest["identity"]:
+        say("a dense term learns from it only with these train.epochs and train.batch_size, since its mix changes")
 
 
 def _named_folder(config: Config, folder: str | None) -> str:
@@ -355,16 +358,26 @@ def _saving(recorder: RecordingTeacher, last: list[Batch], views: int, device: t
 
 
 def _compare(
-    store: LabelStore, teacher: NetworkTeacher, batches: Iterable[Batch], device: torch.device
+    store: LabelStore,
+    teacher: NetworkTeacher,
+    batches: Iterable[Batch],
+    device: torch.device,
+    shares: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, float]:
     rows = []
+    with_places = teacher.grid is not None and teacher.grid == store.record.grid
+    teacher.ask_for_dense(with_places)
     for batch in batches:
         assert batch.view_ids is not None
         records = store.find(batch.view_ids)
         store.expect_missing(batch.missing_ids())
-        logits = teacher(batch.to(device)).logits.cpu()
-        changed = store.record.decode(records).argmax(-1) != logits.argmax(-1)
-        rows.append(torch.stack([store.record.gap(records, logits), logits.std(-1), changed.float()]))
+        answer = teacher(batch.to(device))
+        logits = answer.needed_logits().cpu()
+        changed = (store.record.decode(records).argmax(-1) != logits.argmax(-1)).float()
+        if with_places:
+            labels = answer.mixed(shares(batch.view_ids).to(device)).argmax(-1).cpu()
+            changed = torch.maximum(changed, (labels != records["dense"]).float().mean((1, 2)))
+        rows.append(torch.stack([store.record.gap(records, logits), logits.std(-1), changed]))
     gap, spread, changed = torch.cat(rows, dim=1)
     return {
         "largest_difference": float(gap.max()),

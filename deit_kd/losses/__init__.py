@@ -1,18 +1,20 @@
 """Losses: pure functions per example, and the one objective that weighs, casts and averages them."""
 
 from deit_kd.losses.classification import soft_target_cross_entropy
+from deit_kd.losses.dense import DenseTerm
 from deit_kd.losses.guide import guide
 from deit_kd.losses.hard import hard_distillation
 from deit_kd.losses.links import Shapes, guide_links, pooled_links, relation_links
-from deit_kd.losses.objective import CheckedTerms, Objective, Terms
+from deit_kd.losses.objective import CheckedTerms, Objective, Term, Terms
 from deit_kd.losses.pooled import pooled_cosine, pooled_huber
 from deit_kd.losses.relations import relations
 from deit_kd.losses.soft import soft_distillation
 from deit_kd.losses.standardised import standardised_distillation
-from deit_kd.losses.terms import FeatureTerm, LogitTerm, Needs, Term
+from deit_kd.losses.terms import FeatureTerm, LogitTerm, Needs
 
 __all__ = [
     "CheckedTerms",
+    "DenseTerm",
     "FeatureTerm",
     "LogitTerm",
     "Needs",

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from deit_kd.interfaces import InputError, StudentOutput, TeacherOutput, nearest
 from deit_kd.losses.classification import soft_target_cross_entropy
-from deit_kd.losses.terms import LOGIT_LOSSES, SOFT_TEMPERATURE, FeatureTerm, LogitTerm, Needs, Term
+from deit_kd.losses.dense import DenseTerm
+from deit_kd.losses.terms import LOGIT_LOSSES, SOFT_TEMPERATURE, FeatureTerm, LogitTerm, Needs
 from deit_kd.schedules import Schedule, always
 
+Term = LogitTerm | DenseTerm | FeatureTerm
 NO_TERM: Mapping[str, Tensor] = {}
 
 
@@ -110,8 +112,9 @@ class Objective:
     def needs(self) -> Needs:
         """What it needs besides the student's heads."""
         links = tuple(link for term in self.terms if isinstance(term, FeatureTerm) for link in term.links)
-        logits = self._distillation is not None or any(isinstance(term, LogitTerm) for term in self.terms)
-        return Needs(logits, links)
+        dense = any(isinstance(term, DenseTerm) for term in self.terms)
+        logits = self._distillation is not None or any(not isinstance(term, FeatureTerm) for term in self.terms)
+        return Needs(logits, links, dense)
 
     def remaining(self, place: float) -> Objective:
         """Return this objective without the terms that have ended for good at the share `place` of the run."""
@@ -156,6 +159,9 @@ class Objective:
             for term in self.terms:
                 if isinstance(term, LogitTerm):
                     losses[term.kind], answered = _logit_losses(term, student, teacher, place)
+                elif isinstance(term, DenseTerm):
+                    losses[term.kind], everywhere = _dense_losses(term, student, teacher, place)
+                    answered = answered & everywhere
                 else:
                     losses[term.kind], cosines[term.kind] = term.per_example(*_features(student, teacher, term), place)
             is_finite = torch.stack(list(losses.values())).detach().sum(0).isfinite()
@@ -195,6 +201,15 @@ def _logit_losses(
     # The argmax of NaN is not a label, and 0 times NaN is not 0: the student's own logits replace such an answer.
     taught = taught.where(answered[:, None], dist_logits.detach())
     return term.per_example(dist_logits, taught, place) * answered, answered
+
+
+def _dense_losses(
+    term: DenseTerm, student: StudentOutput, teacher: TeacherOutput | None, place: float
+) -> tuple[Tensor, Tensor]:
+    if student.dense_logits is None or teacher is None:
+        lacking = "a teacher" if teacher is None else "a student that answers at every place"
+        raise InputError(f"distill.terms: dense needs {lacking}")
+    return term.per_example(student.dense_logits, teacher, place)
 
 
 def _features(

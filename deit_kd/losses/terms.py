@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deit_kd.interfaces import FEATURE_KINDS, InputError, Link, nearest
+from deit_kd.interfaces import DENSE, FEATURE_KINDS, InputError, Link, nearest
 from deit_kd.losses.guide import map_error, on_one_grid
 from deit_kd.losses.hard import hard_distillation
 from deit_kd.losses.pooled import normalised, pooled_cosine, pooled_huber
@@ -44,12 +44,12 @@ class LogitTerm:
 
     def __post_init__(self) -> None:
         if self.kind not in LOGIT_LOSSES:
-            known = [*LOGIT_LOSSES, *FEATURE_KINDS]
+            known = [*LOGIT_LOSSES, DENSE, *FEATURE_KINDS]
             raise InputError(
                 f"distill.terms: kind {self.kind!r} is unknown; use one of {', '.join(known)}"
                 f"{nearest(self.kind, known)}"
             )
-        _check_temperature(self.temperature)
+        check_temperature(self.temperature)
 
     def per_example(self, dist_logits: Tensor, teacher_logits: Tensor, place: float) -> Tensor:
         """Return the loss [B] of logits [B, C] each, in fp32."""
@@ -84,7 +84,7 @@ class FeatureTerm:
     temperature: Schedule | None = None
 
     def __post_init__(self) -> None:
-        _check_temperature(self.temperature)
+        check_temperature(self.temperature)
 
     def per_example(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], place: float = 0.0
@@ -119,12 +119,10 @@ class FeatureTerm:
         return student, normalised(teacher)
 
 
-def _check_temperature(temperature: Schedule | None) -> None:
+def check_temperature(temperature: Schedule | None) -> None:
+    """Raise an InputError if a temperature is 0 or below at any time."""
     if temperature is not None and min(temperature.values) <= 0:
         raise InputError(f"distill.temperature: {min(temperature.values):g} is not above 0")
-
-
-Term = LogitTerm | FeatureTerm
 
 
 class Needs(NamedTuple):
@@ -132,6 +130,7 @@ class Needs(NamedTuple):
 
     logits: bool  # of the teacher
     links: tuple[Link, ...]
+    dense: bool = False  # of the teacher at every place, and of the student
 
     @property
     def teacher_features(self) -> tuple[str, ...]:

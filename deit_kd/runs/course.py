@@ -15,7 +15,7 @@ from deit_kd.checkpoint import CheckpointWriter
 from deit_kd.console import say, score_text, size_text
 from deit_kd.distributed import on_main
 from deit_kd.engine import StepResult, Trainer, train
-from deit_kd.interfaces import Batch, InputError, Stopped, speaker
+from deit_kd.interfaces import ANSWERS, Batch, InputError, Stopped, speaker
 from deit_kd.memory import peak_memory, reset_peak_memory
 from deit_kd.run_folder import CHECKPOINTS, METRICS_FILE, FeatureRecord, ScoreRecord, kept_weights
 from deit_kd.runs import parts
@@ -279,7 +279,8 @@ def _epoch_note(
 ) -> str:
     pieces = [f"epoch {epoch + 1}/{epochs}"]
     for name, result in results.items():
-        tops = [f"{head} {score['top1']:.1f}" for head, score in result["heads"].items() if score is not None]
+        there = ((head, result["heads"].get(head)) for head in ANSWERS)
+        tops = [f"{head} {score['top1']:.1f}" for head, score in there if score is not None]
         pieces.append(f"{name}: {' / '.join(tops)}")
     if teacher_score is not None:
         pieces.append(f"teacher {score_text(teacher_score, 1).removeprefix('top-1 ')}")

@@ -52,6 +52,17 @@ class Lesson:
         return self._network
 
     @property
+    def dense_grid(self) -> tuple[int, int]:
+        """The grid of the dense logits, h x w.
+
+        Raises:
+            InputError: nothing provides them.
+        """
+        if not isinstance(self.answers, Answers) or self.answers.grid is None:
+            raise InputError("distill.terms: dense needs a teacher with logits at every place; name a CNN")
+        return self.answers.grid
+
+    @property
     def _network(self) -> FrozenTeacher | None:
         giver: Any = self.guide or self.answers
         if isinstance(giver, RecordingTeacher):
@@ -60,6 +71,8 @@ class Lesson:
 
     def teacher_for(self, needs: Needs) -> Teacher | None:
         """Return the teacher from now on, which computes no more than `needs`; release networks no longer needed."""
+        if isinstance(self.answers, Answers):
+            self.answers.ask_for_dense(needs.dense)
         if needs.links:
             self.feature_giver.ask_for(needs.teacher_features)
         else:
@@ -81,11 +94,13 @@ def build_distiller(run: Run, lesson: Lesson, step: int) -> Distiller:
     """
     epoch_start = step // run.loader.steps_per_epoch * run.loader.steps_per_epoch
     objective = run.objective.remaining(epoch_start / run.loader.total_steps)
-    links = objective.needs.links
+    needs = objective.needs
+    grid = lesson.dense_grid if needs.dense else None
+    connectors = run.connectors or Connectors(())
+    connectors.freeze_all_but(needs.links)
     learner: Any = run.student
-    if run.connectors is not None:
-        run.connectors.freeze_all_but(links)
-        learner = ConnectedStudent(run.student, run.connectors, links) if links else run.student
+    if needs.links or needs.dense:
+        learner = ConnectedStudent(run.student, connectors, needs.links, grid)
     mode = run.config.train.compile
     if mode:
         learner = torch.compile(learner, mode=None if mode is True else mode)
@@ -93,7 +108,7 @@ def build_distiller(run: Run, lesson: Lesson, step: int) -> Distiller:
         # Its default copies every gradient into a bucket and back. `static_graph` would gain nothing: without
         # find_unused_parameters buckets follow the order of the first backward pass anyway.
         learner = DistributedDataParallel(learner, gradient_as_bucket_view=True)
-    teacher, precision = lesson.teacher_for(objective.needs), run.config.train.precision
+    teacher, precision = lesson.teacher_for(needs), run.config.train.precision
     return Distiller(learner, teacher, objective, precision, compiled=bool(mode))
 
 

@@ -22,8 +22,18 @@ from deit_kd.config import (
 from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
-from deit_kd.interfaces import Batch, InputError
-from deit_kd.losses import FeatureTerm, LogitTerm, Objective, Shapes, Term, guide_links, pooled_links, relation_links
+from deit_kd.interfaces import DENSE, Batch, InputError
+from deit_kd.losses import (
+    DenseTerm,
+    FeatureTerm,
+    LogitTerm,
+    Objective,
+    Shapes,
+    Term,
+    guide_links,
+    pooled_links,
+    relation_links,
+)
 from deit_kd.models.create import chosen_attention
 from deit_kd.optim import build_optimizer, scaled_lr
 from deit_kd.optim import build_schedule as build_cosine_schedule
@@ -182,6 +192,8 @@ def _build_term(section: TermSection, student: Shapes, teacher: Shapes) -> Term:
     if section.kind == "pooled":
         return FeatureTerm("pooled", weight, pooled_links(student, teacher), loss=section.loss)
     temperature = None if section.temperature is None else as_schedule(section.temperature)
+    if section.kind == DENSE:
+        return DenseTerm(weight, section.mode, as_schedule(section.mix), temperature)
     if section.kind == "relations":
         links = relation_links(student, teacher, blocks=section.blocks, stages=section.stages, grid=section.grid)
         return FeatureTerm("relations", weight, links, grid=section.grid, temperature=temperature)
@@ -257,6 +269,7 @@ def build_student(
             classes=classes,
             image_size=config.data.image_size,
             distilled=config.distill.has_token,
+            patches=config.distill.dense is not None,
             token=section.token,
             new_heads=section.new_heads,
             freeze=section.freeze,
@@ -278,22 +291,41 @@ def teacher_precision(config: Config) -> str:
 
 
 def build_teacher(
-    config: Config, classes: tuple[str, ...], processes: Processes, checkpoint: str | None
+    config: Config, classes: tuple[str, ...], processes: Processes, checkpoint: str | None, dense: bool = False
 ) -> NetworkTeacher:
-    """Return the recipe's teacher or teachers; `checkpoint` holds the weights of a single teacher, if it has any."""
+    """Return the recipe's teacher or teachers.
+
+    Args:
+        config: the recipe.
+        classes: the dataset's.
+        processes: of the job.
+        checkpoint: the weights of a single teacher, if it has any.
+        dense: whether it must be able to answer at each place.
+
+    Raises:
+        InputError: it cannot be built.
+    """
     section = config.teacher
     if section.members:
         return EnsembleTeacher(
-            [_build_network(config, member, classes, processes, member.checkpoint) for member in section.members],
+            [
+                _build_network(config, member, classes, processes, member.checkpoint, dense)
+                for member in section.members
+            ],
             [member.weight for member in section.members],
             section.combine,
             config.seed,
         )
-    return _build_network(config, section, classes, processes, checkpoint)
+    return _build_network(config, section, classes, processes, checkpoint, dense)
 
 
 def _build_network(
-    config: Config, network: TeacherNetwork, classes: tuple[str, ...], processes: Processes, checkpoint: str | None
+    config: Config,
+    network: TeacherNetwork,
+    classes: tuple[str, ...],
+    processes: Processes,
+    checkpoint: str | None,
+    dense: bool,
 ) -> FrozenTeacher:
     section = config.teacher
     with chosen_attention(config.train.attention, processes.device):
@@ -311,6 +343,7 @@ def _build_network(
             mean=network.mean,
             std=network.std,
             channels_last=section.channels_last,
+            dense=dense,
             compiled=section.compile,
             classes=classes,
             student=config.data.preprocessing,

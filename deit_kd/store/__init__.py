@@ -1,6 +1,7 @@
 """The label store: a teacher's answers to every view, kept on disk and replayed for any student."""
 
-from deit_kd.store.folder import MANIFEST, PARTS, VALIDATION, VIEWS_FIELD, LabelStore, epoch_part
+from deit_kd.store.folder import LabelStore, epoch_part
+from deit_kd.store.manifest import MANIFEST, PARTS, VALIDATION, VIEWS_FIELD
 from deit_kd.store.record import Record
 from deit_kd.store.shares import (
     Division,

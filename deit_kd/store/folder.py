@@ -10,29 +10,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, with_config
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from deit_kd.files import checked, held, read_json, write_atomically, write_json, write_unless_there
 from deit_kd.interfaces import InputError
 from deit_kd.models.state import tensors_hash
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.run_folder import ScoreRecord
+from deit_kd.store.manifest import (
+    FORMAT,
+    MANIFEST,
+    PARTS,
+    VALIDATION,
+    VIEWS_FIELD,
+    Manifest,
+    digest_of,
+    record_of,
+)
 from deit_kd.store.record import Record, is_missing, is_whole
-
-FORMAT = 1
-MANIFEST = "store.json"
-PARTS = "parts"  # folder of what several machines need to know that build the store together
-VALIDATION = "validation"
-VIEWS_FIELD = "views.version"  # of a store's identity
-ESSENTIAL = ("format", "identity", "classes", "top", "views", "validation")  # of a manifest: what records depend on
 
 Columns = dict[str, Tensor]
 
@@ -40,29 +41,6 @@ Columns = dict[str, Tensor]
 def epoch_part(epoch: int) -> str:
     """Return the name of the part that holds the answers to one epoch's views."""
     return f"epoch-{epoch:05d}"
-
-
-@with_config(ConfigDict(extra="allow"))
-class TeacherOfStore(TypedDict):
-    """What answered."""
-
-    name: str
-    random_weights: bool
-    weights: str
-
-
-@with_config(ConfigDict(extra="allow"))
-class Manifest(TypedDict):
-    """What ``store.json`` holds."""
-
-    format: int
-    identity: dict[str, Any]
-    classes: Annotated[list[str], Field(min_length=1)]
-    top: Annotated[int, Field(ge=0)]
-    views: Annotated[int, Field(ge=0, lt=2**40)]
-    validation: Annotated[int, Field(ge=0, lt=2**40)]
-    libraries: Annotated[list[dict[str, str]], Field(min_length=1)]
-    teacher: TeacherOfStore
 
 
 class LabelStore:
@@ -94,7 +72,7 @@ class LabelStore:
                 f"teacher.store: {folder} answers views of version {self.views_version}, this version of deit_kd makes "
                 f"versions up to {VIEWS_VERSION}; rebuild it"
             )
-        self.record = Record(len(self.manifest["classes"]), self.manifest["top"])
+        self.record = record_of(self.manifest)  # of views
         self._open: tuple[str, Columns] | None = None
         self._writer = uuid.uuid4().hex[:8]  # where there are no locks, two may answer the same views
 
@@ -105,7 +83,8 @@ class LabelStore:
         Args:
             folder: empty, or of a store.
             manifest: ``identity`` (fields by name), ``classes`` (names), ``top`` (K), ``views`` (of an epoch),
-                ``validation`` (images), ``libraries`` (a list of accepted versions) and ``teacher`` (facts).
+                ``validation`` (images), ``libraries`` (a list of accepted versions), ``teacher`` (facts) and, if there
+                are any, further ``columns``.
 
         Raises:
             InputError: the folder holds something else.
@@ -121,8 +100,7 @@ class LabelStore:
     @cached_property
     def digest(self) -> str:
         """Hash of everything that the records depend on, including their format."""
-        essence = {key: value for key, value in self.manifest.items() if key in ESSENTIAL}
-        return hashlib.blake2b(json.dumps(essence, sort_keys=True).encode(), digest_size=16).hexdigest()
+        return digest_of(self.manifest)
 
     @property
     def epochs(self) -> int:
@@ -159,7 +137,7 @@ class LabelStore:
             InputError: the part does not exist, or its file is truncated or of another store.
         """
         if self._open is None or self._open[0] != part:
-            columns, _ = self._read(self._file(part), self._rows(part))
+            columns, _ = self._read(part, self._file(part))
             self._open = part, columns
         return self._open[1]
 
@@ -214,7 +192,7 @@ class LabelStore:
     def score(self) -> ScoreRecord:
         """Return the teacher's ``top1``, ``top5`` and ``nll`` on the validation set, as measured."""
         file = self._file(VALIDATION)
-        _, metadata = self._read(file, self._rows(VALIDATION))
+        _, metadata = self._read(VALIDATION, file)
         try:
             return checked(json.loads(metadata["notes"]), ScoreRecord)
         except ValueError as error:
@@ -243,14 +221,15 @@ class LabelStore:
             InputError: a file is missing, truncated, altered or of another store.
         """
         for part in parts:
-            columns, metadata = self._read(self._file(part), self._rows(part))
+            columns, metadata = self._read(part, self._file(part))
             if metadata["digest"] != _hash(columns, metadata):
                 raise self._broken(self._file(part), "its checksum differs")
             if not is_whole(columns) or not self.record.names_its_classes(columns):
                 raise self._broken(self._file(part), "a record is not a valid answer")
 
-    def _read(self, file: Path, rows: int | None) -> tuple[Columns, dict[str, str]]:
-        """Map the columns of a file: `rows` of them, or any number if that is None."""
+    def _read(self, part: str, file: Path, is_piece: bool = False) -> tuple[Columns, dict[str, str]]:
+        """Map the columns of a part's file, or of one of its pieces, which has any number of rows."""
+        rows = None if is_piece else self._rows(part)
         try:
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
@@ -259,16 +238,17 @@ class LabelStore:
             raise self._broken(file, str(error).splitlines()[0]) from error
         if metadata.get("store") != self.digest:
             raise self._broken(file, "it belongs to another store")
-        if not {"notes", "digest"} <= metadata.keys() or not self._are_records(columns, rows):
+        if not {"notes", "digest"} <= metadata.keys() or not self._are_records(self._record_of(part), columns, rows):
             raise self._broken(file, "it holds no records" if rows is None else f"it does not hold {rows} records")
         return columns, metadata
 
-    def _are_records(self, columns: Columns, rows: int | None) -> bool:
+    @staticmethod
+    def _are_records(record: Record, columns: Columns, rows: int | None) -> bool:
         """Return whether `columns` are those of `rows` records, or of a piece with its positions if that is None."""
         count = len(columns["positions"]) if rows is None and "positions" in columns else rows
         if count is None or any(column.ndim == 0 or len(column) != count for column in columns.values()):
             return False
-        expected = self.record.empty(0) | ({"positions": torch.empty(0, dtype=torch.int64)} if rows is None else {})
+        expected = record.empty(0) | ({"positions": torch.empty(0, dtype=torch.int64)} if rows is None else {})
         return {name: (column.dtype, column.shape[1:]) for name, column in columns.items()} == {
             name: (column.dtype, column.shape[1:]) for name, column in expected.items()
         }
@@ -336,7 +316,7 @@ class LabelStore:
         if self.holds(part):
             shutil.rmtree(self._pieces_folder(part), ignore_errors=True)
             return
-        columns = self.record.empty(self._rows(part))
+        columns = self._record_of(part).empty(self._rows(part))
         for positions, piece in self._pieces(part):
             for name, column in columns.items():
                 column[positions] = piece[name]
@@ -355,7 +335,7 @@ class LabelStore:
         """Yield the pieces of a part, without the damaged ones, whose views must be answered again."""
         for file in sorted(self._pieces_folder(part).glob("*.safetensors")):
             try:
-                columns, metadata = self._read(file, None)
+                columns, metadata = self._read(part, file, is_piece=True)
                 positions = columns["positions"]
                 whole = metadata["digest"] == _hash(columns, metadata) and bool(
                     ((positions >= 0) & (positions < self._rows(part))).all()
@@ -364,6 +344,9 @@ class LabelStore:
                 whole = False
             if whole:
                 yield columns.pop("positions"), columns
+
+    def _record_of(self, part: str) -> Record:
+        return self.record.of_whole_images if part == VALIDATION else self.record
 
     def _rows(self, part: str) -> int:
         return self.manifest["validation" if part == VALIDATION else "views"]

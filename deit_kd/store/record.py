@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 LEAST_LOGIT = torch.finfo(torch.float16).min
-MISSING = {"label": -2, "logits": -math.inf, "classes": 0, "rest": 0.0}  # the encoding of a missing answer
+MISSING = {"label": -2, "logits": -math.inf, "classes": 0, "rest": 0.0, "dense": -2}  # the encoding of a missing answer
 LEAST_GAP = 2.0**-24  # the smallest fp16 number: a tie in fp16 must not move the argmax
 
 
@@ -22,15 +22,24 @@ class Record:
     - ``top`` K < C: the K largest logits, their classes, and the log-sum-exp of the rest at T = 1 (fp32);
     - ``top`` >= C: all logits.
 
+    With a `grid` there is also ``dense``, the class of each place (see `TeacherOutput.dense_labels`).
+
     The argmax of the decoded logits is that of the encoded ones, ties included.
 
     Args:
         classes: C.
         top: K.
+        grid: h x w of the places; None for none.
     """
 
     classes: int
     top: int
+    grid: tuple[int, int] | None = None
+
+    @property
+    def of_whole_images(self) -> Record:
+        """The record without places."""
+        return replace(self, grid=None)
 
     @property
     def holds_logits(self) -> bool:
@@ -39,7 +48,8 @@ class Record:
 
     @cached_property
     def _example(self) -> dict[str, Tensor]:
-        return self.encode(torch.zeros(1, self.classes))
+        places = None if self.grid is None else torch.zeros(1, *self.grid, dtype=torch.long)
+        return self.encode(torch.zeros(1, self.classes), places)
 
     @property
     def bytes_per_view(self) -> int:
@@ -54,9 +64,23 @@ class Record:
         """Return the columns of views without an answer because their photos cannot be read."""
         return {name: column.fill_(MISSING[name]).to(device) for name, column in self.empty(views).items()}
 
-    def encode(self, logits: Tensor) -> dict[str, Tensor]:
-        """Return the columns of logits [B, C], on their device: ``label`` [B], or ``logits`` [B, K] and the others."""
-        index_type = torch.int16 if self.classes <= 2**15 else torch.int32
+    @property
+    def _index_type(self) -> torch.dtype:
+        return torch.int16 if self.classes <= 2**15 else torch.int32
+
+    def encode(self, logits: Tensor, dense_labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the columns of logits [B, C], on their device: ``label`` [B], or ``logits`` [B, K] and the others.
+
+        With a `grid`, the classes of places [B, h, w] are one more, ``dense``.
+        """
+        columns = self._encode(logits)
+        if self.grid is not None:
+            assert dense_labels is not None
+            columns["dense"] = dense_labels.to(self._index_type)
+        return columns
+
+    def _encode(self, logits: Tensor) -> dict[str, Tensor]:
+        index_type = self._index_type
         logits = logits.float()
         largest, winner = logits.max(-1)[0], logits.argmax(-1)
         if not self.holds_logits:
@@ -93,7 +117,7 @@ class Record:
 
     def names_its_classes(self, columns: dict[str, Tensor]) -> bool:
         """Return whether every class in the records is one of the C; a missing answer has none."""
-        named = [columns[name][~is_missing(columns)] for name in ("label", "classes") if name in columns]
+        named = [columns[name][~is_missing(columns)] for name in ("label", "classes", "dense") if name in columns]
         return all(bool(((column >= 0) & (column < self.classes)).all()) for column in named)
 
     def gap(self, columns: dict[str, Tensor], logits: Tensor) -> Tensor:
@@ -115,6 +139,6 @@ def is_missing(columns: dict[str, Tensor]) -> Tensor:
 
 def is_whole(columns: dict[str, Tensor]) -> bool:
     """Return whether every record came from an answer whose largest logit was finite, or is marked as missing."""
-    if "label" in columns:
-        return bool((columns["label"] != -1).all())
+    if any(bool((columns[name] == -1).any()) for name in ("label", "dense") if name in columns):
+        return False
     return not any(bool(columns[name].isnan().any()) for name in ("logits", "rest") if name in columns)

@@ -16,7 +16,8 @@ from typing_extensions import TypedDict
 
 from deit_kd.files import held, read_json, write_json, write_unless_there
 from deit_kd.interfaces import InputError
-from deit_kd.store.folder import PARTS, VALIDATION, LabelStore, epoch_part, said_clearly
+from deit_kd.store.folder import LabelStore, epoch_part, said_clearly
+from deit_kd.store.manifest import PARTS, VALIDATION
 
 PLAN = "plan.json"
 PROGRESS = "progress.json"

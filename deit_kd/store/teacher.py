@@ -13,6 +13,7 @@ from deit_kd.interfaces import Batch, InputError, TeacherOutput
 from deit_kd.store.folder import LabelStore, epoch_part
 
 VIEWS_PER_PIECE = 4096
+ADD_A_COLUMN = "build another store with the dense term in its recipe (deit-kd store build)"
 SECONDS_PER_PIECE = 60.0  # the most work that a slow teacher loses when it is killed
 
 
@@ -29,11 +30,27 @@ class StoredTeacher:
         self.store = store
         self._verify = verify
         self._verified: set[int] = set()
+        self._dense = False
         self.facts: dict[str, Any] = {**store.manifest["teacher"], "store": store.digest, "view_epochs": epochs}
 
     def lines(self, role: str = "teacher") -> list[str]:
         """Return the lines to print about it."""
         return []
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """The grid of its dense labels; None if it has none."""
+        return self.store.record.grid
+
+    def ask_for_dense(self, asked: bool) -> None:
+        """From now on, also answer with dense labels, or no longer.
+
+        Raises:
+            InputError: the store has none.
+        """
+        if asked and self.grid is None:
+            raise InputError(f"distill.terms: {self.store.folder} has no column for dense; {ADD_A_COLUMN}")
+        self._dense = asked
 
     def __call__(self, batch: Batch) -> TeacherOutput:
         """Answer the views of `batch` with logits [B, C] in fp32, on the device of its images.
@@ -50,7 +67,9 @@ class StoredTeacher:
         records = self.store.find(view_ids)
         self.store.expect_missing(batch.missing_ids())
         device = batch.images.device
-        return TeacherOutput(self.store.record.decode({name: _sent(c, device) for name, c in records.items()}))
+        dense = records.pop("dense", None)
+        logits = self.store.record.decode({name: _sent(column, device) for name, column in records.items()})
+        return TeacherOutput(logits, dense_labels=_sent(dense, device) if self._dense and dense is not None else None)
 
 
 def _sent(column: Tensor, device: torch.device) -> Tensor:
@@ -66,11 +85,15 @@ class RecordingTeacher:
     Args:
         teacher: to run.
         store: this process may write pieces to it.
+        shares: gives the share of dense logits [B] in the target of views [B, 2]; only for a store with dense labels.
     """
 
-    def __init__(self, teacher: Any, store: LabelStore) -> None:
+    def __init__(self, teacher: Any, store: LabelStore, shares: Callable[[Tensor], Tensor] | None = None) -> None:
         self.store = store
         self.teacher = teacher
+        self._shares = shares
+        if store.record.grid is not None:
+            teacher.ask_for_dense(True)
         self._kept: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._views, self._since = 0, time.monotonic()
 
@@ -80,7 +103,7 @@ class RecordingTeacher:
         logits = answer.needed_logits()
         if batch.view_ids is not None:
             view_ids = batch.view_ids.clone()  # or a file would stay open for each of a worker's tensors
-            self._kept.append((view_ids, self.store.record.encode(logits)))
+            self._kept.append((view_ids, self.store.record.encode(logits, self._dense_labels(answer, view_ids))))
             if batch.missing:
                 marks = self.store.record.missing(len(batch.missing), logits.device)
                 self._kept.append((batch.missing_ids(), marks))
@@ -88,6 +111,23 @@ class RecordingTeacher:
             if self._views >= VIEWS_PER_PIECE or time.monotonic() - self._since >= SECONDS_PER_PIECE:
                 self.flush()
         return answer
+
+    def _dense_labels(self, answer: TeacherOutput, view_ids: Tensor) -> Tensor | None:
+        if self.store.record.grid is None:
+            return None
+        assert self._shares is not None
+        mixed = answer.mixed(self._shares(view_ids).to(answer.needed_logits().device))
+        return mixed.argmax(-1).where(mixed.isfinite().all(-1), -1)
+
+    def ask_for_dense(self, asked: bool) -> None:
+        """Ask the other teacher for logits at each place, or no longer; a store with dense labels needs them always."""
+        self.teacher.ask_for_dense(asked or self.store.record.grid is not None)
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """The grid of the other teacher's dense logits."""
+        grid: tuple[int, int] | None = self.teacher.grid
+        return grid
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import nn
 from deit_kd.interfaces import InputError
 from deit_kd.models.create import check_answer, check_arguments, create_model, size_argument
 from deit_kd.models.names import check_known, distilled_twin, plain_twin
+from deit_kd.models.tokens import answer_with_patches
 from deit_kd.models.weights import Account, fit_weights
 from deit_kd.origins import Origin, open_origin, open_published
 from deit_kd.randomness import seed_initialisation
@@ -30,6 +31,7 @@ def build_student(
     classes: tuple[str, ...],
     image_size: int,
     distilled: bool,
+    patches: bool = False,
     token: str = "cls",
     new_heads: bool = False,
     freeze: str = "none",
@@ -50,6 +52,7 @@ def build_student(
         classes: the dataset's class names, in label order.
         image_size: pixels.
         distilled: whether the student learns from a teacher through a head of its own.
+        patches: whether it also answers with ``patch``, see `answer_with_patches`.
         token: what a new token starts from, ``cls`` or ``scratch``; see `fit_weights`.
         new_heads: initialise new heads even if the weights' own have the same number of classes.
         freeze: ``none``, ``patch_embed``, ``backbone`` (tokens and heads learn) or ``all_but_heads``.
@@ -82,6 +85,8 @@ def build_student(
         **args,
         **({"drop_path_rate": drop_path} if drop_path else {}),
     )
+    if patches:
+        answer_with_patches("student.name", backbone)
     account = None
     if origin is not None:
         other_classes = origin.classes is not None and (origin.classes != classes or origin.columns is not None)
@@ -94,7 +99,7 @@ def build_student(
     )
     _freeze(student.backbone, freeze)
     student.eval()
-    check_answer("student", name, lambda images: student(images)[:2], image_size, len(classes))
+    check_answer("student", name, lambda images: [*student(images).logits.values()], image_size, len(classes))
     return student.train()
 
 

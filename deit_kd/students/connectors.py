@@ -51,23 +51,32 @@ def _by_channels(linear: nn.Module, features: Tensor) -> Tensor:
 
 
 class ConnectedStudent(nn.Module):
-    """A student that also answers with connected features: what DDP wraps while features are compared.
+    """A student that also answers with what a teacher's is compared with: what DDP wraps meanwhile.
 
     Args:
         student: its weights are trained, averaged and saved; the connectors are only trained.
         connectors: of the features to answer with.
         links: which of them.
+        grid: h x w, of the teacher's dense logits; None if they are not compared.
     """
 
-    def __init__(self, student: TimmStudent, connectors: Connectors, links: Sequence[Link]) -> None:
+    def __init__(
+        self,
+        student: TimmStudent,
+        connectors: Connectors,
+        links: Sequence[Link],
+        grid: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.student = student
         self.connectors = connectors
         self._links = tuple(links)
+        self._grid = grid
         self._features = tuple(dict.fromkeys(link.student for link in links))
 
     def forward(self, images: Tensor) -> StudentOutput:
-        """Answer `images` [B, 3, H, W] with both heads and the connected features."""
-        output: StudentOutput = self.student(images, self._features)
-        assert output.features is not None
+        """Answer `images` [B, 3, H, W] with every head, the connected features and the logits at places."""
+        output: StudentOutput = self.student(images, self._features, self._grid)
+        if output.features is None:
+            return output
         return output._replace(features=self.connectors(output.features, self._links))

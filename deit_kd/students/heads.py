@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deit_kd.features import POOLED, answer_with_features, layer_names, mean_patch
 from deit_kd.interfaces import StudentOutput
-from deit_kd.models.tokens import has_distillation_token, heads_of, read_heads
+from deit_kd.models.tokens import dense_logits_of, has_distillation_token, heads_of, read_heads
 from deit_kd.models.weights import Account
 
 
@@ -44,12 +44,18 @@ class TimmStudent(nn.Module):
         self.account = account
         self.has_distillation_token = has_distillation_token(backbone)
 
-    def forward(self, images: Tensor, features: Sequence[str] = ()) -> StudentOutput:
-        """Answer `images` [B, 3, H, W] with logits [B, C] of each of its heads, and the `features` that are named."""
+    def forward(
+        self, images: Tensor, features: Sequence[str] = (), grid: tuple[int, int] | None = None
+    ) -> StudentOutput:
+        """Answer `images` [B, 3, H, W] with logits [B, C] of each of its heads.
+
+        Also with the `features` that are named, and with the logits at each place of a `grid` if there is one, see
+        `dense_logits_of`.
+        """
         images = images.contiguous(memory_format=self._memory_format)
-        if not features:
+        if not features and grid is None:
             return read_heads(self.backbone, images)
-        ask = partial(answer_with_features, self.backbone, images, head=partial(heads_of, self.backbone))
+        ask = partial(answer_with_features, self.backbone, images, head=partial(self._answer, grid=grid))
         if POOLED in features and isinstance(self.backbone, PoolingVisionTransformer):
             # pit's last features are its tokens alone; its patches are the map of its last layer
             last = layer_names(self.backbone)[-1]
@@ -58,7 +64,11 @@ class TimmStudent(nn.Module):
         else:
             heads, found = ask(features, pool=self._pool)
         answer: StudentOutput = heads
-        return answer._replace(features={name: found[name] for name in features})
+        return answer._replace(features={name: found[name] for name in features} if features else None)
+
+    def _answer(self, last: Tensor, grid: tuple[int, int] | None) -> StudentOutput:
+        output = heads_of(self.backbone, last)
+        return output if grid is None else output._replace(dense_logits=dense_logits_of(self.backbone, last, grid))
 
     def _pool(self, last: Tensor) -> Tensor:
         return mean_patch(last, getattr(self.backbone, "num_prefix_tokens", 0))

@@ -15,6 +15,7 @@ from deit_kd.models.weights import fit_weights
 from deit_kd.origins import Origin, open_origin, open_published
 from deit_kd.randomness import seed_initialisation
 from deit_kd.teachers.class_map import build_class_map, label_set_names
+from deit_kd.teachers.dense import dense_grid
 from deit_kd.teachers.fold import fold_batch_norms
 from deit_kd.teachers.frozen import FrozenTeacher, FusedHeads
 from deit_kd.twins import refuse_other_twin, set_layer_norm_eps
@@ -37,6 +38,7 @@ def build_teacher(
     std: Statistics | None,
     channels_last: bool,
     fold: bool = False,
+    dense: bool = False,
     compiled: bool,
     classes: tuple[str, ...],
     student: Preprocessing,
@@ -65,6 +67,7 @@ def build_teacher(
         std: the same.
         channels_last: memory format.
         fold: whether to fold its batch norms, see `fold_batch_norms`.
+        dense: whether it must be able to answer at each place, see `dense_grid`.
         compiled: whether to compile it.
         classes: the dataset's class names, in label order.
         student: the preprocessing of the batch's images.
@@ -127,6 +130,7 @@ def build_teacher(
         notes.append(f"warning: the columns of {origin.name} have no names and are taken in the order of the classes")
     if fold:
         notes.append(f"teacher: {fold_batch_norms(architecture, network, size)} batch norms are folded")
+    grid = dense_grid(architecture, network, size) if dense else None
     known = origin.preprocessing
     own_mean: Statistics = mean or known.mean or student.mean
     own_std: Statistics = std or known.std or student.std
@@ -139,6 +143,7 @@ def build_teacher(
         std=own_std,
         image_size=size,
         interpolation=interpolation,
+        grid=grid,
         dtype=dtype,
         channels_last=channels_last,
         compiled=compiled,

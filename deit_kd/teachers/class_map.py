@@ -31,7 +31,7 @@ LABEL_SETS = (
 
 
 class ClassMap(nn.Module):
-    """Turns a teacher's logits [B, M] into logits [B, C] of the dataset's classes.
+    """Turns a teacher's logits [..., M] into logits [..., C] of the dataset's classes.
 
     A class with one column keeps its logit; the softmax over the C results is then the teacher's distribution
     renormalised over the mapped columns. A class with several columns gets the log of their summed
@@ -56,8 +56,8 @@ class ClassMap(nn.Module):
         self.register_buffer("_padding", padding, persistent=False)
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Return logits [B, C] of the dataset's classes for a teacher's [B, M]."""
-        groups = logits[:, self._index]  # [B, C, G]
+        """Return logits [..., C] of the dataset's classes for a teacher's [..., M]."""
+        groups = logits[..., self._index]  # [..., C, G]
         return groups.masked_fill(self._padding, float("-inf")).logsumexp(-1)
 
     def record(self, classes: Sequence[str]) -> dict[str, list[Any]]:

@@ -48,6 +48,7 @@ class EnsembleTeacher(nn.Module):
         self.members = nn.ModuleList(members)
         self.combine = combine
         self._key = derive("teacher of a view", seed) >> 1  # fits int64
+        self.grid = _common_grid([member.grid for member in members])
         shares = torch.tensor(weights, dtype=torch.float64, device=members[0]._gain.device)
         self.register_buffer("_shares", shares / shares.sum())
         self.facts: dict[str, Any] = {
@@ -62,21 +63,54 @@ class EnsembleTeacher(nn.Module):
         members: list[Any] = list(self.members)
         return [line for member in members for line in member.lines(role)]
 
+    def ask_for_dense(self, asked: bool) -> None:
+        """From now on, also answer with log-probabilities [B, h, w, C] at each place, or no longer.
+
+        Raises:
+            InputError: a member has no logits at places.
+        """
+        members: list[Any] = list(self.members)
+        for member in members:
+            member.ask_for_dense(asked)
+
     @torch.no_grad()
     def forward(self, batch: Batch) -> TeacherOutput:
-        """Answer the views of `batch` with log-probabilities [B, C] in fp32."""
-        answers = torch.stack([member(batch).logits for member in self.members]).log_softmax(-1)  # [members, B, C]
-        if self.combine == "draw" and batch.view_ids is not None:
-            drawn = self.draw(batch.view_ids.to(answers.device, non_blocking=True))
-            return TeacherOutput(answers[drawn, torch.arange(len(drawn), device=drawn.device)])
+        """Answer the views of `batch` with log-probabilities [B, C] in fp32; each place is combined as the image is."""
+        outputs = [member(batch) for member in self.members]
+        dense = [output.dense_logits for output in outputs if output.dense_logits is not None]
+        return TeacherOutput(
+            self._combined([output.logits for output in outputs], batch.view_ids),
+            dense_logits=self._combined(dense, batch.view_ids) if dense else None,
+        )
+
+    def _combined(self, logits: Sequence[Tensor], view_ids: Tensor | None) -> Tensor:
+        answers = torch.stack(list(logits)).log_softmax(-1)  # [members, B, …, C]
+        if self.combine == "draw" and view_ids is not None:
+            drawn = self.draw(view_ids.to(answers.device, non_blocking=True))
+            return answers[drawn, torch.arange(len(drawn), device=drawn.device)]
         shares = self._shares.to(answers.dtype).log()
-        return TeacherOutput((answers + shares[:, None, None]).logsumexp(0))
+        return (answers + shares.view(-1, *(1,) * (answers.ndim - 1))).logsumexp(0)
 
     def draw(self, view_ids: Tensor) -> Tensor:
         """Return the member [B] that answers each view; a pure function of ``view_ids`` [B, 2] and the seed."""
         mixed = _scramble(_scramble(view_ids[:, 0] + self._key) + view_ids[:, 1])
         uniform = (mixed & 0xFFFFFFFF).double() / 2**32
         return torch.bucketize(uniform, self._shares.cumsum(0)[:-1], right=True)
+
+
+def _common_grid(grids: Sequence[tuple[int, int] | None]) -> tuple[int, int] | None:
+    """Return the grid that all members have.
+
+    Raises:
+        InputError: their dense logits have several.
+    """
+    if len(set(grids)) > 1:
+        named = ", ".join("none" if grid is None else f"{grid[0]} x {grid[1]}" for grid in grids)
+        raise InputError(
+            f"teacher.members: their dense logits have the grids {named}, and places are combined one by one; give the "
+            "members sizes (image_size) with the same grid, or leave out the dense term"
+        )
+    return grids[0]
 
 
 def _scramble(integers: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deit_kd.features import Features, answer_with_features, check_layers, layer_names
-from deit_kd.interfaces import Batch, Statistics, TeacherOutput
+from deit_kd.interfaces import Batch, InputError, Statistics, TeacherOutput
 from deit_kd.models.tokens import heads_of
 from deit_kd.teachers.class_map import ClassMap, described
+from deit_kd.teachers.dense import dense_logits
 
 LONGEST_LIST = 20  # classes of a map that are printed; run.json has all of them
 
@@ -59,6 +60,7 @@ class FrozenTeacher(nn.Module):
         compiled: run the network through ``torch.compile``.
         class_map: turns the network's columns into the dataset's classes; None if they are the same.
         interpolation: of the resize, ``bicubic`` or ``bilinear``; the whole view is resized, nothing is cropped.
+        grid: h x w of its dense logits, see `dense_grid`; None if it has none.
         facts: what a run records about this teacher.
         notes: further lines to print.
     """
@@ -80,6 +82,7 @@ class FrozenTeacher(nn.Module):
         compiled: bool = False,
         class_map: ClassMap | None = None,
         interpolation: str = "bicubic",
+        grid: tuple[int, int] | None = None,
         facts: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
     ) -> None:
@@ -90,6 +93,7 @@ class FrozenTeacher(nn.Module):
         self._compiled = compiled
         self.has_head = getattr(backbone_of(network), "num_classes", 1) != 0
         self._map = class_map
+        self.grid = grid
         self.facts = dict(facts or {})
         self._notes = tuple(notes)
         self._image_size = image_size
@@ -102,7 +106,9 @@ class FrozenTeacher(nn.Module):
         self.register_buffer("_gain", torch.tensor(gain).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_offset", torch.tensor(offset).view(1, 3, 1, 1), persistent=False)
         self.eval()
-        self.ask_for(())
+        self._features: tuple[str, ...] = ()
+        self._dense = False
+        self._prepare()
 
     def lines(self, role: str = "teacher") -> list[str]:
         """Return the lines to print about its preprocessing and its class map."""
@@ -131,19 +137,38 @@ class FrozenTeacher(nn.Module):
         Raises:
             InputError: the network has no layer of that name.
         """
-        network: Any = self.network
-        backbone = backbone_of(network)
-        check_layers("distill.terms: the teacher", backbone, features)
-        self._answer_with_features: Callable[[Tensor], tuple[Tensor, Features]] | None = None
-        if features:
+        check_layers("distill.terms: the teacher", backbone_of(self.network), features)
+        self._features = tuple(features)
+        self._prepare()
+
+    def ask_for_dense(self, asked: bool) -> None:
+        """From now on, also answer with the logits at each place, or no longer.
+
+        Raises:
+            InputError: it has none.
+        """
+        if asked and self.grid is None:
+            raise InputError("distill.terms: dense needs a teacher with logits at every place; name a CNN")
+        self._dense = asked
+        self._prepare()
+
+    def _prepare(self) -> None:
+        backbone = backbone_of(self.network)
+        self._answer_with_features: Callable[[Tensor], tuple[tuple[Tensor, Tensor | None], Features]] | None = None
+        if self._features or self._dense:
             asked = partial(
                 answer_with_features,
                 backbone,
-                names=tuple(features),
-                head=network.forward_head,
+                names=self._features,
+                head=self._head,
                 pool=partial(backbone.forward_head, pre_logits=True),
             )
             self._answer_with_features = torch.compile(asked) if self._compiled else asked
+
+    def _head(self, last: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the network's answer [B, M] and, if it is asked for, that at each place [B, h, w, M]."""
+        network: Any = self.network
+        return network.forward_head(last), dense_logits(network, last) if self._dense else None
 
     def layer_names(self) -> list[str]:
         """Return the layers whose maps can be asked for."""
@@ -158,15 +183,22 @@ class FrozenTeacher(nn.Module):
                 images = images.new_zeros(1, *images.shape[1:])
             images = self._preprocess(images)
             features: Features = {}
+            dense = None
             if self._answer_with_features is None:
                 logits = self._answer(images)
             else:
-                logits, features = self._answer_with_features(images)
+                (logits, dense), features = self._answer_with_features(images)
             logits = logits[: len(batch.images)].float()
             found = {name: feature[: len(batch.images)] for name, feature in features.items()}
             if not self.has_head:
                 return TeacherOutput(None, found or None)
-            return TeacherOutput(logits if self._map is None else self._map(logits), found or None)
+            if dense is not None:
+                dense = self._mapped(dense[: len(batch.images)].float())
+            return TeacherOutput(self._mapped(logits), found or None, dense)
+
+    def _mapped(self, logits: Tensor) -> Tensor:
+        """Return logits [..., C] of the dataset's classes for the network's [..., M]."""
+        return logits if self._map is None else self._map(logits)
 
     def _preprocess(self, images: Tensor) -> Tensor:
         if self._image_size is not None and images.shape[-1] != self._image_size:

@@ -7,7 +7,7 @@ from deit_kd.teachers.frozen import FrozenTeacher
 
 
 class GuidedTeacher:
-    """Answers a batch with the logits of one teacher and the features of another.
+    """Answers a batch with the logits of one teacher, also those at places, and the features of another.
 
     Args:
         answers: gives the logits; None if only features are compared.
@@ -20,5 +20,5 @@ class GuidedTeacher:
 
     def __call__(self, batch: Batch) -> TeacherOutput:
         """Answer `batch` with logits [B, C] and features."""
-        logits = None if self.answers is None else self.answers(batch).logits
-        return TeacherOutput(logits, self.guide(batch).features)
+        answer = TeacherOutput(None) if self.answers is None else self.answers(batch)
+        return answer._replace(features=self.guide(batch).features)

@@ -13,7 +13,7 @@ from deit_kd.console import say
 from deit_kd.data import PILLOW, Splits
 from deit_kd.distributed import Processes, on_main
 from deit_kd.files import read_json, write_json
-from deit_kd.interfaces import InputError, Preprocessing
+from deit_kd.interfaces import FEATURE_KINDS, InputError, Preprocessing
 from deit_kd.randomness import VIEWS_VERSION, derive
 from deit_kd.run_folder import HEADS_FILE
 from deit_kd.runs import parts
@@ -84,7 +84,8 @@ def online_teacher(config: Config, processes: Processes, splits: Splits) -> tupl
     if config.teacher.fit.epochs:
         checkpoint = str(fitted_teacher(config, processes, splits))
     with processes.busy("loads the teacher"):
-        return parts.build_teacher(config, splits.train.classes, processes, checkpoint), checkpoint
+        dense = config.distill.dense is not None
+        return parts.build_teacher(config, splits.train.classes, processes, checkpoint, dense), checkpoint
 
 
 def guide_config(config: Config) -> Config | None:
@@ -95,6 +96,8 @@ def guide_config(config: Config) -> Config | None:
     """
     if not config.distill.needs_features:
         return None
+    features = [term for term in config.distill.terms if term.kind in FEATURE_KINDS]  # all that a guide gives
+    config = config.model_copy(update={"distill": config.distill.model_copy(update={"terms": features})})
     if not config.guide.is_named:
         online = config.teacher.model_copy(update={"store": None})
         return config.model_copy(update={"teacher": online}) if config.teacher.reads_store else None
@@ -112,7 +115,7 @@ def unfitted_teacher(config: Config, classes: tuple[str, ...], processes: Proces
     """Return the network that the recipe will fit, with random weights."""
     unfitted = config.teacher.model_copy(update={"fit": Fit(), "pretrained": False, "random_weights": True})
     trial = config.model_copy(update={"teacher": unfitted})
-    return parts.build_teacher(trial, classes, processes, None)
+    return parts.build_teacher(trial, classes, processes, None, config.distill.dense is not None)
 
 
 def _key(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str, Any]:

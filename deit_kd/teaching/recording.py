@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deit_kd.asking import score_teacher
-from deit_kd.config import Config, differences
+from deit_kd.config import Config, as_schedule, differences
 from deit_kd.console import say
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes, from_main, on_main
@@ -58,7 +59,7 @@ def recording(
     assert config.teacher.store is not None
     with writing(config, config.teacher.store, run.splits, run.loader, processes, teacher, checkpoint) as store:
         fill_validation(config, store, teacher, run.splits, processes, run.errors)
-        recorder = RecordingTeacher(teacher, store)
+        recorder = RecordingTeacher(teacher, store, shares_of_dense(config, run.loader))
 
         def after_epoch(epoch: int, beat: Callable[[], None]) -> None:
             recorder.flush()
@@ -104,6 +105,7 @@ def writing(
         "top": logits_kept(config),
         "views": loader.views_per_epoch,
         "validation": len(splits.validation),
+        **columns_of(config, teacher),
         "libraries": [in_use(config)],
         "teacher": {
             **teacher.facts,
@@ -117,7 +119,8 @@ def writing(
             stack.enter_context(LabelStore.lock(folder) if share is None else share.lock(folder))
             store = LabelStore.begin(folder, manifest)
             refuse_other(store, fields)
-            refuse_differences(store, differences(store.manifest, {key: manifest[key] for key in SHAPE}, IN_THE_STORE))
+            shape = {key: {"columns": {}, **manifest}[key] for key in SHAPE}
+            refuse_differences(store, differences({"columns": {}, **store.manifest}, shape, IN_THE_STORE))
             refuse_makers(store, config)
             if top is not None and top != store.record.top:
                 raise InputError(
@@ -140,6 +143,26 @@ def writing(
         yield store
 
 
+def columns_of(config: Config, teacher: NetworkTeacher) -> dict[str, Any]:
+    """Return ``{"columns": …}``, what a store of this recipe holds of each view besides the answer, if anything."""
+    return {"columns": {"dense": list(teacher.grid)}} if config.distill.stores_dense and teacher.grid else {}
+
+
+def shares_of_dense(config: Config, loader: TrainingLoader) -> Callable[[Tensor], Tensor]:
+    """Return what gives the share of dense logits [B], in fp64, at the steps that learn from views [B, 2]."""
+    term = config.distill.dense
+    mix = None if term is None else as_schedule(term.mix)
+
+    def shares(view_ids: Tensor) -> Tensor:
+        assert mix is not None
+        within = (view_ids[:, 1] // config.train.batch_size).clamp_max(loader.steps_per_epoch - 1)
+        steps, places = (view_ids[:, 0] * loader.steps_per_epoch + within).unique(return_inverse=True)
+        found = [mix.at(step / loader.total_steps) for step in steps.tolist()]
+        return torch.tensor(found, dtype=torch.float64)[places]
+
+    return shares
+
+
 def logits_kept(config: Config) -> int:
     """Return how many logits of an answer a new store of this recipe keeps."""
     if config.teacher.store_top is not None:
@@ -158,7 +181,7 @@ def fill_validation(
     """Run the teacher on every image of the validation set, and keep the answers and their score."""
     if processes.share(store.holds(VALIDATION)):
         return
-    asked = _Listener(teacher, store.record)
+    asked = _Listener(teacher, store.record.of_whole_images)
     batches = parts.build_evaluation_loader(config, splits.validation, processes)
     score, _ = score_teacher(
         asked,

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deit_kd.config import ANSWERS, VIEWS, Config, differences, flat, keys_that_change
+from deit_kd.config import ANSWERS, VIEWS, Config, as_schedule, differences, flat, in_words, keys_that_change
 from deit_kd.data import PILLOW, Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.interfaces import InputError, Preprocessing
@@ -24,7 +24,7 @@ from deit_kd.teachers import NetworkTeacher
 from deit_kd.teaching.fit import teacher_folder
 
 IN_THE_STORE = "in the store"
-SHAPE = ("classes", "views", "validation")  # of a store's parts
+SHAPE = ("classes", "views", "validation", "columns")  # of a store's parts
 OF_A_STORE = ("data.", "augment.", "teacher.")  # prefixes of the keys that it depends on, besides the seed
 MAKERS = ("data.executor", "data.decoder")  # of views; accepted with libraries, by `deit-kd store check`
 LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")  # that the views depend on
@@ -42,7 +42,25 @@ def identity(config: Config, splits: Splits) -> dict[str, Any]:
         "teacher.image_size": config.teacher.image_size or config.data.image_size,
         "teacher.precision": parts.teacher_precision(config),
         "teacher.class_map": _file_digest(config.teacher.class_map),
+        **_dense_identity(config),
     }
+
+
+def _dense_identity(config: Config) -> dict[str, Any]:
+    """Return what dense labels depend on: the mix and, if it changes over the run, the step of each view."""
+    term = config.distill.dense
+    if term is None or not config.distill.stores_dense:
+        return {}
+    found: dict[str, Any] = {"dense.mix": str(in_words(term.mix))}
+    if not has_constant_mix(config):
+        found |= {"train.epochs": config.train.epochs, "train.batch_size": config.train.batch_size}
+    return found
+
+
+def has_constant_mix(config: Config) -> bool:
+    """Return whether the dense labels of a view are the same at any step."""
+    term = config.distill.dense
+    return term is None or len(set(as_schedule(term.mix).values)) == 1
 
 
 def _file_digest(path: str | None) -> str | None:

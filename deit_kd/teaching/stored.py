@@ -21,6 +21,7 @@ from deit_kd.store import (
 )
 from deit_kd.teaching.recording import SOFT_TOP
 from deit_kd.teaching.store_identity import (
+    has_constant_mix,
     identity_without_teacher,
     refuse_makers,
     refuse_other,
@@ -40,6 +41,11 @@ def stored_teacher(run: Run) -> StoredTeacher:
     config, processes = run.config, run.processes
     assert config.teacher.store is not None
     store = open_store(config.teacher.store)
+    if config.distill.dense is not None and store.record.grid is None:
+        raise InputError(
+            f"teacher.store: {config.teacher.store} has no column for the dense term; build another store with this "
+            "recipe (deit-kd store build), or leave out the term"
+        )
     refuse_other(store, identity_without_teacher(config, run.splits, store.views_version))
     refuse_makers(store, config)
     if not config.distill.takes_hard_labels and not store.record.holds_logits:
@@ -50,6 +56,12 @@ def stored_teacher(run: Run) -> StoredTeacher:
     # A builder may add an epoch while the processes look at the store.
     epochs = from_main(processes, lambda: _epochs_to_read(run, store))
     needed = min(epochs, config.train.epochs)
+    if needed < config.train.epochs and not has_constant_mix(config):
+        raise InputError(
+            f"teacher.store: {config.teacher.store} holds {epochs} epochs of views, and the run has "
+            f"{config.train.epochs}, but the dense labels of a view belong to one step while their mix changes; run "
+            "deit-kd store build with more epochs, or build another store with a constant mix"
+        )
 
     def verify_once(part: str) -> None:
         if processes.first_of_machine(f"{store.digest}/{part}"):
