@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deit_kd.interfaces import InputError, nearest
+from deit_kd.interfaces import POOLED, InputError, nearest
 
-POOLED = "pooled"  # one vector per image
 Features = dict[str, Tensor]
 
 

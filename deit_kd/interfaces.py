@@ -14,7 +14,8 @@ if TYPE_CHECKING:  # the command line needs the errors without waiting for torch
     from torch import Tensor
 
 MAP_KINDS = ("guide", "relations")  # of terms that compare maps
-FEATURE_KINDS = (*MAP_KINDS, "pooled")  # of terms that compare features; the others compare logits
+POOLED = "pooled"  # one vector per image: the feature, and the kind of term that compares it
+FEATURE_KINDS = (*MAP_KINDS, POOLED)  # of terms that compare features; the others compare logits
 DENSE = "dense"  # the kind of term that compares logits at every place
 
 Head = Literal["cls", "dist", "patch"]  # the class token's, the distillation token's, and the latter on the patches

@@ -274,3 +274,56 @@ def test_what_cannot_teach_at_places_is_one_line_and_writes_nothing(
     sizes = {"data__image_size": 64} if options.get("student__name") else {}
     assert line in refused(["train", *dense(photos_root, tmp_path / "run", **sizes, **options)], capsys)
     assert not (tmp_path / "run").exists()
+
+
+POOLED: dict[str, Any] = {
+    "distill__terms": [{"kind": "pooled", "loss": "huber"}],
+    "distill__kind": "soft",
+    "train__epochs": 2,
+    "train__batch_size": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def vectors(photos_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the teacher's pooled vectors."""
+    store = tmp_path_factory.mktemp("pooled") / "store"
+    assert main(["store", "build", *tiny(photos_root, None, **POOLED), "--store", str(store)]) == 0
+    return store
+
+
+def test_a_run_on_stored_vectors_is_the_online_run_within_fp16_rounding_and_loads_no_teacher(
+    vectors: Path, photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *tiny(photos_root, tmp_path / "online", **POOLED)]) == 0
+    nobody = {"teacher__name": None, "teacher__random_weights": None, "teacher__store": vectors}
+    capsys.readouterr()
+    assert main(["train", *tiny(photos_root, tmp_path / "stored", **POOLED, **nobody)]) == 0
+    assert "guide" not in capsys.readouterr().out
+    for here, there in zip(steps(tmp_path / "stored"), steps(tmp_path / "online"), strict=True):
+        assert here["terms"]["pooled"]["loss"] == pytest.approx(there["terms"]["pooled"]["loss"], rel=1e-2)
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-2)
+
+
+def test_stored_vectors_are_the_teachers_in_fp16(vectors: Path, photos_root: Path, tmp_path: Path) -> None:
+    config = parse_config(tiny(photos_root, tmp_path / "run", **POOLED))[0]
+    with process_group("cpu") as processes:
+        run = prepare(config, processes)
+        teacher: Any = ready_lesson(run).answers
+        teacher.ask_for(("pooled",))
+        batch = next(iter(run.loader.batches(0)))
+        assert batch.view_ids is not None
+        found = LabelStore(vectors).find(batch.view_ids)["pooled"]
+        assert torch.equal(found, teacher(batch).features["pooled"].half())
+
+
+def test_a_store_without_vectors_is_refused_with_the_cure_unless_the_teacher_is_named(
+    photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, plain = tmp_path / "store", {**POOLED, "distill__terms": None, "train__epochs": 1}
+    assert main(["store", "build", *tiny(photos_root, None, **plain), "--store", str(store)]) == 0
+    options = {**POOLED, "teacher__store": store}
+    unnamed = {**options, "teacher__name": None, "teacher__random_weights": None}
+    said = refused(["train", *tiny(photos_root, tmp_path / "run", **unnamed)], capsys)
+    assert "has no column for the pooled term; build another store with this recipe" in said
+    assert main(["train", *tiny(photos_root, tmp_path / "named", **options)]) == 0

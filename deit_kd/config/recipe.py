@@ -14,6 +14,7 @@ from pydantic import (
 from deit_kd.config.distill import Distill
 from deit_kd.config.effects import FIT, NOTHING, RESULT, VIEWS, key
 from deit_kd.config.sections import Augment, Data, Guide, Optim, Section, StudentSection, TeacherSection
+from deit_kd.interfaces import FEATURE_KINDS, POOLED
 
 
 class Train(Section):
@@ -157,7 +158,8 @@ class Config(Section):
                 if teacher.kind == "average"
                 else "a label store gives"
             )
-            if teacher.members or teacher.kind == "average" or (teacher.reads_store and not teacher.is_named):
+            lacks_network = teacher.reads_store and not teacher.is_named and not self.stores_vectors
+            if teacher.members or teacher.kind == "average" or lacks_network:
                 raise ValueError(
                     f"distill.terms: features are compared, but {answers_alone} answers alone; add an online guide "
                     "(guide.name, and guide.checkpoint or guide.fit.epochs)"
@@ -191,6 +193,13 @@ class Config(Section):
                 f"teacher.{foreign[0]}: does not act with teacher.kind average, which takes the student's own weights; "
                 "unset it, or set teacher.kind network"
             )
+
+    @property
+    def stores_vectors(self) -> bool:
+        """Whether a label store can keep all that features are compared with: the teacher's pooled vectors."""
+        kinds = {term.kind for term in self.distill.terms if term.kind in FEATURE_KINDS}
+        own = self.teacher.store is not None and not self.teacher.members and not self.guide.is_named
+        return own and kinds == {POOLED}
 
     @property
     def learns_from_own_average(self) -> bool:

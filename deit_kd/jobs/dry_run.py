@@ -20,7 +20,7 @@ from deit_kd.config import Config
 from deit_kd.console import duration_text, say, size_text
 from deit_kd.distributed import Processes, process_group
 from deit_kd.engine import StepResult, Trainer, train
-from deit_kd.interfaces import Batch, InputError, Teacher, TeacherOutput
+from deit_kd.interfaces import DENSE, POOLED, Batch, InputError, Teacher, TeacherOutput
 from deit_kd.memory import peak_memory
 from deit_kd.rehearsal import Rehearsal
 from deit_kd.runs.average import average_line
@@ -28,10 +28,10 @@ from deit_kd.runs.lesson import Lesson, connect
 from deit_kd.runs.prepared import Run
 from deit_kd.runs.run import build_trainer, prepare
 from deit_kd.store import Record, RecordingTeacher, StoredTeacher
-from deit_kd.teachers import GuidedTeacher
+from deit_kd.teachers import GuidedTeacher, NetworkTeacher
 from deit_kd.teaching.fit import guide_config, is_unfitted
 from deit_kd.teaching.ready import ready_lesson
-from deit_kd.teaching.recording import logits_kept
+from deit_kd.teaching.recording import columns_of, logits_kept
 
 STEPS = 2  # the first includes one-time costs
 
@@ -160,11 +160,13 @@ def _without_files(teacher: Teacher | None, classes: int) -> Teacher | None:
     if isinstance(teacher, GuidedTeacher):
         return GuidedTeacher(_without_files(teacher.answers, classes), teacher.guide)
     if isinstance(teacher, StoredTeacher):
-        grid = teacher.grid
+        grid, width = teacher.grid, teacher.store.record.width
 
         def answer(batch: Batch) -> TeacherOutput:
-            places = None if grid is None else batch.labels.new_zeros(len(batch.images), *grid)
-            return TeacherOutput(batch.images.new_zeros(len(batch.images), classes), dense_labels=places)
+            views = len(batch.images)
+            features = None if width is None else {POOLED: batch.images.new_zeros(views, width)}
+            places = None if grid is None else batch.labels.new_zeros(views, *grid)
+            return TeacherOutput(batch.images.new_zeros(views, classes), features, dense_labels=places)
 
         return answer
     return teacher.teacher if isinstance(teacher, RecordingTeacher) else teacher
@@ -226,10 +228,11 @@ def _time_evaluation(run: Run, trainer: Trainer) -> float:
 
 def _store_bytes(run: Run, lesson: Lesson) -> int:
     section = run.config.teacher
-    if not run.config.distill.has_token or section.store is None or section.store_mode == "read":
+    if not isinstance(lesson.answers, NetworkTeacher) or section.store is None:
         return 0
-    grid = lesson.dense_grid if run.config.distill.stores_dense else None
-    record = Record(len(run.classes), logits_kept(run.config), grid)
+    columns = columns_of(run.config, lesson.answers)
+    grid = lesson.answers.grid if DENSE in columns else None
+    record = Record(len(run.classes), logits_kept(run.config), grid, columns.get(POOLED))
     views = run.loader.views_per_epoch * run.config.train.epochs + len(run.splits.validation)
     return views * record.bytes_per_view
 

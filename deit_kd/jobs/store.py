@@ -61,7 +61,8 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
         InputError: the recipe cannot work, or the folder holds something else.
     """
     folder = _named_folder(config, folder)
-    if not config.distill.has_token:
+    config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"store": folder})})
+    if not config.distill.has_token and not config.stores_vectors:
         raise InputError("distill.kind: 'none' needs no answers of a teacher; set soft or hard")
     if config.teacher.kind == "average":
         raise InputError(
@@ -201,8 +202,9 @@ def info(folder: str) -> None:
         f"{folder}: {store.epochs} epochs of {views} views, {store.manifest['validation']} validation images, "
         f"{size_text(store.bytes_on_disk)}"
     )
+    vector = "" if record.width is None else f", a vector of {record.width}"
     places = "" if record.grid is None else f", the class of each of {record.grid[0]} x {record.grid[1]} places"
-    say(f"a record: {kept} of {record.classes} classes{places}, {record.bytes_per_view} bytes")
+    say(f"a record: {kept} of {record.classes} classes{places}{vector}, {record.bytes_per_view} bytes")
     if (plan := plan_of(folder)) is not None:
         say(f"parts: {_of_all_parts(store, plan)}")
     begun = [path.name.removesuffix(".pieces") for path in sorted(store.folder.glob("*.pieces"))]

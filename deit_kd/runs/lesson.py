@@ -42,7 +42,7 @@ class Lesson:
 
     @property
     def feature_giver(self) -> FrozenTeacher:
-        """The network that provides the features.
+        """The network that provides the features, also the one inside a recorder.
 
         Raises:
             InputError: there is none.
@@ -50,6 +50,12 @@ class Lesson:
         if self._network is None:
             raise InputError("distill.terms: features are compared, but nothing provides them; add an online guide")
         return self._network
+
+    def _gives_features(self) -> FrozenTeacher | StoredTeacher | RecordingTeacher:
+        """Return what is asked for features from now on: a network, alone or inside a recorder, or a store."""
+        if self.guide is None and isinstance(self.answers, StoredTeacher | RecordingTeacher):
+            return self.answers
+        return self.feature_giver
 
     @property
     def dense_grid(self) -> tuple[int, int]:
@@ -74,10 +80,10 @@ class Lesson:
         if isinstance(self.answers, Answers):
             self.answers.ask_for_dense(needs.dense)
         if needs.links:
-            self.feature_giver.ask_for(needs.teacher_features)
+            self._gives_features().ask_for(needs.teacher_features)
         else:
-            if self._network is not None:  # also the one inside a recorder
-                self._network.ask_for(())
+            if self._network is not None or isinstance(self.answers, StoredTeacher):
+                self._gives_features().ask_for(())
             self.guide = None
         # A recorder continues to fill its store.
         gives_nothing = not needs.logits and (self.guide is not None or not needs.links)
@@ -141,7 +147,10 @@ def match_features(run: Run, lesson: Lesson) -> Objective:
     blank = torch.zeros(1, 3, size, size, device=run.processes.device)
     with_maps = any(term.kind in MAP_KINDS for term in run.config.distill.terms)
     own = _student_shapes(run.student, blank, with_maps)
-    theirs = _teacher_shapes(lesson.feature_giver, blank, with_maps)
+    if lesson.guide is None and isinstance(lesson.answers, StoredTeacher):
+        theirs = lesson.answers.shapes
+    else:
+        theirs = _teacher_shapes(lesson.feature_giver, blank, with_maps)
     return parts.build_objective(run.config, own, theirs)
 
 

@@ -32,6 +32,7 @@ class ColumnsOfStore(TypedDict):
     """What the records of views hold besides the teacher's answer to the whole image."""
 
     dense: NotRequired[Annotated[list[Annotated[int, Field(gt=0, lt=2**10)]], Field(min_length=2, max_length=2)]]
+    pooled: NotRequired[Annotated[int, Field(gt=0, lt=2**20)]]
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -51,8 +52,10 @@ class Manifest(TypedDict):
 
 def record_of(manifest: Manifest) -> Record:
     """Return how the answers to views are recorded."""
-    grid = manifest.get("columns", {}).get("dense")
-    return Record(len(manifest["classes"]), manifest["top"], None if grid is None else (grid[0], grid[1]))
+    columns = manifest.get("columns", {})
+    grid = columns.get("dense")
+    places = None if grid is None else (grid[0], grid[1])
+    return Record(len(manifest["classes"]), manifest["top"], places, columns.get("pooled"))
 
 
 def digest_of(manifest: Manifest) -> str:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 LEAST_LOGIT = torch.finfo(torch.float16).min
-MISSING = {"label": -2, "logits": -math.inf, "classes": 0, "rest": 0.0, "dense": -2}  # the encoding of a missing answer
+MISSING = {
+    "label": -2,
+    "logits": -math.inf,
+    "classes": 0,
+    "rest": 0.0,
+    "dense": -2,
+    "pooled": 0.0,
+}  # the encoding of a missing answer
 LEAST_GAP = 2.0**-24  # the smallest fp16 number: a tie in fp16 must not move the argmax
 
 
@@ -22,7 +29,8 @@ class Record:
     - ``top`` K < C: the K largest logits, their classes, and the log-sum-exp of the rest at T = 1 (fp32);
     - ``top`` >= C: all logits.
 
-    With a `grid` there is also ``dense``, the class of each place (see `TeacherOutput.dense_labels`).
+    With a `grid` there is also ``dense``, the class of each place (see `TeacherOutput.dense_labels`); with a `width`
+    ``pooled``, the teacher's vector in fp16.
 
     The argmax of the decoded logits is that of the encoded ones, ties included.
 
@@ -30,16 +38,18 @@ class Record:
         classes: C.
         top: K.
         grid: h x w of the places; None for none.
+        width: D of the pooled vector; None for none.
     """
 
     classes: int
     top: int
     grid: tuple[int, int] | None = None
+    width: int | None = None
 
     @property
     def of_whole_images(self) -> Record:
-        """The record without places."""
-        return replace(self, grid=None)
+        """The record of the teacher's answers alone."""
+        return replace(self, grid=None, width=None)
 
     @property
     def holds_logits(self) -> bool:
@@ -49,7 +59,8 @@ class Record:
     @cached_property
     def _example(self) -> dict[str, Tensor]:
         places = None if self.grid is None else torch.zeros(1, *self.grid, dtype=torch.long)
-        return self.encode(torch.zeros(1, self.classes), places)
+        vectors = None if self.width is None else torch.zeros(1, self.width)
+        return self.encode(torch.zeros(1, self.classes), places, vectors)
 
     @property
     def bytes_per_view(self) -> int:
@@ -68,15 +79,21 @@ class Record:
     def _index_type(self) -> torch.dtype:
         return torch.int16 if self.classes <= 2**15 else torch.int32
 
-    def encode(self, logits: Tensor, dense_labels: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, logits: Tensor, dense_labels: Tensor | None = None, vectors: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Return the columns of logits [B, C], on their device: ``label`` [B], or ``logits`` [B, K] and the others.
 
-        With a `grid`, the classes of places [B, h, w] are one more, ``dense``.
+        With a `grid`, the classes of places [B, h, w] are one more, ``dense``; with a `width`, vectors [B, D] are
+        ``pooled``.
         """
         columns = self._encode(logits)
         if self.grid is not None:
             assert dense_labels is not None
             columns["dense"] = dense_labels.to(self._index_type)
+        if self.width is not None:
+            assert vectors is not None
+            columns["pooled"] = vectors.half()
         return columns
 
     def _encode(self, logits: Tensor) -> dict[str, Tensor]:
@@ -140,5 +157,7 @@ def is_missing(columns: dict[str, Tensor]) -> Tensor:
 def is_whole(columns: dict[str, Tensor]) -> bool:
     """Return whether every record came from an answer whose largest logit was finite, or is marked as missing."""
     if any(bool((columns[name] == -1).any()) for name in ("label", "dense") if name in columns):
+        return False
+    if "pooled" in columns and not bool(columns["pooled"].isfinite().all()):
         return False
     return not any(bool(columns[name].isnan().any()) for name in ("logits", "rest") if name in columns)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deit_kd.interfaces import Batch, InputError, TeacherOutput
+from deit_kd.interfaces import POOLED, Batch, InputError, TeacherOutput
 from deit_kd.store.folder import LabelStore, epoch_part
 
 VIEWS_PER_PIECE = 4096
-ADD_A_COLUMN = "build another store with the dense term in its recipe (deit-kd store build)"
+ADD_A_COLUMN = "build another store with this term in its recipe (deit-kd store build)"
 SECONDS_PER_PIECE = 60.0  # the most work that a slow teacher loses when it is killed
 
 
@@ -30,7 +30,7 @@ class StoredTeacher:
         self.store = store
         self._verify = verify
         self._verified: set[int] = set()
-        self._dense = False
+        self._dense = self._vectors = False
         self.facts: dict[str, Any] = {**store.manifest["teacher"], "store": store.digest, "view_epochs": epochs}
 
     def lines(self, role: str = "teacher") -> list[str]:
@@ -41,6 +41,28 @@ class StoredTeacher:
     def grid(self) -> tuple[int, int] | None:
         """The grid of its dense labels; None if it has none."""
         return self.store.record.grid
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shapes of the features that it can answer with, by name.
+
+        Raises:
+            InputError: it has none.
+        """
+        if self.store.record.width is None:
+            raise InputError(f"distill.terms: {self.store.folder} has no column for features; {ADD_A_COLUMN}")
+        return {POOLED: torch.Size([self.store.record.width])}
+
+    def ask_for(self, features: Sequence[str]) -> None:
+        """From now on, also answer with these features: ``pooled`` or none.
+
+        Raises:
+            InputError: the store has others, or none.
+        """
+        for name in features:
+            if name != POOLED or self.store.record.width is None:
+                raise InputError(f"distill.terms: {self.store.folder} has no column for {name}; {ADD_A_COLUMN}")
+        self._vectors = bool(features)
 
     def ask_for_dense(self, asked: bool) -> None:
         """From now on, also answer with dense labels, or no longer.
@@ -67,9 +89,10 @@ class StoredTeacher:
         records = self.store.find(view_ids)
         self.store.expect_missing(batch.missing_ids())
         device = batch.images.device
-        dense = records.pop("dense", None)
-        logits = self.store.record.decode({name: _sent(column, device) for name, column in records.items()})
-        return TeacherOutput(logits, dense_labels=_sent(dense, device) if self._dense and dense is not None else None)
+        unasked = {"dense": not self._dense, POOLED: not self._vectors}
+        sent = {name: _sent(column, device) for name, column in records.items() if not unasked.get(name, False)}
+        features = {POOLED: sent[POOLED].float()} if POOLED in sent else None
+        return TeacherOutput(self.store.record.decode(sent), features, dense_labels=sent.get("dense"))
 
 
 def _sent(column: Tensor, device: torch.device) -> Tensor:
@@ -94,6 +117,8 @@ class RecordingTeacher:
         self._shares = shares
         if store.record.grid is not None:
             teacher.ask_for_dense(True)
+        if store.record.width is not None:
+            teacher.ask_for((POOLED,))
         self._kept: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._views, self._since = 0, time.monotonic()
 
@@ -103,7 +128,9 @@ class RecordingTeacher:
         logits = answer.needed_logits()
         if batch.view_ids is not None:
             view_ids = batch.view_ids.clone()  # or a file would stay open for each of a worker's tensors
-            self._kept.append((view_ids, self.store.record.encode(logits, self._dense_labels(answer, view_ids))))
+            vectors = None if self.store.record.width is None else (answer.features or {})[POOLED]
+            records = self.store.record.encode(logits, self._dense_labels(answer, view_ids), vectors)
+            self._kept.append((view_ids, records))
             if batch.missing:
                 marks = self.store.record.missing(len(batch.missing), logits.device)
                 self._kept.append((batch.missing_ids(), marks))
@@ -118,6 +145,11 @@ class RecordingTeacher:
         assert self._shares is not None
         mixed = answer.mixed(self._shares(view_ids).to(answer.needed_logits().device))
         return mixed.argmax(-1).where(mixed.isfinite().all(-1), -1)
+
+    def ask_for(self, features: Sequence[str]) -> None:
+        """Ask the other teacher for these features; a store with pooled vectors needs them always."""
+        kept = [] if self.store.record.width is None else [POOLED]
+        self.teacher.ask_for(tuple(dict.fromkeys([*features, *kept])))
 
     def ask_for_dense(self, asked: bool) -> None:
         """Ask the other teacher for logits at each place, or no longer; a store with dense labels needs them always."""

@@ -170,6 +170,13 @@ class FrozenTeacher(nn.Module):
         network: Any = self.network
         return network.forward_head(last), dense_logits(network, last) if self._dense else None
 
+    @torch.no_grad()
+    def pooled_width(self, image_size: int) -> int:
+        """Return the width D of its pooled vector for images of the student's size."""
+        backbone = backbone_of(self.network)
+        images = self._preprocess(self._gain.new_zeros(1, 3, image_size, image_size))
+        return int(backbone.forward_head(backbone.forward_features(images), pre_logits=True).shape[-1])
+
     def layer_names(self) -> list[str]:
         """Return the layers whose maps can be asked for."""
         return layer_names(backbone_of(self.network))

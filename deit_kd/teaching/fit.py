@@ -20,6 +20,7 @@ from deit_kd.runs import parts
 from deit_kd.runs.opening import claimed
 from deit_kd.runs.run import execute, prepare
 from deit_kd.runs.viewing import makers_of
+from deit_kd.store import LabelStore
 from deit_kd.teachers import NetworkTeacher
 
 KEY_FILE = "teacher_key.json"
@@ -92,9 +93,9 @@ def guide_config(config: Config) -> Config | None:
     """Return the recipe with its guide in the teacher's place, so that both are fitted and found alike.
 
     If a label store provides the logits and the recipe names no other guide, this is the teacher's own network. None if
-    the teacher provides the features with its logits, or none are compared.
+    the teacher or its store provides the features with the logits, or none are compared.
     """
-    if not config.distill.needs_features:
+    if not config.distill.needs_features or holds_vectors(config):
         return None
     features = [term for term in config.distill.terms if term.kind in FEATURE_KINDS]  # all that a guide gives
     config = config.model_copy(update={"distill": config.distill.model_copy(update={"terms": features})})
@@ -104,6 +105,13 @@ def guide_config(config: Config) -> Config | None:
     guide = {name: getattr(config.guide, name) for name in type(config.guide).model_fields}
     own = {name: getattr(config.teacher, name) for name in ("precision", "channels_last", "compile")}
     return config.model_copy(update={"teacher": TeacherSection(**guide, **own), "guide": Guide()})
+
+
+def holds_vectors(config: Config) -> bool:
+    """Return whether the store that a recipe reads gives it all features that are compared."""
+    if not config.stores_vectors or not config.teacher.reads_store:
+        return False
+    return LabelStore(str(config.teacher.store)).record.width is not None
 
 
 def is_unfitted(config: Config, splits: Splits) -> bool:

@@ -23,7 +23,8 @@ def ready_lesson(run: Run, may_fit: bool = True) -> Lesson:
     """
     config, splits, processes = run.config, run.splits, run.processes
     distill, guide = config.distill, guide_config(config)
-    if may_fit and distill.needs_features and is_unfitted(guide or config, splits):
+    is_stored = guide is None and config.teacher.reads_store
+    if may_fit and distill.needs_features and not is_stored and is_unfitted(guide or config, splits):
         match_features(run, ready_lesson(run, may_fit=False))  # a wrong stage is refused before hours of fitting
     lesson = Lesson()
     if config.teacher.kind == "network" and (distill.has_token or (distill.needs_features and guide is None)):

@@ -15,7 +15,7 @@ from deit_kd.config import Config, as_schedule, differences
 from deit_kd.console import say
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes, from_main, on_main
-from deit_kd.interfaces import Batch, InputError, TeacherOutput
+from deit_kd.interfaces import DENSE, POOLED, Batch, InputError, TeacherOutput
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.runs import parts
 from deit_kd.runs.data_errors import DataErrors
@@ -29,7 +29,7 @@ from deit_kd.store import (
     Share,
     epoch_part,
 )
-from deit_kd.teachers import NetworkTeacher
+from deit_kd.teachers import FrozenTeacher, NetworkTeacher
 from deit_kd.teaching.store_identity import (
     IN_THE_STORE,
     SHAPE,
@@ -105,7 +105,7 @@ def writing(
         "top": logits_kept(config),
         "views": loader.views_per_epoch,
         "validation": len(splits.validation),
-        **columns_of(config, teacher),
+        **({"columns": columns} if (columns := columns_of(config, teacher)) else {}),
         "libraries": [in_use(config)],
         "teacher": {
             **teacher.facts,
@@ -144,8 +144,13 @@ def writing(
 
 
 def columns_of(config: Config, teacher: NetworkTeacher) -> dict[str, Any]:
-    """Return ``{"columns": …}``, what a store of this recipe holds of each view besides the answer, if anything."""
-    return {"columns": {"dense": list(teacher.grid)}} if config.distill.stores_dense and teacher.grid else {}
+    """Return what a store of this recipe holds of each view besides the answer, by column: its size."""
+    found: dict[str, Any] = {}
+    if config.distill.stores_dense and teacher.grid:
+        found[DENSE] = list(teacher.grid)
+    if config.stores_vectors and isinstance(teacher, FrozenTeacher):
+        found[POOLED] = teacher.pooled_width(config.data.image_size)
+    return found
 
 
 def shares_of_dense(config: Config, loader: TrainingLoader) -> Callable[[Tensor], Tensor]:

@@ -46,6 +46,11 @@ def stored_teacher(run: Run) -> StoredTeacher:
             f"teacher.store: {config.teacher.store} has no column for the dense term; build another store with this "
             "recipe (deit-kd store build), or leave out the term"
         )
+    if config.stores_vectors and store.record.width is None and not config.teacher.is_named:
+        raise InputError(
+            f"teacher.store: {config.teacher.store} has no column for the pooled term; build another store with this "
+            "recipe (deit-kd store build), or name the teacher, which is then loaded for its vectors"
+        )
     refuse_other(store, identity_without_teacher(config, run.splits, store.views_version))
     refuse_makers(store, config)
     if not config.distill.takes_hard_labels and not store.record.holds_logits:
