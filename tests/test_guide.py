@@ -369,10 +369,10 @@ def test_a_layer_that_does_not_exist_is_refused_with_the_nearest() -> None:
 def test_a_teacher_without_a_head_answers_with_features_alone() -> None:
     teacher = frozen("test_resnet", num_classes=0)
     teacher.ask_for([POOLED])
-    logits, features = teacher(make_batch(2, side=32))
-    assert logits is None
-    assert features is not None
-    assert features[POOLED].ndim == 2
+    answer = teacher(make_batch(2, side=32))
+    assert answer.logits is None
+    assert answer.features is not None
+    assert answer.features[POOLED].ndim == 2
 
 
 def test_a_students_blocks_are_its_patches_in_rows_and_columns() -> None:
