@@ -31,6 +31,7 @@ STUDENTS = {
     "levit_* with two heads": ("levit_128s", None, 64),
     "levit_conv_* with two heads": ("levit_conv_128s", None, 64),
     "levit_* without a distillation head (heads averaged)": ("levit_128s", None, 64),
+    "levit_384_s8 (stem of stride 8)": ("levit_384_s8", None, 64),
     "repvit_* with two heads": ("repvit_m0_9", None, 64),
     "vit_*, deit_* (token pooling)": ("vit_tiny_patch16_224", {"patch_size": 8, "mlp_ratio": 2.0}, 32),
     "deit3_* (layer scale, no_embed_class)": ("deit3_small_patch16_224", {}, 32),
@@ -75,8 +76,12 @@ def student(row):
     ).eval()
     with torch.no_grad():  # what starts at 0 or 1 would hide that it was lost
         for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim == 1 or "token" in parameter_name or parameter_name.startswith("head"):
+            if parameter.ndim == 1 or re.search("token|bias|^head", parameter_name):
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for norm in model.modules():
+            if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
+                norm.running_mean.add_(0.3 * torch.randn_like(norm.running_mean))
+                norm.running_var.mul_(0.5 + torch.rand_like(norm.running_var))
     return model
 
 
@@ -131,6 +136,24 @@ def test_every_student_that_a_format_holds_answers_the_same_when_read_again(tmp_
         write(name, model, folder, said)
     distances = dict(zip(rows, read_again(name, written), strict=True))
     assert all(distance <= TOLERANCE["fp32"] for distance in distances.values()), distances
+
+
+@pytest.mark.parametrize(
+    ("changed", "size", "reason"),
+    [
+        ({"act_layer": "silu"}, 64, "its activation is SiLU, in transformers' LeViT Hardswish"),
+        ({"attn_act_layer": "gelu"}, 64, "its activation is GELU"),
+        ({"embed_dim": (16, 32), "depth": (1, 1), "num_heads": (2, 2)}, 64, "it has 2 stages, transformers' LeViT 3"),
+        ({}, (64, 96), "its images are not square"),
+        ({"attn_ratio": 1.5}, 64, "its attention or MLP widens by a fraction"),
+        ({"mlp_ratio": 1.5}, 64, "its attention or MLP widens by a fraction"),
+    ],
+)
+def test_levit_that_transformers_cannot_build_is_refused_before_anything_is_written(tmp_path, changed, size, reason):
+    model = timm.create_model("levit_128s", num_classes=5, img_size=size, **{**SMALL["levit"], **changed})
+    with pytest.raises(CannotHold, match=re.escape(reason)):
+        write("transformers", model, tmp_path / "out", about("levit_* with two heads"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_weights_are_found_out(tmp_path):

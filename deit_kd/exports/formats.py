@@ -10,9 +10,11 @@ from typing import Any
 
 import timm
 from safetensors.torch import save
+from timm.models.levit import Levit
 from torch import Tensor, nn
 
 from deit_kd.exports.about import About
+from deit_kd.exports.levit import as_transformers_levit
 from deit_kd.exports.plain_vit import CannotHold, as_plain_vit
 from deit_kd.exports.traced import write_onnx, write_torch_export
 from deit_kd.interfaces import HEADS
@@ -75,38 +77,15 @@ def _write_local_dir(
 
 
 def _write_transformers(backbone: nn.Module, folder: Path, about: About) -> None:
-    expressed = as_plain_vit(backbone)
-    state, arguments = expressed.state, expressed.arguments
-    if arguments.get("pre_norm"):
-        raise CannotHold("it has a norm before its blocks (pre_norm)")
-    height, width = arguments["img_size"]
-    if height != width or len(set(arguments["patch_size"])) != 1:
-        raise CannotHold("its images or patches are not square")
+    state, network = as_transformers_levit(backbone) if isinstance(backbone, Levit) else _as_transformers_vit(backbone)
     seen = about.preprocessing
     if seen.crop_mode == "border":
         raise CannotHold("its images have a border (data.crop_mode), which transformers' processor does not make")
-    if arguments.get("init_values") is not None:
-        state = _without_layer_scale(state)
     folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(save(to_transformers(state), metadata={"format": "pt"}))
-    model: Any = backbone
+    (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
     config = {
-        "architectures": [
-            "DeiTForImageClassificationWithTeacher" if expressed.is_distilled else "ViTForImageClassification"
-        ],
-        "model_type": "deit" if expressed.is_distilled else "vit",
-        "hidden_size": arguments["embed_dim"],
-        "num_hidden_layers": arguments["depth"],
-        "num_attention_heads": arguments["num_heads"],
-        "intermediate_size": round(arguments["mlp_ratio"] * arguments["embed_dim"]),
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": model.norm.eps,
-        "image_size": height,
-        "patch_size": arguments["patch_size"][0],
+        **network,
         "num_channels": 3,
-        "qkv_bias": arguments["qkv_bias"],
         "id2label": {str(label): name for label, name in enumerate(about.classes)},
         "label2id": {name: label for label, name in enumerate(about.classes)},
     }
@@ -127,6 +106,37 @@ def _write_transformers(backbone: nn.Module, folder: Path, about: About) -> None
         "image_std": list(seen.std),
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+
+
+def _as_transformers_vit(backbone: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a ViT's tensors under transformers' names, and what its ``config.json`` says of the network."""
+    expressed = as_plain_vit(backbone)
+    state, arguments = expressed.state, expressed.arguments
+    if arguments.get("pre_norm"):
+        raise CannotHold("it has a norm before its blocks (pre_norm)")
+    height, width = arguments["img_size"]
+    if height != width or len(set(arguments["patch_size"])) != 1:
+        raise CannotHold("its images or patches are not square")
+    if arguments.get("init_values") is not None:
+        state = _without_layer_scale(state)
+    model: Any = backbone
+    return to_transformers(state), {
+        "architectures": [
+            "DeiTForImageClassificationWithTeacher" if expressed.is_distilled else "ViTForImageClassification"
+        ],
+        "model_type": "deit" if expressed.is_distilled else "vit",
+        "hidden_size": arguments["embed_dim"],
+        "num_hidden_layers": arguments["depth"],
+        "num_attention_heads": arguments["num_heads"],
+        "intermediate_size": round(arguments["mlp_ratio"] * arguments["embed_dim"]),
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": model.norm.eps,
+        "image_size": height,
+        "patch_size": arguments["patch_size"][0],
+        "qkv_bias": arguments["qkv_bias"],
+    }
 
 
 def _without_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -169,7 +179,9 @@ def read(folder, images):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     check_processor(folder, said["image_size"])
     output = model.eval()(images)
-    return [output.cls_logits, output.distillation_logits] if "cls_logits" in output else [output.logits]
+    if "cls_logits" not in output or said.get("heads") == ["cls"]:
+        return [output.logits]
+    return [output.cls_logits, output.distillation_logits]
 def check_processor(folder, size):
     said = json.load(open(f"{folder}/preprocessor_config.json"))
     colour = torch.tensor([200.0, 100.0, 50.0])
@@ -208,8 +220,8 @@ FORMATS: dict[str, Format] = {
     "transformers": Format(
         _write_transformers,
         "`transformers.DeiTForImageClassificationWithTeacher.from_pretrained(FOLDER)` loads it, whose `logits` are the "
-        "mean of both heads' logits; a student without a distillation token is a `ViTForImageClassification`. "
-        "`AutoImageProcessor.from_pretrained(FOLDER)` prepares its images.",
+        "mean of both heads' logits; a student without a distillation token is a `ViTForImageClassification`, a LeViT "
+        "a `LevitForImageClassificationWithTeacher`. `AutoImageProcessor.from_pretrained(FOLDER)` prepares its images.",
         _READ_TRANSFORMERS,
         heads=HEADS[:2],
         libraries=("transformers",),
