@@ -68,6 +68,14 @@ def printable(text: str) -> str:
 Statistics = tuple[float, float, float]  # by channel
 
 
+class Rest(NamedTuple):
+    """The last class of photos or of a network, where it stands for several classes together (Hinton et al. 2015)."""
+
+    name: str
+    classes: tuple[str, ...]  # that it stands for
+    kept: float = 1.0  # share of their training photos that were taken
+
+
 class Preprocessing(NamedTuple):
     """The preprocessing of an image for evaluation: resized and cropped to a square, then normalised by channel.
 

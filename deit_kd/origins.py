@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deit_kd.config import Config, read_recipe
 from deit_kd.files import checked, read_json
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, Rest
 from deit_kd.models.create import RESERVED_ARGUMENTS, create_model
 from deit_kd.models.local_dir import (
     ACTIVATIONS,
@@ -34,7 +34,7 @@ from deit_kd.models.state import published_state, read_state, tensors_hash
 from deit_kd.models.tokens import answer_with_patches
 from deit_kd.models.weights import fit_weights, holds_distillation_token
 from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN
-from deit_kd.run_folder import CONFIG_FILE, STUDENT_FOLDER, read_facts, run_of
+from deit_kd.run_folder import CONFIG_FILE, STUDENT_FOLDER, Facts, read_facts, run_of
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -51,6 +51,7 @@ class Origin:
         classes: of the network, in order.
         columns: the columns of its head that stand for each of `classes`; None is one each, in order.
         labels: names of single columns, if `columns` are given.
+        rest: what the last of `classes` stands for, if it stands for several.
         class_count: the number of its classes.
         preprocessing: of its images.
         layer_norm_eps: of its LayerNorms, if it is not the architecture's.
@@ -69,6 +70,7 @@ class Origin:
     classes: tuple[str, ...] | None = None
     columns: tuple[tuple[int, ...], ...] | None = None
     labels: Mapping[int, str] = field(default_factory=dict)
+    rest: Rest | None = None
     class_count: int | None = None
     preprocessing: KnownPreprocessing = field(default_factory=KnownPreprocessing)
     layer_norm_eps: float | None = None
@@ -200,8 +202,8 @@ def _student_of(key: str, name: str, place: Path, run: Path) -> Origin:
             f"{key}: {name} holds no weights, since the run is not finished; name one of its checkpoints, or finish it "
             "with --resume auto"
         )
-    recipe, classes = recipe_of(run), tuple(read_facts(run)["classes"])
-    student = recipe.student
+    recipe, facts = recipe_of(run), read_facts(run)
+    classes, student = tuple(facts["classes"]), recipe.student
     if student.name is None:
         raise InputError(f"{key}: {run / CONFIG_FILE} names no student; name a run of deit_kd")
     architecture = distilled_twin(student.name) if recipe.distill.has_token else plain_twin(student.name)
@@ -211,12 +213,19 @@ def _student_of(key: str, name: str, place: Path, run: Path) -> Origin:
         architecture=architecture.split(".")[0],
         model_args=_plain(student.args),
         classes=classes,
+        rest=_rest_of(facts),
         class_count=len(classes),
         preprocessing=KnownPreprocessing(*recipe.data.preprocessing),
         record=run,
         answers_apart=recipe.distill.has_token,
         answers_with_patches=recipe.distill.dense is not None,
     )
+
+
+def _rest_of(facts: Facts) -> Rest | None:
+    """Return what the last class of a run stands for, if it stands for several."""
+    rest = facts.get("rest")
+    return None if rest is None else Rest(rest["name"], tuple(rest["classes"]), rest["kept"])
 
 
 def _teacher_of(key: str, name: str, asked: frozenset[str]) -> Origin:
@@ -259,6 +268,7 @@ def _teacher_of(key: str, name: str, asked: frozenset[str]) -> Origin:
         classes=classes,
         columns=None if groups is None else tuple(tuple(column for column, _ in group) for group in groups),
         labels={column: label for group in groups or () for column, label in group if label is not None},
+        rest=_rest_of(record),
         class_count=len(classes),
         preprocessing=KnownPreprocessing(
             facts.get("image_size"), facts.get("mean"), facts.get("std"), facts.get("interpolation")

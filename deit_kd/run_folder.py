@@ -8,9 +8,9 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, with_config
+from pydantic import ConfigDict, Field, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from deit_kd.files import read_json
@@ -62,6 +62,15 @@ class TeacherFacts(TypedDict):
 
 
 @with_config(ConfigDict(extra="allow"))
+class RestFacts(TypedDict):
+    """The classes that the last one of a run stands for, see `Rest`."""
+
+    name: str
+    classes: list[str]
+    kept: Annotated[float, Field(gt=0, le=1)]
+
+
+@with_config(ConfigDict(extra="allow"))
 class AttentionFacts(TypedDict):
     """The attention kernel of a run on CUDA, and what it was chosen by."""
 
@@ -75,6 +84,7 @@ class Facts(TypedDict):
     """What ``run.json`` holds."""
 
     classes: list[str]
+    rest: NotRequired[RestFacts | None]  # what the last class stands for
     data: dict[str, str]  # digest by split
     images: NotRequired[dict[str, int]]  # by split
     views: NotRequired[int]

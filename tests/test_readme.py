@@ -75,7 +75,8 @@ def what_runs(command: list[str]) -> tuple[str, list[str]]:
 def astray(arguments: list[str]) -> list[str]:
     """Return the arguments with photos or a first run that are not there, where it would work otherwise."""
     verb = arguments[0]
-    if verb in ("train", "eval", "bench") or arguments[:2] in (["store", "build"], ["store", "check"]):
+    two = (["store", "build"], ["store", "check"], ["data", "confusions"])
+    if verb in ("train", "eval", "bench") or arguments[:2] in two:
         return [*arguments, "--data.name", "folder", "--data.root", NOWHERE]
     return [verb, NOWHERE, *arguments[1:]] if verb in ("report", "plot") else arguments
 

@@ -36,7 +36,7 @@ def recipe(name: str) -> Config:
 
 def toy(name: str, root: Path, output: Path) -> list[str]:
     """Return the arguments of a run of a recipe whose networks, photos, steps and precision are tiny."""
-    section = recipe(name).teacher
+    section, is_cnn = recipe(name).teacher, str(recipe(name).student.name).startswith("resnet")
     teacher: dict[str, Any] = {}
     if section.kind == "network":
         teacher |= {"teacher__name": "test_resnet", "teacher__args": {}, "teacher__min_top1": 0}
@@ -51,7 +51,7 @@ def toy(name: str, root: Path, output: Path) -> list[str]:
         "data__image_size": 32,
         "data__workers": 0,
         "student__pretrained": False,
-        "student__args": {"patch_size": 8, **TINY},
+        **({"student__name": "test_resnet"} if is_cnn else {"student__args": {"patch_size": 8, **TINY}}),
         "optim__warmup_epochs": 0,
         "train__epochs": 1,
         "train__batch_size": 8,

@@ -1,4 +1,4 @@
-"""``deit-kd data``: commands about photos."""
+"""``deit-kd data``: commands about photos and their classes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from deit_kd.commands.shared import Arguments, named_file
-from deit_kd.config import Config, build_parser, parse_config
+from deit_kd.commands.shared import Arguments, asks_for_help, first_argument, named_file
+from deit_kd.config import Config, build_parser, parse_config, read_options
 from deit_kd.interfaces import InputError, nearest
-from deit_kd.places import photos_root
+from deit_kd.places import check_source, photos_root
 
 
 def data(arguments: Arguments) -> int | None:
-    """Check, pack or index photos."""
+    """Check, pack or index photos, or find the classes that a network confuses."""
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
-        print("usage: deit-kd data check PHOTOS | pack PHOTOS OUT | index PHOTOS")
+        print("usage: deit-kd data check PHOTOS | pack PHOTOS OUT | index PHOTOS | confusions RUN")
         return 0
     if verb not in DATA_VERBS:
         raise InputError(f"data {verb}: unknown; use one of {', '.join(DATA_VERBS)}{nearest(verb, DATA_VERBS)}")
@@ -90,6 +90,30 @@ def _data_index(arguments: Arguments) -> None:
     index(config, others["splits"], others["workers"] or available_cores())
 
 
+def _data_confusions(arguments: Arguments) -> None:
+    parser = build_parser("deit-kd data confusions")
+    parser.add_argument("source", type=str, help="a run, RUN:teacher, an exported folder, a file or a timm model")
+    parser.add_argument("--split", type=str, default="validation", help="train, validation or a folder in data.root")
+    parser.add_argument(
+        "--clusters", type=PositiveInt, default=None, help="how many; the root of the number of classes unless set"
+    )
+    parser.add_argument("--to", type=str, default=None, help="folder for the files; RUN/confusions unless set")
+    if asks_for_help(arguments):
+        parse_config(arguments, parser)
+    named = first_argument(arguments, parser)
+    check_source(named)
+    where = read_options(arguments, parser)["data"]
+    if where["root"] is not None and where["name"] == "folder":
+        photos_root(where["root"])
+    from deit_kd.evaluation.sources import open_source
+    from deit_kd.jobs.confusions import tell_confusions
+
+    source = open_source(named)
+    config, others = parse_config([named, *source.recipe, *arguments[1:]], parser)
+    folder = None if others["to"] is None else Path(others["to"])
+    tell_confusions(source, config, others["split"], others["clusters"], folder)
+
+
 def _of_folder(config: Config, root: str | None) -> Config:
     """Return the recipe for the photos in a folder, which is a tree unless it holds shards or the recipe says hf."""
     root, name = root or config.data.root, config.data.name
@@ -104,4 +128,5 @@ DATA_VERBS: dict[str, Callable[[Arguments], int | None]] = {
     "check": _data_check,
     "pack": _data_pack,
     "index": _data_index,
+    "confusions": _data_confusions,
 }

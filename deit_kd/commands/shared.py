@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
+
 from deit_kd.files import check_file_to_be
+from deit_kd.interfaces import InputError
 
 Arguments = list[str]
 
@@ -20,3 +23,10 @@ def named_file(option: str, path: str | None) -> Path | None:
 def asks_for_help(arguments: Arguments) -> bool:
     """Return whether the user asks for help."""
     return any(argument in ("-h", "--help") for argument in arguments)
+
+
+def first_argument(arguments: Arguments, parser: ArgumentParser) -> str:
+    """Return what the first argument names; an option or nothing is refused."""
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError(f"{parser.prog}: the first argument names a run; see {parser.prog} --help")
+    return arguments[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from deit_kd.commands.shared import Arguments, asks_for_help
+from deit_kd.commands.shared import Arguments, asks_for_help, first_argument
 from deit_kd.config import build_parser, parse_config, read_options
 from deit_kd.interfaces import ANSWERS, InputError
 from deit_kd.places import check_source, check_there, path_of, photos_root
@@ -34,7 +34,7 @@ def evaluate(arguments: Arguments) -> None:
     parser.add_argument("--probe", type=bool, default=False, help="also score the features by k-NN and a linear probe")
     if asks_for_help(arguments):
         parse_config(arguments, parser)
-    _first_argument(arguments, parser)
+    first_argument(arguments, parser)
     sources = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
     _check_evaluation(read_options(arguments, parser))
     from deit_kd.evaluation.sources import open_source, options_before
@@ -109,7 +109,7 @@ def export(arguments: Arguments) -> None:
     parser.add_argument("--dynamic_size", type=bool, default=False, help="accept images of other sizes")
     if asks_for_help(arguments):
         parse_config(arguments, parser)
-    named = _first_argument(arguments, parser)
+    named = first_argument(arguments, parser)
     if not path_of(named).exists():
         raise InputError(f"{named}: is not there; name the folder of a run, or one of its checkpoints")
     from deit_kd.evaluation.sources import open_source
@@ -133,14 +133,8 @@ def _with_recipe_of_run(arguments: Arguments, parser: ArgumentParser) -> tuple[P
     """Return the run's folder, which is the first argument, and the arguments with its recipe before them."""
     if asks_for_help(arguments):
         return Path(), arguments
-    folder = Path(_first_argument(arguments, parser))
+    folder = Path(first_argument(arguments, parser))
     recipe = folder / "config.yaml"
     if not recipe.is_file():
         raise InputError(f"{folder}: is not a run (it has no {recipe.name}); name the folder of a run")
     return folder, [arguments[0], "--config", str(recipe), *arguments[1:]]
-
-
-def _first_argument(arguments: Arguments, parser: ArgumentParser) -> str:
-    if not arguments or arguments[0].startswith("-"):
-        raise InputError(f"{parser.prog}: the first argument names a run; see {parser.prog} --help")
-    return arguments[0]

@@ -108,6 +108,10 @@ class Config(Section):
             raise ValueError(f"data.fold: {fold} is set, but data.folds is not; set both")
         if folds is not None and (fold is None or fold >= folds):
             raise ValueError(f"data.fold: {fold} is none of {folds} folds; set 0 to {folds - 1}")
+        if self.data.rest is not None and self.data.classes is None:
+            raise ValueError(
+                f"data.rest: {self.data.rest} stands for all classes but data.classes, which is not set; set both"
+            )
         if self.data.fraction is not None and self.data.per_class is not None:
             raise ValueError("data.fraction and data.per_class exclude each other; unset one")
         if self.data.per_class is not None and self.data.unlabelled is not None:

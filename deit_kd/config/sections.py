@@ -69,6 +69,10 @@ class Data(Section):
     classes: list[str] | str | None = key(None, NOTHING)  # the photos themselves are compared
     """take these classes alone: a list, a file with one a line (CSV: the first column), or the name of a list that
     comes with the package: imagenet100, imagenette or imagewoof"""
+    rest: str | None = key(None, NOTHING, min_length=1)  # the photos themselves are compared
+    """name of one more class, which all classes but data.classes become together; null leaves them out"""
+    rest_share: float = key(0.5, NOTHING, gt=0, le=1)  # the photos themselves are compared
+    """share of the training photos that data.rest may be at most, by the hash of their names; 1 takes all"""
     fraction: float | None = key(None, VIEWS, gt=0, le=1)
     """share of each class's training photos to take, by the hash of their names; a smaller share lies within a larger
     one, and validation keeps all its photos"""
@@ -123,7 +127,7 @@ class Data(Section):
         named = self.classes
         if isinstance(named, list):
             named = ", ".join(named[:5]) + " …" * (len(named) > 5)
-        parts = {"classes": named, "fraction": self.fraction, "per_class": self.per_class}
+        parts = {"classes": named, "rest": self.rest, "fraction": self.fraction, "per_class": self.per_class}
         return ", ".join(f"data.{key} {value}" for key, value in parts.items() if value is not None)
 
     @property

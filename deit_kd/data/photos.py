@@ -20,7 +20,7 @@ from deit_kd.data.decoders import PILLOW, Decoder
 from deit_kd.data.listing import stamps_of
 from deit_kd.data.names import AT_ONCE, Names, joined_text
 from deit_kd.data.source import Arrays, Source, TreeFiles
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, Rest
 
 SAMPLED = 64  # photos that stand for all
 UNLABELLED = -1  # in place of a label
@@ -42,6 +42,7 @@ class Photos:
         decoded: all of them, if they were decoded in advance.
         short_side: pixels that the shorter side of a larger image is brought to; None keeps its size.
         decoder: what decodes them.
+        rest: what the last class stands for, if it stands for several.
     """
 
     names: Names
@@ -53,6 +54,7 @@ class Photos:
     decoded: Decoded | None = None
     short_side: int | None = None
     decoder: Decoder = PILLOW
+    rest: Rest | None = None
 
     @classmethod
     def of_files(cls, root: Path, names: Iterable[str], labels: Sequence[int], classes: tuple[str, ...]) -> Photos:

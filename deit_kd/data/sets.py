@@ -11,7 +11,7 @@ from deit_kd.data.folds import one_fold
 from deit_kd.data.hugging_face import hugging_face, one_split_of_hub
 from deit_kd.data.photos import Photos, Splits
 from deit_kd.data.shard_sets import one_split_of_shards, shards
-from deit_kd.data.subsets import share_of, with_classes
+from deit_kd.data.subsets import share_of, with_classes, with_rest
 from deit_kd.data.unlabelled import unlabelled_photos
 from deit_kd.interfaces import InputError, nearest
 
@@ -38,6 +38,8 @@ def build_splits(
     download: bool,
     unlabelled: str | None = None,
     classes: Sequence[str] | str | None = None,
+    rest: str | None = None,
+    rest_share: float = 1.0,
     fraction: float | None = None,
     per_class: int | None = None,
     stage: str | None = None,
@@ -48,7 +50,9 @@ def build_splits(
 
     In this order: `classes` are taken alone, see `with_classes`. With `folds`, all photos are joined, and fold number
     `fold` is held out, see `one_fold`. With `unlabelled`, the photos of that folder are the training split, see
-    `unlabelled_photos`. Of the training split, `fraction` or `per_class` of each class are taken, see `share_of`.
+    `unlabelled_photos`. Of the training split, `fraction` or `per_class` of each class are taken, see `share_of`. With
+    `rest`, all classes go through this, and then those that `classes` does not name become one, see `with_rest`: a fold
+    holds out the same photos whichever classes are joined.
 
     Raises:
         InputError: the name is unknown, there are no shards for `stage`, or the data are missing, empty, inconsistent
@@ -68,7 +72,7 @@ def build_splits(
         image_column=image_column,
         label_column=label_column,
     )
-    if classes is not None:
+    if classes is not None and rest is None:
         splits = Splits(*(with_classes(photos, classes) for photos in splits))
     _check_same_classes(splits)
     if len(splits.train.classes) < 2:
@@ -77,7 +81,10 @@ def build_splits(
         splits = one_fold(splits, folds, fold)
     if unlabelled is not None:
         splits = splits._replace(train=unlabelled_photos(unlabelled, splits.validation))
-    return splits._replace(train=share_of(splits.train, fraction, per_class))
+    splits = splits._replace(train=share_of(splits.train, fraction, per_class))
+    if classes is None or rest is None:
+        return splits
+    return Splits(with_rest(splits.train, classes, rest, rest_share), with_rest(splits.validation, classes, rest))
 
 
 def _check_same_classes(splits: Splits) -> None:
@@ -98,11 +105,12 @@ def one_split(
     root: str | None,
     split: str,
     classes: Sequence[str] | str | None = None,
+    rest: str | None = None,
     stage: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> Photos:
-    """Return the photos of any split of a dataset, of all classes or of some; the split ``.`` is `root` itself.
+    """Return the photos of any split of a dataset, see `build_splits`; the split ``.`` is `root` itself.
 
     Raises:
         InputError: the dataset has no splits but two, the split is missing or empty, or a class is not there.
@@ -115,4 +123,6 @@ def one_split(
         photos = one_split_of_hub(root, split, image_column, label_column)
     else:
         raise InputError(f"--split: {name} has no split {split!r}; use train or validation")
-    return photos if classes is None else with_classes(photos, classes)
+    if classes is None:
+        return photos
+    return with_classes(photos, classes) if rest is None else with_rest(photos, classes, rest)

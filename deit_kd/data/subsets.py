@@ -1,4 +1,4 @@
-"""Parts of a dataset without copying: some of its classes, and a share of each class's training photos."""
+"""Parts of a dataset without copying: some of its classes, perhaps with a rest, and a share of the training photos."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deit_kd.data.photos import Photos
-from deit_kd.interfaces import InputError, nearest
+from deit_kd.data.photos import UNLABELLED, Photos
+from deit_kd.interfaces import InputError, Rest, nearest
 from deit_kd.wordnet import by_words, same_words
 
 CLASS_LISTS = Path(__file__).with_name("class_lists")  # each file names its source
@@ -34,6 +34,57 @@ def with_classes(photos: Photos, named: Sequence[str] | str) -> Photos:
     if len(kept) < 2:
         raise InputError(f"{where}: names one class, {names[0]!r}; name another")
     return of_classes(photos, kept)
+
+
+def with_rest(photos: Photos, named: Sequence[str] | str, rest: str, share: float = 1.0) -> Photos:
+    """Return the photos with all but the named classes joined to one, the last: those of a specialist.
+
+    Args:
+        photos: with labels.
+        named: the classes that stay, as for `with_classes`; one is enough.
+        rest: the name of the class that the others become.
+        share: of all photos, which those of the rest may be at most. The photos with the smallest hashes are taken, see
+            `share_of`.
+
+    Raises:
+        InputError: as `with_classes` does; or `rest` is the name of a class, or no class is left for it.
+    """
+    names, where = class_names(named)
+    place = "the photos" if photos.root is None else str(photos.root)
+    kept = _found(names, photos.classes, where, place)
+    others = tuple(name for label, name in enumerate(photos.classes) if label not in set(kept))
+    if rest in photos.classes:
+        raise InputError(f"data.rest: {rest!r} is a class of {place}; choose another name")
+    if not others:
+        raise InputError(f"data.rest: {where} names all {len(kept)} classes, so none is left for it; unset it")
+    renumbered = np.full(len(photos.classes) + 1, len(kept))
+    renumbered[kept] = np.arange(len(kept))
+    renumbered[UNLABELLED] = UNLABELLED
+    labels = renumbered[photos.labels]
+    taken, share_taken = _thinned(photos, labels == len(kept), share)
+    return replace(
+        photos.subset(taken),
+        labels=labels[taken],
+        classes=(*(photos.classes[label] for label in kept), rest),
+        rest=Rest(rest, others, share_taken),
+    )
+
+
+def _thinned(photos: Photos, of_rest: np.ndarray, share: float) -> tuple[np.ndarray, float]:
+    """Return the photos to take so that the rest is at most a share of them, and the share of the rest's that they are.
+
+    Args:
+        photos: with the labels of their own classes.
+        of_rest: [n], whether each is of the rest.
+        share: above 0, at most 1.
+    """
+    there, others = int(of_rest.sum()), int((~of_rest).sum())
+    if share == 1 or not there or not others:
+        return np.arange(len(photos)), 1.0
+    wanted = min(there, max(1, round(others * share / (1 - share))))
+    rows = np.flatnonzero(of_rest)
+    left_out = rows[np.argsort(_hashes(photos.subset(rows)), kind="stable")[wanted:]]
+    return np.setdiff1d(np.arange(len(photos)), left_out), wanted / there
 
 
 def of_classes(photos: Photos, kept: Sequence[int]) -> Photos:

@@ -76,6 +76,11 @@ def examine(source: Source, config: Config, split: str, processes: Processes, la
     """
     photos = _photos(source, config, split, processes)
     matched = check_classes(source, photos.classes)
+    if photos.rest is not None and {*matched.classes} != {*photos.classes}:
+        raise InputError(
+            f"data.rest: {photos.rest.name!r} stands for other classes here than in the head of {source.name}, which "
+            f"knows {', '.join(matched.classes[:5])}; take the data.classes that it was trained on"
+        )
     line = matched.line(source.name, photos.classes)
     if line is not None and processes.is_main:
         say(line)
@@ -164,6 +169,7 @@ def _photos(source: Source, config: Config, split: str, processes: Processes) ->
             root=where.root,
             split=split,
             classes=where.classes,
+            rest=where.rest,
             stage=where.stage,
             image_column=where.image_column,
             label_column=where.label_column,
@@ -180,7 +186,7 @@ def _photos(source: Source, config: Config, split: str, processes: Processes) ->
 
 PLACE = (  # keys of the section data that say which photos they are, and not how they are seen
     *("name", "root", "train_split", "validation_split", "validation_fraction", "folds", "fold"),
-    *("classes", "fraction", "per_class", "workers", "stage", "image_column", "label_column"),
+    *("classes", "rest", "rest_share", "fraction", "per_class", "workers", "stage", "image_column", "label_column"),
 )
 
 

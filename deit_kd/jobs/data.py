@@ -23,11 +23,14 @@ def tell_taken(config: Config, splits: Splits) -> None:
     """Print what part of the photos a recipe takes, if not all."""
     if not config.data.taken:
         return
-    everything = config.data.model_copy(update={"classes": None, "fraction": None, "per_class": None})
+    everything = config.data.model_copy(update={"classes": None, "rest": None, "fraction": None, "per_class": None})
     whole = parts.build_splits(config.model_copy(update={"data": everything}))
     (train, validation), (all_train, all_validation) = splits, whole
+    named = str(len(train.classes))
+    if train.rest is not None:
+        named = f"{len(train.classes) - 1}, and as {train.rest.name} the {len(train.rest.classes)} others,"
     say(
-        f"taken: {len(train.classes)} of {len(all_train.classes)} classes, {len(train)} of {len(all_train)} training "
+        f"taken: {named} of {len(all_train.classes)} classes, {len(train)} of {len(all_train)} training "
         f"and {len(validation)} of {len(all_validation)} validation images ({config.data.taken})"
     )
 

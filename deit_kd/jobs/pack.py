@@ -65,6 +65,8 @@ def pack_tree(
 def _taken(config: Config, tree: str, split: str) -> Photos:
     """Return the photos of a split that a recipe takes."""
     data = config.data
+    if data.rest is not None:
+        raise InputError(f"data.rest: {data.rest}, but shards keep the classes of the tree; unset it")
     photos = one_split(name="folder", root=tree, split=split, classes=data.classes)
     return share_of(photos, data.fraction, data.per_class) if split == data.train_split else photos
 

@@ -63,6 +63,8 @@ def build_splits(config: Config) -> Splits:
         download=section.download,
         unlabelled=section.unlabelled,
         classes=section.classes,
+        rest=section.rest,
+        rest_share=section.rest_share,
         fraction=section.fraction,
         per_class=section.per_class,
         stage=section.stage,
@@ -309,7 +311,7 @@ def build_teacher(
     if section.members:
         return EnsembleTeacher(
             [
-                _build_network(config, member, classes, processes, member.checkpoint, dense)
+                _build_network(config, member, classes, processes, member.checkpoint, dense, is_member=True)
                 for member in section.members
             ],
             [member.weight for member in section.members],
@@ -326,6 +328,7 @@ def _build_network(
     processes: Processes,
     checkpoint: str | None,
     dense: bool,
+    is_member: bool = False,
 ) -> FrozenTeacher:
     section = config.teacher
     with chosen_attention(config.train.attention, processes.device):
@@ -346,6 +349,8 @@ def _build_network(
             dense=dense,
             compiled=section.compile,
             classes=classes,
+            rest=config.data.rest,
+            is_member=is_member,
             student=config.data.preprocessing,
             seed=config.seed,
             dtype=AUTOCAST_DTYPES[teacher_precision(config)] or torch.float32,

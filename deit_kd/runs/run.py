@@ -13,7 +13,7 @@ from deit_kd.data import Splits
 from deit_kd.distributed import Processes, on_main
 from deit_kd.engine import Trainer
 from deit_kd.files import write_atomically, write_json
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, Rest
 from deit_kd.kernels import choose_kernels, preferred_attention
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.run_folder import (
@@ -25,6 +25,7 @@ from deit_kd.run_folder import (
     AttentionFacts,
     Facts,
     HeadScores,
+    RestFacts,
     TeacherFacts,
     kept_weights,
 )
@@ -194,6 +195,7 @@ def _write_facts(run: Run, teacher_facts: TeacherFacts | None, attention: Attent
         "executor": makers["executor"],
         "decoder": makers["decoder"],
         "classes": list(run.classes),
+        "rest": _rest_facts(run.splits.train.rest),
         "student": None if run.student.account is None else run.student.account.record(),
         "teacher": teacher_facts,
         "processes": run.processes.count,
@@ -202,6 +204,10 @@ def _write_facts(run: Run, teacher_facts: TeacherFacts | None, attention: Attent
     }
     write_json(run.folder / FACTS_FILE, facts)
     write_atomically(run.folder / CONFIG_FILE, run.config.to_yaml().encode())
+
+
+def _rest_facts(rest: Rest | None) -> RestFacts | None:
+    return None if rest is None else {"name": rest.name, "classes": list(rest.classes), "kept": rest.kept}
 
 
 def _say_start(run: Run, trainer: Trainer, first_step: int) -> None:

@@ -18,6 +18,7 @@ from deit_kd.teachers.class_map import build_class_map, label_set_names
 from deit_kd.teachers.dense import dense_grid
 from deit_kd.teachers.fold import fold_batch_norms
 from deit_kd.teachers.frozen import FrozenTeacher, FusedHeads
+from deit_kd.teachers.specialists import Specialty, specialty_of
 from deit_kd.twins import refuse_other_twin, set_layer_norm_eps
 
 SOURCES = "teacher.pretrained, teacher.checkpoint and teacher.fit.epochs"
@@ -42,6 +43,8 @@ def build_teacher(
     compiled: bool,
     classes: tuple[str, ...],
     student: Preprocessing,
+    rest: str | None = None,
+    is_member: bool = False,
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -71,6 +74,8 @@ def build_teacher(
         compiled: whether to compile it.
         classes: the dataset's class names, in label order.
         student: the preprocessing of the batch's images.
+        rest: the one of `classes` that stands for all others, if there is one.
+        is_member: whether it is one of several teachers, and may then be a specialist, see `Panel`.
         seed: of random weights.
         dtype: of the weights.
         device: where it runs.
@@ -111,11 +116,21 @@ def build_teacher(
         if origin.answers_with_patches:
             answer_with_patches("teacher.checkpoint", network)
     network.eval()
-    mapping = None
+    mapping, specialty, own = None, None, classes
+    if origin.rest is not None and rest is None and head:
+        specialty = specialty_of(origin.name, label_names, origin.rest, classes)
+    if specialty is not None and origin.rest is not None:
+        _check_specialist(origin.name, specialty, is_member, class_map)
+        own = (*(classes[label] for label in specialty.labels), origin.rest.name)
+        notes.append(
+            f"teacher: {origin.name} is a specialist of {', '.join(own[:-1])}; its {origin.rest.name!r} stands for the "
+            f"{len(classes) - len(specialty.labels)} others"
+        )
     if head:
         check_answer("teacher", architecture, lambda images: [network(images)], size, columns)
         mapping = build_class_map(
-            classes=classes,
+            classes=own,
+            rest=rest,
             columns=columns,
             label_names=label_names,
             label_columns=origin.columns,
@@ -148,6 +163,7 @@ def build_teacher(
         channels_last=channels_last,
         compiled=compiled,
         class_map=mapping,
+        specialty=specialty,
         notes=notes,
         facts={
             "name": architecture,
@@ -159,7 +175,8 @@ def build_teacher(
             "mean": list(own_mean),
             "std": list(own_std),
             "interpolation": interpolation,
-            "class_map": None if mapping is None else mapping.record(classes),
+            "class_map": None if mapping is None else mapping.record(own),
+            **({} if specialty is None else {"specialist_of": list(own[:-1])}),
             **({} if head else {"head_left_out": columns}),
         },
     ).to(device)
@@ -184,6 +201,18 @@ def _origin(name: str | None, pretrained: bool, checkpoint: str | None, random_w
         return open_origin("teacher.checkpoint", checkpoint)
     assert name is not None
     return open_published("teacher.pretrained", name) if pretrained else Origin("random weights", dict)
+
+
+def _check_specialist(name: str, specialty: Specialty, is_member: bool, class_map: str | None) -> None:
+    if not is_member:
+        raise InputError(
+            f"teacher.checkpoint: {name} is a specialist, which knows {len(specialty.labels)} of the "
+            f"{specialty.classes} classes; name it in teacher.members, beside a teacher that knows them all"
+        )
+    if class_map is not None:
+        raise InputError(
+            f"teacher.class_map: {class_map}, but {name} is a specialist, whose classes are found by name; unset it"
+        )
 
 
 def _architecture(name: str | None, origin: Origin) -> str:

@@ -84,6 +84,7 @@ def build_class_map(
     file: str | None,
     label_columns: tuple[tuple[int, ...], ...] | None = None,
     column_labels: Mapping[int, str] | None = None,
+    rest: str | None = None,
 ) -> ClassMap | None:
     """Return the map from a teacher's columns to the dataset's classes; None if they are the same.
 
@@ -101,6 +102,8 @@ def build_class_map(
         file: CSV or JSON, see `read_mapping`.
         label_columns: the columns of each of `label_names`; None is one each, in order.
         column_labels: further names of single columns, if `label_columns` are given.
+        rest: the one of `classes` that stands for all others, if there is one: it takes the columns of all names that
+            are no class, never those of its own name alone. A `file` names its columns like those of any class.
 
     Raises:
         InputError: a class has no column, the columns have no names, or two classes share a column.
@@ -117,7 +120,10 @@ def build_class_map(
         entries = read_mapping(file)
         _check_classes_of_file(classes, entries, file)
     else:
-        entries = {name: [f"{LABEL}{name}"] for name in classes if name in set(names or ())}
+        entries = {name: [f"{LABEL}{name}"] for name in classes if name in set(names or ()) and name != rest}
+        if rest is not None:
+            others = [group for name, group in zip(names or (), groups, strict=False) if name not in entries]
+            entries[rest] = [f"{NUMBER}{column}" for group in others for column in group]
     return _from_entries(classes, entries, places, file)
 
 

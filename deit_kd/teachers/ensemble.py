@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deit_kd.interfaces import Batch, InputError, TeacherOutput
 from deit_kd.randomness import derive
 from deit_kd.teachers.frozen import FrozenTeacher
+from deit_kd.teachers.specialists import Panel
 
 COMBINATIONS = ("mean", "draw")
 
@@ -23,6 +24,8 @@ class EnsembleTeacher(nn.Module):
     position: neither batch size nor number of processes matters, and a label store replays it. Every teacher
     answers every batch; if a batch has no view ids, as in evaluation, ``draw`` answers like ``mean``.
 
+    Specialists among them, which know some classes alone, join the mean of the others as `Panel` says.
+
     Args:
         members: the teachers.
         weights: of each; they are scaled to sum to 1.
@@ -30,7 +33,8 @@ class EnsembleTeacher(nn.Module):
         seed: of the draw.
 
     Raises:
-        InputError: there are not as many weights as teachers, a weight is not positive, or `combine` is unknown.
+        InputError: there are not as many weights as teachers, a weight is not positive, `combine` is unknown, or
+            specialists are drawn or without a teacher that knows all classes.
     """
 
     _shares: Tensor
@@ -51,12 +55,27 @@ class EnsembleTeacher(nn.Module):
         self.grid = _common_grid([member.grid for member in members])
         shares = torch.tensor(weights, dtype=torch.float64, device=members[0]._gain.device)
         self.register_buffer("_shares", shares / shares.sum())
+        self._general = [place for place, member in enumerate(members) if member.specialty is None]
+        self._special = [place for place, member in enumerate(members) if member.specialty is not None]
+        self._panel = self._build_panel(members, weights) if self._special else None
         self.facts: dict[str, Any] = {
             "name": f"{combine} of {', '.join(member.facts.get('name', 'a teacher') for member in members)}",
             "members": [
                 {**member.facts, "weight": share} for member, share in zip(members, self._shares.tolist(), strict=True)
             ],
         }
+
+    def _build_panel(self, members: Sequence[FrozenTeacher], weights: Sequence[float]) -> Panel:
+        if not self._general:
+            raise InputError("teacher.members: all are specialists; add a teacher that knows every class")
+        if self.combine != "mean":
+            raise InputError(
+                f"teacher.combine: {self.combine} lets a specialist answer alone, which knows some of the classes; use "
+                "mean"
+            )
+        specialties = [member.specialty for member in members if member.specialty is not None]
+        panel = Panel(specialties, [weights[place] for place in self._special], sum(weights[p] for p in self._general))
+        return panel.to(self._shares.device)
 
     def lines(self, role: str = "teacher") -> list[str]:
         """Return the lines to print about the members."""
@@ -84,12 +103,16 @@ class EnsembleTeacher(nn.Module):
         )
 
     def _combined(self, logits: Sequence[Tensor], view_ids: Tensor | None) -> Tensor:
-        answers = torch.stack(list(logits)).log_softmax(-1)  # [members, B, …, C]
+        answers = torch.stack([logits[place] for place in self._general]).log_softmax(-1)  # [members, B, …, C]
         if self.combine == "draw" and view_ids is not None:
             drawn = self.draw(view_ids.to(answers.device, non_blocking=True))
             return answers[drawn, torch.arange(len(drawn), device=drawn.device)]
-        shares = self._shares.to(answers.dtype).log()
-        return (answers + shares.view(-1, *(1,) * (answers.ndim - 1))).logsumexp(0)
+        shares = self._shares[self._general].to(answers.dtype).log()
+        mean = (answers + shares.view(-1, *(1,) * (answers.ndim - 1))).logsumexp(0)
+        if self._panel is None:
+            return mean
+        joined: Tensor = self._panel(mean.log_softmax(-1), [logits[place] for place in self._special])
+        return joined
 
     def draw(self, view_ids: Tensor) -> Tensor:
         """Return the member [B] that answers each view; a pure function of ``view_ids`` [B, 2] and the seed."""

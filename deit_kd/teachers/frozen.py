@@ -16,6 +16,7 @@ from deit_kd.interfaces import Batch, InputError, Statistics, TeacherOutput
 from deit_kd.models.tokens import heads_of
 from deit_kd.teachers.class_map import ClassMap, described
 from deit_kd.teachers.dense import dense_logits
+from deit_kd.teachers.specialists import Specialty
 
 LONGEST_LIST = 20  # classes of a map that are printed; run.json has all of them
 
@@ -59,6 +60,7 @@ class FrozenTeacher(nn.Module):
         channels_last: memory format of weights and input.
         compiled: run the network through ``torch.compile``.
         class_map: turns the network's columns into the dataset's classes; None if they are the same.
+        specialty: the classes that it answers in, if these are not all of the dataset's.
         interpolation: of the resize, ``bicubic`` or ``bilinear``; the whole view is resized, nothing is cropped.
         grid: h x w of its dense logits, see `dense_grid`; None if it has none.
         facts: what a run records about this teacher.
@@ -81,6 +83,7 @@ class FrozenTeacher(nn.Module):
         channels_last: bool = True,
         compiled: bool = False,
         class_map: ClassMap | None = None,
+        specialty: Specialty | None = None,
         interpolation: str = "bicubic",
         grid: tuple[int, int] | None = None,
         facts: Mapping[str, Any] | None = None,
@@ -94,6 +97,7 @@ class FrozenTeacher(nn.Module):
         self.has_head = getattr(backbone_of(network), "num_classes", 1) != 0
         self._map = class_map
         self.grid = grid
+        self.specialty = specialty
         self.facts = dict(facts or {})
         self._notes = tuple(notes)
         self._image_size = image_size
