@@ -22,12 +22,14 @@ from tests.helpers import FULL, SEVEN_CLASSES, Finished, short, tiny, write_phot
 
 torch.set_num_threads(1)
 
-SLOWEST = ("test_processes.py", "test_benchmarks.py")  # begin first, or one worker is left alone with them at the end
+# Begin first, or one worker is left alone with them at the end.
+SLOWEST = ("test_benchmarks.py", "test_export.py", "test_processes.py", "test_evaluation.py", "test_store_runs.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the slowest modules begin first; all others keep their order."""
-    items.sort(key=lambda item: item.path.name not in SLOWEST)
+    order = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,9 @@ from deit_kd.schedules import Schedule
 from deit_kd.store import LabelStore, epoch_part
 from deit_kd.teaching.ready import ready_lesson
 from deit_kd.teaching.recording import shares_of_dense
+from tests.forked import run_on_two
 from tests.helpers import assert_same_scores, evaluated, heads_in, records, refused, tiny
-from tests.started import kill, torchrun
+from tests.started import kill
 
 DENSE: dict[str, Any] = {"kind": "dense", "weight": {"start": 1.0, "until": 0.6}}
 OPTIONS: dict[str, Any] = {
@@ -113,7 +114,7 @@ def test_two_processes_give_the_losses_of_one(photos_root: Path, tmp_path: Path)
     options = {"student__drop_path": 0.0, "train__epochs": 2}
     assert main(["train", *dense(photos_root, tmp_path / "one", **options)]) == 0
     two = dense(photos_root, tmp_path / "two", **options)
-    assert torchrun(two, tmp_path / "said.txt") == 0, (tmp_path / "said.txt").read_text()
+    run_on_two(["train", *two], tmp_path / "said.txt")
     for here, there in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-4)
         assert here.get("terms", {}).get("dense") == pytest.approx(there.get("terms", {}).get("dense"), rel=1e-4)

@@ -273,7 +273,8 @@ def test_a_first_step_without_a_finite_gradient_changes_nothing(name: str, fp16:
     assert learner.optimizer.state_dict()["state"] == {}
     for was, now in zip(before, everything(learner), strict=True):
         assert torch.equal(was, now)
-    assert learner.step(iter([make_batch(seed=1)]), 1).terms[3] == 0
+    with torch.compiler.set_stance("force_eager"):  # kron compiles for ten seconds
+        assert learner.step(iter([make_batch(seed=1)]), 1).terms[3] == 0
     assert all(torch.isfinite(value).all() for value in everything(learner))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from deit_kd.cli import main
 from tests.forked import faulty, run_on_two, wait_for
 from tests.helpers import FULL, Finished, heads_in, records, tiny
-from tests.started import KEEP_ALIVE, STANDALONE, kill_family, launched, torchrun
+from tests.started import KEEP_ALIVE, kill_family, launched
 
 # One epoch with everything random but drop-path, whose seed names the process.
 SHARED = {
@@ -96,13 +97,13 @@ def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(
     assert_same_losses(one_and_two[0], tmp_path / "run")
 
 
-def test_a_killed_process_is_started_again_and_the_run_goes_on(
+def test_a_killed_process_ends_the_other_and_the_run_goes_on_where_it_was_saved(
     one_and_two: tuple[Path, Path], finished: Finished, photos_root: Path, tmp_path: Path
 ) -> None:
     options = {"train__checkpoint_every_steps": 2, "resume": "auto"}
-    arguments = shared(finished, photos_root, tmp_path / "run", **options)
-    launcher = (*STANDALONE, "--max-restarts", "1")
-    assert torchrun(arguments, tmp_path / "said.txt", launcher, fault="kill:1:4") == 0
+    arguments = ["train", *shared(finished, photos_root, tmp_path / "run", **options)]
+    assert faulty(arguments, tmp_path / "said.txt", "kill:1:4") == [1, -signal.SIGKILL]
+    run_on_two(arguments, tmp_path / "said.txt")
     assert "continued from step 2" in (tmp_path / "said.txt").read_text()
     assert_same_losses(one_and_two[0], tmp_path / "run")
 
