@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from deit_kd.commands.data import data
 from deit_kd.commands.pictures import plot, report
+from deit_kd.commands.quantize import quantize
 from deit_kd.commands.shared import Arguments
 from deit_kd.commands.store import store
 from deit_kd.commands.students import evaluate, export, predict
@@ -25,6 +26,7 @@ VERBS: dict[str, tuple[str, Callable[[Arguments], int | None]]] = {
     "store": ("run a teacher once for every view, and keep its answers (build, check, info)", store),
     "predict": ("print class and probability for images without labels", predict),
     "export": ("export a run's student to timm, transformers, ONNX or torch.export", export),
+    "quantize": ("turn a run's student into integers of 8 or 4 bits, and say what each head loses", quantize),
     "bench": ("time the training loop and its parts, with and without a teacher and a store", bench),
 }
 

@@ -20,6 +20,7 @@ from deit_kd.config import Config, read_recipe
 from deit_kd.files import checked, read_json
 from deit_kd.interfaces import InputError, Rest
 from deit_kd.models.create import RESERVED_ARGUMENTS, create_model
+from deit_kd.models.integers import round_linears
 from deit_kd.models.local_dir import (
     ACTIVATIONS,
     KnownPreprocessing,
@@ -34,7 +35,7 @@ from deit_kd.models.state import published_state, read_state, tensors_hash
 from deit_kd.models.tokens import answer_with_patches
 from deit_kd.models.weights import fit_weights, holds_distillation_token
 from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN
-from deit_kd.run_folder import CONFIG_FILE, STUDENT_FOLDER, Facts, read_facts, run_of
+from deit_kd.run_folder import CONFIG_FILE, QUANTIZED_FILE, STUDENT_FOLDER, Facts, read_facts, run_of
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -61,6 +62,7 @@ class Origin:
         answers_apart: whether two heads of it are known to answer apart; see `is_distilled` for weights without a
             description.
         answers_with_patches: whether it also answers with ``patch``.
+        bits: of the integers that its answers are rounded to, see `round_linears`; None for floating point.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Origin:
     is_published: bool = False
     answers_apart: bool = False
     answers_with_patches: bool = False
+    bits: int | None = None
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
@@ -116,6 +119,11 @@ def open_origin(key: str, name: str | Path, asked: frozenset[str] = frozenset())
     if text.endswith(TEACHER_OF_RUN):
         return _teacher_of(key, text, asked)
     place = Path(text.removeprefix(LOCAL_DIR)).expanduser()
+    if place.name == QUANTIZED_FILE or (place / QUANTIZED_FILE).is_file():
+        raise InputError(
+            f"{key}: {text} holds integers, whose scores are in its heads.json; name the run that it was made of, or "
+            "ask it with deit-kd predict"
+        )
     run = run_of(place)
     if run is not None:
         return _student_of(key, text, place, run)
@@ -174,6 +182,8 @@ def open_model(key: str, path: str | Path) -> nn.Module:
     fit_weights(key, model, origin.state, source=origin.name, strict=True)
     if origin.answers_with_patches:
         answer_with_patches(key, model)
+    if origin.bits is not None:
+        round_linears(key, origin.architecture, model, origin.preprocessing.image_size or 224, origin.bits)
     return model
 
 
@@ -219,6 +229,7 @@ def _student_of(key: str, name: str, place: Path, run: Path) -> Origin:
         record=run,
         answers_apart=recipe.distill.has_token,
         answers_with_patches=recipe.distill.dense is not None,
+        bits=student.bits,
     )
 
 
@@ -322,6 +333,7 @@ def _described_beside(key: str, name: str, file: Path) -> Origin:
         preprocessing=preprocessing_of({**saved.get("pretrained_cfg", {}), **saved}),
         answers_apart="dist" in saved.get("heads", ()),
         answers_with_patches="patch" in saved.get("heads", ()),
+        bits=saved.get("bits"),
     )
 
 

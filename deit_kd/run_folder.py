@@ -21,6 +21,7 @@ FACTS_FILE = "run.json"  # what a run used: photos, classes, teacher
 CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 DATA_ERRORS_FILE = "data_errors.jsonl"  # views that are missing because their photos cannot be read
+QUANTIZED_FILE = "quantized.safetensors"  # a student's integers, in a folder of their own
 STUDENT_FOLDER = "student"  # its weights in timm's local-dir layout
 
 
@@ -144,6 +145,11 @@ def run_of(path: Path) -> Path | None:
             if (folder / CONFIG_FILE).is_file():
                 return folder
     return None
+
+
+def is_model(named: str) -> bool:
+    """Return whether a path names a model that describes itself: an ONNX file, or a folder of integers."""
+    return named.endswith(".onnx") or (Path(named).expanduser() / QUANTIZED_FILE).is_file()
 
 
 def next_free_folder(parent: Path, recipe: str) -> Path:

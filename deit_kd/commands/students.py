@@ -12,6 +12,7 @@ from deit_kd.commands.shared import Arguments, asks_for_help, first_argument
 from deit_kd.config import build_parser, parse_config, read_options
 from deit_kd.interfaces import ANSWERS, InputError
 from deit_kd.places import check_source, check_there, path_of, photos_root
+from deit_kd.run_folder import is_model
 
 
 def evaluate(arguments: Arguments) -> None:
@@ -82,7 +83,7 @@ def predict(arguments: Arguments) -> None:
     parser.add_argument("files", type=str, nargs="+", help="images")
     parser.add_argument("--head", choices=[*ANSWERS, "all"], default="fused", help="which head answers")
     parser.add_argument("--csv", type=str, default=None, help="CSV file to write; standard output unless set")
-    if arguments and arguments[0].endswith(".onnx") and not asks_for_help(arguments):
+    if arguments and is_model(arguments[0]) and not asks_for_help(arguments):
         from deit_kd.jobs.predict import recipe_of_model
 
         folder = Path(arguments[0])
@@ -105,7 +106,7 @@ def export(arguments: Arguments) -> None:
         "--outputs", type=str, nargs="+", default=None, help=f"any of {', '.join(ANSWERS)}; all unless set"
     )
     parser.add_argument("--opset", type=int, default=18, help="ONNX operator set, 18 to 23")
-    parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="of the weights in ONNX or .pt2")
+    parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32", help="of the weights")
     parser.add_argument("--dynamic_size", type=bool, default=False, help="accept images of other sizes")
     if asks_for_help(arguments):
         parse_config(arguments, parser)

@@ -73,7 +73,8 @@ def as_options(section: Section, prefix: str) -> list[str]:
     """Return every key of a section with its value, as they are typed on a command line."""
     options = []
     for path, _, value in _keys_of(section, prefix):
-        options += [f"--{path}", value if isinstance(value, str) else json.dumps(value)]
+        text = value if isinstance(value, str) else json.dumps(value, default=lambda term: term.model_dump(mode="json"))
+        options += [f"--{path}", text]
     return options
 
 

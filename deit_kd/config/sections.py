@@ -215,6 +215,8 @@ class StudentSection(Section):
     """what stays frozen; with backbone only tokens and heads learn"""
     drop_path: float = key(0.1, RESULT, ge=0, lt=1)
     """rate of stochastic depth"""
+    bits: Literal[8, 4] | None = key(None, RESULT)
+    """train for linear layers whose weights are integers of so many bits and whose inputs have 8; null does not"""
     channels_last: bool | None = key(None, RESULT)
     """channels-last memory format; null uses it for networks with BatchNorm"""
     args: dict[str, JsonValue] = key({}, RESULT)

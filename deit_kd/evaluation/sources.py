@@ -104,7 +104,8 @@ def _from_timm(name: str) -> Source:
 
 def _options(text: str, origin: Origin) -> list[str]:
     """Return the options that weights stand for, as far as they are described."""
-    options = ["--student.checkpoint", text, *_kind(origin.is_distilled, origin.answers_with_patches)]
+    kind = _kind(origin.is_distilled, origin.answers_with_patches)
+    options = ["--student.checkpoint", text, *kind, "--student.bits", json.dumps(origin.bits)]
     if origin.architecture is None:
         return options
     arguments = json.dumps(origin.model_args)

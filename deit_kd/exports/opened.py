@@ -42,6 +42,12 @@ class OpenedModel:
     facts: Facts
     session: Any
 
+    def answer(self, images: Tensor) -> StudentOutput:
+        """Return the logits [B, C] of each of its heads, of which ``cls`` is one, for `images` [B, 3, H, W]."""
+        heads = [name for name in self.facts["outputs"] if name != "fused"]
+        answers = self.session.run(heads, {"images": np.ascontiguousarray(images.cpu().numpy())})
+        return StudentOutput.of(dict(zip(heads, map(torch.from_numpy, answers), strict=True)))
+
     def probabilities(self, images: Tensor) -> dict[str, Tensor]:
         """Return [B, C] of each of its answers to `images` [B, 3, H, W]; fused, too, if all heads are outputs."""
         answers = self.session.run(self.facts["outputs"], {"images": np.ascontiguousarray(images.cpu().numpy())})
@@ -63,7 +69,9 @@ def open_exported(file: Path) -> OpenedModel:
     import onnxruntime
 
     try:
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no common base class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{file}: cannot be opened by onnxruntime ({reason}); export the run again") from error

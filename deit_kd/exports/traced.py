@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import json
+import logging
+import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ class Choices:
         outputs: some of `ANSWERS`, in their order; None is all that the student has.
         opset: of ONNX.
         dynamic_size: whether images may have another size than the student was trained with.
-        precision: of the weights, ``fp32`` or ``fp16``; images and outputs are fp32.
+        precision: of the weights, ``fp32``, ``fp16`` or, for ONNX, ``int8``; images and outputs are fp32.
     """
 
     outputs: tuple[str, ...] | None = None
@@ -136,18 +138,40 @@ def write_onnx(backbone: nn.Module, folder: Path, about: About, choices: Choices
         )
     assert program is not None
     model: Any = program.model_proto
+    if choices.precision == "int8":
+        model = _in_integers(model)
     opset = next(known.version for known in model.opset_import if known.domain in ("", "ai.onnx"))
     if opset != choices.opset:
         raise InputError(
             f"--opset: torch writes this student in opset {opset}, not in {choices.opset}; use --opset {opset}"
         )
     _forget_the_machine(model)
+    del model.metadata_props[:]
     facts = _facts(module, about, choices) | {"opset": opset}
     for name, value in facts.items():
         model.metadata_props.add(key=name, value=json.dumps(value))
     folder.mkdir(parents=True)
     (folder / "student.onnx").write_bytes(model.SerializeToString())
     write_json(folder / "config.json", facts)
+
+
+def _in_integers(model: Any) -> Any:
+    """Return an ONNX model whose linear layers are int8 by row, and their inputs uint8, chosen at each call."""
+    from onnx import load  # as onnxruntime's quantiser does, which no other export needs
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    del model.graph.value_info[:]  # the shapes that torch writes of transposed weights contradict those inferred
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it suggests a preprocessing that torch's exporter has done already
+    try:
+        with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            file = Path(place) / "student.onnx"
+            of_weights = {"op_types_to_quantize": ["MatMul", "Gemm"], "weight_type": QuantType.QInt8}
+            quantize_dynamic(model, file, per_channel=True, **of_weights)
+            return load(file)
+    finally:
+        logging.disable(disabled)
 
 
 def write_torch_export(backbone: nn.Module, folder: Path, about: About, choices: Choices) -> None:

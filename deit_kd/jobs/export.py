@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from typing_extensions import TypedDict
 
-from deit_kd.checkpoint import load_checkpoint
 from deit_kd.config import Config
 from deit_kd.console import say
 from deit_kd.distributed import Processes
-from deit_kd.evaluation.curves import read_records
+from deit_kd.evaluation.described import described
 from deit_kd.evaluation.sources import Source, load_student
-from deit_kd.exports import FORMATS, OPSET, About, CannotHold, Choices, export, missing_libraries
-from deit_kd.files import read_json
+from deit_kd.exports import FORMATS, OPSET, CannotHold, Choices, export, missing_libraries
 from deit_kd.interfaces import ANSWERS, InputError, nearest
-from deit_kd.metrics import names_in_every_head
 from deit_kd.models.tokens import names_of_heads
-from deit_kd.run_folder import CONFIG_FILE, HEADS_FILE, kept_weights, read_head_scores
 from deit_kd.runs import parts
 
 LARGEST_OPSET = 23
@@ -45,6 +38,11 @@ def export_student(
     """
     if source.run is None:
         raise InputError(f"{source.name}: is neither a run nor a checkpoint of one; name the folder of a run")
+    if config.student.bits is not None:
+        raise InputError(
+            f"{source.name}: answers through integers of {config.student.bits} bits, which no format here holds; use "
+            f"deit-kd quantize {source.run}"
+        )
     if format_name not in FORMATS:
         raise InputError(
             f"--format: {format_name!r} is unknown; use one of {', '.join(FORMATS)}{nearest(format_name, FORMATS)}"
@@ -58,21 +56,9 @@ def export_student(
     target = to or source.run / "export" / f"{format_name}{of_checkpoint}"
     if target.exists():
         raise InputError(f"--to: {target} already exists; remove it, or name another folder")
-    facts, classes = source.facts, source.classes or ()
     own_attention = parts.with_attention(config, "auto")
-    student = load_student(source, own_attention, classes, Processes(0, 1, torch.device("cpu")))
-    about = About(
-        architecture=student.backbone.pretrained_cfg["architecture"],
-        model_args=student.model_args,
-        classes=classes,
-        preprocessing=config.data.preprocessing,
-        fusion=config.evaluate.fusion,
-        heads=read_head_scores(source.run) if source.checkpoint is None else _scores_of(source.run, source.checkpoint),
-        teacher=facts["teacher"],
-        data=f"{config.data.name} (digest of the training split {facts['data']['train']})",
-        recipe=(source.run / CONFIG_FILE).read_text(),
-        temperature=None if source.checkpoint is not None else _fitted_temperature(source.run, config.evaluate.fusion),
-    )
+    student = load_student(source, own_attention, source.classes or (), Processes(0, 1, torch.device("cpu")))
+    about = described(source, config, student)
     try:
         distance = export(format_name, student.backbone, target, about, choices)
     except CannotHold as error:
@@ -85,53 +71,16 @@ def export_student(
     return target
 
 
-def _scores_of(run: Path, checkpoint: Path) -> Mapping[str, Any] | None:
-    """Return the scores of a checkpoint, like ``heads.json``; None if it was written within an epoch.
-
-    Raises:
-        InputError: the checkpoint is truncated or altered.
-    """
-    try:
-        step = load_checkpoint(checkpoint)["progress"]["step"]
-    except ValueError as error:
-        raise InputError(f"{error}; name another checkpoint") from error
-    epochs = [record for record in read_records(run) if (record["kind"], record["step"]) == ("epoch", step)]
-    if not epochs:
-        return None
-    weights = kept_weights(epochs[-1])
-    return {**epochs[-1][weights], "weights": weights, "teacher": epochs[-1]["teacher"]}
-
-
 def _check(choices: Choices, format_name: str) -> None:
     if choices != Choices() and not FORMATS[format_name].is_traced:
         traced = " or ".join(name for name, entry in FORMATS.items() if entry.is_traced)
         raise InputError(f"--format: {format_name} has no choice of outputs, precision or size; use {traced}")
     if choices.opset != OPSET and format_name != "onnx":
         raise InputError(f"--opset: {format_name} has none; use --format onnx")
+    if choices.precision == "int8" and format_name != "onnx":
+        raise InputError(f"--precision: {format_name} has no int8; use --format onnx, or deit-kd quantize")
     if not OPSET <= choices.opset <= LARGEST_OPSET:
         raise InputError(f"--opset: {choices.opset} is not supported; use {OPSET} to {LARGEST_OPSET}")
     unknown = [name for name in choices.outputs or () if name not in ANSWERS]
     if unknown or len(set(choices.outputs or ())) != len(choices.outputs or ()):
         raise InputError(f"--outputs: {' '.join(choices.outputs or ())}; use each of {', '.join(ANSWERS)} at most once")
-
-
-class _Fitted(TypedDict):
-    temperature: float
-
-
-class _Evaluation(TypedDict):
-    student: str
-    temperature: dict[str, _Fitted]
-
-
-def _fitted_temperature(folder: Path, fusion: str) -> dict[str, float] | None:
-    """Return the temperature of each head, fitted by an evaluation of this run on its own validation set."""
-    file = folder / "eval" / "validation" / HEADS_FILE
-    if not file.is_file():
-        return None
-    evaluation = read_json(file, _Evaluation)
-    if evaluation["student"] != folder.resolve().name:
-        return None
-    fitted = evaluation["temperature"]
-    names = names_in_every_head(fusion).items()
-    return {head: fitted[name]["temperature"] for head, name in names if name in fitted}

@@ -21,7 +21,9 @@ from deit_kd.evaluation.sources import data_options, load_student, open_source
 from deit_kd.exports.opened import SUFFIX, open_exported
 from deit_kd.files import check_file_to_be, write_atomically
 from deit_kd.interfaces import InputError, Preprocessing, head_probabilities, printable
+from deit_kd.run_folder import is_model
 from deit_kd.runs import parts
+from deit_kd.students import open_quantized
 
 Answer = Callable[[Tensor], dict[str, Tensor]]  # images [B, 3, H, W] to probabilities [B, C] by head
 
@@ -47,7 +49,7 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
     if csv_file is not None:
         check_file_to_be("--csv", csv_file)
     with process_group(config.train.device) as processes:
-        classes, answer = _from_model(place) if place.suffix == SUFFIX else _from_run(place, config, processes)
+        classes, answer = _from_model(place) if is_model(str(place)) else _from_run(place, config, processes)
         transform = parts.build_evaluation_transform(config)
         rows: list[tuple[str, str, str, str]] = []
         for start_at in range(0, len(files), config.evaluate.batch_size):
@@ -85,17 +87,25 @@ def _from_run(folder: Path, config: Config, processes: Processes) -> tuple[tuple
 
 
 def _from_model(file: Path) -> tuple[tuple[str, ...], Answer]:
-    model = open_exported(file)
-    return tuple(model.facts["classes"]), model.probabilities
+    if file.suffix == SUFFIX:
+        model = open_exported(file)
+        return tuple(model.facts["classes"]), model.probabilities
+    student, facts = open_quantized(file)
+
+    def answer(images: Tensor) -> dict[str, Tensor]:
+        with torch.inference_mode():
+            return head_probabilities(student(images.cpu()), facts["fusion"])
+
+    return tuple(facts["classes"]), answer
 
 
 def recipe_of_model(file: Path) -> list[str]:
-    """Return the options that an exported model stands for: the preprocessing of its images.
+    """Return the options that an exported or quantised model stands for: the preprocessing of its images.
 
     Raises:
-        InputError: it is not a model that ``deit-kd export`` wrote.
+        InputError: it is not a model that ``deit-kd export`` or ``deit-kd quantize`` wrote.
     """
-    facts = open_exported(file).facts
+    facts = open_exported(file).facts if file.suffix == SUFFIX else open_quantized(file).facts
     return data_options(Preprocessing(*(facts[field] for field in Preprocessing._fields)))  # type: ignore[literal-required]
 
 

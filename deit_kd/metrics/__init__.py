@@ -14,6 +14,7 @@ from deit_kd.metrics.comparison import class_accuracies, disagreement_matrix, fo
 from deit_kd.metrics.heads import every_head, judge, names_in_every_head, per_image
 from deit_kd.metrics.intervals import bootstrap_means, interval
 from deit_kd.metrics.neighbours import neighbour_classes, score_neighbours
+from deit_kd.metrics.paired import compare_heads
 from deit_kd.metrics.representation import linear_cka, token_cosines
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "bootstrap_means",
     "calibration_gaps",
     "class_accuracies",
+    "compare_heads",
     "disagreement_matrix",
     "every_head",
     "expected_calibration_error",

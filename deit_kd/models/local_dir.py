@@ -49,6 +49,7 @@ class LocalDir(PretrainedCfg, total=False):
 
     architecture: str
     heads: list[str]  # that answer: cls, and dist if there are two
+    bits: Literal[8, 4]  # of the integers that its answers are rounded to
     model_args: dict[str, Any]
     model_type: str | None
     id2label: Numbered

@@ -20,6 +20,7 @@ from torch.torch_version import TorchVersion
 
 from deit_kd.interfaces import HEADS, InputError, Preprocessing
 from deit_kd.models.create import OF_THE_ARCHITECTURE, created_by_timm
+from deit_kd.models.integers import bits_of
 from deit_kd.models.names import check_known
 from deit_kd.models.tokens import names_of_heads
 from deit_kd.models.weights import classifier_names, to_timm_names
@@ -121,6 +122,7 @@ def save_local_dir(
     appears whole or not at all; an existing one is replaced. Of the model's heads, those that are among `heads` are
     described.
     """
+    bits = bits_of(model)
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     plain.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key in OF_THE_ARCHITECTURE}
     aside = folder.with_name(f".{folder.name}.partial")
@@ -133,6 +135,7 @@ def save_local_dir(
                 "num_classes": len(classes),
                 "label_names": list(classes),
                 "heads": [head for head in names_of_heads(model) if head in heads],
+                **({} if bits is None else {"bits": bits}),  # that its answers are rounded to
             },
             data_config={
                 "input_size": (3, preprocessing.image_size, preprocessing.image_size),

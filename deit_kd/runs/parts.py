@@ -277,6 +277,7 @@ def build_student(
             freeze=section.freeze,
             channels_last=section.channels_last,
             strict=strict,
+            bits=section.bits,
             seed=config.seed,
         ).to(device)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from deit_kd.interfaces import InputError
 from deit_kd.models.create import check_answer, check_arguments, create_model, size_argument
+from deit_kd.models.integers import round_linears
 from deit_kd.models.names import check_known, distilled_twin, plain_twin
 from deit_kd.models.tokens import answer_with_patches
 from deit_kd.models.weights import Account, fit_weights
@@ -37,6 +38,7 @@ def build_student(
     freeze: str = "none",
     channels_last: bool | None = None,
     strict: bool = False,
+    bits: int | None = None,
     seed: int,
 ) -> TimmStudent:
     """Build a student with seeded initial weights.
@@ -58,6 +60,7 @@ def build_student(
         freeze: ``none``, ``patch_embed``, ``backbone`` (tokens and heads learn) or ``all_but_heads``.
         channels_last: memory format, see `TimmStudent`.
         strict: the weights must be exactly this student's, every tensor of them.
+        bits: of the integers that its linear layers will become, see `round_linears`; None for floating point.
         seed: of the run.
 
     Raises:
@@ -98,6 +101,8 @@ def build_student(
         channels_last=channels_last,
     )
     _freeze(student.backbone, freeze)
+    if bits is not None:
+        round_linears("student.bits", name, student.backbone, image_size, bits)
     student.eval()
     check_answer("student", name, lambda images: [*student(images).logits.values()], image_size, len(classes))
     return student.train()

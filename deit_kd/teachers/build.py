@@ -198,7 +198,13 @@ def _origin(name: str | None, pretrained: bool, checkpoint: str | None, random_w
         given = " and ".join(sources) if sources else "nothing"
         raise InputError(f"teacher.name: {name!r} has {given} to take its weights from; set one of {SOURCES}")
     if checkpoint is not None:
-        return open_origin("teacher.checkpoint", checkpoint)
+        origin = open_origin("teacher.checkpoint", checkpoint)
+        if origin.bits is not None:
+            raise InputError(
+                f"teacher.checkpoint: {checkpoint} answers through integers of {origin.bits} bits, and a teacher here "
+                "does not; name the run that it began with"
+            )
+        return origin
     assert name is not None
     return open_published("teacher.pretrained", name) if pretrained else Origin("random weights", dict)
 
