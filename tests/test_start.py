@@ -59,6 +59,7 @@ MISTAKES = [
     (["eval", "resnet18", "--data.root", "nowhere"], "data.root: nowhere is not a folder"),
     (["predict", "nowhere", "a.png"], "nowhere: is not a run"),
     (["export", "nowhere", "--format", "onnx"], "nowhere: is not there"),
+    (["quantize", "nowhere"], "nowhere: is not there"),
     (["report", "nowhere"], "runs: nowhere is not there"),
     (["plot", "nowhere"], "runs: nowhere is not there"),
     (["data", "check", "nowhere"], "data.root: nowhere is not a folder"),
