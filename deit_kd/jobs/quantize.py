@@ -226,7 +226,7 @@ def _record(
 
 def _rows(heads: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return what each head loses, a row for each way that it answers."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, by_head in heads["cost"].items():
         for head, cost in by_head.items():
             points, nats = cost["intervals"]["top1"], cost["intervals"]["nll"]

@@ -103,7 +103,7 @@ def _called(backbone: nn.Module, image_size: int) -> dict[str, nn.Linear]:
     linears = {path: module for path, module in backbone.named_modules() if type(module) is nn.Linear}
     seen: set[str] = set()
     hooks = [
-        module.register_forward_hook(lambda *_, path=path: seen.add(path))  # type: ignore[misc]
+        module.register_forward_hook(lambda *_, path=path: seen.add(path))
         for path, module in linears.items()
     ]
     was_training = backbone.training
