@@ -102,10 +102,7 @@ def round_linears(key: str, name: str, backbone: nn.Module, image_size: int, bit
 def _called(backbone: nn.Module, image_size: int) -> dict[str, nn.Linear]:
     linears = {path: module for path, module in backbone.named_modules() if type(module) is nn.Linear}
     seen: set[str] = set()
-    hooks = [
-        module.register_forward_hook(lambda *_, path=path: seen.add(path))
-        for path, module in linears.items()
-    ]
+    hooks = [module.register_forward_hook(lambda *_, path=path: seen.add(path)) for path, module in linears.items()]
     was_training = backbone.training
     backbone.eval()
     try:
