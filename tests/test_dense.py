@@ -171,6 +171,17 @@ def test_the_mean_over_places_is_the_networks_answer(name: str) -> None:
         torch.testing.assert_close(dense_logits(model, last).mean((1, 2)), model.forward_head(last))
 
 
+def test_rows_and_columns_of_places_are_those_of_the_map() -> None:
+    model = network("test_resnet")
+    with torch.no_grad():
+        last = model.forward_features(drawn(2, 3, 64, 96))
+        dense = dense_logits(model, last)
+        assert dense.shape == (2, 2, 3, 5)
+        for row, column in ((0, 2), (1, 0)):
+            alone = model.forward_head(last[:, :, row, column, None, None])
+            torch.testing.assert_close(dense[:, row, column], alone)
+
+
 @pytest.mark.parametrize("name", NORMED)
 def test_a_norm_after_the_pooling_acts_on_each_place_as_on_a_whole_image(name: str) -> None:
     model = network(name)

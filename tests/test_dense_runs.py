@@ -14,6 +14,7 @@ import torch
 from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.distributed import process_group
+from deit_kd.exports import missing_libraries
 from deit_kd.runs.run import prepare
 from deit_kd.schedules import Schedule
 from deit_kd.store import LabelStore, epoch_part
@@ -101,6 +102,48 @@ def test_the_saved_student_answers_with_three_heads_by_itself_and_timms_export_s
     assert heads_in(found)["heads"]["patch"]["nll"] == pytest.approx(heads_in(whole)["heads"]["patch"]["nll"], rel=1e-4)
 
 
+def test_the_report_shows_three_heads_and_every_pair(whole: Path, tmp_path: Path) -> None:
+    assert main(["report", str(whole), "--to", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    for name in ("patch tokens", "fused, cls and dist alone", "fused, dist and patch alone"):
+        assert name in page
+
+
+@pytest.mark.skipif(bool(missing_libraries("onnx")), reason="needs onnx")
+def test_an_onnx_model_predicts_with_three_heads_what_its_run_does(
+    whole: Path, photos_root: Path, tmp_path: Path
+) -> None:
+    assert main(["export", str(whole), "--format", "onnx", "--to", str(tmp_path / "onnx")]) == 0
+    photos = sorted(map(str, (photos_root / "validation").rglob("*.png")))[:5]
+    tables = []
+    for place in (whole, tmp_path / "onnx" / "student.onnx"):
+        table = tmp_path / f"{place.stem}.csv"
+        assert main(["predict", str(place), *photos, "--head", "all", "--csv", str(table)]) == 0
+        tables.append([row.split(",") for row in table.read_text().splitlines()[1:]])
+    assert [row[1] for row in tables[0][:4]] == ["cls", "dist", "patch", "fused"]
+    for ours, theirs in zip(*tables, strict=True):
+        assert ours[:3] == theirs[:3]
+        assert float(ours[3]) == pytest.approx(float(theirs[3]), abs=2e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("source", ["online", "recorded", "stored"])
+def test_a_dry_run_rehearses_it(
+    device: str, source: str, stored: Path, photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("CUDA is here, and measured")
+    options: dict[str, Any] = {"teacher__store": stored} if source == "stored" else {}
+    if source == "recorded":
+        options = {"teacher__store": tmp_path / "new", "teacher__store_mode": "record"}
+    run = tmp_path / "run"
+    assert main(["train", *dense(photos_root, run, train__device=device, **options), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "dry run: everything was built, nothing was written" in said
+    assert ("for the label store" in " ".join(said.split())) == (source == "recorded")
+    assert not run.exists()
+
+
 def test_a_killed_run_ends_bit_for_bit(whole: Path, photos_root: Path, tmp_path: Path) -> None:
     killed = dense(photos_root, tmp_path / "killed")
     kill(killed, 5, tmp_path / "said.txt")
@@ -113,8 +156,7 @@ def test_a_killed_run_ends_bit_for_bit(whole: Path, photos_root: Path, tmp_path:
 def test_two_processes_give_the_losses_of_one(photos_root: Path, tmp_path: Path) -> None:
     options = {"student__drop_path": 0.0, "train__epochs": 2}
     assert main(["train", *dense(photos_root, tmp_path / "one", **options)]) == 0
-    two = dense(photos_root, tmp_path / "two", **options)
-    run_on_two(["train", *two], tmp_path / "said.txt")
+    run_on_two(["train", *dense(photos_root, tmp_path / "two", **options)], tmp_path / "said.txt")
     for here, there in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-4)
         assert here.get("terms", {}).get("dense") == pytest.approx(there.get("terms", {}).get("dense"), rel=1e-4)

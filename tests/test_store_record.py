@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deit_kd.losses import soft_distillation
 from deit_kd.store import Record
-from deit_kd.store.record import is_whole
+from deit_kd.store.record import is_missing, is_whole
 
 
 def logits(rows: int, classes: int, scale: float = 4.0, seed: int = 0) -> torch.Tensor:
@@ -137,3 +137,28 @@ def test_bf16_answers_are_recorded_from_fp32() -> None:
     record = Record(classes=10, top=4)
     for column, other in zip(record.encode(asked).values(), record.encode(asked.float()).values(), strict=True):
         assert torch.equal(column, other)
+
+
+def test_classes_of_places_and_vectors_are_columns_of_their_own() -> None:
+    record = Record(1000, 0, grid=(7, 7), width=5)
+    places, vectors = torch.randint(1000, (3, 7, 7)), torch.randn(3, 5)
+    columns = record.encode(torch.randn(3, 1000), places, vectors)
+    assert record.bytes_per_view == 2 + 98 + 10
+    assert torch.equal(columns["dense"].long(), places)
+    assert torch.equal(columns["pooled"], vectors.half())
+    assert record.of_whole_images == Record(1000, 0)
+    assert is_missing(record.missing(2)).all()
+    assert is_whole(record.missing(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"), [("dense", -1, "whole"), ("dense", 9, "named"), ("pooled", 1e6, "whole")]
+)
+def test_a_place_without_a_class_or_a_vector_that_is_not_finite_is_no_record(
+    name: str, value: float, what: str
+) -> None:
+    record = Record(9, 0, grid=(2, 2), width=3)
+    further = {"dense": torch.zeros(2, 2, 2), "pooled": torch.zeros(2, 3)}
+    further[name][1, 1] = value
+    columns = record.encode(torch.zeros(2, 9), further["dense"], further["pooled"])
+    assert (is_whole(columns), record.names_its_classes(columns)) == (what != "whole", what != "named" and value >= 0)

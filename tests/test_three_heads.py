@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -118,11 +119,17 @@ def test_the_patch_head_is_the_mean_over_places_of_the_dense_logits(name: str, o
             torch.testing.assert_close(dense.mean((1, 2)), read_heads(model, IMAGES).patch_logits)
 
 
-def test_the_dense_logits_are_the_distillation_heads_answer_to_each_patch_token() -> None:
-    model = three_headed()
+@pytest.mark.parametrize(("name", "options"), STUDENTS.values(), ids=STUDENTS)
+def test_the_dense_logits_are_the_distillation_heads_answer_to_each_patch_token(
+    name: str, options: dict[str, object]
+) -> None:
+    model: Any = three_headed(name, **options)
+    norm = getattr(model, "fc_norm_dist", torch.nn.Identity())
+    if not isinstance(norm, torch.nn.Identity):
+        torch.nn.init.normal_(norm.weight)
     with torch.no_grad():
-        last = model.forward_features(IMAGES)  # type: ignore[operator]
-        expected = model.head_dist(last[:, 2:])  # type: ignore[operator]
+        last = model.forward_features(IMAGES)
+        expected = model.head_dist(norm(last[:, -16:]))
         torch.testing.assert_close(dense_logits_of(model, last, (4, 4)).flatten(1, 2), expected)
 
 
