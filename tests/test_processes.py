@@ -109,10 +109,10 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_where_it_was_saved(
 
 
 def test_a_process_that_stalls_stops_the_others(finished: Finished, photos_root: Path, tmp_path: Path) -> None:
-    arguments = ["train", *shared(finished, photos_root, tmp_path / "run", train__timeout_seconds=5)]
+    arguments = ["train", *shared(finished, photos_root, tmp_path / "run", train__timeout_seconds=8)]
     assert faulty(arguments, tmp_path / "said.txt", "stall:1:3") == [1, 1]
     said = (tmp_path / "said.txt").read_text()
-    assert "error: process 1 has made no progress for 5 s; all stop, the last checkpoint is kept" in said, said
+    assert "error: process 1 has made no progress for 8 s; all stop, the last checkpoint is kept" in said, said
 
 
 def test_a_bad_gradient_of_one_process_is_left_out_on_both(
