@@ -1,4 +1,4 @@
-"""train.py under torchrun, with a fault where a test wants one, and a run that is killed.
+"""train.py under torchrun on several machines, and a run that is killed.
 
 A torchrun costs twenty seconds, for it starts Python three times: for what two processes compute see forked.py.
 """
@@ -17,35 +17,24 @@ from tests.faulty import register
 from tests.forked import one
 from tests.helpers import REPOSITORY
 
-STANDALONE = ("--standalone", "--nproc-per-node", "2")
 KEEP_ALIVE = "keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=120,is_host="
 
 
 def launched(
-    arguments: list[str], said: Path, launcher: tuple[str, ...] = STANDALONE, fault: str | None = None
+    arguments: list[str], said: Path, launcher: tuple[str, ...], fault: str | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start ``torchrun train.py``, with a fault in one process where `fault` says so (see faulty.py)."""
+    """Start ``torchrun train.py`` on one of several machines, perhaps with a fault in one process (faulty.py)."""
     command = [sys.executable, "-m", "torch.distributed.run", *launcher]
-    several_machines = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if "--nnodes" in launcher else {}
     paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     with open(said, "a") as output:
         return subprocess.Popen(
             [*command, "train.py" if fault is None else "tests/faulty.py", *arguments],
             cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": paths, "FAULT": fault or "", **several_machines},
+            env={**os.environ, "PYTHONPATH": paths, "FAULT": fault or "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-
-
-def torchrun(arguments: list[str], said: Path, launcher: tuple[str, ...] = STANDALONE, fault: str | None = None) -> int:
-    """Run ``torchrun train.py`` on two processes; return its exit code."""
-    process = launched(arguments, said, launcher, fault)
-    try:
-        return process.wait(250)
-    finally:
-        kill_family(process.pid)
 
 
 def kill_family(pid: int) -> None:
