@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deit_kd import FrozenTeacher, InputError
 from deit_kd.cli import main
@@ -180,6 +181,12 @@ def test_places_are_answered_like_images() -> None:
     panel, general, special = random_panel()
     of_places = panel(general.view(10, 2, 2, 6), [logits.view(10, 2, 2, -1) for logits in special])
     torch.testing.assert_close(of_places, panel(general, special).view(10, 2, 2, 6))
+
+
+def test_no_value_is_read_from_the_device() -> None:
+    panel, general, special = random_panel()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert panel(mode.from_tensor(general), [mode.from_tensor(logits) for logits in special]).shape == (40, 6)
 
 
 def test_specialists_that_agree_change_nothing() -> None:
@@ -426,6 +433,8 @@ def test_confusions_of_a_run_are_told_written_and_drawn(
     found = json.loads((tmp_path / "confusions.json").read_text())
     assert sorted(name for group in found["clusters"] for name in group) == list(FIVE_CLASSES)
     assert sum(map(sum, found["counts"])) == found["n"] == 30
+    sizes = [len(group) for group in found["clusters"]]
+    assert found["pairs_within"] == pytest.approx(sum(size * (size - 1) for size in sizes) / 20)
     with Image.open(tmp_path / "confusions.png") as picture:
         assert picture.size[0] > 300
     recipes = [line.split(": ", 1)[1] for line in said.splitlines() if line.startswith("specialist ")]
@@ -444,7 +453,8 @@ def test_the_teacher_of_a_run_has_confusions_too(finished: Finished, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["RUN", "--clusters", "6"], "--clusters: 6 is more than the 5 classes; use fewer"),
+        (["RUN", "--clusters", "6"], "--clusters: 6 clusters of 5 classes; use 2 to 5"),
+        (["RUN", "--clusters", "1"], "--clusters: 1 clusters of 5 classes; use 2 to 5"),
         (["RUN", "--clusters", "0"], "clusters"),
         (["RUN", "--split", "test"], "test"),
         (["RUN", "--clustres", "2"], "clustres"),

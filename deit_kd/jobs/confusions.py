@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from deit_kd.config import Config
@@ -37,14 +38,14 @@ def tell_confusions(
         source: the network.
         config: its recipe, with command-line overrides.
         split: of photos, see `examine`.
-        count: of clusters; None is the root of the number of classes.
+        count: of clusters; None is the root of the number of classes, at least 2.
         folder: where the files go; None is ``RUN/confusions``, or ``runs/confusions/NAME`` where there is no run.
 
     Returns:
         What ``confusions.json`` holds.
 
     Raises:
-        InputError: there are fewer classes than clusters; see also `examine`.
+        InputError: there are fewer classes than clusters, or one cluster; see also `examine`.
     """
     with process_group(config.train.device) as processes:
         alone = config.model_copy(update={"teacher": type(config.teacher)()})
@@ -61,9 +62,9 @@ def tell_confusions(
 
 def _confusions(examination: Examination, count: int | None) -> dict[str, Any]:
     classes, answers = examination.photos.classes, examination.answers
-    count = count or round(math.sqrt(len(classes)))
-    if count > len(classes):
-        raise InputError(f"--clusters: {count} is more than the {len(classes)} classes; use fewer")
+    count = count or max(2, round(math.sqrt(len(classes))))
+    if not 2 <= count <= len(classes):
+        raise InputError(f"--clusters: {count} clusters of {len(classes)} classes; use 2 to {len(classes)}")
     probabilities = examination.heads()[examination.speaker]
     correlations = correlation(probabilities)
     confusion = counts(answers.labels, probabilities.argmax(-1), len(classes))
@@ -77,7 +78,8 @@ def _confusions(examination: Examination, count: int | None) -> dict[str, Any]:
         "classes": list(classes),
         "pairs": [{**pair._asdict(), "classes": [classes[label] for label in pair.classes]} for pair in pairs],
         "clusters": [[classes[label] for label in group] for group in groups],
-        "share_within": share_within(confusion, groups),
+        "mistakes_within": share_within(confusion, groups),
+        "pairs_within": share_within(torch.ones_like(confusion), groups),
         "counts": confusion.tolist(),
         "correlations": correlations.tolist(),
     }
@@ -94,8 +96,9 @@ def _tell(found: dict[str, Any]) -> None:
     if not found["pairs"]:
         say("no photo is taken for another class; ask for harder photos, such as --split validation")
     alone = [group[0] for group in found["clusters"] if len(group) == 1]
-    if found["share_within"] is not None:
-        say(f"{100 * found['share_within']:.0f} % of the mistakes stay within a cluster")
+    if found["mistakes_within"] is not None:
+        shares = (f"{100 * found[key]:.0f} %" for key in ("mistakes_within", "pairs_within"))
+        say("{} of the mistakes stay within a cluster, and so do {} of all pairs of classes".format(*shares))
     if alone:
         say(f"without a cluster: {', '.join(map(printable, alone))}")
     specialists = [group for group in found["clusters"] if len(group) > 1]

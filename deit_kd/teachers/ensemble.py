@@ -38,6 +38,7 @@ class EnsembleTeacher(nn.Module):
     """
 
     _shares: Tensor
+    _general_shares: Tensor  # here, since a list as an index waits for the device
 
     def __init__(
         self, members: Sequence[FrozenTeacher], weights: Sequence[float], combine: str = "mean", seed: int = 0
@@ -57,6 +58,7 @@ class EnsembleTeacher(nn.Module):
         self.register_buffer("_shares", shares / shares.sum())
         self._general = [place for place, member in enumerate(members) if member.specialty is None]
         self._special = [place for place, member in enumerate(members) if member.specialty is not None]
+        self.register_buffer("_general_shares", self._shares[self._general], persistent=False)
         self._panel = self._build_panel(members, weights) if self._special else None
         self.facts: dict[str, Any] = {
             "name": f"{combine} of {', '.join(member.facts.get('name', 'a teacher') for member in members)}",
@@ -107,7 +109,7 @@ class EnsembleTeacher(nn.Module):
         if self.combine == "draw" and view_ids is not None:
             drawn = self.draw(view_ids.to(answers.device, non_blocking=True))
             return answers[drawn, torch.arange(len(drawn), device=drawn.device)]
-        shares = self._shares[self._general].to(answers.dtype).log()
+        shares = self._general_shares.to(answers.dtype).log()
         mean = (answers + shares.view(-1, *(1,) * (answers.ndim - 1))).logsumexp(0)
         if self._panel is None:
             return mean
