@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import Batch, Student, StudentOutput, Teacher
+from deit_kd.learner import Learner
 from deit_kd.losses import CheckedTerms, Objective, Terms
-from deit_kd.optim import WeightAverage, by_dtype
+from deit_kd.optim import WeightAverage
 from deit_kd.randomness import seed_step
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -54,7 +56,7 @@ class Distiller:
         self.objective = objective
         self.precision = precision
         self.compiled = compiled
-        self._judge = torch.compile(objective.checked) if compiled else objective.checked
+        self.judge = torch.compile(objective.checked) if compiled else objective.checked
 
     def __call__(self, batch: Batch, place: float = 0.0) -> Terms:
         """Return the mean loss and terms of `batch`; call ``.loss.backward()`` on the result.
@@ -65,12 +67,29 @@ class Distiller:
 
     def checked(self, batch: Batch, place: float = 0.0) -> CheckedTerms:
         """Return the mean loss and terms of `batch`, and what in it was not finite."""
+        return self.everyone(batch, place)[0]
+
+    def everyone(
+        self, batch: Batch, place: float = 0.0, seed: Callable[[int], None] = lambda peer: None
+    ) -> tuple[CheckedTerms, ...]:
+        """Return what `checked` does, for each network that learns: the student, then its peers if it has any.
+
+        `seed` is called with the number of each peer, from 1, before its forward pass.
+        """
         # The teacher first: what it needs for its answer is freed before the student keeps anything for its backward
         # pass, and what it reads from a disk is on its way to the device early.
         teacher_output = self.teacher(batch) if self.teacher is not None else None
+        return (self.judge(self.answer(batch), teacher_output, batch.targets, place),)
+
+    def answer(self, batch: Batch) -> StudentOutput:
+        """Return the student's answer to `batch`."""
         with autocast(batch.images.device, self.precision):
-            student_output = ask(self.student, batch.images)
-        return self._judge(student_output, teacher_output, batch.targets, place)
+            return ask(self.student, batch.images)
+
+    @property
+    def members(self) -> Sequence[Distiller]:
+        """Itself, and then the distillers of the student's peers if it has any."""
+        return (self,)
 
 
 def ask(student: Student, images: Tensor) -> StudentOutput:
@@ -88,13 +107,20 @@ def ask(student: Student, images: Tensor) -> StudentOutput:
 class StepResult(NamedTuple):
     """The result of one optimiser step of this process, still on its device, without a synchronisation."""
 
-    terms: Tensor  # [5 + 2 * further terms], in fp32: `STEP_TERMS`, then each further term and its cosine
-    is_finite: Tensor  # [views], of each view's loss, in the order of the micro-batches
+    # In fp32: `STEP_TERMS`, then each further term and its cosine; then, of each peer, its loss, its terms before
+    # weighing, and each further term and its cosine.
+    terms: Tensor
+    is_finite: Tensor  # [views], of each view's losses, in the order of the micro-batches
 
 
 # The loss and its terms before weighing, whether the step was left out (0 or 1), and how many answers of the teacher
 # were not finite.
 STEP_TERMS = ("loss", "classification", "distillation", "left_out", "teacher_not_finite")
+
+
+def result_columns(further_terms: Sequence[Sequence[str]]) -> int:
+    """Return how many numbers the terms of a step's result are, from each learner's further terms."""
+    return len(STEP_TERMS) - 3 + sum(3 + 2 * len(kinds) for kinds in further_terms)
 
 
 @dataclass
@@ -105,8 +131,11 @@ class Trainer:
     is read from the norm of the reduced gradient, so all processes agree without communication, and it is applied on
     the device. Under fp16 the scaler then lowers its scale.
 
+    The student's peers step with it: if one gradient is not finite, the step is left out for all. Each is clipped by
+    itself.
+
     Args:
-        distiller: gives the loss.
+        distiller: gives the losses.
         model: the network that learns, without wrappers.
         optimizer: over `model`'s parameters.
         schedule: sets the learning rate from the step.
@@ -120,6 +149,7 @@ class Trainer:
         connectors: of compared features, trained with the model but not part of it; None if there are none.
         total_steps: of the run; the share of them that is done sets the weights of the terms.
         further_terms: kinds of the objective's further terms, in the order of a step's result.
+        peers: further networks that learn, in the order of the distiller's.
     """
 
     distiller: Distiller
@@ -136,64 +166,64 @@ class Trainer:
     connectors: nn.Module | None = None
     total_steps: int = 1
     further_terms: tuple[str, ...] = ()
-    _has_stepped: bool = field(default=False, init=False)
+    peers: tuple[Learner, ...] = ()
+    learners: tuple[Learner, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        own = (self.model, self.optimizer, self.schedule, self.ema, self.clip_grad_norm)
+        self.learners = (Learner(*own, self.connectors, self.further_terms), *self.peers)
 
     def step(self, batches: Iterator[Batch], step: int) -> StepResult:
         """Do optimiser step `step` (from 0)."""
-        self.schedule.step_update(step)
-        buffers = _Buffers(self.model)
-        terms = torch.zeros(len(STEP_TERMS) + 2 * len(self.further_terms), device=self.processes.device)
+        for learner in self.learners:
+            learner.begin(step)
+        columns = result_columns([learner.further_terms for learner in self.learners])
+        terms = torch.zeros(columns, device=self.processes.device)
         is_finite = []
         views = places = 0
         for micro_step in range(self.accumulation_steps):
             batch = next(batches).to(self.processes.device)
-            seed_step(self.seed, step, micro_step, self.processes.rank)
+            seed = partial(seed_step, self.seed, step, micro_step, self.processes.rank)
+            seed()
             with self._sync_only_at(micro_step == self.accumulation_steps - 1):
-                checked = self.distiller.checked(batch, step / self.total_steps)
+                everyone = self.distiller.everyone(batch, step / self.total_steps, seed)
                 # The mean over the views that exist becomes their share of the mean over all places.
                 divisor = self.accumulation_steps * batch.places / max(1, len(batch.labels))
-                self.scaler.scale(checked.terms.loss / divisor).backward()
-            means = self._means(checked.terms) / divisor
+                for checked in everyone:  # their graphs are apart: each is freed before the next
+                    self.scaler.scale(checked.terms.loss / divisor).backward()
+            means = self._means(everyone) / divisor
             terms[:3] += means[:3]
             terms[len(STEP_TERMS) :] += means[3:]
-            terms[4] += checked.teacher_not_finite
-            is_finite.append(batch.at_places(checked.is_finite, True))
+            terms[4] += everyone[0].teacher_not_finite
+            all_finite = reduce(torch.logical_and, [checked.is_finite for checked in everyone])
+            is_finite.append(batch.at_places(all_finite, True))
             views, places = views + len(batch.labels), places + batch.places
         if self.skip:
             factor = self._make_up(views, places)
             terms[:3] *= factor
             terms[len(STEP_TERMS) :] *= factor
         applied = self._apply()
-        buffers.put_back_unless(applied)
-        if self.ema is not None:
-            self.ema.follow(self.model, step=step + 1, applied=applied)
+        for learner in self.learners:
+            learner.end(step, applied)
         terms[3] = ~applied
         return StepResult(terms, torch.cat(is_finite))
 
-    def _means(self, terms: Terms) -> Tensor:
-        """Return the loss and its terms, then each further term and its cosine; 0 for a term that has ended."""
-        nothing = torch.zeros_like(terms.loss)
-        further = [values.get(kind, nothing) for kind in self.further_terms for values in (terms.others, terms.cosines)]
-        return torch.stack([*terms[:3], *further]).detach()
+    def _means(self, everyone: Sequence[CheckedTerms]) -> Tensor:
+        """Return each learner's loss and terms, then each further term and its cosine; 0 for a term that has ended."""
+        nothing = torch.zeros_like(everyone[0].terms.loss)
+        means: list[Tensor] = []
+        for learner, (terms, _, _) in zip(self.learners, everyone, strict=True):
+            means += terms[:3]
+            for kind in learner.further_terms:
+                means += [terms.others.get(kind, nothing), terms.cosines.get(kind, nothing)]
+        return torch.stack(means).detach()
 
     def _apply(self) -> Tensor:
         """Apply the gradients unless they are not finite; return whether they were applied, on the device."""
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm(_gradients(self.model))
-        applied = norm.isfinite()
-        if self.connectors is not None:
-            applied = applied & nn.utils.get_total_norm(_gradients(self.connectors)).isfinite()
-        if self.clip_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_grad_norm, norm)
-        if self._has_stepped and getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            # What GradScaler passes to torch's fused optimisers: 1 skips the step without waiting for the device.
-            self.optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif applied:  # Other optimisers wait for the device; torch's do so at their first step, since leaving it out
-            self.optimizer.step()  # would start their momentum from uninitialised memory.
-            self._has_stepped = True
+        applied = reduce(torch.logical_and, [learner.measure(self.scaler) for learner in self.learners])
+        for learner in self.learners:
+            learner.apply(applied)
         self.scaler.update()
-        self.optimizer.zero_grad()
         return applied
 
     def _make_up(self, views: int, places: int) -> Tensor:
@@ -203,73 +233,40 @@ class Trainer:
         # Counts of all processes stay on the device, so nothing waits for them.
         known = self.processes.sum(torch.tensor([views], device=self.processes.device, dtype=torch.float32))[0]
         factor = places * self.processes.count / known.clamp_min(1)
-        torch._foreach_mul_(_gradients(self.model), factor)
-        if self.connectors is not None and (connectors := _gradients(self.connectors)):
-            torch._foreach_mul_(connectors, factor)
+        for learner in self.learners:
+            learner.scale_gradients(factor)
         return factor
 
     def _sync_only_at(self, last: bool) -> AbstractContextManager[Any]:
-        student = self.distiller.student
-        return student.no_sync() if isinstance(student, DistributedDataParallel) and not last else nullcontext()
+        without = ExitStack()
+        for member in self.distiller.members:
+            if isinstance(member.student, DistributedDataParallel) and not last:
+                without.enter_context(member.student.no_sync())
+        return without
 
     def weights(self) -> dict[str, Any]:
-        """Return the networks that are scored: ``model`` and, if one is kept, its average ``ema``."""
-        return {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
+        """Return the networks that are scored: ``model`` and, if one is kept, its average ``ema``.
+
+        A peer's are called by its name, such as ``resnet18/model``.
+        """
+        return {name: network for learner in self.learners for name, network in learner.weights().items()}
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps; it does not include the teacher."""
-        connectors = {} if self.connectors is None else {"connectors": self.connectors.state_dict()}
-        return connectors | {
-            "student": self.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        student, *peers = self.learners
+        state = student.state() | {"scaler": self.scaler.state_dict()}
+        return state | ({"peers": [peer.state() for peer in peers]} if peers else {})
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore a state that `state()` returned."""
-        self.model.load_state_dict(state["student"])
-        if self.connectors is not None:
-            self.connectors.load_state_dict(state["connectors"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._has_stepped = bool(self.optimizer.state)
-        for parameter, moments in self.optimizer.state.items():
-            for name, value in moments.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    # Fused optimisers walk memory in order: moments need the memory layout of their parameter.
-                    moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        for learner, own in zip(self.learners, [state, *state.get("peers", [])], strict=True):
+            learner.load_state(own)
         self.scaler.load_state_dict(state["scaler"])
 
     def align_buffers(self) -> None:
         """Give every process the main one's BatchNorm statistics, which drift apart under DDP within a step."""
-        self.processes.broadcast(self.model.buffers())
-        if self.ema is not None:
-            self.processes.broadcast(self.ema.module.buffers())
-
-
-class _Buffers:
-    """A network's buffers (BatchNorm statistics) as they are now, one tensor for each dtype; nothing if it has none."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._groups = by_dtype(model.buffers())
-        self._before = [_flat(group) for group in self._groups]
-
-    @torch.no_grad()
-    def put_back_unless(self, applied: Tensor) -> None:
-        """Undo what has changed since, unless the scalar `applied` is true; without waiting for the device."""
-        for group, before in zip(self._groups, self._before, strict=True):
-            chosen = torch.where(applied, _flat(group), before).split([buffer.numel() for buffer in group])
-            torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(chosen, group, strict=True)])
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def _gradients(module: nn.Module) -> list[Tensor]:
-    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        for learner in self.learners:
+            learner.align_buffers(self.processes)
 
 
 def train(

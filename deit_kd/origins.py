@@ -33,7 +33,7 @@ from deit_kd.models.local_dir import (
 from deit_kd.models.names import check_known, distilled_twin, has_published_second_head, plain_twin
 from deit_kd.models.state import published_state, read_state, tensors_hash
 from deit_kd.models.tokens import answer_with_patches
-from deit_kd.models.weights import fit_weights, holds_distillation_token
+from deit_kd.models.weights import fit_weights, holds_distillation_token, holds_second_head
 from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN
 from deit_kd.run_folder import CONFIG_FILE, QUANTIZED_FILE, STUDENT_FOLDER, Facts, read_facts, run_of
 
@@ -216,10 +216,14 @@ def _student_of(key: str, name: str, place: Path, run: Path) -> Origin:
     classes, student = tuple(facts["classes"]), recipe.student
     if student.name is None:
         raise InputError(f"{key}: {run / CONFIG_FILE} names no student; name a run of deit_kd")
-    architecture = distilled_twin(student.name) if recipe.distill.has_token else plain_twin(student.name)
+    architecture = distilled_twin(student.name) if recipe.has_token else plain_twin(student.name)
+
+    def read() -> dict[str, Tensor]:
+        return read_state(key, file)
+
     return Origin(
         name=name,
-        read=lambda: read_state(key, file),
+        read=read,
         architecture=architecture.split(".")[0],
         model_args=_plain(student.args),
         classes=classes,
@@ -227,7 +231,8 @@ def _student_of(key: str, name: str, place: Path, run: Path) -> Origin:
         class_count=len(classes),
         preprocessing=KnownPreprocessing(*recipe.data.preprocessing),
         record=run,
-        answers_apart=recipe.distill.has_token,
+        # With peers, only a network that can have two heads does.
+        answers_apart=recipe.has_token and (not recipe.peers or holds_second_head(read())),
         answers_with_patches=recipe.distill.dense is not None,
         bits=student.bits,
     )

@@ -35,9 +35,10 @@ def seed_view(seed: int, epoch: int, position: int) -> None:
     torch.default_generator.manual_seed(view_seed)
 
 
-def seed_step(seed: int, step: int, micro_step: int, rank: int) -> None:
-    """Seed drop-path and dropout of one forward pass, on every device."""
-    torch.manual_seed(derive("step", seed, step, micro_step, rank))
+def seed_step(seed: int, step: int, micro_step: int, rank: int, peer: int = 0) -> None:
+    """Seed drop-path and dropout of one forward pass, on every device; peers of the student count from 1."""
+    of_peer = (peer,) if peer else ()  # the student draws as it does without peers
+    torch.manual_seed(derive("step", seed, step, micro_step, rank, *of_peer))
 
 
 def seed_initialisation(stream: str, seed: int) -> None:

@@ -29,14 +29,16 @@ class Rehearsal:
 
     def __init__(self, trainer: Trainer) -> None:
         self._mode = FakeTensorMode()
-        generators = [] if trainer.ema is None else vars(trainer.ema).values()
+        averages = [learner.ema for learner in trainer.learners if learner.ema is not None]
+        generators = [value for average in averages for value in vars(average).values()]
         copies = {id(value): value for value in generators if isinstance(value, torch.Generator)}
         with FakeCopyMode(self._mode):
             self._trainer: Trainer = copy.deepcopy(trainer, copies)
         # A copy of an optimiser forgets that it reads from the device whether to leave out a step.
-        for name, value in vars(trainer.optimizer).items():
-            vars(self._trainer.optimizer).setdefault(name, value)
-        self._trainer._has_stepped = True  # the first step alone may wait
+        for learner, copied in zip(trainer.learners, self._trainer.learners, strict=True):
+            for name, value in vars(learner.optimizer).items():
+                vars(copied.optimizer).setdefault(name, value)
+            copied._has_stepped = True  # the first step alone may wait
         self._bytes = LiveBytes(found for found in copies.values() if isinstance(found, Tensor))
 
     @property

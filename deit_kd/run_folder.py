@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ METRICS_FILE = "metrics.jsonl"
 DATA_ERRORS_FILE = "data_errors.jsonl"  # views that are missing because their photos cannot be read
 QUANTIZED_FILE = "quantized.safetensors"  # a student's integers, in a folder of their own
 STUDENT_FOLDER = "student"  # its weights in timm's local-dir layout
+PEERS_FOLDER = "peers"  # a folder for each student that trained with it, laid out as a run
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -92,6 +93,7 @@ class Facts(TypedDict):
     executor: NotRequired[str]  # what made the views, and its version
     decoder: NotRequired[str]  # what decoded the training photos, and its version
     student: NotRequired[dict[str, Any] | None]  # the account of the weights that it began with
+    peers: NotRequired[dict[str, dict[str, Any] | None]]  # the same, by peer
     teacher: TeacherFacts | None
     processes: NotRequired[int]
     attention: NotRequired[AttentionFacts | None]
@@ -150,6 +152,37 @@ def run_of(path: Path) -> Path | None:
 def is_model(named: str) -> bool:
     """Return whether a path names a model that describes itself: an ONNX file, or a folder of integers."""
     return named.endswith(".onnx") or (Path(named).expanduser() / QUANTIZED_FILE).is_file()
+
+
+def peer_folder(run: Path, name: str) -> Path:
+    """Return the folder of one of a run's peers, which is laid out as a run."""
+    return run / PEERS_FOLDER / name
+
+
+def peer_folders(run: Path) -> list[Path]:
+    """Return the folders of a finished run's peers."""
+    return sorted(file.parent for file in (run / PEERS_FOLDER).glob(f"*/{HEADS_FILE}"))
+
+
+def whose_peer(folder: Path) -> Path | None:
+    """Return the run of whose peer `folder` is; None if it is a run's own, or was moved out of its run."""
+    folder = folder.resolve()
+    is_peer = folder.parent.name == PEERS_FOLDER and (folder.parents[1] / CONFIG_FILE).is_file()
+    return folder.parents[1] if is_peer else None
+
+
+def name_of_run(folder: Path) -> str:
+    """Return what a run is called: its folder's name, or for a peer's folder ``<run>-<peer>``."""
+    run = whose_peer(folder)
+    return folder.resolve().name if run is None else f"{run.name}-{folder.resolve().name}"
+
+
+def record_of_peer(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a record of a run as one of its peers would have written it."""
+    of_student = ("peers", "loss", "classification", "distillation", "terms", "model", "ema")
+    shared = {key: value for key, value in record.items() if key not in of_student}
+    own: dict[str, Any] = record.get("peers", {}).get(name, {})
+    return shared | own
 
 
 def next_free_folder(parent: Path, recipe: str) -> Path:

@@ -44,6 +44,8 @@ def toy(name: str, root: Path, output: Path) -> list[str]:
     if section.fit.epochs:
         short = {"epochs": 1, "batch_size": 16, "optim__warmup_epochs": 0, "folder": output.parent / "teachers"}
         teacher |= {f"teacher__fit__{key}": value for key, value in short.items()}
+    if recipe(name).peers:
+        teacher["peers"] = [{"name": "test_resnet"}]
     sizes = {
         "data__name": "folder",
         "data__root": root,

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from deit_kd.config import parse_config
 from deit_kd.engine import Trainer
-from deit_kd.interfaces import Batch, Missing
+from deit_kd.interfaces import Missing
 from deit_kd.rehearsal import LiveBytes, Rehearsal
 from deit_kd.runs.lesson import connect
 from deit_kd.runs.run import build_trainer, prepare
@@ -71,14 +71,14 @@ def test_no_step_reads_a_value_from_the_device(photos_root: Path, tmp_path: Path
 def test_a_step_that_reads_a_value_is_noticed(reading: Any) -> None:
     rehearsal = Rehearsal(trainer())
     distiller = rehearsal._trainer.distiller
-    checked = distiller.checked
+    everyone = distiller.everyone
 
-    def waits(batch: Batch, place: float) -> Any:
-        result = checked(batch, place)
-        assert reading(result.terms.loss) is not None
-        return result
+    def waits(*given: Any) -> Any:
+        results = everyone(*given)
+        assert reading(results[0].terms.loss) is not None
+        return results
 
-    distiller.checked = waits  # type: ignore[method-assign]
+    distiller.everyone = waits  # type: ignore[method-assign]
     with pytest.raises(DataDependentOutputException):
         rehearsal.step([rehearsal.batch(8, 16, 3)])
 

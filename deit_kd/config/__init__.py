@@ -10,6 +10,7 @@ from deit_kd.config.parser import (
     read_options,
     read_recipe,
 )
+from deit_kd.config.peers import PeerSection, described, names_of_peers, recipe_of_peer
 from deit_kd.config.recipe import Config
 from deit_kd.config.sections import (
     IMAGENET_MEAN,
@@ -35,6 +36,7 @@ __all__ = [
     "Distill",
     "Fit",
     "Guide",
+    "PeerSection",
     "SoleTeacher",
     "StudentSection",
     "TeacherNetwork",
@@ -43,13 +45,16 @@ __all__ = [
     "as_options",
     "as_schedule",
     "build_parser",
+    "described",
     "differences",
     "effects",
     "flat",
     "in_words",
     "keys_that_change",
     "known_keys",
+    "names_of_peers",
     "parse_config",
     "read_options",
     "read_recipe",
+    "recipe_of_peer",
 ]

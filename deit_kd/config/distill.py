@@ -162,6 +162,10 @@ class Distill(Section):
     """numel also divides by the number of classes, as the published deit code does"""
     terms: list[TermSection] = key([], RESULT)
     """further terms: [{kind: guide, weight: {start: 2.5, until: 0.5}}]"""
+    peer_weight: Scheduled = key(1.0, RESULT)
+    """with peers: how much the student learns from their answers, a number or a schedule"""
+    peer_temperature: Scheduled = key(1.0, RESULT)
+    """with peers: temperature at which each compares itself with the others, a number or a schedule"""
 
     @field_validator("terms")
     @classmethod
@@ -172,13 +176,15 @@ class Distill(Section):
             raise ValueError(f"{twice} is there twice; keep one")
         return value
 
-    @field_validator("alpha", "temperature")
+    @field_validator("alpha", "temperature", "peer_weight", "peer_temperature")
     @classmethod
     def _check_range(cls, value: Scheduled | None, info: ValidationInfo) -> Scheduled | None:
         for number in () if value is None else as_schedule(value).values:
             if info.field_name == "alpha" and not 0 <= number <= 1:
                 raise ValueError("must be between 0 and 1")
-            if info.field_name == "temperature" and number <= 0:
+            if info.field_name == "peer_weight" and number < 0:
+                raise ValueError("must not be below 0")
+            if str(info.field_name).endswith("temperature") and number <= 0:
                 raise ValueError("must be above 0, start and end alike")
         return value
 

@@ -11,8 +11,9 @@ from pydantic import (
     model_validator,
 )
 
-from deit_kd.config.distill import Distill
+from deit_kd.config.distill import Distill, as_schedule
 from deit_kd.config.effects import FIT, NOTHING, RESULT, VIEWS, key
+from deit_kd.config.peers import PeerSection, check_peers
 from deit_kd.config.sections import Augment, Data, Guide, Optim, Section, StudentSection, TeacherSection
 from deit_kd.interfaces import FEATURE_KINDS, POOLED
 
@@ -80,6 +81,8 @@ class Config(Section):
     student: StudentSection = StudentSection()
     teacher: TeacherSection = TeacherSection()
     guide: Guide = Guide()
+    peers: list[PeerSection] = key([], RESULT)
+    """further students that train together with the student and teach one another: [{name: resnet18, weight: 1.0}]"""
     distill: Distill = Distill()
     optim: Optim = Optim()
     train: Train = Train()
@@ -152,6 +155,8 @@ class Config(Section):
             )
         if teacher.kind == "average":
             self._check_average()
+        if self.peers:
+            check_peers(self)
         if self.guide.is_named and not self.distill.needs_features:
             raise ValueError("guide: is set, but no term of distill.terms compares features; add one, or unset it")
         if self.distill.needs_features and not self.guide.is_named:
@@ -209,6 +214,16 @@ class Config(Section):
     def learns_from_own_average(self) -> bool:
         """Whether the average of the student's weights is its teacher."""
         return self.teacher.kind == "average" and self.distill.has_token
+
+    @property
+    def learns_from_peers(self) -> bool:
+        """Whether the student learns from the answers of peers at any time."""
+        return bool(self.peers) and as_schedule(self.distill.peer_weight).values != (0, 0)
+
+    @property
+    def has_token(self) -> bool:
+        """Whether the student needs a distillation token; with peers, a network that can't have one learns without."""
+        return self.distill.has_token or self.learns_from_peers
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every key with its value."""

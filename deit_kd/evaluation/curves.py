@@ -15,7 +15,7 @@ from deit_kd.console import score_text
 from deit_kd.figures import Chart, Series, colour_of
 from deit_kd.files import checked
 from deit_kd.interfaces import ANSWERS, InputError
-from deit_kd.run_folder import METRICS_FILE, FeatureRecord, ScoreRecord, kept_weights
+from deit_kd.run_folder import METRICS_FILE, FeatureRecord, ScoreRecord, kept_weights, name_of_run, record_of_peer
 
 Step = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -85,14 +85,14 @@ DASHES: dict[str, str] = dict(zip(ANSWERS, (":", "--", "-.", "-"), strict=True))
 
 
 def names_of(folders: Sequence[Path]) -> dict[str, Path]:
-    """Return runs by the names of their folders.
+    """Return runs by their names, see `name_of_run`.
 
     Raises:
         InputError: two have the same name.
     """
     names: dict[str, Path] = {}
     for folder in folders:
-        name = folder.resolve().name
+        name = name_of_run(folder)
         if name in names:
             raise InputError(f"{folder}: {names[name]} has the same name; rename one of the two folders")
         names[name] = folder
@@ -122,6 +122,13 @@ def _record(line: str, place: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{place}: is not a record of a run ({error}); name a run of deit_kd") from error
     raise InputError(f"{place}: has no column {missing[0]!r}; name a run of this version of deit_kd")
+
+
+def with_peers(name: str, records: Records) -> dict[str, Records]:
+    """Return the records of a run by its name, and those of each of its peers by ``<name>-<peer>``."""
+    peers = dict.fromkeys(peer for record in records for peer in record.get("peers", {}))
+    apart = {f"{name}-{peer}": [record_of_peer(record, peer) for record in records] for peer in peers}
+    return {name: records, **apart}
 
 
 def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:

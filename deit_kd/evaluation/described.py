@@ -16,7 +16,7 @@ from deit_kd.exports import About
 from deit_kd.files import read_json
 from deit_kd.interfaces import InputError
 from deit_kd.metrics import names_in_every_head
-from deit_kd.run_folder import CONFIG_FILE, HEADS_FILE, kept_weights, read_head_scores
+from deit_kd.run_folder import CONFIG_FILE, HEADS_FILE, kept_weights, name_of_run, read_head_scores
 from deit_kd.students import TimmStudent
 
 
@@ -74,7 +74,7 @@ def _fitted_temperature(folder: Path, fusion: str) -> dict[str, float] | None:
     if not file.is_file():
         return None
     evaluation = read_json(file, _Evaluation)
-    if evaluation["student"] != folder.resolve().name:
+    if evaluation["student"] != name_of_run(folder):
         return None
     fitted = evaluation["temperature"]
     names = names_in_every_head(fusion).items()

@@ -21,7 +21,7 @@ from deit_kd.evaluation.examine import Examination, evaluated, examine, judge_he
 from deit_kd.evaluation.sources import Source
 from deit_kd.interfaces import InputError, StudentOutput, speaker
 from deit_kd.places import path_of
-from deit_kd.run_folder import CONFIG_FILE, read_facts, run_of
+from deit_kd.run_folder import CONFIG_FILE, name_of_run, read_facts, run_of, whose_peer
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ def folded_students(runs: Sequence[tuple[Source, Config]]) -> list[FoldedStudent
                 f"{source.name}: is not a run of a fold (data.folds), as several students must be; compare two other "
                 "students with --against"
             )
-        key = json.dumps([recipe_but_fold(source.run), str(Path(data.root or data.name).resolve()), data.folds])
+        peer = None if whose_peer(source.run) is None else source.run.resolve().name  # it may be built as the student
+        place = str(Path(data.root or data.name).resolve())
+        key = json.dumps([recipe_but_fold(source.run), place, data.folds, peer])
         group = groups.setdefault(key, {})
         if data.fold in group:
             raise InputError(
@@ -139,8 +141,10 @@ def _names(groups: Iterable[Mapping[int, tuple[Source, Config]]]) -> list[str]:
     for group in groups:
         run = group[min(group)][0].run
         assert run is not None
-        short = re.sub(r"[-_.]*(fold)?[-_.]*\d*$", "", run.resolve().name) or run.resolve().parent.name
-        names.append(run.resolve().name if short in names else short)
+        whole = whose_peer(run) or run.resolve()
+        short = re.sub(r"[-_.]*(fold)?[-_.]*\d*$", "", whole.name) or whole.parent.name
+        short += name_of_run(run).removeprefix(whole.name)  # which peer it is, if it is one
+        names.append(name_of_run(run) if short in names else short)
     return names
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from deit_kd.config import Config, build_parser, parse_config
+from deit_kd.config import Config, build_parser, described, parse_config
 from deit_kd.console import say, score_text
 from deit_kd.distributed import Processes
 from deit_kd.evaluation.curves import Records, charts_of, names_of, read_records, rows_of, troubles_of
@@ -35,7 +35,7 @@ from deit_kd.figures import (
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import ANSWERS, PAIRS, InputError
 from deit_kd.metrics import names_in_every_head
-from deit_kd.run_folder import CONFIG_FILE
+from deit_kd.run_folder import CONFIG_FILE, peer_folders
 
 REPORT_FILE = "report.html"
 REPORT_FOLDER = "report"  # in a run
@@ -93,7 +93,9 @@ class Figures:
 def write_report(folders: list[Path], folder: Path | None, processes: Processes) -> Path:
     """Write the report from within a job, see `report`."""
     folder = folder or (folders[0] / REPORT_FOLDER if len(folders) == 1 else SEVERAL)
-    names = names_of(folders)
+    named = {run.resolve(): run for run in folders}
+    peers = {peer.resolve(): peer for run in folders for peer in peer_folders(run)}
+    names = names_of(list((named | peers).values()))
     sources = {name: _open_run(run) for name, run in names.items()}
     records = {name: read_records(run) for name, run in names.items()}
     subjects = _subjects(sources, processes)
@@ -183,7 +185,7 @@ def _facts(config: Config, facts: Mapping[str, Any], heads: Mapping[str, Any]) -
         else "none"
         if teacher is None
         else f"{teacher['name']}, {score_text(heads['teacher'] or teacher['score'], 2)} %",
-        "learned from": config.distill.described(),
+        "learned from": described(config),
         "data": _data_words(config, facts),
         "training": f"{train.epochs} epochs, batch {train.batch_size}, seed {config.seed}, precision {train.precision}",
         "scored": f"{heads['n']} validation images, weights: {heads['weights']}"

@@ -17,7 +17,7 @@ from deit_kd.models.local_dir import KnownPreprocessing
 from deit_kd.models.names import has_published_second_head
 from deit_kd.origins import Origin, imagenet_names, open_origin, open_published
 from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN, check_source
-from deit_kd.run_folder import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, STUDENT_FOLDER, read_facts, run_of
+from deit_kd.run_folder import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, STUDENT_FOLDER, name_of_run, read_facts, run_of
 from deit_kd.runs import parts
 from deit_kd.students import TimmStudent
 
@@ -77,7 +77,7 @@ def _from_run(text: str, run: Path, checkpoint: Path | None) -> Source:
             "--resume auto"
         )
     recipe = ["--config", str(run / CONFIG_FILE), "--teacher.fit.epochs", "0"]  # it has been fitted already
-    name = run.resolve().name if checkpoint is None else f"{run.resolve().name}-{checkpoint.stem}"
+    name = name_of_run(run) if checkpoint is None else f"{name_of_run(run)}-{checkpoint.stem}"
     return Source(name, recipe, open_origin("eval", text), run, checkpoint)
 
 

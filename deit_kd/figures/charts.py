@@ -34,7 +34,7 @@ def line_charts(charts: Sequence[Chart], columns: int = 1) -> Figure:
 def _draw_lines(axis: Axes, chart: Chart) -> None:
     for line in chart.series:
         lonely = "o" if len(line.x) == 1 else None
-        axis.plot(line.x, line.y, color=line.colour, linestyle=line.dash, label=printable(line.name), marker=lonely)
+        axis.plot(line.x, line.y, color=line.colour, linestyle=line.dash, label=_short(line.name), marker=lonely)
     for name, level in chart.levels:
         axis.axhline(level, color=FAINT, linestyle=(0, (4, 2)), label=name)
     for name, place in chart.marks:
@@ -43,6 +43,12 @@ def _draw_lines(axis: Axes, chart: Chart) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if len(chart.series) + len(chart.levels) + len(chart.marks) > 1:
         axis.legend()
+
+
+def _short(name: str, most: int = 40) -> str:
+    """Return a name for a legend or an axis; a long one, such as that of a run's peer, without its middle."""
+    name = printable(name)
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
 
 
 def reliability_diagram(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
@@ -93,8 +99,9 @@ def matrix(
                 text = f"{value:.{digits}f}"
                 axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize="small", color=ink)
         slanted = len(columns) > 4 or max(map(len, columns)) > 9
-        axis.set_xticks(np.arange(len(columns)) + 0.5, list(map(printable, columns)), rotation=30 if slanted else 0)
-        axis.set_yticks(np.arange(len(rows)) + 0.5, list(map(printable, rows)))
+        above, beside = ([_short(name, 16) for name in names] for names in (columns, rows))
+        axis.set_xticks(np.arange(len(columns)) + 0.5, above, rotation=30 if slanted else 0)
+        axis.set_yticks(np.arange(len(rows)) + 0.5, beside)
         axis.tick_params(length=0)
         axis.invert_yaxis()
         axis.grid(False)
@@ -112,7 +119,7 @@ def token_chart(by_student: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure
             mean = np.array([layer["mean"] for layer in layers])
             spread = np.array([layer["spread"] for layer in layers])
             depth, colour = np.arange(len(layers)), colour_of("", position)
-            axis.plot(depth, mean, color=colour, marker="o", markersize=3.5, label=printable(name))
+            axis.plot(depth, mean, color=colour, marker="o", markersize=3.5, label=_short(name))
             axis.fill_between(depth, mean - spread, mean + spread, color=colour, alpha=0.25, linewidth=0)
         axis.set(title="How alike are the two tokens?", xlabel="block (0 is the input)", ylabel="cosine")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))

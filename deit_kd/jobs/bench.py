@@ -76,10 +76,12 @@ def bench(
         json_file: where to write the numbers as well.
 
     Raises:
-        InputError: the recipe cannot work.
+        InputError: the recipe cannot work, or has peers.
     """
     if rounds < 1 or steps < 1:
         raise InputError(f"bench: --rounds {rounds} and --steps {steps} must be above 0")
+    if config.peers:
+        raise InputError("peers: bench times one student; time each alone with --peers [], or use train --dry-run")
     with process_group(config.train.device) as processes:
         splits = parts.build_splits(config)
         with open_parts(config, processes, splits, rounds, steps, photos, other_compile) as timed:

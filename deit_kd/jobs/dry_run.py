@@ -114,7 +114,8 @@ def _estimate(config: Config) -> Needs:
         trainer = build_trainer(run, lesson)
         trainer.distiller.teacher = _without_files(trainer.distiller.teacher, len(run.classes))
         # Optimisers that cannot leave out a step on the device would read whether to.
-        trainer.optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        for learner in trainer.learners:
+            learner.optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         rehearsal = Rehearsal(trainer)
         try:
             stays = _rehearse(rehearsal, config, processes.count, len(run.classes))

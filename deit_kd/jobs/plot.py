@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deit_kd.console import say
-from deit_kd.evaluation.curves import charts_of, names_of, read_records
+from deit_kd.evaluation.curves import Records, charts_of, names_of, read_records, with_peers
 from deit_kd.figures import as_png, line_charts
 from deit_kd.files import write_atomically
 
@@ -22,7 +22,9 @@ def plot(folders: list[Path], file: Path | None) -> Path:
     Raises:
         InputError: a folder has no records yet, or two have the same name.
     """
-    runs = {name: read_records(folder) for name, folder in names_of(folders).items()}
+    runs: dict[str, Records] = {}
+    for name, folder in names_of(folders).items():
+        runs |= with_peers(name, read_records(folder))
     file = file or folders[0] / CURVES_FILE
     write_atomically(file, as_png(line_charts(list(charts_of(runs).values()), columns=2)))
     last = {name: records[-1] for name, records in runs.items()}

@@ -83,13 +83,19 @@ def training_options(
         folder: of the quantised student; the training is a run in it, which resumes.
         epochs: of the training.
         as_before: learn from the recipe's teacher and terms instead.
+
+    Raises:
+        InputError: its second head is to learn as before, and has learned from peers alone.
     """
+    if as_before and config.learns_from_peers and not config.distill.has_token:
+        raise InputError("--recipe_teacher: the recipe has peers and no teacher; leave it out, so that the run teaches")
     run = str(source.checkpoint or source.run)
     options = {
         "student.checkpoint": run,
         "student.pretrained": "false",
         "student.new_heads": "false",
         "student.bits": str(bits),
+        "peers": "[]",
         "optim.lr": repr(config.optim.lr / 10),
         "optim.warmup_epochs": "0",
         "train.epochs": str(epochs),
@@ -99,12 +105,12 @@ def training_options(
         "resume": "auto",
     }
     typed = [part for key, value in options.items() for part in (f"--{key}", value)]
-    return typed + (_same_teacher(source, config) if as_before else _own_teacher(config, run))
+    return typed + (_same_teacher(source, config) if as_before else _own_teacher(source, run))
 
 
-def _own_teacher(config: Config, run: str) -> list[str]:
+def _own_teacher(source: Source, run: str) -> list[str]:
     distill = Distill(kind="soft", alpha=0.5, temperature=1.0)
-    if not config.distill.has_token:
+    if not source.origin.is_distilled:
         distill = Distill(kind="none", terms=[TermSection(kind="pooled")])
     own = TeacherSection(checkpoint=run, min_top1=0.0)  # the same network on the same photos: nothing to check
     return [*as_options(own, "teacher."), *as_options(Guide(), "guide."), *as_options(distill, "distill.")]

@@ -10,9 +10,10 @@ from deit_kd.losses.pooled import pooled_cosine, pooled_huber
 from deit_kd.losses.relations import relations
 from deit_kd.losses.soft import soft_distillation
 from deit_kd.losses.standardised import standardised_distillation
-from deit_kd.losses.terms import FeatureTerm, LogitTerm, Needs
+from deit_kd.losses.terms import PEERS, FeatureTerm, LogitTerm, Needs
 
 __all__ = [
+    "PEERS",
     "CheckedTerms",
     "DenseTerm",
     "FeatureTerm",

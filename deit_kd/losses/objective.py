@@ -12,7 +12,7 @@ from torch import Tensor
 from deit_kd.interfaces import InputError, StudentOutput, TeacherOutput, nearest
 from deit_kd.losses.classification import soft_target_cross_entropy
 from deit_kd.losses.dense import DenseTerm
-from deit_kd.losses.terms import LOGIT_LOSSES, SOFT_TEMPERATURE, FeatureTerm, LogitTerm, Needs
+from deit_kd.losses.terms import LOGIT_LOSSES, PEERS, SOFT_TEMPERATURE, FeatureTerm, LogitTerm, Needs
 from deit_kd.schedules import Schedule, always
 
 Term = LogitTerm | DenseTerm | FeatureTerm
@@ -113,13 +113,14 @@ class Objective:
         """What it needs besides the student's heads."""
         links = tuple(link for term in self.terms if isinstance(term, FeatureTerm) for link in term.links)
         dense = any(isinstance(term, DenseTerm) for term in self.terms)
-        logits = self._distillation is not None or any(not isinstance(term, FeatureTerm) for term in self.terms)
-        return Needs(logits, links, dense)
+        of_teacher = (term for term in self.terms if term.kind != PEERS and not isinstance(term, FeatureTerm))
+        return Needs(self._distillation is not None or any(of_teacher), links, dense)
 
     def remaining(self, place: float) -> Objective:
         """Return this objective without the terms that have ended for good at the share `place` of the run."""
         rest = copy.copy(self)
-        rest.terms = tuple(term for term in self.terms if not term.weight.is_over(place))
+        # Peers answer one another to the end, so dropping that term would save nothing.
+        rest.terms = tuple(term for term in self.terms if term.kind == PEERS or not term.weight.is_over(place))
         # An alpha that is 0 from the start is still measured: only a schedule ends.
         if self._alpha.is_over(place) and self._alpha != always(0):
             rest._distillation = None
@@ -132,17 +133,23 @@ class Objective:
         return self.checked(student, teacher, targets, place).terms
 
     def checked(
-        self, student: StudentOutput, teacher: TeacherOutput | None, targets: Tensor, place: float = 0.0
+        self,
+        student: StudentOutput,
+        teacher: TeacherOutput | None,
+        targets: Tensor,
+        place: float = 0.0,
+        peers: Tensor | None = None,
     ) -> CheckedTerms:
         """Return the mean loss and terms of one batch, zeros if it is empty, and what was not finite.
 
-        A view whose teacher's answer is not finite has 0 for each term of logits.
+        A view whose teacher's or peers' answer is not finite has 0 for each term of these logits.
 
         Args:
             student: logits of any float type, [B, C] each, and the features that `needs` names.
             teacher: logits for the same views, [B, C], and features; None only if nothing is needed.
             targets: [B, C].
             place: share of the run that is done.
+            peers: log-probabilities [B, C] of what the student's peers answer; None only without a term ``peers``.
 
         Raises:
             InputError: the student has no distillation head, or the teacher lacks what is needed.
@@ -157,7 +164,9 @@ class Objective:
             elif student.dist_logits is not None:  # ended for good, but DDP waits for a gradient of every parameter
                 losses["distillation"] = 0 * student.dist_logits.float().sum(-1)
             for term in self.terms:
-                if isinstance(term, LogitTerm):
+                if isinstance(term, LogitTerm) and term.kind == PEERS:
+                    losses[PEERS], _ = _logit_losses(term, student, TeacherOutput(peers), place)
+                elif isinstance(term, LogitTerm):
                     losses[term.kind], answered = _logit_losses(term, student, teacher, place)
                 elif isinstance(term, DenseTerm):
                     losses[term.kind], everywhere = _dense_losses(term, student, teacher, place)

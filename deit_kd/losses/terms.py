@@ -25,17 +25,18 @@ LOGIT_LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 POOLED_LOSSES = {"cosine": pooled_cosine, "huber": pooled_huber}
 SOFT_TEMPERATURE = 3.0
+PEERS = "peers"  # the kind of the term that compares with the answers of peers instead of a teacher's
 
 
 @dataclass(frozen=True)
 class LogitTerm:
-    """A comparison of the distillation head with the teacher's logits.
+    """A comparison of the distillation head with the teacher's logits, or with the answers of peers.
 
     Args:
-        kind: ``hard``, ``soft`` or ``standardised``.
+        kind: ``hard``, ``soft`` or ``standardised``; ``peers`` is soft, too.
         weight: by the place in the run.
-        temperature: by the place in the run; None is 3 for ``soft`` and depends on the number of classes for
-            ``standardised``.
+        temperature: by the place in the run; None is 3 for ``soft`` and ``peers``, and depends on the number of classes
+            for ``standardised``.
     """
 
     kind: str
@@ -43,7 +44,7 @@ class LogitTerm:
     temperature: Schedule | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in LOGIT_LOSSES:
+        if self.kind not in (*LOGIT_LOSSES, PEERS):
             known = [*LOGIT_LOSSES, DENSE, *FEATURE_KINDS]
             raise InputError(
                 f"distill.terms: kind {self.kind!r} is unknown; use one of {', '.join(known)}"
@@ -58,7 +59,7 @@ class LogitTerm:
             temperature = SOFT_TEMPERATURE if soft else default_temperature(dist_logits.shape[-1])
         else:
             temperature = self.temperature.at(place)
-        return LOGIT_LOSSES[self.kind](dist_logits, teacher_logits, temperature)
+        return LOGIT_LOSSES.get(self.kind, soft_distillation)(dist_logits, teacher_logits, temperature)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deit_kd.interfaces import InputError
 from deit_kd.models.names import check_known
-from deit_kd.models.tokens import complete_distilled_vit, graft, has_distillation_token, has_second_head
+from deit_kd.models.tokens import can_graft, complete_distilled_vit, graft, has_distillation_token, has_second_head
 
 Pixels = Annotated[int, Field(gt=0, le=2**14)]
 
@@ -86,6 +86,7 @@ def create_model(
     *,
     image_size: int | None = None,
     distilled: bool = False,
+    or_one_head: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Create a timm model with new weights; `image_size` reaches only models that are built for one size.
@@ -95,6 +96,7 @@ def create_model(
         name: a timm name, with or without a pretrained tag.
         image_size: pixels.
         distilled: answer with two heads: the model's own (see `answers_apart`), or a token and its head grafted on.
+        or_one_head: with `distilled`, leave a model that cannot have two heads as it is.
         kwargs: passed to ``timm.create_model``.
 
     Raises:
@@ -109,7 +111,8 @@ def create_model(
     if isinstance(model, VisionTransformerDistilled):
         complete_distilled_vit(key, model, kwargs)
     if distilled and not has_second_head(model):
-        graft(key, model)
+        if can_graft(model) or not or_one_head:
+            graft(key, model)
     elif distilled and not has_distillation_token(model):
         model.set_distilled_training(True)  # type: ignore[operator]  # in eval, timm's own forward still averages
     return model

@@ -110,7 +110,9 @@ def graft(key: str, backbone: nn.Module) -> None:
     Raises:
         InputError: the model has no class token, or builds its sequence in another way.
     """
-    _check_can_graft(key, backbone)
+    obstacle = _obstacle(backbone)
+    if obstacle is not None:
+        raise InputError(f"{key}: the model {obstacle}")
     model: Any = backbone
     with torch.no_grad():
         token = nn.init.trunc_normal_(torch.empty_like(model.cls_token), std=0.02)
@@ -158,7 +160,13 @@ def complete_distilled_vit(key: str, model: Any, args: Mapping[str, Any]) -> Non
             module.num_prefix_tokens = model.num_prefix_tokens
 
 
-def _check_can_graft(key: str, backbone: Any) -> None:
+def can_graft(backbone: nn.Module) -> bool:
+    """Return whether `graft` can put a distillation token onto the model."""
+    return _obstacle(backbone) is None
+
+
+def _obstacle(backbone: Any) -> str | None:
+    """Return why no token can be grafted onto a model, and what to do; None if one can be."""
     kind, cure = type(backbone).__name__, "use a vit_*, deit_*, deit3_* or eva model with a class token"
     has_class_token = getattr(backbone, "cls_token", None) is not None
     reason = None
@@ -180,8 +188,7 @@ def _check_can_graft(key: str, backbone: Any) -> None:
         reason = "has no linear head to copy"
     elif any(isinstance(module, RelPosBias) for module in backbone.modules()):
         reason = "has a table of relative positions with rows for one class token"
-    if reason is not None:
-        raise InputError(f"{key}: the model {reason}; {cure}")
+    return None if reason is None else f"{reason}; {cure}"
 
 
 def read_heads(backbone: nn.Module, images: Tensor) -> StudentOutput:

@@ -79,6 +79,11 @@ def holds_distillation_token(state: dict[str, Tensor]) -> bool:
     return "dist_token" in state or _both_tokens(state) is not None
 
 
+def holds_second_head(state: dict[str, Tensor]) -> bool:
+    """Return whether `state`, under timm's names, is of a model with a distillation head."""
+    return any("head_dist" in name.split(".") for name in state)
+
+
 def _both_tokens(state: dict[str, Tensor]) -> Tensor | None:
     """Return a ``cls_token`` [1, 2, D] that holds both tokens, as in pit and in grafted models."""
     cls_token = state.get("cls_token")

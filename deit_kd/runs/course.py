@@ -16,11 +16,13 @@ from deit_kd.console import say, score_text, size_text
 from deit_kd.distributed import on_main
 from deit_kd.engine import StepResult, Trainer, train
 from deit_kd.interfaces import ANSWERS, Batch, InputError, Stopped, speaker
+from deit_kd.losses import Objective
 from deit_kd.memory import peak_memory, reset_peak_memory
 from deit_kd.run_folder import CHECKPOINTS, METRICS_FILE, FeatureRecord, ScoreRecord, kept_weights
 from deit_kd.runs import parts
 from deit_kd.runs.journal import Journal
 from deit_kd.runs.lesson import Lesson, build_distiller
+from deit_kd.runs.peers import split_scores
 from deit_kd.runs.prepared import AfterEpoch, Run
 from deit_kd.runs.progress import BadStep, Progress
 from deit_kd.stopping import Watch, stopped_by
@@ -40,7 +42,7 @@ class Course:
     teacher_score: ScoreRecord | FeatureRecord | None
     teacher_predictions: Tensor | None
     after_epoch: AfterEpoch | None
-    scores: dict[str, Any] = field(default_factory=dict)  # of the last epoch that ended here
+    scores: dict[str, Any] = field(default_factory=dict)  # of the last epoch that ended here, see `Trainer.weights`
 
     def to_the_end(self) -> dict[str, Any]:
         """Do the steps that are left; return the last epoch's scores, by model and by average.
@@ -112,7 +114,10 @@ class Course:
         record, is_overdue = progress.read(run.processes, run.config.train.batch_size, overdue)
         record["lr"] = max(group["lr"] for group in self.trainer.optimizer.param_groups)
         record["epoch"] = (progress.step - 1) // run.loader.steps_per_epoch
-        record |= self._terms(record.get("terms", {}))
+        record |= self._terms(record.get("terms", {}), self.trainer.distiller.objective)
+        for peer, member in zip(run.peers, self.trainer.distiller.members[1:], strict=True):
+            own = record["peers"][peer.name]
+            own |= self._terms(own.get("terms", {}), member.objective)
         if parts.skips(run.config):
             run.errors.tell()
             record["missing"] = run.errors.views("train")  # so far
@@ -125,11 +130,10 @@ class Course:
         self._give_up_without_answers()
         return is_overdue
 
-    def _terms(self, measured: dict[str, dict[str, float | None]]) -> dict[str, Any]:
+    def _terms(self, measured: dict[str, dict[str, float | None]], objective: Objective) -> dict[str, Any]:
         """Return the further terms that were active, each with its weight; empty if there are none."""
         if not measured:
             return {}
-        objective = self.trainer.distiller.objective
         place = (self.progress.step - 1) / self.run.loader.total_steps
         live: dict[str, dict[str, float | None]] = {}
         for term in objective.terms:
@@ -185,10 +189,12 @@ class Course:
         self._stop_if_asked()
         self.progress.epoch_is_scored = True
         self.scores = scores
-        self.journal.record("epoch", step, {"epoch": epoch, **scores, "teacher": self.teacher_score})
+        own, peers = split_scores(scores)
+        of_peers = {"peers": peers} if peers else {}
+        self.journal.record("epoch", step, {"epoch": epoch, **own, "teacher": self.teacher_score, **of_peers})
         if run.processes.is_main:
             say(_epoch_note(epoch, run.config.train.epochs, scores, self.teacher_score))
-        heads = scores[kept_weights(scores)]["heads"]
+        heads = own[kept_weights(own)]["heads"]
         top1 = heads[speaker(heads)]["top1"]
         is_best = top1 > self.progress.best_top1
         self.progress.best_top1 = max(top1, self.progress.best_top1)

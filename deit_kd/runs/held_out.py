@@ -22,6 +22,8 @@ def check_checkpoints(config: Config, splits: Splits) -> None:
 
 def _checkpoints(config: Config) -> Iterator[tuple[str, str | None]]:
     yield "student.checkpoint", config.student.checkpoint
+    for number, peer in enumerate(config.peers):
+        yield f"peers.{number}.checkpoint", peer.checkpoint
     yield "teacher.checkpoint", config.teacher.checkpoint
     yield "guide.checkpoint", config.guide.checkpoint
     for number, member in enumerate(config.teacher.members):

@@ -13,6 +13,7 @@ from deit_kd.engine import Distiller
 from deit_kd.features import POOLED, layer_names, shapes
 from deit_kd.interfaces import MAP_KINDS, Batch, InputError, StudentOutput, Teacher, TeacherOutput
 from deit_kd.losses import Needs, Objective
+from deit_kd.mutual import MutualDistiller
 from deit_kd.runs import parts
 from deit_kd.runs.average import AverageTeacher
 from deit_kd.runs.prepared import Run
@@ -99,23 +100,36 @@ def build_distiller(run: Run, lesson: Lesson, step: int) -> Distiller:
     only the rest.
     """
     epoch_start = step // run.loader.steps_per_epoch * run.loader.steps_per_epoch
-    objective = run.objective.remaining(epoch_start / run.loader.total_steps)
+    place = epoch_start / run.loader.total_steps
+    objective = run.objective.remaining(place)
     needs = objective.needs
     grid = lesson.dense_grid if needs.dense else None
     connectors = run.connectors or Connectors(())
     connectors.freeze_all_but(needs.links)
-    learner: Any = run.student
+    learner: nn.Module = run.student
     if needs.links or needs.dense:
         learner = ConnectedStudent(run.student, connectors, needs.links, grid)
+    precision, compiled = run.config.train.precision, bool(run.config.train.compile)
+    wrapped, teacher = _wrapped(run, learner), lesson.teacher_for(needs)
+    if not run.peers:
+        return Distiller(wrapped, teacher, objective, precision, compiled)
+    peers = [
+        Distiller(_wrapped(run, peer.student), None, peer.objective.remaining(place), precision, compiled)
+        for peer in run.peers
+    ]
+    fusion = run.config.evaluate.fusion
+    return MutualDistiller(wrapped, teacher, objective, precision, compiled, peers=peers, fusion=fusion)
+
+
+def _wrapped(run: Run, network: nn.Module) -> Any:
     mode = run.config.train.compile
     if mode:
-        learner = torch.compile(learner, mode=None if mode is True else mode)
+        network = torch.compile(network, mode=None if mode is True else mode)  # type: ignore[assignment]
     if run.processes.count > 1:
         # Its default copies every gradient into a bucket and back. `static_graph` would gain nothing: without
         # find_unused_parameters buckets follow the order of the first backward pass anyway.
-        learner = DistributedDataParallel(learner, gradient_as_bucket_view=True)
-    teacher, precision = lesson.teacher_for(needs), run.config.train.precision
-    return Distiller(learner, teacher, objective, precision, compiled=bool(mode))
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    return network
 
 
 def connect(run: Run, lesson: Lesson) -> Run:

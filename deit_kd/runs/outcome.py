@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from deit_kd.console import console
-from deit_kd.engine import Trainer
 from deit_kd.models.state import save_local_dir
-from deit_kd.run_folder import STUDENT_FOLDER, FeatureRecord, HeadScores, ScoreRecord, kept_weights
+from deit_kd.run_folder import STUDENT_FOLDER, FeatureRecord, HeadScores, ScoreRecord
 from deit_kd.runs.prepared import Run
+from deit_kd.students import TimmStudent
 
 
 def print_heads(result: Mapping[str, Any]) -> None:
@@ -49,14 +50,12 @@ def head_scores(
     }
 
 
-def save_student(run: Run, trainer: Trainer) -> None:
-    """Save the weights that a run keeps, in timm's local-dir layout."""
-    weights = trainer.weights()
-    final = weights[kept_weights(weights)]
+def save_student(run: Run, student: TimmStudent, folder: Path) -> None:
+    """Save a student of the run below `folder`, in timm's local-dir layout."""
     save_local_dir(
-        final.backbone,
-        run.folder / STUDENT_FOLDER,
-        model_args=run.student.model_args,
+        student.backbone,
+        folder / STUDENT_FOLDER,
+        model_args=student.model_args,
         classes=run.classes,
         preprocessing=run.config.data.preprocessing,
     )

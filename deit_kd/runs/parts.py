@@ -24,6 +24,7 @@ from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
 from deit_kd.interfaces import DENSE, Batch, InputError
 from deit_kd.losses import (
+    PEERS,
     DenseTerm,
     FeatureTerm,
     LogitTerm,
@@ -183,6 +184,8 @@ def build_objective(config: Config, student: Shapes, teacher: Shapes) -> Objecti
     section = config.distill
     temperature = None if section.temperature is None else as_schedule(section.temperature)
     terms = [_build_term(term, student, teacher) for term in section.terms]
+    if config.learns_from_peers:
+        terms.append(LogitTerm(PEERS, as_schedule(section.peer_weight), as_schedule(section.peer_temperature)))
     return Objective(section.kind, as_schedule(section.alpha), temperature, section.scale, terms)
 
 
@@ -255,10 +258,12 @@ def build_student(
     device: torch.device,
     checkpoint: str | None = None,
     strict: bool = False,
+    seed: int | None = None,
 ) -> TimmStudent:
     """Return the recipe's student, on `device`, with its first weights or, if `strict`, with all of its own.
 
-    `checkpoint` is where these are, unless the recipe's section names them.
+    `checkpoint` is where these are, unless the recipe's section names them; `seed` draws new ones, None for the
+    recipe's.
     """
     section = config.student
     with chosen_attention(config.train.attention, device):
@@ -270,7 +275,8 @@ def build_student(
             drop_path=section.drop_path,
             classes=classes,
             image_size=config.data.image_size,
-            distilled=config.distill.has_token,
+            distilled=config.has_token,
+            or_one_head=bool(config.peers),
             patches=config.distill.dense is not None,
             token=section.token,
             new_heads=section.new_heads,
@@ -278,7 +284,7 @@ def build_student(
             channels_last=section.channels_last,
             strict=strict,
             bits=section.bits,
-            seed=config.seed,
+            seed=config.seed if seed is None else seed,
         ).to(device)
 
 

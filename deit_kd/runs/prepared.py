@@ -21,6 +21,18 @@ from deit_kd.students import Connectors, TimmStudent
 AfterEpoch = Callable[[int, Callable[[], None]], None]  # of an epoch, and the heartbeat to call
 
 
+@dataclass(frozen=True)
+class Peer:
+    """A further student of a run, which trains together with the student."""
+
+    name: str  # of its folder and its records
+    config: Config  # the recipe as the peer sees it: it is the student
+    student: TimmStudent
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler
+    objective: Objective
+
+
 @dataclass
 class Run:
     """Everything of one run but its teacher; nothing is written yet."""
@@ -39,6 +51,7 @@ class Run:
     errors: DataErrors  # photos that cannot be read
     objective: Objective = field(default_factory=lambda: Objective("none"))  # replaced once its lesson is known
     connectors: Connectors | None = None  # of the features that are compared
+    peers: tuple[Peer, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deit_kd.distributed import Processes
-from deit_kd.engine import STEP_TERMS, StepResult
+from deit_kd.engine import STEP_TERMS, StepResult, result_columns
 
 
 class BadStep(NamedTuple):
@@ -24,11 +26,21 @@ class Progress:
     """How far a run is: steps done, their results since the last record, and the best epoch.
 
     Results stay on the device until the next record.
+
+    Args:
+        device: of the results.
+        further_terms: kinds of the further terms of the student's objective.
+        peers: the same of each peer's, by its name.
     """
 
-    def __init__(self, device: torch.device, further_terms: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        further_terms: Sequence[str] = (),
+        peers: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
         self._device = device
-        self._further_terms = further_terms
+        self._further_terms, self._peers = further_terms, peers
         self.step = 0
         self.best_top1 = -1.0
         self.epoch_is_scored = True
@@ -36,7 +48,7 @@ class Progress:
         self.unanswered_in_a_row = 0  # steps in which an answer of the teacher was not finite
         self.bad_steps: list[BadStep] = []  # since the last record, in this process
         self._results: list[StepResult] = []
-        columns = len(STEP_TERMS) + 2 * len(further_terms)
+        columns = result_columns([further_terms, *peers.values()])
         self._earlier = torch.zeros(0, columns, device=device)  # rows that a checkpoint kept since the last record
         self.restart_clock()
 
@@ -56,13 +68,13 @@ class Progress:
         Also returns whether any process is `overdue`.
         """
         rows = self._rows()
-        finite = rows[:, :3].isfinite().all(1)
+        finite = rows.isfinite().all(1) if self._peers else rows[:, :3].isfinite().all(1)
         sums = rows.where(finite[:, None], 0.0).sum(0)
         counts = [finite.sum()[None], torch.tensor([float(overdue)]).to(rows)]
         parts = [rows[:, 4], sums[:3], sums[len(STEP_TERMS) :], *counts]  # the first by step
         all_sums = processes.sum(torch.cat(parts)).tolist()
         not_finite, (*terms, count, overdue_anywhere) = all_sums[: len(rows)], all_sums[len(rows) :]
-        means = [value / count if count else None for value in terms]
+        means = iter([value / count if count else None for value in terms])
         left_out = rows[:, 3].tolist()  # the same in every process
         self.bad_steps = [self._bad_step(index - len(rows)) for index, bad in enumerate(left_out) if bad]
         for bad in left_out:
@@ -71,17 +83,14 @@ class Progress:
             self.unanswered_in_a_row = self.unanswered_in_a_row + 1 if unanswered else 0
         elapsed = time.perf_counter() - self._since
         record: dict[str, Any] = {
-            **dict(zip(STEP_TERMS[:3], means[:3], strict=True)),
+            **_losses(means),
             "bad_steps": len(self.bad_steps),
             "teacher_not_finite": int(sum(not_finite)),
             "images_per_second": self._steps_since * batch_size / elapsed,
         }
-        if self._further_terms:
-            pairs = zip(means[3::2], means[4::2], strict=True)
-            record["terms"] = {
-                kind: {"loss": loss, "cosine": cosine}
-                for kind, (loss, cosine) in zip(self._further_terms, pairs, strict=True)
-            }
+        record |= _terms(means, self._further_terms)
+        if self._peers:
+            record["peers"] = {name: _losses(means) | _terms(means, kinds) for name, kinds in self._peers.items()}
         self._results, self._earlier = [], self._earlier[:0]
         self.restart_clock()
         return record, bool(overdue_anywhere)
@@ -118,3 +127,13 @@ class Progress:
         self.unanswered_in_a_row = state.get("unanswered_in_a_row", 0)
         rows = state["rows"].to(self._device)
         self._earlier = rows[processes.rank] if len(rows) == processes.count else rows.mean(0)
+
+
+def _losses(means: Iterator[float | None]) -> dict[str, Any]:
+    return {name: next(means) for name in STEP_TERMS[:3]}
+
+
+def _terms(means: Iterator[float | None], kinds: Sequence[str]) -> dict[str, Any]:
+    """Return ``{"terms": …}``, the mean and the cosine of each further term; empty if there are none."""
+    measured = {kind: {"loss": next(means), "cosine": next(means)} for kind in kinds}
+    return {"terms": measured} if measured else {}

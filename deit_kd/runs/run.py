@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import closing
+from typing import Any
 
 import torch
 
 from deit_kd.checkpoint import CheckpointWriter
-from deit_kd.config import Config
+from deit_kd.config import Config, described
 from deit_kd.console import say
 from deit_kd.data import Splits
 from deit_kd.distributed import Processes, on_main
@@ -15,6 +16,7 @@ from deit_kd.engine import Trainer
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import InputError, Rest
 from deit_kd.kernels import choose_kernels, preferred_attention
+from deit_kd.models.tokens import answers_apart
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.run_folder import (
     CHECKPOINTS,
@@ -28,6 +30,7 @@ from deit_kd.run_folder import (
     RestFacts,
     TeacherFacts,
     kept_weights,
+    peer_folder,
 )
 from deit_kd.runs import parts
 from deit_kd.runs.attention import attention_line, attention_of
@@ -38,10 +41,12 @@ from deit_kd.runs.lesson import Lesson, build_distiller, connect
 from deit_kd.runs.meeting import meet_teachers
 from deit_kd.runs.opening import open_folder
 from deit_kd.runs.outcome import head_scores, print_heads, save_student
+from deit_kd.runs.peers import build_peers, learner_of, save_peer
 from deit_kd.runs.prepared import AfterEpoch, Run
 from deit_kd.runs.progress import Progress
 from deit_kd.runs.viewing import build_training_loader, cached, makers_of, training_order
 from deit_kd.stopping import Watch
+from deit_kd.students import TimmStudent
 
 
 def prepare(
@@ -75,6 +80,7 @@ def prepare(
         student = parts.build_student(config, splits.train.classes, processes.device)
     parts.check_batch_norms(config, student, processes)
     optimizer = parts.build_student_optimizer(config, student)
+    peers = build_peers(config, splits.train.classes, processes, order.steps_per_epoch)
     schedule = parts.build_schedule(config, optimizer, order.steps_per_epoch)
     data_facts = {split: photos.digest() for split, photos in splits._asdict().items()}
     folder, checkpoint = open_folder(config, processes, None if is_named_by_recipe else data_facts)
@@ -92,6 +98,7 @@ def prepare(
         data_facts=data_facts,
         schedule=schedule,
         checkpoint=checkpoint,
+        peers=peers,
         errors=parts.build_data_errors(
             config, splits, folder, processes, first_step=0 if checkpoint is None else checkpoint["progress"]["step"]
         ),
@@ -113,7 +120,8 @@ def execute(run: Run, lesson: Lesson | None = None, after_epoch: AfterEpoch | No
     lesson = lesson or Lesson()
     prepared, run = run, connect(run, lesson)
     teacher_facts, teacher_predictions = meet_teachers(run, lesson)
-    progress = Progress(processes.device, run.objective.further_terms)
+    further_of_peers = {peer.name: peer.objective.further_terms for peer in run.peers}
+    progress = Progress(processes.device, run.objective.further_terms, further_of_peers)
     if run.checkpoint is not None:
         progress.load_state(run.checkpoint["progress"], processes)
     trainer = build_trainer(run, lesson, progress.step)
@@ -146,12 +154,18 @@ def execute(run: Run, lesson: Lesson | None = None, after_epoch: AfterEpoch | No
         )
         with preferred_attention(None if attention is None else attention["kernel"]):
             scores = course.to_the_end()
-    weights = kept_weights(scores)
+    weights, networks = kept_weights(scores), trainer.weights()
     unreadable = run.errors.unreadable("validation", run.loader.total_steps)
     heads = head_scores(weights, scores[weights], teacher_score, unreadable)
 
     def end() -> None:
-        save_student(run, trainer)
+        save_student(run, networks[weights], run.folder)
+        for peer in run.peers:
+            called = f"{peer.name}/{weights}"
+            of_peer = head_scores(weights, scores[called], teacher_score, unreadable)
+            save_peer(run, peer, networks[called], of_peer)
+            say(f"peer {peer.name}: {peer_folder(run.folder, peer.name)}")
+            print_heads(of_peer)
         write_json(run.folder / HEADS_FILE, heads)
         print_heads(heads)
         say(f"run: {run.folder}   student: {run.folder / STUDENT_FOLDER}   heads: {run.folder / HEADS_FILE}")
@@ -182,6 +196,7 @@ def build_trainer(run: Run, lesson: Lesson, first_step: int = 0) -> Trainer:
         skip=parts.skips(config),
         total_steps=run.loader.total_steps,
         further_terms=run.objective.further_terms,
+        peers=tuple(learner_of(peer, run.loader.total_steps) for peer in run.peers),
     )
 
 
@@ -196,12 +211,14 @@ def _write_facts(run: Run, teacher_facts: TeacherFacts | None, attention: Attent
         "decoder": makers["decoder"],
         "classes": list(run.classes),
         "rest": _rest_facts(run.splits.train.rest),
-        "student": None if run.student.account is None else run.student.account.record(),
+        "student": _account_of(run.student),
         "teacher": teacher_facts,
         "processes": run.processes.count,
         "attention": attention,
         "torch": torch.__version__,
     }
+    if run.peers:
+        facts["peers"] = {peer.name: _account_of(peer.student) for peer in run.peers}
     write_json(run.folder / FACTS_FILE, facts)
     write_atomically(run.folder / CONFIG_FILE, run.config.to_yaml().encode())
 
@@ -210,17 +227,23 @@ def _rest_facts(rest: Rest | None) -> RestFacts | None:
     return None if rest is None else {"name": rest.name, "classes": list(rest.classes), "kept": rest.kept}
 
 
+def _account_of(student: TimmStudent) -> dict[str, Any] | None:
+    return None if student.account is None else student.account.record()
+
+
 def _say_start(run: Run, trainer: Trainer, first_step: int) -> None:
-    parameters = sum(parameter.numel() for parameter in run.student.parameters()) / 1e6
+    size = _peer_text(run.student) if run.peers else _size_text(run.student)
     say(
-        f"{run.config.student.name}: {parameters:.1f} M parameters, {len(run.splits.train)} training images, "
+        f"{run.config.student.name}: {size}, {len(run.splits.train)} training images, "
         f"{len(run.classes)} classes, {run.config.train.epochs} epochs of {run.loader.steps_per_epoch} steps"
         + (f", continued from step {first_step}" if first_step else "")
         + f"; writes {run.folder}"
     )
     if run.config.data.taken:
         say(f"takes part of the photos: {run.config.data.taken}")
-    say(f"learns from {run.config.distill.described()}")
+    say(f"learns from {described(run.config)}")
+    for peer in run.peers:
+        say(f"peer {peer.name}: {_peer_text(peer.student)}, learns from {described(peer.config)}")
     if trainer.ema is not None:
         say(average_line(trainer.ema, run.loader.total_steps))
     if run.config.learns_from_own_average:
@@ -230,5 +253,14 @@ def _say_start(run: Run, trainer: Trainer, first_step: int) -> None:
             f"the run does not learn from labels: score the features with deit-kd eval {run.folder} --probe true, not "
             "the heads"
         )
-    for line in run.student.account.lines() if run.student.account is not None and not first_step else ():
-        say(line)
+    for student in (run.student, *(peer.student for peer in run.peers)):
+        for line in student.account.lines() if student.account is not None and not first_step else ():
+            say(line)
+
+
+def _size_text(student: TimmStudent) -> str:
+    return f"{sum(parameter.numel() for parameter in student.parameters()) / 1e6:.1f} M parameters"
+
+
+def _peer_text(student: TimmStudent) -> str:
+    return f"{_size_text(student)}, {'two heads' if answers_apart(student.backbone) else 'one head'}"

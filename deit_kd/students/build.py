@@ -32,6 +32,7 @@ def build_student(
     classes: tuple[str, ...],
     image_size: int,
     distilled: bool,
+    or_one_head: bool = False,
     patches: bool = False,
     token: str = "cls",
     new_heads: bool = False,
@@ -54,6 +55,7 @@ def build_student(
         classes: the dataset's class names, in label order.
         image_size: pixels.
         distilled: whether the student learns from a teacher through a head of its own.
+        or_one_head: with `distilled`, build a network that cannot have two heads as it is.
         patches: whether it also answers with ``patch``, see `answer_with_patches`.
         token: what a new token starts from, ``cls`` or ``scratch``; see `fit_weights`.
         new_heads: initialise new heads even if the weights' own have the same number of classes.
@@ -84,6 +86,7 @@ def build_student(
         architecture,
         image_size=image_size,
         distilled=distilled,
+        or_one_head=or_one_head,
         num_classes=len(classes),
         **args,
         **({"drop_path_rate": drop_path} if drop_path else {}),
