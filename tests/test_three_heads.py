@@ -15,6 +15,7 @@ from deit_kd.engine import ask
 from deit_kd.exports import About, Choices, export
 from deit_kd.exports.traced import Answering
 from deit_kd.interfaces import (
+    Batch,
     InputError,
     Preprocessing,
     StudentOutput,
@@ -29,7 +30,7 @@ from deit_kd.models.tokens import answer_with_patches, dense_logits_of, names_of
 from deit_kd.origins import open_model
 from deit_kd.students import TimmStudent
 from tests.helpers import FIVE_CLASSES, ONE_PROCESS, STUDENT, STUDENT_ARGS
-from tests.tiny_parts import seen_at
+from tests.tiny_parts import seen_at, tiny_teacher
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -204,6 +205,16 @@ def test_an_export_describes_the_heads_that_its_reader_can_tell_apart(
 ) -> None:
     export(name, three_headed(img_size=32), tmp_path / "out", about())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["heads"] == heads
+
+
+def test_a_student_with_three_heads_teaches_the_next_through_all_of_them(tmp_path: Path) -> None:
+    model, size = three_headed(), {"img_size": 32}
+    seen = seen_at(32)
+    save_local_dir(model, tmp_path / "s", model_args={**STUDENT_ARGS, **size}, classes=FIVE_CLASSES, preprocessing=seen)
+    teacher = tiny_teacher(name=None, checkpoint=str(tmp_path / "s"), classes=FIVE_CLASSES, student=seen)
+    expected = head_log_probabilities(read_heads(model, IMAGES))["fused"]
+    batch = Batch(IMAGES, torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(teacher(batch).logits, expected)
 
 
 def test_a_traced_export_has_the_third_head_and_fuses_all_three(tmp_path: Path) -> None:

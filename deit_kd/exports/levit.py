@@ -9,7 +9,7 @@ from timm.models.levit import Attention, AttentionDownsample, Levit, LevitMlp
 from torch import Tensor, nn
 
 from deit_kd.exports.plain_vit import CannotHold
-from deit_kd.models.tokens import answers_apart
+from deit_kd.models.tokens import names_of_heads
 
 STRIDE = 16  # of the stem, which is also fixed in transformers
 STAGES = 3
@@ -53,7 +53,7 @@ def as_transformers_levit(backbone: Levit) -> tuple[dict[str, Tensor], dict[str,
     config = {
         "architectures": ["LevitForImageClassificationWithTeacher" if has_two else "LevitForImageClassification"],
         "model_type": "levit",
-        "heads": ["cls", "dist"] if answers_apart(backbone) else ["cls"],
+        "heads": list(names_of_heads(backbone)),
         "image_size": first[0].attn.resolution[0] * STRIDE,
         "patch_size": STRIDE,
         "hidden_sizes": list(model.embed_dim),

@@ -143,7 +143,7 @@ class RecordingTeacher:
         if self.store.record.grid is None:
             return None
         assert self._shares is not None
-        mixed = answer.mixed(self._shares(view_ids).to(answer.needed_logits().device))
+        mixed = answer.mixed(_sent(self._shares(view_ids), answer.needed_logits().device))
         return mixed.argmax(-1).where(mixed.isfinite().all(-1), -1)
 
     def ask_for(self, features: Sequence[str]) -> None:
