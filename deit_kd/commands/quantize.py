@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from deit_kd.commands.shared import Arguments, asks_for_help
@@ -50,4 +51,5 @@ def quantize(arguments: Arguments) -> None:
         learning = parse_config([named, *source.recipe, *options, *typed], parser)[0]
         train(learning)
         trained = open_source(str(learning.output))
-    quantize_student(source, config, trained, bits, folder)
+    if os.environ.get("RANK", "0") == "0":  # several processes may have trained it; one writes it
+        quantize_student(source, config, trained, bits, folder)
