@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from deit_kd import Batch, Distiller, Objective
 from deit_kd.checkpoint import newest_checkpoint
 from deit_kd.cli import main
-from deit_kd.config import Config, names_of_peers, parse_config, recipe_of_peer
+from deit_kd.config import Config, build_parser, names_of_peers, parse_config, recipe_of_peer
 from deit_kd.engine import Trainer
-from deit_kd.interfaces import Missing, Student, StudentOutput, head_log_probabilities
+from deit_kd.evaluation.sources import open_source
+from deit_kd.interfaces import InputError, Missing, Student, StudentOutput, head_log_probabilities
+from deit_kd.jobs.quantize import training_options
 from deit_kd.learner import Learner
 from deit_kd.losses import LogitTerm
 from deit_kd.mutual import MutualDistiller, mean_of_others, spoken
@@ -293,6 +295,17 @@ def test_two_processes_give_the_losses_of_one(photos_root: Path, tmp_path: Path)
                 assert own["terms"]["peers"]["loss"] == pytest.approx(
                     other["terms"]["peers"]["loss"], rel=1e-3, abs=1e-6
                 )
+
+
+def test_integers_are_learned_from_the_run_itself_without_peers(photos_root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", *tiny(photos_root, run, **NO_TEACHER, peers=[CNN])]) == 0
+    source = open_source(str(run))
+    options = training_options(source, source.own_config(), 4, tmp_path / "integers", epochs=1, as_before=False)
+    learning = parse_config([*source.recipe, *options], build_parser("deit-kd quantize"))[0]
+    assert (learning.peers, learning.distill.kind) == ([], "soft")
+    with pytest.raises(InputError, match="the recipe has peers and no teacher"):
+        training_options(source, source.own_config(), 4, tmp_path / "integers", epochs=1, as_before=True)
 
 
 def test_records_hold_the_heads_and_terms_of_each(finished: Path) -> None:
