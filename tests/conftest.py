@@ -21,6 +21,9 @@ from deit_kd.cli import main
 from tests.helpers import FULL, SEVEN_CLASSES, Finished, short, tiny, write_photos
 
 torch.set_num_threads(1)
+# Autograd looks for devices in the first backward pass of a process. Later, it would find the CUDA that tensors without
+# values (torch.compile, a rehearsal) pretend to have, and start threads; then no fork of the process could go backward.
+torch.zeros((), requires_grad=True).mul(2).backward()
 
 # Begin first, or one worker is left alone with them at the end.
 SLOWEST = ("test_benchmarks.py", "test_export.py", "test_processes.py", "test_evaluation.py", "test_store_runs.py")
