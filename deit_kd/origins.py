@@ -276,6 +276,9 @@ def _teacher_of(key: str, name: str, asked: frozenset[str]) -> Origin:
     if mapping is not None and mapping.keys() != set(classes):
         raise InputError(f"{key}: {run}'s record maps other classes than its own; name the weights themselves")
     groups = None if mapping is None else [mapping[name] for name in classes]
+    rest = _rest_of(record)
+    if rest is not None:  # the share of the rest's photos that the student saw is not the share that its teacher saw
+        rest = rest._replace(kept=1.0 if weights.rest is None else weights.rest.kept)
     return Origin(
         name=name,
         read=read,
@@ -284,7 +287,7 @@ def _teacher_of(key: str, name: str, asked: frozenset[str]) -> Origin:
         classes=classes,
         columns=None if groups is None else tuple(tuple(column for column, _ in group) for group in groups),
         labels={column: label for group in groups or () for column, label in group if label is not None},
-        rest=_rest_of(record),
+        rest=rest,
         class_count=len(classes),
         preprocessing=KnownPreprocessing(
             facts.get("image_size"), facts.get("mean"), facts.get("std"), facts.get("interpolation")

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from timm.data import ImageNetInfo
+from torch.overrides import TorchFunctionMode
 
 from deit_kd import Batch, FrozenTeacher, InputError, soft_distillation
 from deit_kd.teachers import ClassMap, build_class_map, check_score, least_top1
@@ -400,3 +401,25 @@ def test_teacher_above_the_gate_may_teach():
 def test_a_fitted_teacher_that_cannot_teach_is_to_be_fitted_longer() -> None:
     with pytest.raises(InputError, match=r"below 65\.00 %; it was fitted on too few steps: raise teacher\.fit\.epochs"):
         check_score("it", 64.0, 1.0, [0] * 50 + [1] * 50, None, fitted=True)
+
+
+def test_a_class_of_many_columns_is_merged_without_padding_all_others():
+    columns = [[7], [3], *([column] for column in range(10, 20)), [*range(20, 900)], [901, 902]]
+    merging, logits = ClassMap(columns), torch.randn(2, 3, 1000, generator=torch.Generator().manual_seed(0))
+    found = merging(logits)
+    for label, group in enumerate(columns):
+        merged = logits[..., group].logsumexp(-1) if len(group) > 1 else logits[..., group[0]]
+        assert torch.equal(found[..., label], merged), label
+    largest = 0
+
+    class Largest(TorchFunctionMode):
+        def __torch_function__(self, act, types, args=(), kwargs=None):
+            nonlocal largest
+            result = act(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    with Largest():
+        merging(logits)
+    assert largest <= logits.numel()

@@ -12,6 +12,8 @@ from torch import Tensor
 from deit_kd.engine import Distiller
 from deit_kd.interfaces import Batch, InputError, StudentOutput, TeacherOutput
 from deit_kd.losses import DenseTerm, Objective
+from deit_kd.models.create import create_model
+from deit_kd.models.tokens import answer_with_patches, names_of_heads
 from deit_kd.schedules import Schedule, always
 from deit_kd.students import ConnectedStudent, Connectors
 from deit_kd.teachers import EnsembleTeacher
@@ -293,3 +295,12 @@ def test_a_student_learns_from_a_teacher_at_every_place() -> None:
     assert seen_at(16).image_size == batch.images.shape[-1]
     assert all(parameter.grad is not None for parameter in student.parameters())
     torch.testing.assert_close(terms.loss, (terms.classification + terms.distillation) / 2 + terms.others["dense"])
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_rope_224"])
+def test_vits_that_could_drop_patches_but_do_not_have_places(name: str) -> None:
+    model = create_model(
+        "student.name", name, image_size=28 if "14" in name else 32, distilled=True, depth=2, num_classes=3
+    )
+    answer_with_patches("student.name", model)
+    assert names_of_heads(model) == ("cls", "dist", "patch")

@@ -245,7 +245,7 @@ def test_a_run_without_the_term_reads_a_store_with_places(stored: Path, photos_r
         ({"train__epochs": 2}, "train.epochs: 3 in the store, 2 here"),
         (
             {"distill__terms": [{**DENSE, "mix": 0.5}]},
-            "dense.mix: '1, then 0 from 0 to 1 of the run, linear' in the store",
+            "dense.mix: [1.0, 0.0, 0.0, 1.0, 'linear'] in the store",
         ),
         ({"distill__terms": [{**DENSE, "mode": "soft"}]}, "a dense term of mode soft learns from all logits"),
     ],
@@ -369,3 +369,13 @@ def test_a_store_without_vectors_is_refused_with_the_cure_unless_the_teacher_is_
     said = refused(["train", *tiny(photos_root, tmp_path / "run", **unnamed)], capsys)
     assert "has no column for the pooled term; build another store with this recipe" in said
     assert main(["train", *tiny(photos_root, tmp_path / "named", **options)]) == 0
+
+
+def test_a_teacher_that_cannot_answer_at_places_is_refused_before_it_is_fitted(
+    photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = {"teacher__fit__epochs": 1, "teacher__fit__folder": str(tmp_path / "teachers")}
+    options = {"teacher__name": "test_vit", "teacher__random_weights": None, "distill__terms": [DENSE], **fit}
+    assert main(["train", *tiny(photos_root, tmp_path / "run", **options)]) == 2
+    assert "epoch 1/1" not in capsys.readouterr().out
+    assert not (tmp_path / "teachers").exists()

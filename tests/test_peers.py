@@ -32,7 +32,17 @@ from deit_kd.schedules import Schedule, always
 from deit_kd.students import TimmStudent
 from deit_kd.teaching.ready import ready_lesson
 from tests.forked import run_on_two
-from tests.helpers import ONE_PROCESS, STUDENT, STUDENT_ARGS, heads_in, records, refused, signal_in_step, tiny
+from tests.helpers import (
+    ONE_PROCESS,
+    STUDENT,
+    STUDENT_ARGS,
+    heads_in,
+    records,
+    refused,
+    signal_in_step,
+    snapshot,
+    tiny,
+)
 from tests.tiny_parts import make_batch, pixel_teacher, tiny_student, trainer
 
 VIT = {"name": STUDENT, "args": STUDENT_ARGS, "drop_path": 0.0}
@@ -455,3 +465,11 @@ def test_a_run_is_not_resumed_with_other_peers(
 
 def test_bench_refuses_peers(photos_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "time each alone with --peers []" in refused(["bench", *tiny(photos_root, None, peers=[CNN])], capsys)
+
+
+def test_a_finished_peer_is_not_trained_over(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peer = finished / "peers" / str(CNN["name"])
+    before = snapshot(finished)
+    line = refused(["train", "--config", str(peer / "config.yaml"), "--resume", "auto"], capsys)
+    assert f"output: {peer} is a peer that {finished} trained" in line
+    assert snapshot(finished) == before

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deit_kd.cli import main
+from deit_kd.config import Config, build_parser, parse_config
 from deit_kd.evaluation.sources import load_student, open_source
 from deit_kd.exports import missing_libraries
 from deit_kd.interfaces import StudentOutput
+from deit_kd.jobs.quantize import training_options
 from deit_kd.metrics import compare_heads
 from deit_kd.models.integers import RoundedLinear, kept_in_float, rounded_linears, to_integers
 from deit_kd.students import TimmStudent, open_quantized, save_quantized
@@ -415,6 +417,70 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "the first argument names a run" in refused(["quantize", "--bits", "8"], capsys)
     save_file({"head.weight": torch.zeros(3, 8)}, tmp_path / "weights.safetensors")
     assert "is neither a run nor" in refused(["quantize", str(tmp_path / "weights.safetensors")], capsys)
+
+
+@pytest.mark.parametrize("place", ["onnx/model.onnx", "README.md", "student/config.json"])
+def test_a_folder_of_others_is_left_alone(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("mine")
+    before = snapshot(tmp_path)
+    line = refused(["quantize", str(runs / "distilled"), "--to", str(tmp_path)], capsys)
+    assert "holds something that deit-kd quantize did not write" in line
+    assert snapshot(tmp_path) == before
+
+
+@needs_torchao
+def test_a_run_of_4_bits_is_compared_with_its_weights_in_floating_point(
+    of_4_bits: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    run, _ = of_4_bits
+    assert main(["quantize", str(run), "--to", str(tmp_path / "integers")]) == 0
+    costs = heads_in(tmp_path / "integers")["cost"]["integers"]
+    for head, scores in heads_in(run)["heads"].items():
+        assert scores is None or costs[head]["before"]["nll"] != pytest.approx(scores["nll"], abs=1e-6), head
+
+
+def test_training_for_4_bits_begins_and_ends_at_a_tenth_of_the_learning_rate(photos_root: Path, tmp_path: Path) -> None:
+    flat = {"optim__lr": 1e-4, "optim__min_lr": 1e-4}
+    assert main(["train", *tiny(photos_root, tmp_path / "run", **flat)]) == 0
+    learning = learning_from(tmp_path / "run")
+    assert (learning.optim.lr, learning.optim.min_lr) == (pytest.approx(1e-5), pytest.approx(1e-5))
+
+
+def test_without_labels_the_run_alone_teaches_its_integers(photos_root: Path, tmp_path: Path) -> None:
+    unlabelled = {"data__unlabelled": photos_root / "train", "distill__kind": "none", "distill__alpha": 1}
+    terms = [{"kind": "soft"}]
+    assert main(["train", *tiny(photos_root, tmp_path / "run", **unlabelled, distill__terms=terms)]) == 0
+    learning = learning_from(tmp_path / "run")
+    assert (learning.distill.kind, learning.distill.alpha) == ("none", 1)
+    assert [term.kind for term in learning.distill.terms] == ["soft"]
+
+
+def learning_from(run: Path) -> Config:
+    """Return the recipe of training for 4 bits."""
+    source = open_source(str(run))
+    options = training_options(source, source.own_config(), 4, run / "quantized-4", epochs=1, as_before=False)
+    return parse_config([*source.recipe, *options], build_parser("deit-kd quantize"))[0]
+
+
+@needs_torchao
+@needs_onnx
+def test_an_onnx_model_that_int8_cannot_hold_is_left_out(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "distilled", run)
+    weights = load_file(run / "student" / "model.safetensors")
+    weights["norm.weight"][0] = 200  # one channel takes all of the 8 bits
+    for head in ("head", "head_dist"):
+        weights[f"{head}.weight"].normal_(generator=torch.Generator().manual_seed(1)).mul_(40)[:, 0] = 0
+    save_file(weights, run / "student" / "model.safetensors")
+    assert main(["quantize", str(run), "--to", str(tmp_path / "integers")]) == 0
+    assert "onnx: left out, since its int8 does not hold this student" in capsys.readouterr().out
+    assert heads_in(tmp_path / "integers")["cost"].keys() == {"integers"}
+    assert not (tmp_path / "integers" / "onnx").exists()
 
 
 @needs_torchao

@@ -109,7 +109,7 @@ def test_a_command_in_the_docs_lacks_nothing_but_the_files_that_it_names(
     shutil.copytree(finished.folder, tmp_path / "RUN")
     for taken in ("onnx", "timm", "timm-best", "transformers"):
         (tmp_path / "RUN" / "export" / taken).mkdir(parents=True)
-    for taken in ("quantized-8", "quantized-4"):
+    for taken in ("quantized-8", "quantized-4", "trained-4"):
         (tmp_path / "RUN" / taken).mkdir()
         (tmp_path / "RUN" / taken / "heads.json").touch()
     write_photos(tmp_path / "halves" / "PHOTOS", {"": 4})  # benchmarks/finetune.py halves them before it reads options

@@ -16,8 +16,9 @@ from deit_kd.config import parse_config
 from deit_kd.console import console
 from deit_kd.exports import missing_libraries
 from deit_kd.jobs.train import train
+from deit_kd.runs.parts import build_teacher
 from deit_kd.teachers import EnsembleTeacher
-from tests.helpers import assert_same_scores, evaluated, heads_in, tiny
+from tests.helpers import ONE_PROCESS, assert_same_scores, evaluated, heads_in, tiny
 from tests.tiny_parts import seen_at, tiny_teacher
 
 SYNSETS = ("n01440764", "n02102040", "n02979186")
@@ -360,3 +361,14 @@ def test_distilled_teacher_answers_with_the_mean_of_its_softmaxes(tmp_path, dtyp
         expected = head_probabilities(read_heads(network, batch.images))["fused"]
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(teacher(batch).logits.exp(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("members", [False, True])
+def test_a_recipe_can_fold_the_norms_of_its_teachers(photos_root: Path, tmp_path: Path, members: bool) -> None:
+    network = {"name": "test_resnet", "random_weights": True}
+    named = {"teacher__name": None, "teacher__random_weights": None, "teacher__members": [network, network]}
+    options = {"teacher__fold": True, "teacher__min_top1": 0, **(named if members else {})}
+    config = parse_config(tiny(photos_root, tmp_path / "run", **options))[0]
+    teacher = build_teacher(config, ("a", "b", "c"), ONE_PROCESS, None)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in teacher.modules())
+    assert any("batch norms are folded" in line for line in teacher.lines())

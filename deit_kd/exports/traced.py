@@ -170,6 +170,8 @@ def _in_integers(model: Any) -> Any:
             of_weights = {"op_types_to_quantize": ["MatMul", "Gemm"], "weight_type": QuantType.QInt8}
             quantize_dynamic(model, file, per_channel=True, **of_weights)
             return load(file)
+    except RuntimeError as error:
+        raise CannotHold(f"onnxruntime cannot turn it into int8: {' '.join(str(error).split())[:80]}") from error
     finally:
         logging.disable(disabled)
 

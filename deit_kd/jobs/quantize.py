@@ -19,14 +19,15 @@ from deit_kd.distributed import Processes
 from deit_kd.evaluation.described import described
 from deit_kd.evaluation.sources import Source, load_student
 from deit_kd.evaluation.speed import images_per_second
-from deit_kd.exports import About, Choices, export, missing_libraries
+from deit_kd.exports import About, CannotHold, Choices, export, missing_libraries
 from deit_kd.exports.opened import OpenedModel, open_exported
 from deit_kd.files import check_writable, write_json
 from deit_kd.interfaces import InputError, StudentOutput
 from deit_kd.metrics import compare_heads
 from deit_kd.models.integers import BITS, kept_in_float
+from deit_kd.origins import recipe_of
 from deit_kd.places import TEACHER_OF_RUN
-from deit_kd.run_folder import HEADS_FILE, read_facts
+from deit_kd.run_folder import HEADS_FILE, QUANTIZED_FILE, read_facts
 from deit_kd.runs import parts
 from deit_kd.runs.held_out import check_own_fold
 from deit_kd.students import TimmStudent, int8_kernels, open_quantized, save_quantized
@@ -34,6 +35,7 @@ from deit_kd.students import TimmStudent, int8_kernels, open_quantized, save_qua
 CPU = Processes(0, 1, torch.device("cpu"))
 ONNX_FOLDER = "onnx"
 TRAINING_FOLDER = "run"
+OWN_FILES = {QUANTIZED_FILE, "config.json", "README.md", HEADS_FILE, ONNX_FOLDER, TRAINING_FOLDER}
 INTEGERS, IN_ONNX = "integers", "onnx int8"
 
 
@@ -63,6 +65,10 @@ def check_quantize(source: Source, config: Config, bits: int | None, to: Path | 
     if (folder / HEADS_FILE).is_file():
         raise InputError(f"--to: {folder} already exists; remove it, or name another folder")
     check_writable("--to", folder)
+    found = {path.name.removeprefix(".").removesuffix(".partial") for path in folder.glob("*")}
+    # What was broken off may be done again.
+    if found and not (found <= OWN_FILES and found & {QUANTIZED_FILE, TRAINING_FOLDER}):
+        raise InputError(f"--to: {folder} holds something that deit-kd quantize did not write; name another folder")
     int8_kernels()
     _rounded(source, config, bits)
     return bits, folder
@@ -97,6 +103,7 @@ def training_options(
         "student.bits": str(bits),
         "peers": "[]",
         "optim.lr": repr(config.optim.lr / 10),
+        "optim.min_lr": repr(config.optim.min_lr / 10),
         "optim.warmup_epochs": "0",
         "train.epochs": str(epochs),
         "train.ema_decay": "null",
@@ -105,13 +112,16 @@ def training_options(
         "resume": "auto",
     }
     typed = [part for key, value in options.items() for part in (f"--{key}", value)]
-    return typed + (_same_teacher(source, config) if as_before else _own_teacher(source, run))
+    return typed + (_same_teacher(source, config) if as_before else _own_teacher(source, config, run))
 
 
-def _own_teacher(source: Source, run: str) -> list[str]:
+def _own_teacher(source: Source, config: Config, run: str) -> list[str]:
+    has_labels = config.data.unlabelled is None
     distill = Distill(kind="soft", alpha=0.5, temperature=1.0)
     if not source.origin.is_distilled:
-        distill = Distill(kind="none", terms=[TermSection(kind="pooled")])
+        distill = Distill(kind="none", alpha=0.5 if has_labels else 1.0, terms=[TermSection(kind="pooled")])
+    elif not has_labels:
+        distill = Distill(kind="none", alpha=1.0, terms=[TermSection(kind="soft", temperature=1.0)])
     own = TeacherSection(checkpoint=run, min_top1=0.0)  # the same network on the same photos: nothing to check
     return [*as_options(own, "teacher."), *as_options(Guide(), "guide."), *as_options(distill, "distill.")]
 
@@ -119,8 +129,10 @@ def _own_teacher(source: Source, run: str) -> list[str]:
 def _same_teacher(source: Source, config: Config) -> list[str]:
     """Return what names the run's own teacher again, where the recipe would fit it once more."""
     assert source.run is not None
+    if config.teacher.store is not None:  # a teacher that was fitted is found where it was fitted
+        return ["--teacher.fit.epochs", str(recipe_of(source.run).teacher.fit.epochs)]
     taught = read_facts(source.run)["teacher"]
-    if taught is None or not config.teacher.name or config.teacher.store is not None or config.teacher.random_weights:
+    if taught is None or not config.teacher.name or config.teacher.random_weights:
         return []
     checkpoint = f"{source.run}{TEACHER_OF_RUN}"
     return ["--teacher.checkpoint", checkpoint, "--teacher.pretrained", "false", "--teacher.fit.epochs", "0"]
@@ -143,7 +155,7 @@ def quantize(source: Source, config: Config, trained: Source, bits: int, folder:
         InputError: see `check_quantize`; the photos are of other classes, or none can be read.
     """
     photos = _photos(source, config)
-    plain = load_student(source, parts.with_attention(config, "auto"), source.classes or (), CPU)
+    plain = load_student(source, parts.with_attention(_with_bits(config, None), "auto"), source.classes or (), CPU)
     rounded = _rounded(trained, config, bits)
     about = described(source, config, plain)
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,9 +192,11 @@ def _photos(source: Source, config: Config) -> Photos:
 
 def _rounded(source: Source, config: Config, bits: int) -> TimmStudent:
     """Return the student of `source`, whose linear layers answer as integers of `bits` will."""
-    section = config.student.model_copy(update={"bits": bits})
-    with_bits = parts.with_attention(config.model_copy(update={"student": section}), "auto")
-    return load_student(source, with_bits, source.classes or (), CPU)
+    return load_student(source, parts.with_attention(_with_bits(config, bits), "auto"), source.classes or (), CPU)
+
+
+def _with_bits(config: Config, bits: int | None) -> Config:
+    return config.model_copy(update={"student": config.student.model_copy(update={"bits": bits})})
 
 
 class _InOnnx(nn.Module):
@@ -201,10 +215,13 @@ def _in_onnx(source: Source, config: Config, about: About, folder: Path) -> _InO
     if missing:
         say(f'onnx: left out, since {", ".join(missing)} is missing; pip install "deit-kd[onnx]"')
         return None
-    section = config.student.model_copy(update={"bits": None})
-    plain = load_student(source, config.model_copy(update={"student": section}), source.classes or (), CPU)
+    plain = load_student(source, _with_bits(config, None), source.classes or (), CPU)
     shutil.rmtree(folder, ignore_errors=True)
-    export("onnx", plain.backbone, folder, about, Choices(precision="int8"))
+    try:
+        export("onnx", plain.backbone, folder, about, Choices(precision="int8"))
+    except (CannotHold, InputError) as error:
+        say(f"onnx: left out, since its int8 does not hold this student ({error})")
+        return None
     return _InOnnx(open_exported(folder / "student.onnx"))
 
 

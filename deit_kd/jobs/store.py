@@ -170,7 +170,8 @@ def check(config: Config, folder: str, samples: int) -> dict[str, float]:
         views = loader.views_per_epoch
         drawn = np.unique(generator("store check", config.seed).integers(store.epochs * views, size=samples))
         batches = loader.views(np.stack(np.divmod(drawn, views), axis=1), config.evaluate.batch_size)
-        result = _compare(store, teacher, batches, processes.device, shares_of_dense(config, loader))
+        shares = shares_of_dense(config, loader) if config.distill.stores_dense else None
+        result = _compare(store, teacher, batches, processes.device, shares)
         if processes.is_main:
             say(
                 f"store: {folder}, all checksums match; {len(drawn)} views run again: largest difference "
@@ -364,10 +365,10 @@ def _compare(
     teacher: NetworkTeacher,
     batches: Iterable[Batch],
     device: torch.device,
-    shares: Callable[[torch.Tensor], torch.Tensor],
+    shares: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> dict[str, float]:
     rows = []
-    with_places = teacher.grid is not None and teacher.grid == store.record.grid
+    with_places = shares is not None and teacher.grid is not None and teacher.grid == store.record.grid
     teacher.ask_for_dense(with_places)
     for batch in batches:
         assert batch.view_ids is not None
@@ -376,7 +377,7 @@ def _compare(
         answer = teacher(batch.to(device))
         logits = answer.needed_logits().cpu()
         changed = (store.record.decode(records).argmax(-1) != logits.argmax(-1)).float()
-        if with_places:
+        if with_places and shares is not None:
             labels = answer.mixed(shares(batch.view_ids).to(device)).argmax(-1).cpu()
             changed = torch.maximum(changed, (labels != records["dense"]).float().mean((1, 2)))
         rows.append(torch.stack([store.record.gap(records, logits), logits.std(-1), changed]))

@@ -61,7 +61,7 @@ def answer_with_patches(key: str, backbone: nn.Module) -> None:
         reason = f"is a {kind}, which has no distillation token"
     elif not hasattr(backbone, "num_prefix_tokens") or not hasattr(backbone.patch_embed, "grid_size"):
         reason = f"is a {kind}, whose last features are its tokens without its patches"
-    elif not isinstance(getattr(backbone, "patch_drop", nn.Identity()), nn.Identity):
+    elif drops_patches(backbone):
         reason = "drops patches (patch_drop_rate), and each place needs one"
     if reason is not None:
         raise InputError(
@@ -69,6 +69,11 @@ def answer_with_patches(key: str, backbone: nn.Module) -> None:
             "deit3_* or eva model without patch_drop_rate, or leave out the dense term"
         )
     model.answers_with_patches = True
+
+
+def drops_patches(backbone: nn.Module) -> bool:
+    """Return whether the model leaves out some of its patches in training; timm's Eva has None where it does not."""
+    return not isinstance(getattr(backbone, "patch_drop", None), nn.Identity | None)
 
 
 def names_of_heads(backbone: nn.Module) -> tuple[str, ...]:

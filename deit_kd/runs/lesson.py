@@ -13,6 +13,7 @@ from deit_kd.engine import Distiller
 from deit_kd.features import POOLED, layer_names, shapes
 from deit_kd.interfaces import MAP_KINDS, Batch, InputError, StudentOutput, Teacher, TeacherOutput
 from deit_kd.losses import Needs, Objective
+from deit_kd.models.tokens import drops_patches
 from deit_kd.mutual import MutualDistiller
 from deit_kd.runs import parts
 from deit_kd.runs.average import AverageTeacher
@@ -171,7 +172,7 @@ def match_features(run: Run, lesson: Lesson) -> Objective:
 @torch.no_grad()
 def _student_shapes(student: TimmStudent, image: torch.Tensor, with_maps: bool) -> dict[str, torch.Size]:
     names = [*(layer_names(student.backbone) if with_maps else ()), POOLED]
-    if not isinstance(getattr(student.backbone, "patch_drop", nn.Identity()), nn.Identity):
+    if drops_patches(student.backbone):
         raise InputError("distill.terms: a student that drops patches has no maps to compare; unset patch_drop_rate")
     was_training = student.training
     student.eval()

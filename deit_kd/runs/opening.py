@@ -24,6 +24,7 @@ from deit_kd.run_folder import (
     newest_folder,
     next_free_folder,
     read_facts,
+    whose_peer,
 )
 from deit_kd.runs.viewing import makers_of
 
@@ -102,6 +103,8 @@ def _newest(config: Config, folder: Path, data_facts: dict[str, str] | None) -> 
         return None
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"output: {folder} holds something that is not a run; name another folder")
+    if (run := whose_peer(folder)) is not None:
+        raise InputError(f"output: {folder} is a peer that {run} trained; continue that run, or name another folder")
     if config.resume != "auto":
         raise InputError(
             f"output: {folder} already holds a run; continue it with --resume auto, or name another folder"

@@ -353,6 +353,7 @@ def _build_network(
             mean=network.mean,
             std=network.std,
             channels_last=section.channels_last,
+            fold=section.fold,
             dense=dense,
             compiled=section.compile,
             classes=classes,

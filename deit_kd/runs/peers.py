@@ -92,7 +92,7 @@ def save_peer(run: Run, peer: Peer, student: TimmStudent, heads: HeadScores) -> 
     facts = read_facts(run.folder)
     accounts = facts.pop("peers")
     write_json(folder / FACTS_FILE, facts | {"student": accounts[peer.name]})
-    recipe = peer.config.model_copy(update={"output": str(folder), "recipe": peer.name})
+    recipe = peer.config.model_copy(update={"output": str(folder), "recipe": peer.name, "resume": None})
     write_atomically(folder / CONFIG_FILE, recipe.to_yaml().encode())
     lines = (run.folder / METRICS_FILE).read_text().splitlines()
     records = [record_of_peer(json.loads(line), peer.name) for line in lines]

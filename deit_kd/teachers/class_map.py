@@ -30,6 +30,9 @@ LABEL_SETS = (
 )
 
 
+MOST_PADDING = 4  # times the columns that are mapped
+
+
 class ClassMap(nn.Module):
     """Turns a teacher's logits [..., M] into logits [..., C] of the dataset's classes.
 
@@ -54,9 +57,17 @@ class ClassMap(nn.Module):
         padding = torch.tensor([[place >= len(group) for place in range(widest)] for group in self.columns])
         self.register_buffer("_index", index)  # in the state: processes and resumed runs must share the map
         self.register_buffer("_padding", padding, persistent=False)
+        # Padding every class to a much larger one, such as a rest, takes as many times the memory of the logits.
+        is_padded = padding.numel() <= MOST_PADDING * int((~padding).sum())
+        self._merged = None if is_padded else [(label, g) for label, g in enumerate(self.columns) if len(g) > 1]
 
     def forward(self, logits: Tensor) -> Tensor:
         """Return logits [..., C] of the dataset's classes for a teacher's [..., M]."""
+        if self._merged is not None:
+            found = logits[..., self._index[:, 0]]
+            for label, group in self._merged:
+                found[..., label] = logits[..., self._index[label, : len(group)]].logsumexp(-1)
+            return found
         groups = logits[..., self._index]  # [..., C, G]
         return groups.masked_fill(self._padding, float("-inf")).logsumexp(-1)
 

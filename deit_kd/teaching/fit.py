@@ -82,10 +82,14 @@ def teacher_folder(config: Config, splits: Splits, views: int = VIEWS_VERSION) -
 def online_teacher(config: Config, processes: Processes, splits: Splits) -> tuple[NetworkTeacher, str | None]:
     """Return the recipe's teacher, fitted first if the recipe says so, and where its weights come from."""
     checkpoint = config.teacher.checkpoint
+    dense = config.distill.dense is not None
     if config.teacher.fit.epochs:
+        if dense and is_unfitted(config, splits):
+            unfitted_teacher(
+                config, splits.train.classes, processes
+            )  # what cannot answer at places is not fitted first
         checkpoint = str(fitted_teacher(config, processes, splits))
     with processes.busy("loads the teacher"):
-        dense = config.distill.dense is not None
         return parts.build_teacher(config, splits.train.classes, processes, checkpoint, dense), checkpoint
 
 

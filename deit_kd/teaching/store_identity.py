@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deit_kd.config import ANSWERS, VIEWS, Config, as_schedule, differences, flat, in_words, keys_that_change
+from deit_kd.config import ANSWERS, VIEWS, Config, as_schedule, differences, flat, keys_that_change
 from deit_kd.data import PILLOW, Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.interfaces import InputError, Preprocessing
@@ -51,7 +51,8 @@ def _dense_identity(config: Config) -> dict[str, Any]:
     term = config.distill.dense
     if term is None or not config.distill.stores_dense:
         return {}
-    found: dict[str, Any] = {"dense.mix": str(in_words(term.mix))}
+    mix = as_schedule(term.mix)
+    found: dict[str, Any] = {"dense.mix": mix.start if has_constant_mix(config) else list(mix)}
     if not has_constant_mix(config):
         found |= {"train.epochs": config.train.epochs, "train.batch_size": config.train.batch_size}
     return found
