@@ -19,6 +19,7 @@ from deit_kd.cli import main
 from deit_kd.data import Splits
 from deit_kd.interfaces import Rest
 from deit_kd.metrics.confusions import clusters, correlation, counts, most_confused, share_within
+from deit_kd.origins import open_origin
 from deit_kd.run_folder import read_facts
 from deit_kd.teachers import EnsembleTeacher, build_class_map
 from deit_kd.teachers.specialists import Panel, Specialty, specialty_of
@@ -470,3 +471,31 @@ def test_confusions_that_cannot_be_found_are_refused(
     line = refused(["data", "confusions", *(str(run) if name == "RUN" else name for name in arguments)], capsys)
     assert reason in line
     assert not (run / "confusions").exists()
+
+
+def test_specialists_of_a_fold_start_from_and_teach_with_the_generalist_of_that_fold(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fold: dict[str, Any] = {"data__folds": 3, "data__fold": 0}
+    generalist, specialist = tmp_path / "generalist", tmp_path / "specialist"
+    own = {"data__classes": ["a", "b"], "data__rest": "rest", "student__checkpoint": generalist}
+    assert main(["train", *network(tree, generalist, **fold)]) == 0
+    assert main(["train", *network(tree, specialist, **fold, **own)]) == 0
+    members = [{"checkpoint": str(generalist)}, {"checkpoint": str(specialist)}]
+    assert main(["train", *taught_by(tree, tmp_path / "run", members, **fold)]) == 0
+    other = network(tree, tmp_path / "other", **{**fold, "data__fold": 1}, **own)
+    assert "held out fold 0 of 3 of these photos, but this recipe holds out fold 1" in refused(
+        ["train", *other], capsys
+    )
+
+
+def test_the_rest_of_a_runs_teacher_is_what_the_teacher_saw_not_what_the_student_did(
+    tree: Path, tmp_path: Path, family: dict[str, Path]
+) -> None:
+    taught = {"teacher__name": None, "teacher__random_weights": None, "teacher__checkpoint": family["generalist"]}
+    rest = {"data__classes": ["a", "b"], "data__rest": "rest", "teacher__min_top1": 0}
+    assert main(["train", *tiny(tree, tmp_path / "run", **taught, **rest)]) == 0
+    student, teacher = (open_origin("key", f"{tmp_path / 'run'}{whose}").rest for whose in ("", ":teacher"))
+    assert student is not None
+    assert teacher is not None
+    assert student.kept < teacher.kept == 1

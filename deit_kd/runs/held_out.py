@@ -11,6 +11,7 @@ from deit_kd.interfaces import InputError
 from deit_kd.origins import recipe_of
 from deit_kd.places import path_of
 from deit_kd.run_folder import FACTS_FILE, read_facts, run_of
+from deit_kd.runs.splits import splits_of
 
 
 def check_checkpoints(config: Config, splits: Splits) -> None:
@@ -80,7 +81,15 @@ def was_trained_on(run: Path, splits: Splits) -> bool:
 
 
 def _held_out(run: Path, splits: Splits) -> bool:
-    return read_facts(run)["data"].get("validation") == splits.validation.digest()
+    """Return whether a run held out the photos that `splits` hold out, perhaps with other classes joined to a rest."""
+    held_out = read_facts(run)["data"].get("validation")
+    if held_out == splits.validation.digest():
+        return True
+    theirs = recipe_of(run).data
+    if theirs.rest is None and splits.validation.rest is None:
+        return False
+    again = splits_of(theirs).validation
+    return again.digest() == held_out and sorted(again.names) == sorted(splits.validation.names)
 
 
 def _place(section: Data) -> tuple[str, Path | None]:

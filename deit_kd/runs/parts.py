@@ -40,6 +40,7 @@ from deit_kd.optim import build_optimizer, scaled_lr
 from deit_kd.optim import build_schedule as build_cosine_schedule
 from deit_kd.runs.data_errors import DataErrors
 from deit_kd.runs.held_out import check_checkpoints
+from deit_kd.runs.splits import splits_of
 from deit_kd.students import Connectors, TimmStudent
 from deit_kd.students import build_student as build_timm_student
 from deit_kd.teachers import EnsembleTeacher, FrozenTeacher, NetworkTeacher
@@ -52,26 +53,7 @@ def build_splits(config: Config) -> Splits:
     Raises:
         InputError: it cannot be loaded, or weights that the recipe names have learned from photos that it holds out.
     """
-    section = config.data
-    splits = data.build_splits(
-        name=section.name,
-        root=section.root,
-        train_split=section.train_split,
-        validation_split=section.validation_split,
-        validation_fraction=section.validation_fraction,
-        folds=section.folds,
-        fold=section.fold,
-        download=section.download,
-        unlabelled=section.unlabelled,
-        classes=section.classes,
-        rest=section.rest,
-        rest_share=section.rest_share,
-        fraction=section.fraction,
-        per_class=section.per_class,
-        stage=section.stage,
-        image_column=section.image_column,
-        label_column=section.label_column,
-    )
+    splits = splits_of(config.data)
     check_checkpoints(config, splits)
     return splits
 
