@@ -15,6 +15,7 @@ from deit_kd.distributed import Processes
 from deit_kd.engine import train
 from deit_kd.interfaces import Batch, TeacherOutput
 from deit_kd.runs.lesson import Lesson, connect
+from deit_kd.runs.prepared import Run
 from deit_kd.runs.run import build_trainer, prepare
 
 
@@ -31,13 +32,26 @@ class BareStep:
         self.batch = random_batch(config, classes, processes.device)
         answers = TeacherOutput(torch.randn(len(self.batch.labels), classes, device=processes.device))
         lesson = Lesson(lambda batch: answers)
-        run = prepare(config, processes, _toy_splits(config, classes))
-        self.trainer = replace(build_trainer(connect(run, lesson), lesson), accumulation_steps=1)
+        run = connect(prepare_bare(config, classes, processes), lesson)
+        self.trainer = replace(build_trainer(run, lesson), accumulation_steps=1)
 
     def __call__(self, times: int = 1) -> None:
         """Do so many optimiser steps."""
         batches = itertools.repeat(self.batch)
         train(self.trainer, batches, first_step=0, total_steps=times, after_step=lambda *_: None)
+
+
+def prepare_bare(config: Config, classes: int, processes: Processes) -> Run:
+    """Prepare a run whose photos suffice to deal a batch; no view of them is ever made."""
+    count = config.train.batch_size * config.augment.repeats
+    photos = Photos.of_arrays(
+        names=class_names(count),
+        labels=[index % classes for index in range(count)],
+        classes=class_names(classes),
+        arrays=np.zeros((count, 2, 2, 3), dtype=np.uint8),
+    )
+    data = config.data.model_copy(update={"workers": 0, "cache": "none"})
+    return prepare(config.model_copy(update={"data": data}), processes, Splits(photos, photos))
 
 
 def class_names(count: int) -> tuple[str, ...]:
@@ -50,15 +64,3 @@ def random_batch(config: Config, classes: int, device: torch.device) -> Batch:
     size, side = config.train.batch_size // config.train.accumulation_steps, config.data.image_size
     labels = torch.randint(classes, (size,), device=device)
     return Batch(torch.randn(size, 3, side, side, device=device), one_hot(labels, classes).float(), labels)
-
-
-def _toy_splits(config: Config, classes: int) -> Splits:
-    """Return splits that are large enough to deal a batch; no view of them is ever made."""
-    count = config.train.batch_size * config.augment.repeats
-    photos = Photos.of_arrays(
-        names=class_names(count),
-        labels=[index % classes for index in range(count)],
-        classes=class_names(classes),
-        arrays=np.zeros((count, 2, 2, 3), dtype=np.uint8),
-    )
-    return Splits(photos, photos)

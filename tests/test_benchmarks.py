@@ -248,11 +248,16 @@ def test_a_run_whose_teacher_could_not_be_fitted_is_left_out(
     assert f"left out, without its teacher: {taught.folder}" in said
 
 
-def test_the_cost_of_a_guide_is_printed(photos_root: Path, tmp_path: Path, program: Program) -> None:
-    terms = [{"kind": "guide", "blocks": [0, 1], "stages": ["layer1", "layer2"]}]
-    recipe = tiny(photos_root, tmp_path / "run", data__image_size=32, distill__kind="soft", distill__terms=terms)
-    said = program("guide_cost", *recipe, "--rounds", "1", "--steps", "1")
-    assert "ratio of the steps' times: " in said
+def test_steps_of_arms_are_timed_at_two_places(photos_root: Path, tmp_path: Path, program: Program) -> None:
+    guide = {"kind": "guide", "blocks": [0, 1], "stages": ["layer1", "layer2"], "weight": {"start": 1.0, "until": 0.5}}
+    recipe = tiny(photos_root, tmp_path / "run", data__image_size=32, distill__kind="soft", distill__terms=[guide])
+    arms = tmp_path / "arms.yaml"
+    arms.write_text("guide: {}\npeers: {peers: [{name: resnet10t}], distill.kind: none, distill.terms: []}\n")
+    said = program("step_times", *recipe, "--arms", str(arms), "--rounds", "2", "--steps", "1")
+    rows = [line.split("|")[1:-1] for line in said.splitlines() if line.startswith(("| guide", "| peers"))]
+    assert [[name.strip(), first.strip()] for name, _, first, *_ in rows if first.strip() == "1"] == [["guide", "1"]]
+    assert all(float(rate) > 0 for _, early, _, late, _ in rows for rate in (early, late))
+    assert "guide: a step at 0.25 of the run takes" in said
     assert not (tmp_path / "run").exists()
 
 
