@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from deit_kd.jobs.bench import Clock, as_timm_gives_it
 from deit_kd.machine import cpu_kind
 from deit_kd.runs.lesson import Lesson
 from deit_kd.runs.run import prepare
+from deit_kd.store import LabelStore
 from tests.helpers import ONE_PROCESS, tiny
 
 QUICK = ["--rounds", "2", "--steps", "1", "--photos", "8"]
@@ -43,6 +45,22 @@ def test_every_part_and_every_loop_is_timed_in_every_round(
     assert "| loop, label store / loop, teacher online" in said
     assert "an epoch of 48 views" in said
     assert [path.name for path in tmp_path.iterdir()] == ["numbers.json"]
+
+
+def test_the_loop_with_a_store_reads_it_ahead_as_a_run_does(
+    photos_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_where: list[str] = []
+    find = LabelStore.find
+
+    def noting(store: LabelStore, *asked: Any, **named: Any) -> Any:
+        asked_where.append(threading.current_thread().name)
+        return find(store, *asked, **named)
+
+    monkeypatch.setattr(LabelStore, "find", noting)
+    benched(photos_root, tmp_path, train__accumulation_steps=2)
+    assert asked_where.count("MainThread") == 2  # each part runs once on batches in memory
+    assert len(asked_where) > 8
 
 
 def test_without_a_teacher_there_is_one_loop(photos_root: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_under_fp16_a_step_that_overflows_is_left_out_and_the_scale_falls(device
 
 
 def test_a_step_waits_for_nothing(device: torch.device, tmp_path: Path) -> None:
-    """With answers from a label store: their rows go to the device while it computes."""
+    """With answers from a label store: a thread reads their rows, which go to the device while it computes."""
     store = begin_store(tmp_path, top=6)
     fill_store(store, 0)
     store = type(store)(tmp_path)
@@ -102,11 +102,14 @@ def test_a_step_waits_for_nothing(device: torch.device, tmp_path: Path) -> None:
     ids = torch.stack([torch.zeros(8, dtype=torch.long), torch.arange(8) % STORED_VIEWS], dim=1)
     batch = batch._replace(view_ids=ids)
     learner.distiller.teacher = teacher
-    for step in range(3):
-        learner.step(iter([batch]), step)
-    with no_waiting(device):
-        result = learner.step(iter([batch]), 3)
+    with teacher.reading_ahead([ids] * 4, [0], pinned=device.type == "cuda"):
+        for step in range(3):
+            learner.step(iter([batch]), step)
+        with no_waiting(device):
+            result = learner.step(iter([batch]), 3)
     assert result.terms.isfinite().all()
+    columns = store.find(ids, pinned=device.type == "cuda").values()
+    assert all(column.is_pinned() == (device.type == "cuda") for column in columns)
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError
 from deit_kd.jobs.store import check
 from deit_kd.losses import soft_distillation
+from deit_kd.runs.lesson import Lesson
 from deit_kd.runs.run import prepare
 from deit_kd.store import VALIDATION, LabelStore, Record, epoch_part
 from deit_kd.teaching import recording
@@ -274,6 +277,29 @@ def test_a_longer_run_cycles_and_keeps_to_its_epochs_when_the_store_has_grown(ho
     checkpoints[-1].unlink()
     assert home.train(tmp_path / "run", **options, resume="auto") == records
     assert json.loads((tmp_path / "run" / "run.json").read_text())["teacher"]["view_epochs"] == 1
+
+
+def test_a_run_reads_all_of_its_store_ahead_also_from_the_middle_of_an_epoch(
+    home: Home, soft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[str] = []
+    options = {"teacher.store": soft, "distill.kind": "soft", "train.epochs": 3, "train.accumulation_steps": 2}
+    options |= {"train.checkpoint_every_steps": 4, "train.keep_checkpoints": 99}
+    with monkeypatch.context() as patches:
+        patches.setattr(Lesson, "reading_ahead", lambda *_: nullcontext())
+        unbroken = home.train(tmp_path / "run", **options)
+    find = LabelStore.find
+
+    def noting(store: LabelStore, *asked: Any, **named: Any) -> Any:
+        readers.append(threading.current_thread().name.partition("_")[0])
+        return find(store, *asked, **named)
+
+    monkeypatch.setattr(LabelStore, "find", noting)
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        if checkpoint.name > "step-000000012.safetensors":  # an epoch is 9 steps
+            checkpoint.unlink()
+    assert home.train(tmp_path / "run", **options, resume="auto") == unbroken
+    assert readers == ["store-records"] * 2 * (27 - 12)
 
 
 def test_a_store_of_repeated_views_deals_epochs_that_show_all_photos(

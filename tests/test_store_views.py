@@ -92,6 +92,22 @@ def test_a_cycled_run_continues_in_the_middle_as_it_would_have_gone_on() -> None
     assert [batch.view_ids.tolist() for batch in resumed.batches(7)] == [batch.view_ids.tolist() for batch in expected]
 
 
+@pytest.mark.parametrize("first_step", [0, 7])
+@pytest.mark.parametrize("options", [{}, {"accumulation_steps": 3, "mixup": 0.0, "cutmix": 0.0}, {"repeats": 3}])
+@pytest.mark.parametrize(("rank", "processes"), [(0, 1), (1, 2)])
+def test_the_views_of_coming_batches_are_known_before_they_are_made(
+    first_step: int, options: dict[str, Any], rank: int, processes: int
+) -> None:
+    cycled = loader(40, batch_size=12, epochs=4, rank=rank, processes=processes, **options)
+    cycled.cycle_views(2)
+    made: list[Any] = [batch.view_ids for batch in cycled.batches(first_step)]
+    told = list(cycled.view_ids(first_step))
+    assert len(made) == len(told) > 0
+    assert all(torch.equal(*pair) for pair in zip(made, told, strict=True))
+    begun = dict.fromkeys((step // cycled.steps_per_epoch) for step in range(first_step, cycled.total_steps))
+    assert cycled.view_epochs(first_step) == [epoch % 2 for epoch in begun]
+
+
 @settings(deadline=None, derandomize=True, max_examples=50)
 @given(st.integers(4, 40), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
 def test_the_dealer_repeats_the_order_of_the_view_epoch(count: int, repeats: int, epochs: int, cycle: int) -> None:

@@ -207,6 +207,14 @@ class TrainingLoader(ABC):
         self._batch_sampler.first_step = first_step
         return self._load(self._batch_sampler, lent)
 
+    def view_ids(self, first_step: int) -> Iterator[Tensor]:
+        """Yield epoch and position [B, 2] of the views of each micro-batch of `batches`, without making any."""
+        return map(torch.from_numpy, self._batch_sampler.view_ids(first_step))
+
+    def view_epochs(self, first_step: int) -> list[int]:
+        """Return the epoch of views that each epoch of the run shows, from that of `first_step` on."""
+        return self._batch_sampler.epochs_from(first_step)
+
     def views_of_step(self, step: int) -> list[ViewKey]:
         """Return which views this process sees in optimiser step `step` (from 0)."""
         return self._batch_sampler.of_step(step)

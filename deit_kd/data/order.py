@@ -142,6 +142,17 @@ class TrainingBatchSampler(Sampler[list[ViewKey]]):
         epoch = self._view_epoch(step)
         return [key for block in self._micro_batches(step, epoch, self._order(epoch)) for key in block]
 
+    def view_ids(self, first_step: int) -> Iterator[np.ndarray]:
+        """Yield epoch and position [B, 2] of the views of each micro-batch from `first_step` on."""
+        for step in range(first_step, self.total_steps):
+            for positions in self._positions(step):
+                yield np.stack((np.full_like(positions, self._view_epoch(step)), positions), 1)
+
+    def epochs_from(self, first_step: int) -> list[int]:
+        """Return the view epoch of each epoch, from that of `first_step` on."""
+        begun = first_step - first_step % self.steps_per_epoch
+        return [self._view_epoch(step) for step in range(begun, self.total_steps, self.steps_per_epoch)]
+
     def _view_epoch(self, step: int) -> int:
         return step // self.steps_per_epoch % self.view_epochs
 
@@ -149,13 +160,17 @@ class TrainingBatchSampler(Sampler[list[ViewKey]]):
         return epoch_order(self._photos, self._repeats, self._seed, epoch, self.version)
 
     def _micro_batches(self, step: int, epoch: int, order: np.ndarray) -> Iterator[list[ViewKey]]:
+        for positions in self._positions(step):
+            yield [ViewKey(epoch, p, int(order[p])) for p in positions.tolist()]
+
+    def _positions(self, step: int) -> Iterator[np.ndarray]:
+        """Yield the positions [B] of this process's micro-batches in optimiser step `step`."""
         # As if the repetitions of a view epoch were one stream: each time other views are dropped.
         steps_of_it = step // (self.steps_per_epoch * self.view_epochs) * self.steps_per_epoch
         batch_start = (steps_of_it + step % self.steps_per_epoch) * self._batch_size
         for micro_step in range(self._accumulation_steps):
             start = batch_start + (micro_step * self._processes + self._rank) * self._block
-            positions = (p % self.views_per_epoch for p in range(start, start + self._block))
-            yield [ViewKey(epoch, p, int(order[p])) for p in positions]
+            yield np.arange(start, start + self._block, dtype=np.int64) % self.views_per_epoch
 
     def blocks(self, view_ids: np.ndarray, size: int) -> Iterator[list[ViewKey]]:
         """Yield the keys of any views, e.g. of those that training drops at an epoch's end.

@@ -268,11 +268,11 @@ class Parts:
     """
 
     def __init__(self, run: Run, lessons: Mapping[str, Lesson], steps: int, other_compile: bool) -> None:
-        self._run, self._steps = run, steps
+        self._run, self._steps, self._lessons = run, steps, lessons
         device, micro_steps = run.processes.device, run.config.train.accumulation_steps
         self._progress = Progress(device)
         self._held = [batch.to(device) for batch in itertools.islice(run.loader.batches(0), micro_steps)]
-        self._stream = iter(run.loader.batches(0, lent=True))
+        self._stream, self._place = iter(run.loader.batches(0, lent=True)), 0  # the next step of the stream
         lesson = lessons.get(ONLINE, Lesson())
         timms = as_timm_gives_it(run, lesson)
         own = build_trainer(run, lesson)
@@ -304,14 +304,14 @@ class Parts:
         if name in self.streamed:
             self._use_up(self.prefetched)
         if name in self._loops:
-            self._train(self._loops[name], self._stream, SETTLING_STEPS)
+            self._go_on(name, SETTLING_STEPS)
         elif name in self._in_memory:
             self._train(self._in_memory[name], itertools.cycle(self._held), SETTLING_STEPS)
 
     def run(self, name: str) -> None:
         """Run one part, over `images` images."""
         if name in self._loops:
-            self._train(self._loops[name], self._stream, self._steps)
+            self._go_on(name, self._steps)
         elif name in self._in_memory:
             self._train(self._in_memory[name], itertools.cycle(self._held), self._steps)
         elif name == LOADER:
@@ -327,6 +327,12 @@ class Parts:
     def _use_up(self, batches: int) -> None:
         for _ in itertools.islice(self._stream, batches * self._run.config.train.accumulation_steps):
             pass
+        self._place += batches
+
+    def _go_on(self, name: str, steps: int) -> None:
+        with self._lessons.get(name, Lesson()).reading_ahead(self._run, self._place):
+            self._train(self._loops[name], self._stream, steps)
+        self._place += steps
 
     def _train(self, trainer: Trainer, batches: Iterable[Batch], steps: int) -> None:
         def meter(step: int, result: StepResult) -> None:

@@ -55,13 +55,14 @@ class Course:
         if not self.progress.epoch_is_scored:
             self._end_epoch()
         try:
-            train(
-                self.trainer,
-                self.watch.over(_noting(self.run, self.run.loader.batches(self.progress.step, lent=True))),
-                first_step=self.progress.step,
-                total_steps=self.run.loader.total_steps,
-                after_step=self._after_step,
-            )
+            with self.lesson.reading_ahead(self.run, self.progress.step):
+                train(
+                    self.trainer,
+                    self.watch.over(_noting(self.run, self.run.loader.batches(self.progress.step, lent=True))),
+                    first_step=self.progress.step,
+                    total_steps=self.run.loader.total_steps,
+                    after_step=self._after_step,
+                )
             on_main(self.run.processes, self.checkpoints.wait, "writes the checkpoint")
         finally:
             self.checkpoints.wait()

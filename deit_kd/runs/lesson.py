@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,6 +93,13 @@ class Lesson:
         if gives_nothing and not isinstance(self.answers, RecordingTeacher):
             self.answers = None
         return self.answers if self.guide is None else GuidedTeacher(self.answers, self.guide)
+
+    def reading_ahead(self, run: Run, step: int) -> AbstractContextManager[None]:
+        """Within the context, read a label store ahead of the optimiser steps from `step` on."""
+        if not isinstance(self.answers, StoredTeacher):
+            return nullcontext()
+        loader, pinned = run.loader, run.processes.device.type == "cuda"
+        return self.answers.reading_ahead(loader.view_ids(step), loader.view_epochs(step), pinned)
 
 
 def build_distiller(run: Run, lesson: Lesson, step: int) -> Distiller:

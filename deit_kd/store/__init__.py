@@ -1,5 +1,6 @@
 """The label store: a teacher's answers to every view, kept on disk and replayed for any student."""
 
+from deit_kd.store.ahead import Checksums
 from deit_kd.store.folder import LabelStore, epoch_part
 from deit_kd.store.manifest import MANIFEST, PARTS, VALIDATION, VIEWS_FIELD
 from deit_kd.store.record import Record
@@ -20,6 +21,7 @@ __all__ = [
     "PARTS",
     "VALIDATION",
     "VIEWS_FIELD",
+    "Checksums",
     "Division",
     "LabelStore",
     "Plan",

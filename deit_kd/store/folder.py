@@ -136,18 +136,18 @@ class LabelStore:
         Raises:
             InputError: the part does not exist, or its file is truncated or of another store.
         """
-        if self._open is None or self._open[0] != part:
-            columns, _ = self._read(part, self._file(part))
-            self._open = part, columns
-        return self._open[1]
+        opened = self._open  # by any thread: another may open another part meanwhile
+        if opened is None or opened[0] != part:
+            self._open = opened = part, self._read(part, self._file(part))[0]
+        return opened[1]
 
-    def find(self, view_ids: Tensor) -> Columns:
-        """Return the records of views [B, 2] (epoch and position, in host memory).
+    def find(self, view_ids: Tensor, pinned: bool = False) -> Columns:
+        """Return the records of views [B, 2] (epoch and position, in host memory), perhaps in pinned memory.
 
         Raises:
             InputError: one does not exist, or is marked as missing.
         """
-        found = self._look_up(view_ids)
+        found = self._look_up(view_ids, pinned)
         if bool((gone := is_missing(found)).any()):
             epoch, position = view_ids[gone][0].tolist()
             raise InputError(
@@ -175,10 +175,10 @@ class LabelStore:
     def _cure(self, epoch: int) -> str:
         return f"delete {self._file(epoch_part(epoch))} and run deit-kd store build again"
 
-    def _look_up(self, view_ids: Tensor) -> Columns:
-        found = self.record.empty(len(view_ids))
+    def _look_up(self, view_ids: Tensor, pinned: bool = False) -> Columns:
+        found = self.record.empty(len(view_ids), pinned)
         for epoch in view_ids[:, 0].unique().tolist():
-            rows = view_ids[:, 0] == epoch
+            rows = (view_ids[:, 0] == epoch).nonzero().flatten()
             positions = view_ids[rows, 1]
             if not self.holds(epoch_part(epoch)) or int(positions.max()) >= self.manifest["views"]:
                 raise InputError(
@@ -186,7 +186,7 @@ class LabelStore:
                     "store build with more epochs"
                 )
             for name, column in self.columns(epoch_part(epoch)).items():
-                found[name][rows] = column[positions]
+                found[name].index_copy_(0, rows, column.index_select(0, positions))
         return found
 
     def score(self) -> ScoreRecord:

@@ -67,9 +67,12 @@ class Record:
         """Size of one record."""
         return sum(column.nbytes for column in self._example.values())
 
-    def empty(self, views: int) -> dict[str, Tensor]:
-        """Return columns for `views` records, to be filled."""
-        return {name: column.new_empty((views, *column.shape[1:])) for name, column in self._example.items()}
+    def empty(self, views: int, pinned: bool = False) -> dict[str, Tensor]:
+        """Return columns for `views` records, to be filled, perhaps in pinned memory."""
+        return {
+            name: column.new_empty((views, *column.shape[1:]), pin_memory=pinned)
+            for name, column in self._example.items()
+        }
 
     def missing(self, views: int, device: torch.device | None = None) -> dict[str, Tensor]:
         """Return the columns of views without an answer because their photos cannot be read."""

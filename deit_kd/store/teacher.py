@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deit_kd.interfaces import POOLED, Batch, InputError, TeacherOutput
+from deit_kd.store.ahead import Checksums, ReadAhead
 from deit_kd.store.folder import LabelStore, epoch_part
 
 VIEWS_PER_PIECE = 4096
@@ -23,13 +25,13 @@ class StoredTeacher:
     Args:
         store: holds the epochs of the views.
         epochs: how many of them a run cycles.
-        verify: compares the checksum of a part before it is first read; by default all have been compared already.
+        checksums: of its epochs; by default all have been compared already.
     """
 
-    def __init__(self, store: LabelStore, epochs: int, verify: Callable[[str], None] = lambda part: None) -> None:
+    def __init__(self, store: LabelStore, epochs: int, checksums: Checksums | None = None) -> None:
         self.store = store
-        self._verify = verify
-        self._verified: set[int] = set()
+        self._checksums = checksums or Checksums(store)
+        self._ahead: ReadAhead | None = None
         self._dense = self._vectors = False
         self.facts: dict[str, Any] = {**store.manifest["teacher"], "store": store.digest, "view_epochs": epochs}
 
@@ -74,6 +76,18 @@ class StoredTeacher:
             raise InputError(f"distill.terms: {self.store.folder} has no column for dense; {ADD_A_COLUMN}")
         self._dense = asked
 
+    @contextmanager
+    def reading_ahead(self, blocks: Iterable[Tensor], epochs: Iterable[int], pinned: bool) -> Iterator[None]:
+        """Let threads, which end with the context, read what will be asked for; the arguments are `ReadAhead`'s.
+
+        The answers are the same. What cannot be read raises its error when it is asked for.
+        """
+        with closing(ReadAhead(self.store, self._checksums, blocks, epochs, pinned)) as self._ahead:
+            try:
+                yield
+            finally:
+                self._ahead = None
+
     def __call__(self, batch: Batch) -> TeacherOutput:
         """Answer the views of `batch` with logits [B, C] in fp32, on the device of its images.
 
@@ -83,12 +97,13 @@ class StoredTeacher:
         if batch.view_ids is None:
             raise InputError("teacher.store: answers only views of the training loader, which have view_ids")
         view_ids = batch.view_ids.cpu()
-        for epoch in set(view_ids[:, 0].tolist()) - self._verified:
-            self._verify(epoch_part(epoch))
-            self._verified.add(epoch)
-        records = self.store.find(view_ids)
-        self.store.expect_missing(batch.missing_ids())
+        for epoch in set(view_ids[:, 0].tolist()):
+            self._checksums.expect(epoch)
         device = batch.images.device
+        records = None if self._ahead is None else self._ahead.next(view_ids)
+        if records is None:
+            records = self.store.find(view_ids, pinned=device.type == "cuda")
+        self.store.expect_missing(batch.missing_ids())
         unasked = {"dense": not self._dense, POOLED: not self._vectors}
         sent = {name: _sent(column, device) for name, column in records.items() if not unasked.get(name, False)}
         features = {POOLED: sent[POOLED].float()} if POOLED in sent else None

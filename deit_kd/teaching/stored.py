@@ -15,6 +15,7 @@ from deit_kd.run_folder import ScoreRecord, read_facts
 from deit_kd.runs.prepared import Run
 from deit_kd.store import (
     VALIDATION,
+    Checksums,
     LabelStore,
     StoredTeacher,
     epoch_part,
@@ -68,15 +69,15 @@ def stored_teacher(run: Run) -> StoredTeacher:
             "deit-kd store build with more epochs, or build another store with a constant mix"
         )
 
-    def verify_once(part: str) -> None:
-        if processes.first_of_machine(f"{store.digest}/{part}"):
-            with processes.busy(f"compares the checksum of {part} of {store.folder}"):
-                store.verify([part])
+    def is_mine(part: str) -> bool:
+        return processes.first_of_machine(f"{store.digest}/{part}")
 
     def look() -> None:
         for epoch in range(needed):
             store.columns(epoch_part(epoch))  # complete, by length and header; the checksum waits until it is read
-        verify_once(VALIDATION)
+        if is_mine(VALIDATION):
+            with processes.busy(f"compares the checksum of {VALIDATION} of {store.folder}"):
+                store.verify([VALIDATION])
 
     together(processes, look)
     if processes.is_main:
@@ -84,7 +85,7 @@ def stored_teacher(run: Run) -> StoredTeacher:
         say(f"store: {config.teacher.store}, {needed} epochs of views{cycled}; the teacher is not loaded")
     run.loader.cycle_views(epochs)
     run.loader.order_as(store.views_version)
-    return StoredTeacher(store, epochs, verify_once)
+    return StoredTeacher(store, epochs, Checksums(store, is_mine, processes.busy))
 
 
 def _epochs_to_read(run: Run, store: LabelStore) -> int:
