@@ -95,13 +95,22 @@ class Distiller:
 def ask(student: Student, images: Tensor) -> StudentOutput:
     """Return a student's answer to a batch that may be empty."""
     if len(images):
-        return student(images)
+        return _ask(student, images)
     # Attention on CUDA rejects an empty batch, and DDP waits for a forward pass in every process.
-    output = student(images.new_zeros(2, *images.shape[1:]))
+    output = _ask(student, images.new_zeros(2, *images.shape[1:]))
     return output.mapped(lambda logits: logits[:0])._replace(
         features=None if output.features is None else {name: feature[:0] for name, feature in output.features.items()},
         dense_logits=None if output.dense_logits is None else output.dense_logits[:0],
     )
+
+
+def _ask(student: Student, images: Tensor) -> StudentOutput:
+    # Drawn here, since what DDP wraps may be compiled; a compiled network still has its attributes.
+    network: Any = student.module if isinstance(student, DistributedDataParallel) else student
+    draw = getattr(network, "draw_paths", None)
+    paths = None if draw is None else draw(len(images))
+    answer: Callable[..., StudentOutput] = student
+    return answer(images) if paths is None else answer(images, paths=paths)
 
 
 class StepResult(NamedTuple):

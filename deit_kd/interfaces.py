@@ -231,7 +231,10 @@ class Link(NamedTuple):
 
 
 class Student(Protocol):
-    """Anything that answers images with both heads."""
+    """Anything that answers images with both heads.
+
+    One that has ``draw_paths`` is asked for the paths of each batch, and gets them as ``paths``; see `TimmStudent`.
+    """
 
     def __call__(self, images: Tensor) -> StudentOutput: ...
 

@@ -11,6 +11,8 @@ import torch
 # The version of what follows from a seed: the photo at each position, and the randomness of a view. 2: the rounds of
 # repeated views are shuffled, a teacher's fit has its own views, and a store's epochs show all photos equally often.
 VIEWS_VERSION = 2
+# The version of what drop-path drops. 2: drawn for all paths at once, before the forward pass.
+PATHS_VERSION = 2
 
 
 def derive(stream: str, *integers: int) -> int:

@@ -90,6 +90,7 @@ class Facts(TypedDict):
     data: dict[str, str]  # digest by split
     images: NotRequired[dict[str, int]]  # by split
     views: NotRequired[int]
+    paths: NotRequired[int]
     executor: NotRequired[str]  # what made the views, and its version
     decoder: NotRequired[str]  # what decoded the training photos, and its version
     student: NotRequired[dict[str, Any] | None]  # the account of the weights that it began with

@@ -15,7 +15,7 @@ from deit_kd.data import PILLOW
 from deit_kd.distributed import Processes, on_main, together
 from deit_kd.files import LOCK, InUse, check_writable, held
 from deit_kd.interfaces import InputError
-from deit_kd.randomness import VIEWS_VERSION
+from deit_kd.randomness import PATHS_VERSION, VIEWS_VERSION
 from deit_kd.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -114,7 +114,13 @@ def _newest(config: Config, folder: Path, data_facts: dict[str, str] | None) -> 
     found, skipped = newest_checkpoint(folder / CHECKPOINTS)
     for line in skipped:
         say(f"skipped: {line}")
+    if found is not None and _drops_paths(config) and read_facts(folder).get("paths", 1) != PATHS_VERSION:
+        say("drop-path: this run began with another version of its draws; from here on it drops other paths as often")
     return found
+
+
+def _drops_paths(config: Config) -> bool:
+    return any(network.drop_path > 0 for network in (config.student, *config.peers))
 
 
 def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import InputError, Rest
 from deit_kd.kernels import choose_kernels, preferred_attention
 from deit_kd.models.tokens import answers_apart
-from deit_kd.randomness import VIEWS_VERSION
+from deit_kd.randomness import PATHS_VERSION, VIEWS_VERSION
 from deit_kd.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -207,6 +207,7 @@ def _write_facts(run: Run, teacher_facts: TeacherFacts | None, attention: Attent
         "data": run.data_facts,
         "images": {split: len(photos) for split, photos in run.splits._asdict().items()},
         "views": VIEWS_VERSION,
+        "paths": PATHS_VERSION,
         "executor": makers["executor"],
         "decoder": makers["decoder"],
         "classes": list(run.classes),

@@ -15,6 +15,7 @@ from deit_kd.models.weights import Account, fit_weights
 from deit_kd.origins import Origin, open_origin, open_published
 from deit_kd.randomness import seed_initialisation
 from deit_kd.students.heads import TimmStudent
+from deit_kd.students.paths import found_paths
 from deit_kd.twins import refuse_other_twin, set_layer_norm_eps
 
 _PATCH_EMBEDDING = ("patch_embed.",)
@@ -107,7 +108,9 @@ def build_student(
     if bits is not None:
         round_linears("student.bits", name, student.backbone, image_size, bits)
     student.eval()
-    check_answer("student", name, lambda images: [*student(images).logits.values()], image_size, len(classes))
+    with found_paths(backbone) as found:
+        check_answer("student", name, lambda images: [*student(images).logits.values()], image_size, len(classes))
+        student.drop_paths = found()
     return student.train()
 
 

@@ -74,9 +74,13 @@ class ConnectedStudent(nn.Module):
         self._grid = grid
         self._features = tuple(dict.fromkeys(link.student for link in links))
 
-    def forward(self, images: Tensor) -> StudentOutput:
+    def draw_paths(self, views: int) -> Tensor | None:
+        """Return what the student's does."""
+        return self.student.draw_paths(views)
+
+    def forward(self, images: Tensor, paths: Tensor | None = None) -> StudentOutput:
         """Answer `images` [B, 3, H, W] with every head, the connected features and the logits at places."""
-        output: StudentOutput = self.student(images, self._features, self._grid)
+        output: StudentOutput = self.student(images, self._features, self._grid, paths)
         if output.features is None:
             return output
         return output._replace(features=self.connectors(output.features, self._links))

@@ -14,6 +14,7 @@ from deit_kd.features import POOLED, answer_with_features, layer_names, mean_pat
 from deit_kd.interfaces import StudentOutput
 from deit_kd.models.tokens import dense_logits_of, has_distillation_token, heads_of, read_heads
 from deit_kd.models.weights import Account
+from deit_kd.students.paths import DropPaths
 
 
 class TimmStudent(nn.Module):
@@ -43,15 +44,31 @@ class TimmStudent(nn.Module):
         self.model_args = dict(model_args or {})
         self.account = account
         self.has_distillation_token = has_distillation_token(backbone)
+        self.drop_paths = DropPaths()
+
+    def draw_paths(self, views: int) -> Tensor | None:
+        """Return what the paths of the next forward pass keep of B `views`, see `DropPaths.draw`.
+
+        None in eval mode, and for a network that draws by itself or drops nothing.
+        """
+        return self.drop_paths.draw(views, next(self.parameters()).device) if self.training else None
 
     def forward(
-        self, images: Tensor, features: Sequence[str] = (), grid: tuple[int, int] | None = None
+        self,
+        images: Tensor,
+        features: Sequence[str] = (),
+        grid: tuple[int, int] | None = None,
+        paths: Tensor | None = None,
     ) -> StudentOutput:
         """Answer `images` [B, 3, H, W] with logits [B, C] of each of its heads.
 
         Also with the `features` that are named, and with the logits at each place of a `grid` if there is one, see
-        `dense_logits_of`.
+        `dense_logits_of`. `paths` is what `draw_paths` returned; None lets the network draw by itself.
         """
+        with self.drop_paths.given(paths):
+            return self._answered(images, features, grid)
+
+    def _answered(self, images: Tensor, features: Sequence[str], grid: tuple[int, int] | None) -> StudentOutput:
         images = images.contiguous(memory_format=self._memory_format)
         if not features and grid is None:
             return read_heads(self.backbone, images)
