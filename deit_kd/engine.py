@@ -29,6 +29,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
+def casts_kept(device: torch.device) -> AbstractContextManager[Any]:
+    """Let every autocast within cast a weight only once: PyTorch forgets the casts when the outermost one ends."""
+    return torch.autocast(device.type, enabled=False)
+
+
 class Distiller:
     """Student, teacher and objective in one call: a batch in, the loss and its terms out.
 
@@ -186,6 +191,23 @@ class Trainer:
         """Do optimiser step `step` (from 0)."""
         for learner in self.learners:
             learner.begin(step)
+        with casts_kept(self.processes.device):
+            terms, is_finite, views, places = self._accumulate(batches, step)
+        if self.skip:
+            factor = self._make_up(views, places)
+            terms[:3].mul_(factor)
+            terms[len(STEP_TERMS) :].mul_(factor)
+        applied = self._apply()
+        for learner in self.learners:
+            learner.end(step, applied)
+        terms[3] = ~applied
+        return StepResult(terms, is_finite)
+
+    def _accumulate(self, batches: Iterator[Batch], step: int) -> tuple[Tensor, Tensor, int, int]:
+        """Go forward and backward with each micro-batch.
+
+        Return the terms, which views' losses are finite, and how many views there are in how many places.
+        """
         columns = result_columns([learner.further_terms for learner in self.learners])
         terms = torch.zeros(columns, device=self.processes.device)
         is_finite = []
@@ -201,21 +223,13 @@ class Trainer:
                 for checked in everyone:  # their graphs are apart: each is freed before the next
                     self.scaler.scale(checked.terms.loss / divisor).backward()
             means = self._means(everyone) / divisor
-            terms[:3] += means[:3]
-            terms[len(STEP_TERMS) :] += means[3:]
-            terms[4] += everyone[0].teacher_not_finite
+            terms[:3].add_(means[:3])
+            terms[len(STEP_TERMS) :].add_(means[3:])
+            terms[4].add_(everyone[0].teacher_not_finite)
             all_finite = reduce(torch.logical_and, [checked.is_finite for checked in everyone])
             is_finite.append(batch.at_places(all_finite, True))
             views, places = views + len(batch.labels), places + batch.places
-        if self.skip:
-            factor = self._make_up(views, places)
-            terms[:3] *= factor
-            terms[len(STEP_TERMS) :] *= factor
-        applied = self._apply()
-        for learner in self.learners:
-            learner.end(step, applied)
-        terms[3] = ~applied
-        return StepResult(terms, torch.cat(is_finite))
+        return terms, torch.cat(is_finite), views, places
 
     def _means(self, everyone: Sequence[CheckedTerms]) -> Tensor:
         """Return each learner's loss and terms, then each further term and its cosine; 0 for a term that has ended."""
