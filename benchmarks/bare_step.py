@@ -14,6 +14,8 @@ from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes
 from deit_kd.engine import train
 from deit_kd.interfaces import Batch, TeacherOutput
+from deit_kd.kernels import preferred_attention
+from deit_kd.runs.attention import attention_kernel
 from deit_kd.runs.lesson import Lesson, connect
 from deit_kd.runs.prepared import Run
 from deit_kd.runs.run import build_trainer, prepare
@@ -34,11 +36,13 @@ class BareStep:
         lesson = Lesson(lambda batch: answers)
         run = connect(prepare_bare(config, classes, processes), lesson)
         self.trainer = replace(build_trainer(run, lesson), accumulation_steps=1)
+        self._attention = attention_kernel(run)
 
     def __call__(self, times: int = 1) -> None:
         """Do so many optimiser steps."""
         batches = itertools.repeat(self.batch)
-        train(self.trainer, batches, first_step=0, total_steps=times, after_step=lambda *_: None)
+        with preferred_attention(self._attention):
+            train(self.trainer, batches, first_step=0, total_steps=times, after_step=lambda *_: None)
 
 
 def prepare_bare(config: Config, classes: int, processes: Processes) -> Run:

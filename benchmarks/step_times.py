@@ -27,7 +27,9 @@ from deit_kd.console import say
 from deit_kd.distributed import Processes, start
 from deit_kd.engine import train
 from deit_kd.jobs.bench import Clock, print_markdown
+from deit_kd.kernels import preferred_attention
 from deit_kd.machine import kind
+from deit_kd.runs.attention import attention_kernel
 from deit_kd.runs.lesson import build_distiller, connect
 from deit_kd.runs.run import build_trainer
 from deit_kd.teaching.ready import ready_lesson
@@ -83,19 +85,20 @@ def steps_of(config: Config, at: list[float], count: int, processes: Processes) 
     run = prepare_bare(config, CLASSES, processes)
     lesson = ready_lesson(run, may_fit=False)
     run = connect(run, lesson)
-    trainer = build_trainer(run, lesson)
+    trainer, attention = build_trainer(run, lesson), attention_kernel(run)
     batch = random_batch(config, CLASSES, processes.device)
 
     def do(first: int) -> None:
         # A lesson lets go of networks that are over, so each time begins with a copy of it.
         trainer.distiller = build_distiller(run, replace(lesson), first)
-        train(
-            trainer,
-            itertools.repeat(batch),
-            first_step=first,
-            total_steps=first + count,
-            after_step=lambda step, result: result.terms.tolist(),
-        )
+        with preferred_attention(attention):
+            train(
+                trainer,
+                itertools.repeat(batch),
+                first_step=first,
+                total_steps=first + count,
+                after_step=lambda step, result: result.terms.tolist(),
+            )
 
     return [partial(do, min(int(place * run.loader.total_steps), run.loader.total_steps - count)) for place in at]
 

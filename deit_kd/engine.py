@@ -254,7 +254,7 @@ class Trainer:
         if self.processes.count == 1 and views == places:
             return torch.ones((), device=self.processes.device)
         # Counts of all processes stay on the device, so nothing waits for them.
-        known = self.processes.sum(torch.tensor([views], device=self.processes.device, dtype=torch.float32))[0]
+        known = self.processes.sum(torch.full((1,), float(views), device=self.processes.device))[0]
         factor = places * self.processes.count / known.clamp_min(1)
         for learner in self.learners:
             learner.scale_gradients(factor)

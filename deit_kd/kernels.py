@@ -70,11 +70,12 @@ def measure_attention(shape: torch.Size, dtype: torch.dtype, device: torch.devic
 
     The real length matters: a backend may be wrong at lengths that are not a multiple of its tile.
     """
-    chance = torch.Generator(device).manual_seed(0)
+    chance, warns_always = torch.Generator(device).manual_seed(0), torch.is_warn_always_enabled()
     given = [torch.randn(shape, generator=chance, device=device).to(dtype) for _ in range(4)]
     with sdpa_kernel(SDPBackend.MATH):
         exact = _attended([tensor.float() for tensor in given])
     found = {}
+    torch.set_warn_always(True)  # or a backend would say only once in a process that it is not deterministic
     for name, backend in BACKENDS.items():
         try:
             with sdpa_kernel(backend), warnings.catch_warnings():
@@ -85,6 +86,7 @@ def measure_attention(shape: torch.Size, dtype: torch.dtype, device: torch.devic
         except (RuntimeError, UserWarning):
             continue
         found[name] = Measured(errors[0], max(errors[1:]), seconds)
+    torch.set_warn_always(warns_always)
     return found
 
 

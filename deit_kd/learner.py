@@ -27,6 +27,7 @@ class Learner:
         connectors: of compared features, trained with the model but not part of it; None if there are none.
         further_terms: kinds of its objective's further terms, in the order of a step's result.
         name: of a peer; empty for the student.
+        always_steps: whether to apply gradients that are not finite as well, as other loops do: for comparisons.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class Learner:
     connectors: nn.Module | None = None
     further_terms: tuple[str, ...] = ()
     name: str = ""
+    always_steps: bool = False
     _has_stepped: bool = field(default=False, init=False)
     _buffers: _Buffers = field(init=False, repr=False)  # within a step
     _norm: Tensor = field(init=False, repr=False)
@@ -60,7 +62,9 @@ class Learner:
         """Apply the measured gradients if the scalar `applied` is true."""
         if self.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_grad_norm, self._norm)
-        if self._has_stepped and getattr(self.optimizer, "_step_supports_amp_scaling", False):
+        if self.always_steps:
+            self.optimizer.step()
+        elif self._has_stepped and getattr(self.optimizer, "_step_supports_amp_scaling", False):
             # What GradScaler passes to torch's fused optimisers: 1 skips the step without waiting for the device.
             self.optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
             self.optimizer.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,6 +167,21 @@ def assert_same_scores(evaluation: Any, trained: Any) -> None:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Return every file under `folder` by its path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """Raise where something waits for the GPU; nothing does for the CPU."""
+    if device.type == "cpu":
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of CUDA's debug mode itself
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @contextmanager

@@ -44,6 +44,10 @@ KEYS = [
     ({"train__precision": "fp17"}, "train.precision: 'fp17'"),
     ({"train__compile": "fast"}, "train.compile: 'fast'"),
     ({"train__precision": "fp16"}, "train.precision: fp16 needs CUDA"),
+    (
+        {"train__compile": "reduce-overhead", "train__accumulation_steps": 2},
+        "train.compile: reduce-overhead replays CUDA graphs, whose gradients do not outlive the next micro-batch",
+    ),
     ({"train__device": "gpu"}, "train.device: 'gpu'"),
     ({"resume": "yes"}, "resume: 'True' Expected one of Literal['auto'], null"),
 ]

@@ -33,7 +33,7 @@ from tests.executed import (
     plain,
     view_ids,
 )
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, no_waiting
 
 ARGUMENTS = {
     Operation.SHEAR_X: (-0.9, 0.9),
@@ -278,11 +278,9 @@ def test_making_views_never_waits_for_a_gpu() -> None:
     photos_there = PhotoBuffer(*(tensor.cuda() for tensor in buffer(photos())))
     fast = executor(device="cuda")
     fast(photos_there, which, rows)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        fast.mix(fast(photos_there, which, rows), torch.zeros(64, 5, device="cuda"), rows)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    targets = torch.zeros(64, 5, device="cuda")
+    with no_waiting(torch.device("cuda")):
+        fast.mix(fast(photos_there, which, rows), targets, rows)
 
 
 def test_kernels_have_the_bits_of_the_reference(tmp_path: Path) -> None:

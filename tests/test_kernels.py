@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from deit_kd import kernels
 from deit_kd.config import parse_config
 from deit_kd.kernels import (
     Measured,
@@ -38,6 +39,19 @@ def test_attention_at_an_odd_length_is_as_exact_as_its_dtype(dtype: torch.dtype)
     for row in found.values():
         assert max(row.error, row.gradient_error) < max(2 * torch.finfo(dtype).eps, 1e-5)
         assert row.seconds > 0
+
+
+def test_backends_that_warn_once_are_heard_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+
+    def attended(given: list[torch.Tensor]) -> list[torch.Tensor]:
+        heard.append(torch.is_warn_always_enabled())
+        return given
+
+    monkeypatch.setattr(kernels, "_attended", attended)
+    measure_attention(torch.Size([1, 1, 2, 2]), torch.float32, CPU)
+    assert all(heard[1:])
+    assert not torch.is_warn_always_enabled()
 
 
 def test_one_wrong_row_is_an_error_beyond_that_of_rounding() -> None:

@@ -17,6 +17,8 @@ from deit_kd.config.peers import PeerSection, check_peers
 from deit_kd.config.sections import Augment, Data, Guide, Optim, Section, StudentSection, TeacherSection
 from deit_kd.interfaces import FEATURE_KINDS, POOLED
 
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
+
 
 class Train(Section):
     """The loop."""
@@ -182,6 +184,12 @@ class Config(Section):
             raise ValueError("teacher.store_mode: record needs a folder to fill; set teacher.store")
         if self.train.precision == "fp16" and self.train.device == "cpu":
             raise ValueError("train.precision: fp16 needs CUDA; use bf16 or off on the CPU")
+        if self.train.compile in CUDA_GRAPHS and self.train.accumulation_steps > 1:
+            raise ValueError(
+                f"train.compile: {self.train.compile} replays CUDA graphs, whose gradients do not outlive the next "
+                f"micro-batch, and train.accumulation_steps is {self.train.accumulation_steps}; use true or "
+                "max-autotune-no-cudagraphs, or set train.accumulation_steps 1"
+            )
         return self
 
     def _check_average(self) -> None:

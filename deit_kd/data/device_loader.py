@@ -235,7 +235,7 @@ def _on_gpu(
     def send(item: Item) -> tuple[Drawn, Tensor, Tensor, torch.Event]:
         drawn, pixels = cut(item)
         held = pixels if pixels.is_pinned() else _pinned(len(pixels)).copy_(pixels)
-        with torch.cuda.stream(stream):
+        with torch.cuda.device(device), torch.cuda.stream(stream):  # or leaving the stream would wake GPU 0
             there = held.to(device, non_blocking=True)
             edges = _edges_of(drawn.rows).pin_memory().to(device, non_blocking=True)
             return drawn, there, edges, stream.record_event()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +25,11 @@ from deit_kd.data.sharing import PREFETCHED
 from deit_kd.distributed import Processes, process_group
 from deit_kd.engine import Distiller, StepResult, Trainer, train
 from deit_kd.interfaces import Batch, InputError, Teacher
+from deit_kd.kernels import preferred_attention
 from deit_kd.losses import Objective
 from deit_kd.machine import kind
 from deit_kd.runs import parts
+from deit_kd.runs.attention import attention_kernel
 from deit_kd.runs.lesson import Lesson, build_distiller, connect
 from deit_kd.runs.prepared import Run
 from deit_kd.runs.progress import Progress
@@ -270,7 +273,7 @@ class Parts:
     def __init__(self, run: Run, lessons: Mapping[str, Lesson], steps: int, other_compile: bool) -> None:
         self._run, self._steps, self._lessons = run, steps, lessons
         device, micro_steps = run.processes.device, run.config.train.accumulation_steps
-        self._progress = Progress(device)
+        self._progress, self._attention = Progress(device), attention_kernel(run)
         self._held = [batch.to(device) for batch in itertools.islice(run.loader.batches(0), micro_steps)]
         self._stream, self._place = iter(run.loader.batches(0, lent=True)), 0  # the next step of the stream
         lesson = lessons.get(ONLINE, Lesson())
@@ -340,7 +343,9 @@ class Parts:
             if step % self._run.config.train.log_every_steps == 0:
                 self._progress.read(self._run.processes, self.batch_size)
 
-        train(trainer, batches, first_step=0, total_steps=steps, after_step=meter)
+        kernel = None if trainer is self._in_memory[TIMMS_STEP] else self._attention
+        with preferred_attention(kernel):
+            train(trainer, batches, first_step=0, total_steps=steps, after_step=meter)
 
     def _ask(self) -> None:
         assert self._teacher is not None
@@ -364,9 +369,12 @@ def as_timm_gives_it(run: Run, lesson: Lesson) -> Trainer:
     optimizer = parts.build_student_optimizer(plain, student)
     schedule = parts.build_schedule(plain, optimizer, run.loader.steps_per_epoch)
     timms = replace(run, config=plain, student=student, optimizer=optimizer, schedule=schedule, connectors=None)
-    return build_trainer(connect(timms, lesson), lesson)
+    trainer = build_trainer(connect(timms, lesson), lesson)
+    trainer.learners[0].always_steps = True
+    return trainer
 
 
 def _taught_by(trainer: Trainer, teacher: Teacher | None) -> Trainer:
-    own = trainer.distiller
-    return replace(trainer, distiller=Distiller(own.student, teacher, own.objective, own.precision, own.compiled))
+    own, taught = trainer.distiller, copy(trainer)
+    taught.distiller = Distiller(own.student, teacher, own.objective, own.precision, own.compiled)
+    return taught

@@ -25,6 +25,12 @@ def attention_of(run: Run, is_resumed: bool) -> AttentionFacts | None:
     return from_main(run.processes, choose, "measures attention")
 
 
+def attention_kernel(run: Run) -> str | None:
+    """Return the name of the kernel that a new run would choose; None leaves it to PyTorch."""
+    facts = attention_of(run, is_resumed=False)
+    return None if facts is None else facts["kernel"]
+
+
 def measured_attention(run: Run) -> AttentionFacts | None:
     """Measure the attention of the run's student at its real length; None if it has none that is fused."""
     train, device = run.config.train, run.processes.device

@@ -25,7 +25,7 @@ def coefficients(length: Tensor, bicubic: Tensor, mirrored: Tensor, size: int, t
     or the crop are 0. Each weight takes the steps of Pillow's in its order, so that it does not depend on `taps`.
     """
     bicubic, mirrored, length = bicubic[:, None] > 0, mirrored[:, None] > 0, length.double()[:, None]
-    scale = length / size
+    scale = length / torch.full_like(length, size)  # CUDA multiplies by the reciprocal of a number
     spread = scale.clamp_min(1.0)
     support = torch.where(bicubic, _SUPPORTS[1], _SUPPORTS[0]).double() * spread
     place = torch.arange(size, device=length.device)
