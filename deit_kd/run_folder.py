@@ -82,6 +82,14 @@ class AttentionFacts(TypedDict):
 
 
 @with_config(ConfigDict(extra="allow"))
+class MemoryFormatFacts(TypedDict):
+    """The memory format of a network that teaches, and what it was chosen by."""
+
+    channels_last: bool
+    seconds: dict[str, float]  # of an answer to one batch, by format
+
+
+@with_config(ConfigDict(extra="allow"))
 class Facts(TypedDict):
     """What ``run.json`` holds."""
 
@@ -98,6 +106,7 @@ class Facts(TypedDict):
     teacher: TeacherFacts | None
     processes: NotRequired[int]
     attention: NotRequired[AttentionFacts | None]
+    memory_format: NotRequired[dict[str, MemoryFormatFacts] | None]  # by network; None if nothing was measured
     torch: NotRequired[str]
 
 

@@ -222,6 +222,17 @@ def test_the_average_follows_as_lerp_does(device: torch.device) -> None:
             torch.testing.assert_close(value, average[name].lerp(now[name], weight), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("device_name", [CUDA])
+def test_the_memory_format_of_a_teacher_is_measured_and_recorded(
+    device_name: str, photos_root: Path, tmp_path: Path
+) -> None:
+    arguments = tiny(photos_root, tmp_path / "run", train__device=device_name, train__precision="bf16")
+    assert main(["train", *arguments]) == 0
+    facts = read_facts(tmp_path / "run")["memory_format"]
+    assert facts is not None
+    assert facts["teacher"]["seconds"].keys() == {"channels_last", "contiguous"}
+
+
 def test_the_peak_of_memory_holds_the_weights_and_is_restarted(device: torch.device) -> None:
     learner = on(device)
     losses(learner, 2)

@@ -314,8 +314,8 @@ class TeacherSection(SoleTeacher):
     """logits that a new store keeps per view; null is 10 for soft labels and 0 (the label alone) for hard labels"""
     precision: Literal["auto", "bf16", "fp16", "off"] = key("auto", ANSWERS)
     """precision of its weights; auto takes train.precision"""
-    channels_last: bool = key(True, RESULT)
-    """channels-last memory format"""
+    channels_last: bool | None = key(None, RESULT)
+    """channels-last memory format; null lets a run on CUDA measure which one is faster, and is true elsewhere"""
     fold: bool = key(False, ANSWERS)
     """fold batch norms into the convolutions before them: fewer operations, and answers that differ by rounding"""
     compile: bool = key(False, NOTHING)

@@ -12,6 +12,8 @@ from deit_kd.evaluation.sources import Source
 from deit_kd.interfaces import InputError
 from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.runs import parts
+from deit_kd.runs.lesson import Lesson
+from deit_kd.runs.memory_format import lay_out
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.teaching.stored import StoredAnswers, stored_validation
 
@@ -44,12 +46,16 @@ def teacher_of(
         if section.store is not None and "store" in recorded:
             return stored_validation(config, photos)
         if section.members or section.random_weights:
-            return _network(config, photos, processes)
-        return _recorded(source, config, own, photos, processes)
+            network = _network(config, photos, processes)
+        else:
+            network = _recorded(source, config, own, photos, processes)
     except InputError as error:
         if processes.is_main:
             say(f"scored without the teacher: {error}")
         return None
+    if section.channels_last is None:
+        lay_out(Lesson(network), source.facts.get("memory_format"))
+    return network
 
 
 def whose(teacher: TeacherSection) -> tuple[Any, ...]:

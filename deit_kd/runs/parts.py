@@ -334,7 +334,7 @@ def _build_network(
             image_size=network.image_size,
             mean=network.mean,
             std=network.std,
-            channels_last=section.channels_last,
+            channels_last=section.channels_last is not False,
             fold=section.fold,
             dense=dense,
             compiled=section.compile,

@@ -39,6 +39,7 @@ from deit_kd.runs.course import Course
 from deit_kd.runs.journal import Journal, check_tracking
 from deit_kd.runs.lesson import Lesson, build_distiller, connect
 from deit_kd.runs.meeting import meet_teachers
+from deit_kd.runs.memory_format import Choices, lay_out_teachers, memory_format_lines
 from deit_kd.runs.opening import open_folder
 from deit_kd.runs.outcome import head_scores, print_heads, save_student
 from deit_kd.runs.peers import build_peers, learner_of, save_peer
@@ -119,6 +120,7 @@ def execute(run: Run, lesson: Lesson | None = None, after_epoch: AfterEpoch | No
     config, processes = run.config, run.processes
     lesson = lesson or Lesson()
     prepared, run = run, connect(run, lesson)
+    memory_formats = lay_out_teachers(run, lesson)
     teacher_facts, teacher_predictions = meet_teachers(run, lesson)
     further_of_peers = {peer.name: peer.objective.further_terms for peer in run.peers}
     progress = Progress(processes.device, run.objective.further_terms, further_of_peers)
@@ -131,10 +133,12 @@ def execute(run: Run, lesson: Lesson | None = None, after_epoch: AfterEpoch | No
     prepared.checkpoint = run.checkpoint = None  # or its tensors would stay in memory until the end
 
     def begin() -> None:
-        _write_facts(run, teacher_facts, attention)
+        _write_facts(run, teacher_facts, attention, memory_formats)
         _say_start(run, trainer, progress.step)
         if attention is not None:
             say(attention_line(attention))
+        for line in memory_format_lines(memory_formats or {}):
+            say(line)
 
     on_main(processes, begin, "writes the facts of the run")
     journal = Journal(
@@ -200,7 +204,9 @@ def build_trainer(run: Run, lesson: Lesson, first_step: int = 0) -> Trainer:
     )
 
 
-def _write_facts(run: Run, teacher_facts: TeacherFacts | None, attention: AttentionFacts | None) -> None:
+def _write_facts(
+    run: Run, teacher_facts: TeacherFacts | None, attention: AttentionFacts | None, memory_formats: Choices | None
+) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     makers = makers_of(run.config)
     facts: Facts = {
@@ -216,6 +222,7 @@ def _write_facts(run: Run, teacher_facts: TeacherFacts | None, attention: Attent
         "teacher": teacher_facts,
         "processes": run.processes.count,
         "attention": attention,
+        "memory_format": memory_formats,
         "torch": torch.__version__,
     }
     if run.peers:

@@ -46,7 +46,7 @@ def backbone_of(network: nn.Module) -> Any:
 class FrozenTeacher(nn.Module):
     """Answers batches that are normalised for the student.
 
-    Weights are held in `dtype`, so nothing is cast at each step; convolutions run channels-last.
+    Weights are held in `dtype` and in a memory format, so nothing is converted at each step.
 
     Args:
         network: any model ``[B, 3, H, W] -> [B, M]``; M is C unless there is a `class_map`. A timm model without a head
@@ -90,8 +90,8 @@ class FrozenTeacher(nn.Module):
         notes: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.network = network.to(dtype=dtype).to(memory_format=self._memory_format).requires_grad_(False)
+        self.network = network.to(dtype=dtype).requires_grad_(False)
+        self.lay_out(channels_last)
         self._answer = torch.compile(self.network) if compiled else self.network
         self._compiled = compiled
         self.has_head = getattr(backbone_of(network), "num_classes", 1) != 0
@@ -113,6 +113,11 @@ class FrozenTeacher(nn.Module):
         self._features: tuple[str, ...] = ()
         self._dense = False
         self._prepare()
+
+    def lay_out(self, channels_last: bool) -> None:
+        """Hold weights and input in this memory format from now on, which changes answers by rounding."""
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.network.to(memory_format=self._memory_format)
 
     def lines(self, role: str = "teacher") -> list[str]:
         """Return the lines to print about its preprocessing and its class map."""

@@ -162,7 +162,7 @@ def _fit_config(config: Config, folder: Path) -> Config:
             name=teacher.name,
             pretrained=teacher.pretrained,
             drop_path=fit.drop_path,
-            channels_last=None if teacher.channels_last else False,
+            channels_last=False if teacher.channels_last is False else None,
             args=teacher.args,
         ),
         teacher=TeacherSection(),
