@@ -31,6 +31,7 @@ from deit_kd.kernels import preferred_attention
 from deit_kd.machine import kind
 from deit_kd.runs.attention import attention_kernel
 from deit_kd.runs.lesson import build_distiller, connect
+from deit_kd.runs.memory_format import lay_out_teachers
 from deit_kd.runs.run import build_trainer
 from deit_kd.teaching.ready import ready_lesson
 
@@ -85,6 +86,7 @@ def steps_of(config: Config, at: list[float], count: int, processes: Processes) 
     run = prepare_bare(config, CLASSES, processes)
     lesson = ready_lesson(run, may_fit=False)
     run = connect(run, lesson)
+    lay_out_teachers(run, lesson)
     trainer, attention = build_trainer(run, lesson), attention_kernel(run)
     batch = random_batch(config, CLASSES, processes.device)
 

@@ -31,6 +31,7 @@ from deit_kd.machine import kind
 from deit_kd.runs import parts
 from deit_kd.runs.attention import attention_kernel
 from deit_kd.runs.lesson import Lesson, build_distiller, connect
+from deit_kd.runs.memory_format import lay_out_teachers
 from deit_kd.runs.prepared import Run
 from deit_kd.runs.progress import Progress
 from deit_kd.runs.run import build_trainer, prepare
@@ -225,7 +226,9 @@ def open_parts(
     run.loader.cycle_views(1)
     with TemporaryDirectory(prefix="deit-kd-bench-") as folder:
         lessons = _lessons(run, folder)
-        run = connect(run, lessons.get(ONLINE, Lesson()))
+        online = lessons.get(ONLINE, Lesson())
+        run = connect(run, online)
+        lay_out_teachers(run, online)
         yield Parts(run, lessons, steps, other_compile)
 
 
