@@ -20,6 +20,7 @@ from deit_kd.interfaces import (
     pair_log_probabilities,
     reported,
 )
+from deit_kd.interrupts import raise_pending
 from deit_kd.metrics import Answered, agreement, answered, joined, score
 
 
@@ -40,6 +41,7 @@ def _asked(
         student.eval()
     seen = 0
     for batch in batches:
+        raise_pending()
         batch = batch.to(processes.device)
         with autocast(processes.device, precision):
             outputs = {name: ask(student, batch.images) for name, student in students.items()}

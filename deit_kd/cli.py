@@ -15,7 +15,7 @@ from deit_kd.commands.students import evaluate, export, predict
 from deit_kd.commands.training import bench, train
 from deit_kd.files import refusal
 from deit_kd.interfaces import InputError, Stopped, nearest, printable
-from deit_kd.stopping import handlers, leave_signals_alone, stop_at_once
+from deit_kd.interrupts import leave_signals_alone, stopping_at_once
 
 VERBS: dict[str, tuple[str, Callable[[Arguments], int | None]]] = {
     "train": ("train a student, and its teacher first if the recipe says so", train),
@@ -47,7 +47,7 @@ def main(arguments: Arguments | None = None) -> int:
     try:
         if verb not in VERBS:
             raise InputError(f"{verb}: unknown verb; use one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
-        with handlers(stop_at_once):
+        with stopping_at_once():
             return VERBS[verb][1](arguments[1:]) or 0
     except (InputError, OSError) as error:
         told = refusal(error) if isinstance(error, OSError) else error

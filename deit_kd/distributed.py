@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deit_kd.interfaces import InputError, Stopped
+from deit_kd.interrupts import raise_pending
 from deit_kd.signs import GONE, Signs, no_progress
 
 SECONDS_TO_MEET = 600.0
@@ -137,7 +138,11 @@ class Processes:
 
         Args:
             work: what it does, such as "reads the photos".
+
+        Raises:
+            Stopped: a signal was dropped before, see `interrupts`.
         """
+        raise_pending()
         if self.count == 1:
             yield
             return
@@ -153,7 +158,9 @@ class Processes:
     def busy_over(self, work: str, items: Iterable[Item]) -> Iterator[Item]:
         """Yield `items`, busy with `work` until there are no more."""
         with self.busy(work):
-            yield from items
+            for item in items:
+                raise_pending()
+                yield item
 
     def first_of_machine(self, key: str) -> bool:
         """Return whether this process is the first of its machine to ask for `key`."""
@@ -338,6 +345,7 @@ def finish() -> None:
 @contextmanager
 def process_group(device_name: str, timeout: float = 0.0) -> Iterator[Processes]:
     """Be in the process group from `start` to `finish`; the arguments are those of `start`."""
+    raise_pending()  # the imports are over, and work begins
     processes = start(device_name, timeout)
     try:
         yield processes

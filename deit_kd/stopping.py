@@ -7,65 +7,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deit_kd.interfaces import Stopped
+from deit_kd.interrupts import EXIT_CODES, handlers, raise_pending, stopped_by
 from deit_kd.signs import GONE, Signs, no_progress
 
 if TYPE_CHECKING:  # the command line needs the signals without waiting for torch
     from deit_kd.distributed import Processes
-
-# A shell's exit codes for a process ended by the signal. SIGUSR1, which SLURM sends before the time limit, has
-# sysexits' EX_TEMPFAIL: the job is fine, start it again.
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_AGREE = 20.0
 SECONDS_OF_ONE_INTERRUPT = 1.0  # torchrun forwards the interrupt that the terminal has already sent to all
 
 Item = TypeVar("Item")
-Handler = Callable[[int, FrameType | None], None]
-
-
-def stopped_by(number: int, what_is_kept: str) -> Stopped:
-    """Return the exception for a signal."""
-    name = signal.Signals(number).name
-    return Stopped(f"stopped by {name}; {what_is_kept}", EXIT_CODES[signal.Signals(number)])
-
-
-@contextmanager
-def handlers(handler: Handler) -> Iterator[None]:
-    """Install `handler` for the signals within the context; outside the main thread this does nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in EXIT_CODES}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def stop_at_once(number: int, frame: FrameType | None) -> None:
-    """Raise `Stopped` immediately: the handler outside of training.
-
-    A program that is already ending because of a signal continues to do so, whatever torchrun or SLURM send next; a
-    second SIGINT is the user's.
-    """
-    if number != signal.SIGINT and isinstance(sys.exc_info()[1], Stopped):
-        return
-    raise stopped_by(number, "what was finished is kept")
-
-
-def leave_signals_alone() -> None:
-    """Let no signal but SIGINT change how this program ends."""
-    for number in EXIT_CODES:
-        if number != signal.SIGINT:
-            signal.signal(number, signal.SIG_IGN)
 
 
 class Watch:
@@ -75,7 +32,8 @@ class Watch:
     store. Each process then announces the step that it has begun, and begins no other until all have announced theirs;
     all stop after the last of these steps. A second SIGINT ends the process at once.
 
-    Use it as a context manager around the training loop, in the main thread.
+    Use it as a context manager around the training loop, in the main thread. A signal that the loop did not act on is
+    raised at the end.
 
     Args:
         processes: of the run.
@@ -103,6 +61,7 @@ class Watch:
         self._thread = threading.Thread(target=self._look_now_and_then, name="watch", daemon=True)
 
     def __enter__(self) -> Watch:
+        raise_pending()
         self._handlers = handlers(self._hear)
         self._handlers.__enter__()
         if self._processes.count > 1:
@@ -121,11 +80,13 @@ class Watch:
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}"
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join()
         self._handlers.__exit__(None, None, None)
+        if kind is None and self._signal is not None:  # it came after the last question
+            raise stopped_by(self._signal)
 
     @property
     def signal(self) -> int | None:
@@ -138,6 +99,7 @@ class Watch:
 
     def may_go_on(self, step: int) -> bool:
         """Return whether to begin another step after `step` are done; the same in every process."""
+        raise_pending()
         self.beat()
         if self._processes.count == 1:
             return self._signal is None

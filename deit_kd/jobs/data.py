@@ -16,6 +16,7 @@ from deit_kd.config import Config
 from deit_kd.console import console, say
 from deit_kd.data import Photos, Splits, UnreadableImage
 from deit_kd.files import write_json
+from deit_kd.interrupts import raise_pending
 from deit_kd.runs import parts
 
 
@@ -56,6 +57,7 @@ def check_data(splits: Splits, processes: int, json_file: Path | None) -> bool:
         processes: how many read at a time.
         json_file: where to write the findings as well.
     """
+    raise_pending()
     findings = _read_all(splits, processes)
     unreadable = [finding for finding in findings if finding.error is not None]
     within, across = _duplicates(findings)

@@ -16,6 +16,7 @@ from deit_kd.data.shard_index import Manifest
 from deit_kd.data.subsets import share_of
 from deit_kd.files import check_writable, held
 from deit_kd.interfaces import InputError
+from deit_kd.interrupts import raise_pending
 from deit_kd.packing import Look, check_room, keep_to_plan, pack, record_packed
 from deit_kd.places import photos_root
 
@@ -83,6 +84,7 @@ def _pack_all(
             task = progress.add_task(f"packing {split}", total=len(photos), note="")
 
             def advance(count: int, task: TaskID = task) -> None:
+                raise_pending()
                 progress.advance(task, count)
 
             def leave_out(name: str, reason: str, split: str = split) -> None:

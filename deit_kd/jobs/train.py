@@ -9,6 +9,7 @@ from deit_kd.console import say
 from deit_kd.distributed import process_group
 from deit_kd.files import refusal
 from deit_kd.interfaces import InputError
+from deit_kd.interrupts import raise_pending
 from deit_kd.run_folder import HeadScores
 from deit_kd.runs.opening import claimed
 from deit_kd.runs.prepared import Run
@@ -35,6 +36,7 @@ def train(config: Config) -> HeadScores:
 
 def _report(run: Run) -> None:
     """Write the report of a finished run; if that fails for any reason, the run stays complete."""
+    raise_pending()
     try:
         # Imported here so that training does not wait for the plotting library.
         from deit_kd.evaluation.page import write_report

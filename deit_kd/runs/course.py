@@ -16,6 +16,7 @@ from deit_kd.console import say, score_text, size_text
 from deit_kd.distributed import on_main
 from deit_kd.engine import StepResult, Trainer, train
 from deit_kd.interfaces import ANSWERS, Batch, InputError, Stopped, speaker
+from deit_kd.interrupts import stopped_by
 from deit_kd.losses import Objective
 from deit_kd.memory import peak_memory, reset_peak_memory
 from deit_kd.run_folder import CHECKPOINTS, METRICS_FILE, FeatureRecord, ScoreRecord, kept_weights
@@ -25,7 +26,7 @@ from deit_kd.runs.lesson import Lesson, build_distiller
 from deit_kd.runs.peers import split_scores
 from deit_kd.runs.prepared import AfterEpoch, Run
 from deit_kd.runs.progress import BadStep, Progress
-from deit_kd.stopping import Watch, stopped_by
+from deit_kd.stopping import Watch
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Course:
             self.checkpoints.wait()
         if not self.scores:  # all steps had been done already
             self.scores = self._score()
-            self._stop_if_asked()
+        self._stop_if_asked()
         return self.scores
 
     def _after_step(self, step: int, result: StepResult) -> None:

@@ -11,6 +11,7 @@ from deit_kd.console import say
 from deit_kd.distributed import Processes
 from deit_kd.files import write_atomically
 from deit_kd.interfaces import Batch, InputError
+from deit_kd.interrupts import raise_pending
 from deit_kd.run_folder import DATA_ERRORS_FILE, lines_until
 
 
@@ -51,6 +52,7 @@ class DataErrors:
     def watch(self, split: str, batches: Iterable[Batch], epoch: int | None = None) -> Iterator[Batch]:
         """Yield `batches` and note what they lack; `epoch` is the one being evaluated, for batches without views."""
         for batch in batches:
+            raise_pending()
             self.note(split, batch, epoch)
             yield batch
 
