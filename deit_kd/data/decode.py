@@ -66,7 +66,7 @@ def opened(path: Path, before: Stamp | None = None, is_indexed: bool = False) ->
 def decoded(file: BinaryIO, where: str) -> Image.Image:
     """Read the first picture of an image file as RGB, rotated according to its EXIF orientation.
 
-    16-bit grey is scaled to 8 bits, CMYK is converted, and transparency becomes white.
+    16-bit grey is scaled to 8 bits, CMYK is converted, and transparency becomes white (not in 16-bit grey).
 
     Args:
         file: the bytes of an image.
