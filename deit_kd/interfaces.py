@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the command line needs the errors without waiting for torch
 MAP_KINDS = ("guide", "relations")  # of terms that compare maps
 POOLED = "pooled"  # one vector per image: the feature, and the kind of term that compares it
 FEATURE_KINDS = (*MAP_KINDS, POOLED)  # of terms that compare features; the others compare logits
+SOFT_TEMPERATURE = 3.0  # of soft labels, unless a recipe says otherwise
 DENSE = "dense"  # the kind of term that compares logits at every place
 
 Head = Literal["cls", "dist", "patch"]  # the class token's, the distillation token's, and the latter on the patches

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 SHAPES = ("constant", "linear", "cosine")
@@ -17,7 +19,7 @@ class Schedule(NamedTuple):
     Args:
         start: value before `begin`.
         end: value from `until` on.
-        begin: place at which the change begins.
+        begin: place at which the change begins; ``constant`` has none.
         until: place at which the change ends.
         shape: ``constant`` keeps `start` until `until`; ``linear`` and ``cosine`` go from one to the other.
     """
@@ -43,6 +45,19 @@ class Schedule(NamedTuple):
         """Return whether the value is 0 at `place` and stays 0 to the end of the run."""
         return self.end == 0 and place >= self.until
 
+    def ends_between(self, before: float, after: float) -> bool:
+        """Return whether it changes, and reaches its last value after the place `before` and by `after`."""
+        return self.changes and before < self.until <= after
+
+    def is_always(self, value: float) -> bool:
+        """Return whether it has this value all along."""
+        return self.values == (value, value)
+
+    @property
+    def changes(self) -> bool:
+        """Whether it has more than one value."""
+        return self.start != self.end
+
     @property
     def values(self) -> tuple[float, float]:
         """The two extreme values."""
@@ -52,3 +67,14 @@ class Schedule(NamedTuple):
 def always(value: float) -> Schedule:
     """Return the schedule of a constant."""
     return Schedule(value, value)
+
+
+def silence(weights: Sequence[Schedule]) -> tuple[float, float] | None:
+    """Return the first part of the run, from place to place, in which every weight is 0; None if there is none."""
+    places = {0.0, 1.0}
+    for weight in weights:
+        if weight.changes:
+            places |= {weight.until} if weight.shape == "constant" else {weight.begin, weight.until}
+    # Only at these places does a weight begin or cease to be 0.
+    parts = pairwise(sorted(places))
+    return next((part for part in parts if not any(weight.at(sum(part) / 2) for weight in weights)), None)

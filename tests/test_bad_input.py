@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError
@@ -288,6 +289,15 @@ def test_another_recipe_is_not_resumed(
     assert "was started with another recipe" in line
     assert expected in line
     assert snapshot(finished.folder) == before
+
+
+def test_a_soft_run_goes_on_however_its_temperature_is_written(photos_root: Path, tmp_path: Path) -> None:
+    arguments = ["train", *tiny(photos_root, tmp_path / "run", distill__kind="soft", distill__temperature=3.0)]
+    assert main(arguments) == 0
+    assert main([*arguments, "--resume", "auto", "--distill.temperature", "null"]) == 0
+    recipe = tmp_path / "run" / "config.yaml"
+    recipe.write_text(recipe.read_text().replace("temperature: 3.0", "temperature: null"))
+    assert main([*arguments, "--resume", "auto"]) == 0
 
 
 def test_other_photos_are_not_resumed(finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -241,6 +241,22 @@ def test_every_key_of_a_recipe_says_what_it_changes() -> None:
             ["--distill.kind", "none", "--distill.alpha", "1", "--distill.terms", '[{"kind": "pooled"}]'],
             "no labels; pooled, weight 1",
         ),
+        (
+            ["--distill.kind", "none", "--distill.alpha", '{"start": 1, "until": 0.5}'],
+            "labels, weight 1 - alpha, alpha 1 until 0.5 of the run, then 0",
+        ),
+        (
+            ["--distill.kind", "standardised"],
+            "labels and the teacher's standardised logits, alpha 0.5, temperature by the classes",
+        ),
+        (
+            ["--config", "photos", "--distill.kind", "standardised", "--distill.terms", "[]"],
+            "labels and the teacher's standardised logits, alpha 0.9, temperature by the classes",
+        ),
+        (
+            ["--distill.kind", "soft", "--distill.temperature", "null"],
+            "labels and the teacher's soft labels, alpha 0.5, temperature 3",
+        ),
     ],
 )
 def test_a_recipe_says_in_words_what_the_student_learns_from(options: list[str], words: str) -> None:

@@ -138,7 +138,7 @@ REFUSED = [
     ({"folds": 1, "fold": 0}, "data.folds: 1: Input should be greater than or equal to 2"),
     ({"folds": 0, "fold": 0}, "data.folds: 0: Input should be greater than or equal to 2"),
     ({"fold": 0}, "data.fold: 0 is set, but data.folds is not; set both"),
-    ({"folds": 5}, "data.fold: None is none of 5 folds; set 0 to 4"),
+    ({"folds": 5}, "data.folds: 5 is set, but data.fold is not; set 0 to 4"),
     ({"folds": 5, "fold": 5}, "data.fold: 5 is none of 5 folds; set 0 to 4"),
     ({"folds": 5, "fold": -1}, "data.fold: -1: Input should be greater than or equal to 0"),
     ({"folds": "five", "fold": 0}, "data.folds: 'five' Expected one of int, null"),

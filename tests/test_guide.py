@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -229,6 +230,62 @@ def test_an_alpha_that_has_ended_leaves_the_teacher_and_keeps_the_token_in_the_g
 def test_alpha_one_without_distillation_leaves_the_labels_out() -> None:
     terms = Objective("none", 1.0, terms=[term(always(2.0))])(*outputs(0))
     torch.testing.assert_close(terms.loss, 2 * terms.others["guide"])
+
+
+def test_an_alpha_that_changes_weighs_the_labels_without_distillation_too() -> None:
+    objective = Objective("none", Schedule(1.0, 0.2, until=0.5), terms=[term(always(2.0))])
+    assert objective.learns_from_labels
+    for place, weight in ((0.0, 0.0), (0.5, 0.8)):
+        terms = objective(*outputs(0), place)
+        torch.testing.assert_close(terms.loss, weight * terms.classification + 2 * terms.others["guide"])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, Schedule(0.7, 0.7, until=0.5)])
+def test_an_alpha_that_stays_leaves_the_labels_their_weight_without_distillation(alpha: Any) -> None:
+    terms = Objective("none", alpha)(*outputs(0))
+    assert terms.loss == terms.classification
+
+
+def test_a_logit_term_that_has_ended_keeps_the_token_in_the_graph_without_distillation() -> None:
+    rest = Objective("none", terms=[LogitTerm("soft", Schedule(1.0, 0.0, until=0.5))]).remaining(0.5)
+    student, _, targets = outputs(0)
+    assert student.dist_logits is not None
+    student.dist_logits.requires_grad_()
+    rest(student, None, targets, 0.5).loss.backward()
+    assert student.dist_logits.grad is not None
+
+
+def test_standardised_logits_take_their_temperature_from_the_classes() -> None:
+    classes = outputs(0)[2].shape[-1]
+    expected = Objective("standardised", temperature=default_temperature(classes))(*outputs(0))
+    assert Objective("standardised")(*outputs(0)).loss == expected.loss
+
+
+RISING = Schedule(0.0, 1.0, 0.25, 0.5, "linear")
+FALLING = Schedule(1.0, 0.0, 0.25, 0.5, "linear")
+
+
+@pytest.mark.parametrize(
+    ("alpha", "weights", "when"),
+    [
+        (1.0, [Schedule(1.0, 0.0, until=0.5)], "after 0.5"),
+        (1.0, [FALLING, Schedule(1.0, 0.0, until=0.75)], "after 0.75"),
+        (Schedule(1.0, 1.0, until=0.3), [FALLING], "after 0.5"),
+        (1.0, [RISING], "before 0.25"),
+        (Schedule(1.0, 0.0, until=0.7), [FALLING], "between 0.5 and 0.7"),
+        (Schedule(0.0, 1.0, until=0.7), [FALLING], "after 0.7"),
+        (1.0, [Schedule(0.0, 0.0, until=0.5)], "nothing else teaches"),
+        (1.0, [FALLING, RISING], None),
+        (Schedule(1.0, 0.0, until=0.5), [FALLING], None),
+        (Schedule(1.0, 0.0, shape="linear"), [], None),
+        (0.5, [FALLING], None),
+    ],
+)
+def test_something_teaches_in_every_part_of_a_run(alpha: Any, weights: list[Schedule], when: str | None) -> None:
+    kinds = ("soft", "hard")
+    terms = [LogitTerm(kind, weight) for kind, weight in zip(kinds, weights, strict=False)]
+    with nullcontext() if when is None else pytest.raises(InputError, match=when):
+        Objective("none", alpha, terms=terms)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from deit_kd.cli import main
+from deit_kd.console import console
+from deit_kd.evaluation.curves import charts_of, read_records
+from deit_kd.figures import line_charts
 from tests.forked import run_on_two
 from tests.helpers import FULL, Finished, heads_in, records, tiny
 from tests.started import kill
@@ -75,6 +79,60 @@ def test_the_guide_is_measured_until_it_is_over(whole: Finished) -> None:
     assert [sorted(term) for term in terms] == [["guide"]] * 6 + [[]] * 6
     assert all(term["guide"]["weight"] == 2.5 and -1 <= term["guide"]["cosine"] <= 1 for term in terms[:6])
     assert terms[5]["guide"]["loss"] < terms[0]["guide"]["loss"]
+
+
+@pytest.fixture(scope="module")
+def stopped(photos_root: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run with an alpha that ends in its third epoch, a guide that ends in its last one, and what it printed."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    weights: dict[str, Any] = {
+        "distill__alpha": {"start": 0.9, "until": 0.6},
+        "distill__temperature": {"start": 4, "end": 2, "shape": "linear"},
+        "distill__terms": [{**GUIDE, "weight": {"start": 2.5, "until": 0.9}}],
+    }
+    arguments = guided(photos_root, folder, teacher, **weights, train__log_every_steps=3)
+    with console.capture() as capture:
+        assert main(["train", *arguments]) == 0
+    return folder, capture.get()
+
+
+def test_a_record_ends_where_a_schedule_does_and_holds_what_changes(stopped: tuple[Path, str]) -> None:
+    made = {step["step"]: step for step in steps(stopped[0])}
+    assert list(made) == [3, 6, 8, 9, 11, 12]  # 0.6 and 0.9 of 12 steps are 7.2 and 10.8
+    assert [made[step]["alpha"] for step in made] == [0.9, 0.9, 0.9, 0, 0, 0]
+    assert [made[step]["terms"]["guide"]["weight"] for step in made] == [2.5] * 5 + [0]
+    assert made[3]["temperature"] == pytest.approx(4 - 2 * 2 / 12)
+
+
+def test_a_loss_that_has_ended_is_not_a_loss_of_zero(stopped: tuple[Path, str]) -> None:
+    made = {step["step"]: step["distillation"] for step in steps(stopped[0])}
+    assert all(made[step] > 0 for step in (3, 6, 8, 9))  # to the end of its epoch
+    assert made[11] is made[12] is None
+    assert "dist -, alpha 0)" in stopped[1]
+
+
+def test_a_progress_line_shows_each_weight(stopped: tuple[Path, str]) -> None:
+    assert re.search(r"dist \d\.\d{3}, alpha 0\.9\), guide \d\.\d{3} x 2\.5 \(cos -?\d\.\d\d\)", stopped[1])
+
+
+def test_charts_mark_each_stop_where_it_is_and_in_its_own_colour(stopped: tuple[Path, str]) -> None:
+    charts = charts_of({"run": read_records(stopped[0])})
+    (distillation,), (guide,) = charts["loss"].marks, charts["terms"].marks
+    assert (distillation.name, distillation.x) == ("distillation ends", 8)
+    assert (guide.name, guide.x) == ("guide ends", 11)
+    assert charts["connectors"].marks == charts["weights"].marks == [guide]
+    colours = {line.name: line.colour for name in ("loss", "terms") for line in charts[name].series}
+    assert (distillation.colour, guide.colour) == (colours["distillation"], colours["guide"])
+    assert {line.name: list(line.y) for line in charts["weights"].series} == {
+        "guide": [2.5] * 5 + [0],
+        "alpha": [0.9] * 3 + [0] * 3,
+    }
+
+
+def test_an_axis_goes_to_the_end_of_the_run(whole: Finished) -> None:
+    chart = charts_of({"run": read_records(whole.folder)})["terms"]
+    assert (chart.series[0].x[-1], chart.marks[0].x) == (12, 6)
+    assert line_charts([chart]).axes[0].get_xlim()[1] >= 12
 
 
 def test_nothing_of_the_guide_is_in_the_student_and_its_average(whole: Finished) -> None:
@@ -232,6 +290,22 @@ def test_a_wrong_stage_is_told_before_a_teacher_is_fitted(
         ),
         ({"student__args": {"patch_drop_rate": 0.5, "depth": 2}}, "drops patches has no maps"),
         ({"distill__kind": "none", "distill__alpha": 1, "distill__terms": []}, "nothing else teaches"),
+        (
+            {"distill__kind": "none", "distill__alpha": 1},
+            "distill.terms: nothing teaches after 0.5 of the run; let a term last, or give the labels a weight",
+        ),
+        (
+            {"distill__terms": [{**GUIDE, "blocks": [0, 0], "stages": ["layer1", "layer1"]}]},
+            "blocks.0 and layer1 are compared twice; name each pair once",
+        ),
+        (
+            {"distill__terms": [{**RELATIONS, "blocks": [0, 1, 1], "stages": ["layer1", "layer2", "layer2"]}]},
+            "blocks.1 and layer2 are compared twice",
+        ),
+        (
+            {"distill__terms": [{**GUIDE, "weight": {"start": 2.5, "from": 0.25, "until": 0.5}}]},
+            "from 0.25 does not act with shape constant",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_one_line_and_writes_nothing(

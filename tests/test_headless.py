@@ -230,6 +230,13 @@ def test_a_teacher_without_a_head_is_known_by_its_neighbours(pretrained: Pretrai
     assert f"k-NN {score['knn']:.2f} %" in (pretrained.folder / "report/report.html").read_text()
 
 
+def test_the_newest_epoch_is_the_best_without_labels(pretrained: Pretrained, tmp_path: Path) -> None:
+    arguments = [*pretrained.arguments, "--output", str(tmp_path / "run"), "--evaluate.report", "false"]
+    assert main(["train", *arguments, "--train.epochs", "2", "--optim.lr", "1e-9"]) == 0  # no head's top-1 rises
+    *_, newest = sorted((tmp_path / "run/checkpoints").glob("step-*"))
+    assert (tmp_path / "run/checkpoints/best.safetensors").read_bytes() == newest.read_bytes()
+
+
 def test_two_processes_see_the_same_neighbours_as_one(pretrained: Pretrained, tmp_path: Path) -> None:
     arguments = [*pretrained.arguments, "--output", str(tmp_path / "run"), "--evaluate.report", "false"]
     run_on_two(["train", *arguments], tmp_path / "said.txt")

@@ -135,7 +135,7 @@ def test_two_processes_give_the_losses_of_one(photos_root: Path, tmp_path: Path)
         ({"train__ema_decay": 0.99}, "averages over 100 steps, and the run has 9"),
         ({"distill__alpha": 0.5}, "distill.alpha: is 0.5 at step 0 of the run's 9, but the average"),
         ({"distill__alpha": {**ALPHA, "from": 0.3}}, "at step 3 of the run's 9"),
-        ({"distill__alpha": {**ALPHA, "from": 0.2, "until": 0.3, "shape": "constant"}}, "is 0.8 at step 3"),
+        ({"distill__alpha": {**ALPHA, "from": 0, "until": 0.3, "shape": "constant"}}, "is 0.8 at step 3"),
         ({"distill__alpha": {"start": 0.8, "until": 0.1}}, "is 0.8 at step 0"),
         (
             {"distill__kind": "none", "distill__alpha": None, "distill__terms": [{"kind": "hard"}]},

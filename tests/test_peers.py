@@ -446,6 +446,10 @@ def test_peers_of_one_name_are_numbered_and_each_sees_a_recipe_of_its_own() -> N
             "peers: teach one another, and teacher.kind average",
         ),
         ({"peers": [CNN], "distill__kind": "none", "distill__alpha": 1}, "peers: learn from labels"),
+        (
+            {"peers": [CNN], "distill__kind": "none", "distill__alpha": {"start": 1, "until": 0.5}},
+            "peers: learn from labels",
+        ),
         ({"peers": [CNN], "distill__terms": [{"kind": "peers"}]}, "distill.terms.0.kind"),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ from deit_kd.config.keys import differences, effects, flat, keys_that_change, kn
 from deit_kd.config.parser import (
     as_options,
     build_parser,
+    in_todays_values,
     parse_config,
     read_options,
     read_recipe,
@@ -49,6 +50,7 @@ __all__ = [
     "differences",
     "effects",
     "flat",
+    "in_todays_values",
     "in_words",
     "keys_that_change",
     "known_keys",

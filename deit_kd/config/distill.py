@@ -16,7 +16,7 @@ from pydantic import (
 
 from deit_kd.config.effects import RESULT, key
 from deit_kd.config.sections import Section
-from deit_kd.interfaces import DENSE, FEATURE_KINDS
+from deit_kd.interfaces import DENSE, FEATURE_KINDS, SOFT_TEMPERATURE
 from deit_kd.schedules import Schedule, always
 
 
@@ -28,7 +28,7 @@ class ScheduleSection(Section):
     end: float = key(0.0, RESULT, ge=0)
     """value after the change"""
     begin: float = key(0.0, RESULT, ge=0, lt=1, alias="from")
-    """where the change begins"""
+    """where a linear or cosine change begins"""
     until: float = key(1.0, RESULT, gt=0, le=1)
     """where the change ends"""
     shape: Literal["constant", "linear", "cosine"] = key("constant", RESULT)
@@ -38,6 +38,11 @@ class ScheduleSection(Section):
     def _check_places(self) -> ScheduleSection:
         if self.begin >= self.until:
             raise ValueError(f"from {self.begin:g} is not below until {self.until:g}")
+        if self.shape == "constant" and self.begin > 0:
+            raise ValueError(
+                f"from {self.begin:g} does not act with shape constant, which keeps start until {self.until:g}; "
+                "leave it out, or set shape linear or cosine"
+            )
         return self
 
     @model_serializer
@@ -155,8 +160,9 @@ class Distill(Section):
     kind: Literal["none", "soft", "hard", "standardised"] = key("hard", RESULT)
     """how the teacher's logits are learned; none is plain supervised training, unless there are terms"""
     alpha: Scheduled = key(0.5, RESULT)
-    """weight of the distillation term, a number from 0 to 1 or a schedule; 1 with kind none leaves the labels out"""
-    temperature: Scheduled | None = key(3.0, RESULT)
+    """weight of the distillation term, a number from 0 to 1 or a schedule; 1 with kind none leaves the labels out, and
+    a schedule gives them the weight 1 - alpha"""
+    temperature: Scheduled | None = key(None, RESULT, validate_default=True)
     """for soft and standardised, a number or a schedule; null is 3, or for standardised depends on the classes"""
     scale: Literal["batchmean", "numel"] = key("batchmean", RESULT)
     """numel also divides by the number of classes, as the published deit code does"""
@@ -188,16 +194,29 @@ class Distill(Section):
                 raise ValueError("must be above 0, start and end alike")
         return value
 
+    @field_validator("temperature")
+    @classmethod
+    def _resolve_temperature(cls, value: Scheduled | None, info: ValidationInfo) -> Scheduled | None:
+        # However it is written, it is the same run; only standardised logits need one that depends on the classes.
+        return SOFT_TEMPERATURE if value is None and info.data.get("kind") != "standardised" else value
+
     def described(self) -> str:
         """Return in words what the student learns from."""
         alpha, temperature = in_words(self.alpha), in_words(self.temperature)
+        weighed = f"labels, weight 1 - alpha, alpha {alpha}"
+        plain = "no labels" if self.ignores_labels else "labels" if self.terms else "labels alone"
         how = {
-            "none": "no labels" if self.alpha == 1 else "labels" if self.terms else "labels alone",
+            "none": weighed if as_schedule(self.alpha).changes else plain,
             "hard": f"labels and the teacher's hard labels, alpha {alpha}",
             "soft": f"labels and the teacher's soft labels, alpha {alpha}, temperature {temperature}",
             "standardised": f"labels and the teacher's standardised logits, alpha {alpha}, temperature {temperature}",
         }
         return "; ".join([how[self.kind], *map(str, self.terms)])
+
+    @property
+    def ignores_labels(self) -> bool:
+        """Whether no label is learned from at any time."""
+        return self.kind == "none" and as_schedule(self.alpha).is_always(1)
 
     @property
     def has_token(self) -> bool:

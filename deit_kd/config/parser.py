@@ -39,7 +39,9 @@ def build_parser(program: str) -> ArgumentParser:
     parser.add_argument(
         "--config", action="config", help=f"recipe file, or one of {', '.join(RECIPES)}; later options override it"
     )
-    for path, field, default in _keys_of(Config()):
+    for path, field, value in _keys_of(Config()):
+        # What depends on another key is resolved once that is known.
+        default = field.get_default() if field.validate_default else value
         plain = _plain(field.annotation)
         kind = Annotated[(plain, *field.metadata)] if field.metadata and plain == field.annotation else plain
         parser.add_argument(f"--{path}", type=kind, default=default, help=field.description)
@@ -132,6 +134,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"{path}: is not a recipe, which is YAML of keys and values; name a run of deit_kd")
     return tree
+
+
+def in_todays_values(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a recorded recipe as this version records them, or as they are if it no longer takes them."""
+    try:
+        return Config.model_validate(tree).model_dump(mode="json")
+    except ValidationError:
+        return tree
 
 
 def _check_size(text: str) -> None:

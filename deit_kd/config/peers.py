@@ -80,7 +80,7 @@ def check_peers(config: Config) -> None:
         raise ValueError(
             "peers: teach one another, and teacher.kind average is a student that teaches itself; unset one of the two"
         )
-    if config.distill.kind == "none" and config.distill.alpha == 1:
+    if config.distill.kind == "none" and 1 in as_schedule(config.distill.alpha).values:
         raise ValueError(
             "peers: learn from labels, and distill.alpha 1 with distill.kind none leaves them out; lower distill.alpha"
         )

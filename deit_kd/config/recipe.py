@@ -111,7 +111,9 @@ class Config(Section):
         teacher, folds, fold = self.teacher, self.data.folds, self.data.fold
         if folds is None and fold is not None:
             raise ValueError(f"data.fold: {fold} is set, but data.folds is not; set both")
-        if folds is not None and (fold is None or fold >= folds):
+        if folds is not None and fold is None:
+            raise ValueError(f"data.folds: {folds} is set, but data.fold is not; set 0 to {folds - 1}")
+        if folds is not None and fold is not None and fold >= folds:
             raise ValueError(f"data.fold: {fold} is none of {folds} folds; set 0 to {folds - 1}")
         if self.data.rest is not None and self.data.classes is None:
             raise ValueError(
@@ -143,7 +145,7 @@ class Config(Section):
             )
         if not teacher.head and teacher.store is not None:
             raise ValueError("teacher.store: keeps logits, and teacher.head false gives none; unset one")
-        if self.data.unlabelled is not None and (self.distill.kind, self.distill.alpha) != ("none", 1):
+        if self.data.unlabelled is not None and not self.distill.ignores_labels:
             raise ValueError(
                 f"data.unlabelled: {self.data.unlabelled} has no labels to learn from; set distill.kind none and "
                 "distill.alpha 1, and name in distill.terms what teaches"

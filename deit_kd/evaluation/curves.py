@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from deit_kd.console import score_text
-from deit_kd.figures import Chart, Series, colour_of
+from deit_kd.figures import Chart, Mark, Series, colour_of
 from deit_kd.files import checked
 from deit_kd.interfaces import ANSWERS, InputError
 from deit_kd.run_folder import METRICS_FILE, FeatureRecord, ScoreRecord, kept_weights, name_of_run, record_of_peer
@@ -25,6 +25,8 @@ class TermRecord(TypedDict):
 
     loss: float | None
     weight: float
+    temperature: NotRequired[float]  # if it changes over the run, like mix
+    mix: NotRequired[float]
     cosine: NotRequired[float | None]  # between the outputs of its connectors and their targets
 
 
@@ -34,7 +36,9 @@ class StepRecord(TypedDict):
 
     step: Step
     classification: float | None  # None if no step had a finite loss
-    distillation: float | None
+    distillation: float | None  # None also once the term has ended
+    alpha: NotRequired[float]  # if it changes over the run, like temperature
+    temperature: NotRequired[float]
     lr: float
     images_per_second: float
     terms: NotRequired[dict[str, TermRecord]]
@@ -134,13 +138,15 @@ def with_peers(name: str, records: Records) -> dict[str, Records]:
 def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
     """Return the charts ``loss``, ``heads``, ``learning_rate`` and ``images_per_second`` of one or several runs.
 
-    Runs whose objective has further terms also have ``terms`` and, if features are compared, ``connectors``.
+    Runs whose objective has further terms also have ``terms`` and, if features are compared, ``connectors``; those, and
+    runs whose alpha changes, have ``weights``. A mark in the colour of a line says where its term ends.
 
     With one run each head has a colour, with several each run. Heads are scored with the averaged weights if the run
     keeps them.
     """
     several = len(runs) > 1
     loss: list[Series] = []
+    ends: list[Mark] = []
     heads: list[Series] = []
     rate: list[Series] = []
     speed: list[Series] = []
@@ -151,13 +157,13 @@ def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
         prefix = f"{run}: " if several else ""
         colour = colour_of("", position)
         at = [record["step"] for record in steps]
-        distils = any(record["distillation"] for record in steps)
         for term, head in (("classification", "cls"), ("distillation", "dist")):
-            if term == "classification" or distils:
+            if any(record[term] for record in steps):
                 line = colour if several else colour_of(head)
                 dash = DASHES["dist"] if several and head == "dist" else "-"
-                values = [math.nan if record[term] is None else record[term] for record in steps]
-                loss.append(Series(f"{prefix}{term}", at, values, line, dash))
+                loss.append(Series(f"{prefix}{term}", at, [_number(record[term]) for record in steps], line, dash))
+                if head == "dist" and all("alpha" in record for record in steps):
+                    ends += _ends(loss[-1], [record["alpha"] for record in steps])
         rate.append(Series(run, at, [record["lr"] for record in steps], colour))
         speed.append(Series(run, at, [record["images_per_second"] for record in steps], colour))
         for head, dash in DASHES.items():
@@ -172,7 +178,7 @@ def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
             name = score_text(teacher, 1).removeprefix("top-1 ")
             levels[f"teacher {name}"] = teacher["knn"] if "knn" in teacher else teacher["top1"]
     return {
-        "loss": Chart("Both terms of the loss", "step", "nats", loss),
+        **({"loss": Chart("Both terms of the loss", "step", "nats", loss, marks=ends)} if loss else {}),
         **_term_charts(runs),
         "heads": Chart("Heads on the validation split", "epoch", "top-1 %", heads, list(levels.items())),
         "learning_rate": Chart("Learning rate", "step", "", rate),
@@ -183,23 +189,42 @@ def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
 def _term_charts(runs: Mapping[str, Records]) -> dict[str, Chart]:
     losses: list[Series] = []
     cosines: list[Series] = []
-    ends: list[tuple[str, float]] = []
+    weights: list[Series] = []
+    ends: list[Mark] = []
+    of_features: list[Mark] = []
     for run, records in runs.items():
         steps = [record for record in records if record["kind"] == "step"]
-        prefix = f"{run}: " if len(runs) > 1 else ""
+        at, prefix = [step["step"] for step in steps], f"{run}: " if len(runs) > 1 else ""
         for kind in dict.fromkeys(kind for step in steps for kind in step.get("terms", {})):
-            live = [(step["step"], step["terms"][kind]) for step in steps if kind in step.get("terms", {})]
-            at = [step for step, _ in live]
+            name, colour = prefix + kind, colour_of("", len(weights))
+            live = [step.get("terms", {}).get(kind, {}) for step in steps]
             for lines, value in ((losses, "loss"), (cosines, "cosine")):
-                values = [math.nan if term.get(value) is None else term[value] for _, term in live]
+                values = [_number(term.get(value)) for term in live]
                 if not all(map(math.isnan, values)):
-                    lines.append(Series(prefix + kind, at, values, colour_of("", len(lines))))
-            if at[-1] < steps[-1]["step"]:
-                ends.append((f"{prefix}{kind} ends", at[-1]))
-    charts = {"terms": Chart("Further terms, unweighted", "step", "", losses, marks=ends)} if losses else {}
-    if cosines:
-        charts["connectors"] = Chart("Compared features: student and teacher", "step", "cosine", cosines, marks=ends)
-    return charts
+                    lines.append(Series(name, at, values, colour))
+            weights.append(Series(name, at, [term.get("weight", 0.0) for term in live], colour))
+            end = _ends(weights[-1], weights[-1].y)
+            ends += end
+            of_features += end if cosines and cosines[-1].name == name else []
+        if any("alpha" in step for step in steps):
+            alphas = [_number(step.get("alpha")) for step in steps]
+            weights.append(Series(f"{prefix}alpha", at, alphas, colour_of("", len(weights))))
+    charts = {
+        "terms": Chart("Further terms, unweighted", "step", "", losses, marks=ends),
+        "connectors": Chart("Compared features: student and teacher", "step", "cosine", cosines, marks=of_features),
+        "weights": Chart("Weights in the loss", "step", "", weights, marks=ends),
+    }
+    return {name: chart for name, chart in charts.items() if chart.series}
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _ends(line: Series, weights: Sequence[float]) -> list[Mark]:
+    """Return the mark of the last record in which what `line` draws had a weight, unless that is the line's end."""
+    last = max((place for place, weight in enumerate(weights) if weight > 0), default=len(weights) - 1)
+    return [] if last == len(weights) - 1 else [Mark(f"{line.name} ends", line.x[last], line.colour)]
 
 
 def troubles_of(records: Records) -> str:

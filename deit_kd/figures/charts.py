@@ -35,10 +35,11 @@ def _draw_lines(axis: Axes, chart: Chart) -> None:
     for line in chart.series:
         lonely = "o" if len(line.x) == 1 else None
         axis.plot(line.x, line.y, color=line.colour, linestyle=line.dash, label=_short(line.name), marker=lonely)
+        axis.update_datalim([(x, 0) for x in line.x], updatey=False)  # also where it has no value
     for name, level in chart.levels:
         axis.axhline(level, color=FAINT, linestyle=(0, (4, 2)), label=name)
-    for name, place in chart.marks:
-        axis.axvline(place, color=FAINT, linestyle=":", label=printable(name))
+    for mark in chart.marks:
+        axis.axvline(mark.x, color=mark.colour, linestyle=":", label=_short(mark.name))
     axis.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if len(chart.series) + len(chart.levels) + len(chart.marks) > 1:

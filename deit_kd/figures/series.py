@@ -29,6 +29,15 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A vertical line: where something ends."""
+
+    name: str
+    x: float
+    colour: str
+
+
+@dataclass(frozen=True)
 class Chart:
     """Lines on the same axes."""
 
@@ -37,4 +46,4 @@ class Chart:
     y_label: str
     series: Sequence[Series]
     levels: Sequence[tuple[str, float]] = ()  # horizontal lines: the teacher's score
-    marks: Sequence[tuple[str, float]] = ()  # vertical lines: where a term ends
+    marks: Sequence[Mark] = ()

@@ -5,7 +5,7 @@ from deit_kd.losses.dense import DenseTerm
 from deit_kd.losses.guide import guide
 from deit_kd.losses.hard import hard_distillation
 from deit_kd.losses.links import Shapes, guide_links, pooled_links, relation_links
-from deit_kd.losses.objective import CheckedTerms, Objective, Term, Terms
+from deit_kd.losses.objective import CheckedTerms, Objective, Term, Terms, check_taught
 from deit_kd.losses.pooled import pooled_cosine, pooled_huber
 from deit_kd.losses.relations import relations
 from deit_kd.losses.soft import soft_distillation
@@ -23,6 +23,7 @@ __all__ = [
     "Shapes",
     "Term",
     "Terms",
+    "check_taught",
     "guide",
     "guide_links",
     "hard_distillation",

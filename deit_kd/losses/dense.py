@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deit_kd.interfaces import InputError, TeacherOutput
+from deit_kd.interfaces import SOFT_TEMPERATURE, InputError, TeacherOutput
 from deit_kd.losses.soft import soft_distillation
-from deit_kd.losses.terms import SOFT_TEMPERATURE, check_temperature
+from deit_kd.losses.terms import check_temperature
 from deit_kd.schedules import Schedule
 
 MODES = ("hard", "soft")

@@ -30,7 +30,8 @@ def guide_links(
         grid: side of the grid on which maps are compared; None uses the coarser of the two.
 
     Raises:
-        InputError: a block or a stage does not exist, their numbers differ, or grids cannot be matched.
+        InputError: a block or a stage does not exist, their numbers differ, a pair is there twice, or grids cannot be
+            matched.
     """
     return _map_links("guide", student, teacher, blocks, stages, grid)
 
@@ -96,6 +97,9 @@ def _map_links(
         )
     names = list(own)
     pairs = [(names[place], stage) for place, stage in zip(places, chosen, strict=True)]
+    twice = next((pair for pair in pairs if pairs.count(pair) > 1), None)
+    if twice is not None:
+        raise InputError(f"distill.terms: {twice[0]} and {twice[1]} are compared twice; name each pair once")
     return tuple(_link(term, block, stage, own[block], theirs[stage], grid) for block, stage in pairs)
 
 

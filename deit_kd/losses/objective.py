@@ -12,8 +12,8 @@ from torch import Tensor
 from deit_kd.interfaces import InputError, StudentOutput, TeacherOutput, nearest
 from deit_kd.losses.classification import soft_target_cross_entropy
 from deit_kd.losses.dense import DenseTerm
-from deit_kd.losses.terms import LOGIT_LOSSES, PEERS, SOFT_TEMPERATURE, FeatureTerm, LogitTerm, Needs
-from deit_kd.schedules import Schedule, always
+from deit_kd.losses.terms import LOGIT_LOSSES, PEERS, FeatureTerm, LogitTerm, Needs
+from deit_kd.schedules import Schedule, always, silence
 
 Term = LogitTerm | DenseTerm | FeatureTerm
 NO_TERM: Mapping[str, Tensor] = {}
@@ -47,22 +47,24 @@ class Objective:
     Args:
         kind: of the distillation term: ``none`` (classification alone), ``soft``, ``hard`` or ``standardised``.
         alpha: weight of the distillation term, 0 to 1, or its schedule. With kind ``none``, 1 ignores the labels, so
-            that only the further terms teach; other values have no effect.
-        temperature: T of the distillation term, or its schedule; None is the default of the kind.
+            that only the further terms teach, and a schedule gives the labels the weight 1 - alpha; any other constant
+            has no effect.
+        temperature: T of the distillation term, or its schedule; None is 3, and depends on the number of classes for
+            ``standardised``.
         scale: ``batchmean`` averages over the batch; ``numel`` divides by the classes too, as the
             published deit code does, which makes the soft term exactly C times smaller.
         terms: further terms, at most one of each kind; terms whose weight is always 0 are dropped.
 
     Raises:
         InputError: `kind` or `scale` is unknown, `alpha` or `temperature` out of range, a term appears twice, or
-            nothing is left to learn from.
+            nothing teaches in a part of the run.
     """
 
     def __init__(
         self,
         kind: str = "hard",
         alpha: float | Schedule = 0.5,
-        temperature: float | Schedule | None = SOFT_TEMPERATURE,
+        temperature: float | Schedule | None = None,
         scale: str = "batchmean",
         terms: Sequence[Term] = (),
     ) -> None:
@@ -71,8 +73,8 @@ class Objective:
             raise InputError(f"distill.kind: {kind!r} is unknown; use one of {', '.join(known)}{nearest(kind, known)}")
         self.kind = kind
         self.scale = scale
-        self.terms = tuple(term for term in terms if term.weight != always(0))
-        self._alpha = alpha if isinstance(alpha, Schedule) else always(alpha)
+        self.terms = tuple(term for term in terms if not term.weight.is_always(0))
+        self._alpha = acting_alpha(kind, alpha if isinstance(alpha, Schedule) else always(alpha))
         out_of_range = [value for value in self._alpha.values if not 0 <= value <= 1]
         if out_of_range:
             raise InputError(f"distill.alpha: {out_of_range[0]} is not between 0 and 1")
@@ -85,13 +87,28 @@ class Objective:
         twice = next((name for name in kinds if kinds.count(name) > 1), None)
         if twice is not None:
             raise InputError(f"distill.terms: {twice} appears twice; keep one")
-        if not self.learns_from_labels and not self.terms:
-            raise InputError("distill.alpha: 1 ignores the labels, and nothing else teaches; add a term")
+        check_taught(kind, self._alpha, [term.weight for term in self.terms])
 
     @property
     def learns_from_labels(self) -> bool:
         """Whether the labels are used at any time."""
-        return self.kind != "none" or self._alpha != always(1)
+        return self.kind != "none" or not self._alpha.is_always(1)
+
+    @property
+    def distils(self) -> bool:
+        """Whether it has a distillation term that has not ended."""
+        return self._distillation is not None
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """Alpha, and the weights of the further terms."""
+        return self._alpha, *(term.weight for term in self.terms)
+
+    def changing(self, place: float) -> dict[str, float]:
+        """Return those of ``alpha`` and ``temperature`` that change over the run, at the share `place` of it."""
+        temperature = None if self._distillation is None else self._distillation.temperature
+        both = {"alpha": self._alpha, "temperature": temperature}
+        return {name: value.at(place) for name, value in both.items() if value is not None and value.changes}
 
     @property
     def further_terms(self) -> tuple[str, ...]:
@@ -101,7 +118,7 @@ class Objective:
     @property
     def active(self) -> tuple[str, ...]:
         """The kinds of the terms that use the teacher: the distillation term and the further terms."""
-        return (self.kind,) * (self._distillation is not None) + self.further_terms
+        return (self.kind,) * self.distils + self.further_terms
 
     @property
     def feature_kinds(self) -> set[str]:
@@ -114,7 +131,7 @@ class Objective:
         links = tuple(link for term in self.terms if isinstance(term, FeatureTerm) for link in term.links)
         dense = any(isinstance(term, DenseTerm) for term in self.terms)
         of_teacher = (term for term in self.terms if term.kind != PEERS and not isinstance(term, FeatureTerm))
-        return Needs(self._distillation is not None or any(of_teacher), links, dense)
+        return Needs(self.distils or any(of_teacher), links, dense)
 
     def remaining(self, place: float) -> Objective:
         """Return this objective without the terms that have ended for good at the share `place` of the run."""
@@ -122,7 +139,7 @@ class Objective:
         # Peers answer one another to the end, so dropping that term would save nothing.
         rest.terms = tuple(term for term in self.terms if term.kind == PEERS or not term.weight.is_over(place))
         # An alpha that is 0 from the start is still measured: only a schedule ends.
-        if self._alpha.is_over(place) and self._alpha != always(0):
+        if self._alpha.is_over(place) and self._alpha.changes:
             rest._distillation = None
         return rest
 
@@ -187,13 +204,41 @@ class Objective:
             return CheckedTerms(terms, is_finite, (~answered).float().sum())
 
     def _weighed(self, means: Mapping[str, Tensor], place: float) -> Tensor:
-        loss = means["classification"]
-        if self.kind != "none" or not self.learns_from_labels:
-            alpha = self._alpha.at(place)
-            loss = (1 - alpha) * loss + alpha * means["distillation"]
+        loss, alpha = means["classification"], self._alpha.at(place)
+        loss = (1 - alpha) * loss + alpha * means["distillation"]
         for term in self.terms:
             loss = loss + term.weight.at(place) * means[term.kind]
         return loss
+
+
+def acting_alpha(kind: str, alpha: Schedule) -> Schedule:
+    """Return the alpha that acts: without a distillation term, a constant below 1 does not weaken the labels."""
+    return always(0) if kind == "none" and not alpha.changes and not alpha.is_always(1) else alpha
+
+
+def check_taught(kind: str, alpha: Schedule, weights: Sequence[Schedule]) -> None:
+    """Refuse an objective whose every weight is 0 in a part of the run; arguments as for `Objective`.
+
+    Raises:
+        InputError: no labels are learned from in that part, and no term, with its `weights`, has a weight above 0.
+    """
+    alpha = acting_alpha(kind, alpha)
+    # With a distillation term, the labels' weight and its own add up to 1.
+    silent = None if kind != "none" else silence([alpha._replace(start=1 - alpha.start, end=1 - alpha.end), *weights])
+    if silent is None:
+        return
+    first, last = silent
+    if silent == (0, 1):
+        raise InputError("distill.alpha: 1 ignores the labels, and nothing else teaches; add a term")
+    when, cure = f"between {first:g} and {last:g}", "last longer"
+    if last == 1:
+        when, cure = f"after {first:g}", "last"
+    elif first == 0:
+        when, cure = f"before {last:g}", "begin earlier"
+    raise InputError(
+        f"distill.terms: nothing teaches {when} of the run; let a term {cure}, or give the labels a weight "
+        "(distill.alpha)"
+    )
 
 
 def _logit_losses(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deit_kd.interfaces import DENSE, FEATURE_KINDS, InputError, Link, nearest
+from deit_kd.interfaces import DENSE, FEATURE_KINDS, SOFT_TEMPERATURE, InputError, Link, nearest
 from deit_kd.losses.guide import map_error, on_one_grid
 from deit_kd.losses.hard import hard_distillation
 from deit_kd.losses.pooled import normalised, pooled_cosine, pooled_huber
@@ -24,7 +24,6 @@ LOGIT_LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "standardised": standardised_distillation,
 }
 POOLED_LOSSES = {"cosine": pooled_cosine, "huber": pooled_huber}
-SOFT_TEMPERATURE = 3.0
 PEERS = "peers"  # the kind of the term that compares with the answers of peers instead of a teacher's
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from deit_kd.distributed import on_main
 from deit_kd.engine import StepResult, Trainer, train
 from deit_kd.interfaces import ANSWERS, Batch, InputError, Stopped, speaker
 from deit_kd.interrupts import stopped_by
-from deit_kd.losses import Objective
+from deit_kd.losses import FeatureTerm, Objective, Term
 from deit_kd.memory import peak_memory, reset_peak_memory
 from deit_kd.run_folder import CHECKPOINTS, METRICS_FILE, FeatureRecord, ScoreRecord, kept_weights
 from deit_kd.runs import parts
@@ -26,6 +26,7 @@ from deit_kd.runs.lesson import Lesson, build_distiller
 from deit_kd.runs.peers import split_scores
 from deit_kd.runs.prepared import AfterEpoch, Run
 from deit_kd.runs.progress import BadStep, Progress
+from deit_kd.schedules import Schedule
 from deit_kd.stopping import Watch
 
 
@@ -78,7 +79,7 @@ class Course:
         self.watch.beat()
         at_epoch_end = step % self.run.loader.steps_per_epoch == 0
         is_due = train.checkpoint_every_steps is not None and step % train.checkpoint_every_steps == 0
-        if step % train.log_every_steps == 0 or at_epoch_end:
+        if step % train.log_every_steps == 0 or at_epoch_end or self._ends_a_schedule(step):
             overdue = (
                 self.run.processes.is_main and time.monotonic() - self._saved > 60 * train.checkpoint_every_minutes
             )
@@ -93,6 +94,13 @@ class Course:
         if step < self.run.loader.total_steps and not self.watch.may_go_on(step):
             assert self.watch.signal is not None
             self._stop(self.watch.signal)
+
+    def _ends_a_schedule(self, step: int) -> bool:
+        """Return whether a weight has its last value from the next step on; a record says up to where it had others."""
+        total = self.run.loader.total_steps
+        members = self.trainer.distiller.members
+        schedules = [schedule for member in members for schedule in member.objective.schedules]
+        return any(schedule.ends_between((step - 1) / total, step / total) for schedule in schedules)
 
     def _let_go(self) -> None:
         """Drop what the next epoch no longer needs: ended terms, their connectors and their teachers."""
@@ -116,10 +124,9 @@ class Course:
         record, is_overdue = progress.read(run.processes, run.config.train.batch_size, overdue)
         record["lr"] = max(group["lr"] for group in self.trainer.optimizer.param_groups)
         record["epoch"] = (progress.step - 1) // run.loader.steps_per_epoch
-        record |= self._terms(record.get("terms", {}), self.trainer.distiller.objective)
+        record |= self._weights(record, run.objective, self.trainer.distiller.objective)
         for peer, member in zip(run.peers, self.trainer.distiller.members[1:], strict=True):
-            own = record["peers"][peer.name]
-            own |= self._terms(own.get("terms", {}), member.objective)
+            record["peers"][peer.name] |= self._weights(record["peers"][peer.name], peer.objective, member.objective)
         if parts.skips(run.config):
             run.errors.tell()
             record["missing"] = run.errors.views("train")  # so far
@@ -132,17 +139,23 @@ class Course:
         self._give_up_without_answers()
         return is_overdue
 
-    def _terms(self, measured: dict[str, dict[str, float | None]], objective: Objective) -> dict[str, Any]:
-        """Return the further terms that were active, each with its weight; empty if there are none."""
-        if not measured:
-            return {}
+    def _weights(self, measured: dict[str, Any], whole: Objective, rest: Objective) -> dict[str, Any]:
+        """Return what changes a record of losses: weights beside them, and no loss that the `rest` no longer has."""
         place = (self.progress.step - 1) / self.run.loader.total_steps
-        live: dict[str, dict[str, float | None]] = {}
-        for term in objective.terms:
-            live[term.kind] = {"loss": measured[term.kind]["loss"], "weight": term.weight.at(place)}
-            if term.kind in objective.feature_kinds:
-                live[term.kind]["cosine"] = measured[term.kind]["cosine"]
-        return {"terms": live}
+        found: dict[str, Any] = whole.changing(place)
+        if whole.distils and not rest.distils:
+            found["distillation"] = None
+        if "terms" in measured:
+            found["terms"] = {term.kind: self._term(measured["terms"][term.kind], term, place) for term in rest.terms}
+        return found
+
+    def _term(self, measured: dict[str, float | None], term: Term, place: float) -> dict[str, float | None]:
+        """Return what a record says of a term: loss, weight, what else changes, and the cosine of features."""
+        values = {item.name: getattr(term, item.name) for item in fields(term)}
+        schedules = {name: value for name, value in values.items() if isinstance(value, Schedule)}
+        live = {name: value.at(place) for name, value in schedules.items() if name == "weight" or value.changes}
+        cosine = {"cosine": measured["cosine"]} if isinstance(term, FeatureTerm) else {}
+        return {"loss": measured["loss"], **live, **cosine}
 
     def _record_bad_steps(self) -> None:
         """Record which views had no finite loss in the steps left out; give up if there are too many.
@@ -198,7 +211,8 @@ class Course:
             say(_epoch_note(epoch, run.config.train.epochs, scores, self.teacher_score))
         heads = own[kept_weights(own)]["heads"]
         top1 = heads[speaker(heads)]["top1"]
-        is_best = top1 > self.progress.best_top1
+        # Heads that no label has taught say nothing of an epoch: the newest is then the best.
+        is_best = top1 > self.progress.best_top1 or not run.objective.learns_from_labels
         self.progress.best_top1 = max(top1, self.progress.best_top1)
         self._save(is_best)
         self.progress.restart_clock()
@@ -270,11 +284,14 @@ def _named_views(run: Run, bad: BadStep) -> list[dict[str, Any]]:
 def _step_note(step: int, total: int, record: dict[str, Any], kind: str) -> str:
     if record["loss"] is None:
         return f"step {step}/{total}  no finite loss in {record['bad_steps']} steps, which were left out"
-    terms = f"loss {record['loss']:.3f}"
-    if kind != "none":
-        terms += f" (cls {record['classification']:.3f}, dist {record['distillation']:.3f})"
+    heads = {} if kind == "none" and "alpha" not in record else {"cls": record["classification"]}
+    heads |= {} if kind == "none" else {"dist": record["distillation"]}
+    parts = [f"{head} {'-' if loss is None else f'{loss:.3f}'}" for head, loss in heads.items()]
+    parts += [f"alpha {record['alpha']:.3g}"] if "alpha" in record else []
+    terms = f"loss {record['loss']:.3f}" + (f" ({', '.join(parts)})" if parts else "")
     for kind, term in record.get("terms", {}).items():
-        terms += f", {kind} {term['loss']:.3f}" + (f" (cos {term['cosine']:.2f})" if "cosine" in term else "")
+        terms += f", {kind} {term['loss']:.3f} x {term['weight']:.3g}"
+        terms += f" (cos {term['cosine']:.2f})" if "cosine" in term else ""
     if record["bad_steps"]:
         terms += f", {record['bad_steps']} steps left out"
     if record["teacher_not_finite"]:

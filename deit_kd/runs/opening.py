@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deit_kd.checkpoint import Found, load_checkpoint, newest_checkpoint
-from deit_kd.config import NOTHING, Config, differences, effects, flat, read_recipe
+from deit_kd.config import NOTHING, Config, differences, effects, flat, in_todays_values, read_recipe
 from deit_kd.console import say
 from deit_kd.data import PILLOW
 from deit_kd.distributed import Processes, on_main, together
@@ -126,7 +126,7 @@ def _drops_paths(config: Config) -> bool:
 def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) -> None:
     facts = read_facts(folder)
     makers = makers_of(config)  # with their versions
-    before = flat(read_recipe(folder / CONFIG_FILE))
+    before = flat(in_todays_values(read_recipe(folder / CONFIG_FILE)))
     before |= {f"data.{name}": facts.get(name, PILLOW.version) for name in makers}
     now = dict.fromkeys(before) | flat(config.model_dump(mode="json"))  # a key that no longer exists has changed, too
     now |= {f"data.{name}": maker for name, maker in makers.items()}

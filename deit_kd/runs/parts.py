@@ -9,7 +9,7 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from deit_kd import data, views
+from deit_kd import data, losses, views
 from deit_kd.config import (
     Config,
     Guide,
@@ -169,6 +169,18 @@ def build_objective(config: Config, student: Shapes, teacher: Shapes) -> Objecti
     if config.learns_from_peers:
         terms.append(LogitTerm(PEERS, as_schedule(section.peer_weight), as_schedule(section.peer_temperature)))
     return Objective(section.kind, as_schedule(section.alpha), temperature, section.scale, terms)
+
+
+def check_taught(config: Config) -> None:
+    """Refuse a recipe that teaches nothing in a part of its run; the objective is known only once there is a teacher.
+
+    Raises:
+        InputError: see `deit_kd.losses.check_taught`.
+    """
+    section = config.distill
+    weights = [as_schedule(term.weight) for term in section.terms]
+    weights += [as_schedule(section.peer_weight)] * config.learns_from_peers
+    losses.check_taught(section.kind, as_schedule(section.alpha), weights)
 
 
 def _build_term(section: TermSection, student: Shapes, teacher: Shapes) -> Term:
