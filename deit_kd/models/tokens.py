@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deit_kd.interfaces import HEADS, InputError, StudentOutput
+from deit_kd.models.last_block import heads_alone
 
 Host = VisionTransformer | Eva | ConVit | VisionTransformerRelPos  # which take any number of prefix tokens
 
@@ -199,7 +200,9 @@ def _obstacle(backbone: Any) -> str | None:
 def read_heads(backbone: nn.Module, images: Tensor) -> StudentOutput:
     """Answer `images` [B, 3, H, W] with logits [B, C] of each of its heads, see `answers_apart`."""
     model: Any = backbone
-    return heads_of(backbone, model.forward_features(images))
+    with heads_alone(backbone):
+        last = model.forward_features(images)
+    return heads_of(backbone, last)
 
 
 def heads_of(backbone: nn.Module, last: Tensor) -> StudentOutput:

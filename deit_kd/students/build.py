@@ -9,6 +9,7 @@ from torch import nn
 from deit_kd.interfaces import InputError
 from deit_kd.models.create import check_answer, check_arguments, create_model, size_argument
 from deit_kd.models.integers import round_linears
+from deit_kd.models.last_block import replace_last_block
 from deit_kd.models.names import check_known, distilled_twin, plain_twin
 from deit_kd.models.tokens import answer_with_patches
 from deit_kd.models.weights import Account, fit_weights
@@ -92,6 +93,7 @@ def build_student(
         **args,
         **({"drop_path_rate": drop_path} if drop_path else {}),
     )
+    replace_last_block(backbone)
     if patches:
         answer_with_patches("student.name", backbone)
     account = None
