@@ -34,7 +34,7 @@ from deit_kd.models.names import check_known, distilled_twin, has_published_seco
 from deit_kd.models.state import published_state, read_state, tensors_hash
 from deit_kd.models.tokens import answer_with_patches
 from deit_kd.models.weights import fit_weights, holds_distillation_token, holds_second_head
-from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN
+from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN, path_of
 from deit_kd.run_folder import CONFIG_FILE, QUANTIZED_FILE, STUDENT_FOLDER, Facts, read_facts, run_of
 
 WEIGHTS_FILE = "model.safetensors"
@@ -130,7 +130,8 @@ def open_origin(key: str, name: str | Path, asked: frozenset[str] = frozenset())
     for file in (place, place / WEIGHTS_FILE, place / STUDENT_FOLDER / WEIGHTS_FILE):
         if file.is_file():
             return _described_beside(key, text, file)
-    raise InputError(f"{key}: {text} holds no weights; name a .safetensors or .pth file, a local-dir or a run")
+    found = "holds no weights" if place.exists() else "is not there"
+    raise InputError(f"{key}: {text} {found}; name a .safetensors or .pth file, a local-dir or a run")
 
 
 def open_published(key: str, name: str) -> Origin:
@@ -262,6 +263,8 @@ def _teacher_of(key: str, name: str, asked: frozenset[str]) -> Origin:
     source, known = facts["source"], facts.get("digest")
     if source is None and section.name is not None:
         weights = open_published(key, section.name)
+    elif not path_of(str(source)).exists():
+        raise InputError(f"{key}: {run} learned from {source}, which is not there; put it back, or name other weights")
     else:
         weights = open_origin(key, str(source), asked)
 

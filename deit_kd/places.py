@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deit_kd.config import Config
+from deit_kd.config import Config, TeacherNetwork
 from deit_kd.interfaces import InputError
 
 TAR_SHARDS = "tar shards"
@@ -60,16 +60,18 @@ def check_training(config: Config) -> None:
     if config.data.unlabelled is not None:
         check_there("data.unlabelled", config.data.unlabelled, "name a folder with images")
     weights = {"student.checkpoint": config.student.checkpoint}
-    teacher = config.teacher
+    teacher, networks = config.teacher, dict[str, TeacherNetwork]()
     if config.distill.kind != "none":
-        if teacher.store is not None and teacher.store_mode == "read":
-            check_there("teacher.store", teacher.store, "make one with deit-kd store build")
+        if teacher.reads_store:
+            check_there("teacher.store", str(teacher.store), "make one with deit-kd store build")
         else:
             networks = {"teacher": teacher, **{f"teacher.members.{n}": one for n, one in enumerate(teacher.members)}}
-            for key, network in networks.items():
-                weights[f"{key}.checkpoint"] = network.checkpoint
-                if network.class_map is not None:
-                    check_there(f"{key}.class_map", network.class_map, "name a CSV or JSON file")
+    if config.distill.needs_features:
+        networks |= {"guide": config.guide} if config.guide.is_named else {"teacher": teacher}
+    for key, network in networks.items():
+        weights[f"{key}.checkpoint"] = network.checkpoint
+        if network.class_map is not None:
+            check_there(f"{key}.class_map", network.class_map, "name a CSV or JSON file")
     for key, path in weights.items():
         if path is not None:
             check_there(key, str(path_of(path)), "name a .safetensors or .pth file, a local-dir or a finished run")

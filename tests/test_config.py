@@ -212,6 +212,7 @@ def test_a_key_that_does_not_say_what_it_changes_is_no_key() -> None:
         ("teacher.fit.folder", NOTHING),
         ("teacher.fit.optim.lr", RESULT),
         ("teacher.name", ANSWERS | FIT),
+        ("teacher.image_size", ANSWERS | FIT),
         ("augment.label_smoothing", RESULT),
         ("seed", VIEWS | FIT),
     ],

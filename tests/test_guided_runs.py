@@ -13,12 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from deit_kd.cli import main
+from deit_kd.config import parse_config
 from deit_kd.console import console
 from deit_kd.evaluation.curves import charts_of, read_records
 from deit_kd.figures import line_charts
+from deit_kd.origins import recipe_of
+from deit_kd.teaching.fit import teacher_folder
 from tests.forked import run_on_two
-from tests.helpers import FULL, Finished, heads_in, records, tiny
+from tests.helpers import FULL, Finished, heads_in, records, refused, tiny
 from tests.started import kill
+from tests.tiny_parts import folder_splits
 
 EPOCHS, STEPS_PER_EPOCH = 4, 3
 GUIDE = {"kind": "guide", "weight": {"start": 2.5, "until": 0.5}, "blocks": [0, 1], "stages": ["layer1", "layer2"]}
@@ -243,6 +247,118 @@ def test_a_guide_alone_needs_no_token_and_is_fitted_in_the_same_command(
     assert heads["teacher"] is not None
     assert steps(tmp_path / "run")[0]["terms"]["guide"]["loss"] > 0
     assert "guide: ended after step 3" in capsys.readouterr().out
+
+
+# A network that takes no other size than the one that its weights were trained at.
+SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+
+
+@pytest.mark.parametrize("role", ["teacher", "guide"])
+def test_a_network_is_fitted_as_it_sees_photos_later(
+    role: str, photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"name": "swin_tiny_patch4_window7_224", "args": SWIN, "image_size": 32, "std": [0.5, 0.5, 0.5]}
+    own |= {"min_top1": 0, "fit__epochs": 1, "fit__batch_size": 16, "fit__optim__warmup_epochs": 0}
+    own["fit__folder"] = str(tmp_path / "kept")
+    options = {f"{role}__{key}": value for key, value in own.items()}
+    if role == "guide":
+        relations = {"kind": "relations", "blocks": [1], "stages": ["layers.0"]}
+        options |= {"distill__kind": "none", "distill__terms": [relations], "teacher__name": None}
+    arguments = tiny(photos_root, tmp_path / "run", **{"teacher__random_weights": None, **options})
+    assert main(["train", *arguments]) == 0
+    (fitted,) = (path for path in (tmp_path / "kept").iterdir() if path.is_dir())
+    seen = recipe_of(fitted).data
+    assert (seen.image_size, seen.std) == (32, (0.5, 0.5, 0.5))
+    assert recipe_of(tmp_path / "run").data.image_size == 16
+    told = capsys.readouterr().out
+    assert f"{role}: fitting swin_tiny_patch4_window7_224" in told
+    assert main(["train", *arguments, "--output", str(tmp_path / "again")]) == 0
+    assert f"{role}: found {fitted}" in capsys.readouterr().out
+    wrong = [*arguments, "--output", str(tmp_path / "wrong"), f"--{role}.image_size", "34"]
+    assert f"{role}.image_size: 34 is not a multiple of {role}.name's patch size 4" in refused(
+        ["train", *wrong], capsys
+    )
+
+
+def test_the_folder_of_a_fit_depends_on_the_size_at_which_it_is_fitted(photos_root: Path) -> None:
+    splits = folder_splits(photos_root)
+    folders = []
+    for student, own in ((32, None), (32, 32), (16, 32), (16, None), (16, 24)):
+        options = {"data__image_size": student, "teacher__image_size": own, "teacher__fit__epochs": 1}
+        config, _ = parse_config(tiny(photos_root, None, teacher__random_weights=None, **options))
+        folders.append(teacher_folder(config, splits))
+    assert folders[0] == folders[1] == folders[2]  # so what was fitted before is found again
+    assert len(set(folders)) == 3
+
+
+KEPT = {"name": "test_resnet", "random_weights": True}
+WRONG_GUIDES: list[dict[str, Any]] = [
+    {"checkpoint": "nowhere"},
+    {"random_weights": True},
+    {"fit__epochs": 1},
+    {"name": "test_resnet"},
+    {"name": "resnet19", "random_weights": True},
+    {"name": "resnet19", "fit__epochs": 1},
+    {"name": "test_resnet", "fit__epochs": 1, "fit__batch_size": 64},
+    {"name": "test_resnet", "fit__epochs": 1, "fit__optim__name": "sdg"},
+    {"name": "test_resnet", "fit__epochs": 1, "args": {"nonsense": 1}},
+    {"name": "test_resnet", "pretrained": True, "random_weights": True},
+    {"name": "convnext_tiny.dinov3_lvd1689m", "pretrained": True},
+    {"name": "test_vit", "random_weights": True, "image_size": 30},
+    {**KEPT, "class_map": "nowhere.json"},
+    {**KEPT, "label_set": "imagenet-0"},
+    {**KEPT, "args": {"num_classes": 2}},
+    {**KEPT, "args": {"nonsense": 1}},
+    {"checkpoint": "seed-0", "class_map": "turned.json"},
+    {"checkpoint": "seed-1", "min_top1": 100},
+    {"checkpoint": "seed-0", "name": "test_resnet", "args": {"act_layer": "gelu"}},
+    {"checkpoint": "weights.pth", "name": "test_resnet"},
+    {"checkpoint": "seed-0:teacher"},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG_GUIDES, ids=str)
+def test_a_wrong_guide_is_refused_in_the_words_for_a_teacher_with_its_own_keys(
+    wrong: dict[str, Any],
+    photos_root: Path,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(teacher)
+    (teacher / "weights.pth").write_bytes(b"none")
+    (teacher / "turned.json").write_text('{"bars": 1, "dots": 2, "rings": 0}')
+    base = {**OPTIONS, "distill__kind": "none", "teacher__name": None, "teacher__random_weights": None}
+    lines = {}
+    for role in ("teacher", "guide"):
+        own = base | {f"{role}__{key}": value for key, value in wrong.items()}
+        lines[role] = refused(["train", *tiny(photos_root, tmp_path / "run", **own)], capsys)
+    assert lines["guide"] != lines["teacher"]
+    assert lines["guide"] == re.sub(r"(?<!:)\bteacher([.:])", r"guide\1", lines["teacher"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_lines_about_a_guide_name_its_own_keys(
+    photos_root: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = {"guide__name": "resnet18", "guide__checkpoint": str(teacher / "seed-0"), "guide__min_top1": 0}
+    options = {"distill__kind": "none", "teacher__name": None, "teacher__checkpoint": None, "train__epochs": 1, **named}
+    assert main(["train", *guided(photos_root, tmp_path / "run", teacher, **options)]) == 0
+    told = capsys.readouterr().out
+    assert "guide.name: resnet18 is ignored" in told
+    assert "teacher.name" not in told
+
+
+@pytest.mark.parametrize("kind", ["guide", "relations", "pooled"])
+def test_a_feature_term_of_weight_0_loads_and_fits_no_guide(photos_root: Path, tmp_path: Path, kind: str) -> None:
+    fit = {"guide__name": "test_resnet", "guide__fit__epochs": 1, "guide__fit__folder": str(tmp_path / "kept")}
+    weight = {"start": 0, "until": 0.5} if kind == "guide" else 0
+    terms = {"distill__terms": [{"kind": kind, "weight": weight}], **fit}
+    for name, options in (("without", {}), ("with", terms)):
+        assert main(["train", *tiny(photos_root, tmp_path / name, **options)]) == 0
+    assert_same_run(tmp_path / "with", tmp_path / "without")
+    assert not (tmp_path / "kept").exists()
 
 
 def test_a_wrong_stage_is_told_before_a_teacher_is_fitted(

@@ -309,6 +309,42 @@ def test_what_a_run_is_wins_over_a_name(mapped: Path) -> None:
     assert any("resnet18 is ignored" in line for line in frozen.lines())
 
 
+@pytest.fixture(scope="module")
+def exported(mapped: Path) -> Path:
+    """The run, exported to the formats that are read again."""
+    for name in ("timm", "transformers"):
+        assert main(["export", str(mapped), "--format", name, "--to", str(mapped / name)]) == 0
+    return mapped
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{}",
+        "{}/student",
+        "{}/student/model.safetensors",
+        "{}/timm",
+        "{}/timm/model.safetensors",
+        "local-dir:{}/timm",
+        "{}/transformers",
+        "local-dir:{}/transformers",
+    ],
+)
+def test_what_describes_itself_wins_over_a_name_in_every_form(exported: Path, form: str) -> None:
+    frozen = teacher(checkpoint=form.format(exported), name="resnet18", args={"stem_width": 3})
+    torch.testing.assert_close(answers(frozen), answers(teacher(checkpoint=str(exported))), rtol=1e-4, atol=1e-5)
+    assert any("teacher.name: resnet18 is ignored" in line for line in frozen.lines())
+
+
+def test_a_teacher_that_was_moved_away_is_said_to_be_missing(mapped: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(mapped, tmp_path / "run")
+    facts = json.loads((run / "run.json").read_text())
+    facts["teacher"]["source"] = "gone/resnet10t-1"
+    (run / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match=f"{run} learned from gone/resnet10t-1, which is not there; put it back"):
+        open_origin("teacher.checkpoint", f"{run}:teacher")
+
+
 # Whose classes a student answers with.
 
 THOUSAND = "deit_tiny_distilled_patch16_224"

@@ -170,7 +170,7 @@ def test_a_checkpoint_gives_its_weights(tmp_path: Path, suffix: str) -> None:
         ({"name": "xcit_nano_12_p16_224", "args": {}}, "is a Xcit, .*: it is built around one class token"),
         ({"name": "convnext_atto", "args": {}}, "is a ConvNeXt, .*: it has no class token to stand beside"),
         ({"pretrained": True, "checkpoint": "here"}, "exclude each other"),
-        ({"checkpoint": "nowhere"}, "student.checkpoint: nowhere holds no weights"),
+        ({"checkpoint": "nowhere"}, "student.checkpoint: nowhere is not there"),
         ({"pretrained": True, "args": {}, "image_size": 224}, "check the network, or give a checkpoint"),
     ],
 )

@@ -186,7 +186,7 @@ def test_a_class_that_the_teacher_does_not_name_is_refused(tmp_path: Path, saved
             {"name": "test_vit", "args": {"global_pool": ""}, "student": seen_at(160)},
             r"returns \[2, 101, 3\] for two images, not \[2, 3",
         ),
-        ({"checkpoint": "nowhere"}, "teacher.checkpoint: nowhere holds no weights"),
+        ({"checkpoint": "nowhere"}, "teacher.checkpoint: nowhere is not there"),
         ({"name": "test_vit", "student": seen_at(20)}, "image_size: 20 is not a multiple of teacher.name's patch"),
     ],
 )

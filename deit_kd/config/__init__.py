@@ -2,7 +2,7 @@
 
 from deit_kd.config.distill import Distill, TermSection, as_schedule, in_words
 from deit_kd.config.effects import ANSWERS, FIT, NOTHING, VIEWS
-from deit_kd.config.keys import differences, effects, flat, keys_that_change, known_keys
+from deit_kd.config.keys import differences, effects, flat, in_keys_of, keys_of, keys_that_change, known_keys
 from deit_kd.config.parser import (
     as_options,
     build_parser,
@@ -19,6 +19,7 @@ from deit_kd.config.sections import (
     Data,
     Fit,
     Guide,
+    GuideAsTeacher,
     SoleTeacher,
     StudentSection,
     TeacherNetwork,
@@ -37,6 +38,7 @@ __all__ = [
     "Distill",
     "Fit",
     "Guide",
+    "GuideAsTeacher",
     "PeerSection",
     "SoleTeacher",
     "StudentSection",
@@ -50,8 +52,10 @@ __all__ = [
     "differences",
     "effects",
     "flat",
+    "in_keys_of",
     "in_todays_values",
     "in_words",
+    "keys_of",
     "keys_that_change",
     "known_keys",
     "names_of_peers",

@@ -144,6 +144,11 @@ class TermSection(Section):
             raise ValueError("temperature does not act on a dense term of mode hard; leave it out, or set mode soft")
         return self
 
+    @property
+    def compares_features(self) -> bool:
+        """Whether it compares features at any time; a weight that is always 0 needs none."""
+        return self.kind in FEATURE_KINDS and not as_schedule(self.weight).is_always(0)
+
     def __str__(self) -> str:
         own = f" ({self.mode}, mix {in_words(self.mix)})" if self.kind == DENSE else ""
         return f"{self.kind}{own}, weight {in_words(self.weight)}"
@@ -248,8 +253,8 @@ class Distill(Section):
 
     @property
     def needs_features(self) -> bool:
-        """Whether any term compares features."""
-        return any(term.kind in FEATURE_KINDS for term in self.terms)
+        """Whether any term compares features at any time."""
+        return any(term.compares_features for term in self.terms)
 
     @property
     def needs_teacher(self) -> bool:

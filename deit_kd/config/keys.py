@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -10,6 +12,11 @@ from pydantic import BaseModel
 
 from deit_kd.config.effects import Effect, effect_of
 from deit_kd.config.recipe import Config
+from deit_kd.config.sections import Guide
+from deit_kd.interfaces import InputError
+
+# The teacher, or a key that a guide has as well; not in a path, nor the keys that act on both (teacher.precision).
+_OF_A_ROLE = re.compile(rf"^teacher(?=: )|(?<![\w./:-])teacher(?=\.(?:{'|'.join(Guide.model_fields)})\b(?!/))")
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -45,6 +52,23 @@ def known_keys() -> list[str]:
 def keys_that_change(effect: Effect, prefixes: Iterable[str] = ("",)) -> list[str]:
     """Return the paths of the keys with any of these effects whose path begins with one of the `prefixes`."""
     return [path for path, own in effects().items() if own & effect and path.startswith(tuple(prefixes))]
+
+
+def in_keys_of(role: str, message: str) -> str:
+    """Return a message about a teacher with the keys of `role`, which is in its place: ``teacher`` or ``guide``."""
+    return _OF_A_ROLE.sub(role, message)
+
+
+@contextmanager
+def keys_of(role: str) -> Iterator[None]:
+    """Within the context, errors about a teacher name the keys of `role`, see `in_keys_of`."""
+    try:
+        yield
+    except InputError as error:
+        message = in_keys_of(role, str(error))
+        if message == str(error):
+            raise
+        raise InputError(message) from error
 
 
 def differences(before: Mapping[str, Any], here: Mapping[str, Any], where: str) -> list[str]:

@@ -161,7 +161,7 @@ class Config(Section):
             self._check_average()
         if self.peers:
             check_peers(self)
-        if self.guide.is_named and not self.distill.needs_features:
+        if self.guide.is_named and not any(term.kind in FEATURE_KINDS for term in self.distill.terms):
             raise ValueError("guide: is set, but no term of distill.terms compares features; add one, or unset it")
         if self.distill.needs_features and not self.guide.is_named:
             answers_alone = (
@@ -216,7 +216,7 @@ class Config(Section):
     @property
     def stores_vectors(self) -> bool:
         """Whether a label store can keep all that features are compared with: the teacher's pooled vectors."""
-        kinds = {term.kind for term in self.distill.terms if term.kind in FEATURE_KINDS}
+        kinds = {term.kind for term in self.distill.terms if term.compares_features}
         own = self.teacher.store is not None and not self.teacher.members and not self.guide.is_named
         return own and kinds == {POOLED}
 

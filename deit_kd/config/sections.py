@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -257,8 +257,8 @@ class TeacherNetwork(Section):
     """CSV or JSON file that gives each class its column, WordNet id or label of the teacher"""
     label_set: str | None = key(None, ANSWERS)
     """classes of weights without class names: imagenet-1k, imagenet-12k, imagenet-22k, …"""
-    image_size: int | None = key(None, ANSWERS, gt=0)
-    """side of its images in pixels; null takes that of its pretrained config, or the student's"""
+    image_size: int | None = key(None, ANSWERS | FIT, gt=0)
+    """side of its images in pixels, also in its fit; null takes that of its pretrained config, or the student's"""
     mean: Statistics | None = key(None, ANSWERS | FIT)
     """its normalisation; null takes that of its pretrained config, or the student's"""
     std: Statistics | None = key(None, ANSWERS | FIT)
@@ -272,6 +272,7 @@ class TeacherNetwork(Section):
 class SoleTeacher(TeacherNetwork):
     """A network that may be fitted first, and whose score is checked before it teaches."""
 
+    role: ClassVar[str] = "teacher"  # whose keys messages name
     fit: Fit = Fit()
     """how it is trained first"""
     head: bool = key(True, RESULT)
@@ -288,6 +289,8 @@ class SoleTeacher(TeacherNetwork):
 
 class Guide(SoleTeacher):
     """A network that gives the features; unset, the teacher gives them with its answers."""
+
+    role: ClassVar[str] = "guide"
 
 
 class TeacherMember(TeacherNetwork):
@@ -331,3 +334,9 @@ class TeacherSection(SoleTeacher):
     def reads_store(self) -> bool:
         """Whether a label store answers in the network's place."""
         return self.store is not None and self.store_mode == "read"
+
+
+class GuideAsTeacher(TeacherSection):
+    """A guide in the teacher's place, so that both are built, fitted and found alike."""
+
+    role: ClassVar[str] = "guide"

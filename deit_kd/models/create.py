@@ -188,10 +188,9 @@ def _check_patches(key: str, model: nn.Module, image_size: int | None) -> None:
         return
     if getattr(embedding, "dynamic_img_pad", False):
         return
+    size_key = "teacher.image_size" if key.startswith("teacher.") else "data.image_size"
     for patch in patches.stride:
         if image_size % patch:
             below, above = image_size // patch * patch, (image_size // patch + 1) * patch
             choices = " or ".join(str(size) for size in (below, above) if size)
-            raise InputError(
-                f"data.image_size: {image_size} is not a multiple of {key}'s patch size {patch}; use {choices}"
-            )
+            raise InputError(f"{size_key}: {image_size} is not a multiple of {key}'s patch size {patch}; use {choices}")

@@ -168,7 +168,7 @@ def match_features(run: Run, lesson: Lesson) -> Objective:
         return parts.build_objective(run.config, {}, {})
     size = run.config.data.image_size
     blank = torch.zeros(1, 3, size, size, device=run.processes.device)
-    with_maps = any(term.kind in MAP_KINDS for term in run.config.distill.terms)
+    with_maps = any(term.kind in MAP_KINDS and term.compares_features for term in run.config.distill.terms)
     own = _student_shapes(run.student, blank, with_maps)
     if lesson.guide is None and isinstance(lesson.answers, StoredTeacher):
         theirs = lesson.answers.shapes

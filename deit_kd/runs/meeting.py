@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from deit_kd.asking import score_teacher
-from deit_kd.config import Config, Guide, TeacherSection
+from deit_kd.config import Guide, TeacherSection, in_keys_of, keys_of
 from deit_kd.console import say, score_text
 from deit_kd.distributed import on_main
 from deit_kd.interfaces import InputError
@@ -30,16 +30,19 @@ def meet_teachers(run: Run, lesson: Lesson) -> tuple[TeacherFacts | None, Tensor
         return None, None
     if answers is None:
         assert lesson.guide is not None
-        facts, predictions = _met(run, "guide", lesson.guide, lesson.guide_source, _guide_section(run.config))
+        facts, predictions = _met_guide(run, lesson.guide, lesson.guide_source)
         return cast(TeacherFacts, facts), predictions
     facts, predictions = _met(run, "teacher", answers, lesson.source, run.config.teacher)
     if lesson.guide is not None:
-        facts["guide"], _ = _met(run, "guide", lesson.guide, lesson.guide_source, _guide_section(run.config))
+        facts["guide"], _ = _met_guide(run, lesson.guide, lesson.guide_source)
     return cast(TeacherFacts, facts), predictions
 
 
-def _guide_section(config: Config) -> TeacherSection | Guide:
-    return config.guide if config.guide.is_named else config.teacher
+def _met_guide(run: Run, guide: FrozenTeacher, source: str | None) -> tuple[dict[str, Any], Tensor | None]:
+    """Check the guide by the section that names it: its own or, beside a store, the teacher's."""
+    section = run.config.guide if run.config.guide.is_named else run.config.teacher
+    with keys_of(section.role):
+        return _met(run, "guide", guide, source, section)
 
 
 def _met(
@@ -84,7 +87,7 @@ def _met(
         if section.min_top1 != 0:
             check_columns(facts, run.classes, labels, whole)
         check_score(facts["name"], score["top1"], score["nll"], labels, section.min_top1, bool(section.fit.epochs))
-    _say_met(run, role, teacher, facts)
+    _say_met(run, role, teacher, facts, section.role)
     return facts, predictions
 
 
@@ -101,14 +104,14 @@ def _met_headless(
             section.min_top1,
             bool(section.fit.epochs),
         )
-    _say_met(run, role, teacher, facts)
+    _say_met(run, role, teacher, facts, section.role)
     return facts
 
 
-def _say_met(run: Run, role: str, teacher: Answers, facts: dict[str, Any]) -> None:
+def _say_met(run: Run, role: str, teacher: Answers, facts: dict[str, Any], keys: str) -> None:
     if run.processes.is_main:
         for line in teacher.lines(role):
-            say(line)
+            say(in_keys_of(keys, line))
         say(f"{role}: {facts['name']}, {score_text(facts['score'], 2)} % on {len(run.splits.validation)} images")
         if facts["random_weights"]:
             say(f"warning: the {role} has random weights and teaches nothing")

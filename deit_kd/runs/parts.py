@@ -18,11 +18,12 @@ from deit_kd.config import (
     TeacherSection,
     TermSection,
     as_schedule,
+    keys_of,
 )
 from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
-from deit_kd.interfaces import DENSE, Batch, InputError
+from deit_kd.interfaces import DENSE, FEATURE_KINDS, Batch, InputError
 from deit_kd.losses import (
     PEERS,
     DenseTerm,
@@ -165,7 +166,9 @@ def build_objective(config: Config, student: Shapes, teacher: Shapes) -> Objecti
     """
     section = config.distill
     temperature = None if section.temperature is None else as_schedule(section.temperature)
-    terms = [_build_term(term, student, teacher) for term in section.terms]
+    # A feature term that never counts has no shapes to be built for.
+    acting = [term for term in section.terms if term.compares_features or term.kind not in FEATURE_KINDS]
+    terms = [_build_term(term, student, teacher) for term in acting]
     if config.learns_from_peers:
         terms.append(LogitTerm(PEERS, as_schedule(section.peer_weight), as_schedule(section.peer_temperature)))
     return Objective(section.kind, as_schedule(section.alpha), temperature, section.scale, terms)
@@ -319,7 +322,8 @@ def build_teacher(
             section.combine,
             config.seed,
         )
-    return _build_network(config, section, classes, processes, checkpoint, dense)
+    with keys_of(section.role):
+        return _build_network(config, section, classes, processes, checkpoint, dense)
 
 
 def _build_network(

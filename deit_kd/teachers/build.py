@@ -89,8 +89,9 @@ def build_teacher(
         _check_tag_has_head(name)
     origin = _origin(name, pretrained, checkpoint, random_weights)
     notes: list[str] = []
-    if origin.record is not None and name is not None and not is_kin(name, str(origin.architecture)):
-        notes.append(f"teacher.name: {name} is ignored, since {origin.name} is a {origin.architecture}")
+    described = None if origin.is_published else origin.architecture
+    if described is not None and name is not None and not is_kin(name, described):
+        notes.append(f"teacher.name: {name} is ignored, since {_what_is(origin)}")
         name, args = None, {}
     architecture = _architecture(name, origin)
     size = image_size or origin.preprocessing.image_size or student.image_size
@@ -209,6 +210,12 @@ def _origin(name: str | None, pretrained: bool, checkpoint: str | None, random_w
     return open_published("teacher.pretrained", name) if pretrained else Origin("random weights", dict)
 
 
+def _what_is(origin: Origin) -> str:
+    if origin.record is not None:
+        return f"{origin.name} is a {origin.architecture}"
+    return f"the config.json of {origin.name} describes its network"
+
+
 def _check_specialist(name: str, specialty: Specialty, is_member: bool, class_map: str | None) -> None:
     if not is_member:
         raise InputError(
@@ -236,7 +243,7 @@ def _check_tag_has_head(name: str) -> None:
     if cfg is not None and cfg.has_weights and not cfg.num_classes:
         raise InputError(
             f"teacher.pretrained: {name} was published without a head, so it has features to teach with but no logits; "
-            "set teacher.head (guide.head for a guide) to false, and compare features (a guide or pooled term)"
+            "set teacher.head to false, and compare features (a guide or pooled term)"
         )
 
 

@@ -8,12 +8,26 @@ import re
 from pathlib import Path
 from typing import Any
 
-from deit_kd.config import FIT, Config, Distill, Fit, Guide, StudentSection, TeacherSection, differences, effects, flat
+from deit_kd.config import (
+    FIT,
+    Config,
+    Data,
+    Distill,
+    Fit,
+    Guide,
+    GuideAsTeacher,
+    StudentSection,
+    TeacherSection,
+    differences,
+    effects,
+    flat,
+    keys_of,
+)
 from deit_kd.console import say
 from deit_kd.data import PILLOW, Splits
 from deit_kd.distributed import Processes, on_main
 from deit_kd.files import read_json, write_json
-from deit_kd.interfaces import FEATURE_KINDS, InputError, Preprocessing
+from deit_kd.interfaces import InputError, Preprocessing
 from deit_kd.randomness import VIEWS_VERSION, derive
 from deit_kd.run_folder import HEADS_FILE
 from deit_kd.runs import parts
@@ -33,6 +47,7 @@ _KEYS = (
     (r"train\.(batch_size|epochs|ema_decay)", r"teacher.fit.\1"),
     (r"(optim|augment)\.", r"teacher.fit.\1."),
 )
+EYES = ("image_size", "mean", "std")  # how a teacher sees photos, if its section says so
 
 
 def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path:
@@ -41,34 +56,40 @@ def fitted_teacher(config: Config, processes: Processes, splits: Splits) -> Path
     Raises:
         InputError: the teacher's name or recipe cannot work.
     """
+    with keys_of(config.teacher.role):
+        return _found_or_fitted(config, processes, splits)
+
+
+def _found_or_fitted(config: Config, processes: Processes, splits: Splits) -> Path:
+    role = config.teacher.role
     if config.teacher.name is None:
         raise InputError("teacher.name: is not set; name a timm model such as resnet18")
     if config.data.unlabelled is not None:
         config = parts.with_labels(config)
         splits = parts.agreed_splits(config, processes)
     key, folder = _key(config, splits), teacher_folder(config, splits)
-    if _is_there(folder, processes):
+    if _is_there(role, folder, processes):
         return folder
-    with claimed(folder, processes, f"teacher: another run is fitting {folder}; waiting until it is done"):
-        if _is_there(folder, processes):  # in the meantime
+    with claimed(folder, processes, f"{role}: another run is fitting {folder}; waiting until it is done"):
+        if _is_there(role, folder, processes):  # in the meantime
             return folder
         try:
             run = prepare(_fit_config(config, folder), processes, splits, is_named_by_recipe=True)
         except InputError as error:
-            raise InputError(_in_the_recipes_keys(str(error))) from error
+            raise InputError(_in_the_recipes_keys(str(error), config.teacher)) from error
         if processes.is_main:
             how = _why(key, folder) if run.checkpoint is None else " (resumed)"
-            say(f"teacher: fitting {config.teacher.name}{how}")
+            say(f"{role}: fitting {config.teacher.name}{how}")
         execute(run)
         on_main(processes, lambda: write_json(folder / KEY_FILE, key))
     return folder
 
 
-def _is_there(folder: Path, processes: Processes) -> bool:
+def _is_there(role: str, folder: Path, processes: Processes) -> bool:
     """Return whether the main process finds a completely fitted teacher, and print it."""
     found = processes.share((folder / HEADS_FILE).is_file())
     if found and processes.is_main:
-        say(f"teacher: found {folder}")
+        say(f"{role}: found {folder}")
     return found
 
 
@@ -89,7 +110,7 @@ def online_teacher(config: Config, processes: Processes, splits: Splits) -> tupl
                 config, splits.train.classes, processes
             )  # what cannot answer at places is not fitted first
         checkpoint = str(fitted_teacher(config, processes, splits))
-    with processes.busy("loads the teacher"):
+    with processes.busy(f"loads the {config.teacher.role}"):
         return parts.build_teacher(config, splits.train.classes, processes, checkpoint, dense), checkpoint
 
 
@@ -101,14 +122,14 @@ def guide_config(config: Config) -> Config | None:
     """
     if not config.distill.needs_features or holds_vectors(config):
         return None
-    features = [term for term in config.distill.terms if term.kind in FEATURE_KINDS]  # all that a guide gives
+    features = [term for term in config.distill.terms if term.compares_features]  # all that a guide gives
     config = config.model_copy(update={"distill": config.distill.model_copy(update={"terms": features})})
     if not config.guide.is_named:
         online = config.teacher.model_copy(update={"store": None})
         return config.model_copy(update={"teacher": online}) if config.teacher.reads_store else None
     guide = {name: getattr(config.guide, name) for name in type(config.guide).model_fields}
     own = {name: getattr(config.teacher, name) for name in ("precision", "channels_last", "compile")}
-    return config.model_copy(update={"teacher": TeacherSection(**guide, **own), "guide": Guide()})
+    return config.model_copy(update={"teacher": GuideAsTeacher(**guide, **own), "guide": Guide()})
 
 
 def holds_vectors(config: Config) -> bool:
@@ -134,9 +155,10 @@ def _key(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str
     if config.data.unlabelled is not None:
         splits = parts.build_splits(parts.with_labels(config))
     found_by = {name for name in TeacherSection.model_fields if effects().get(f"teacher.{name}", FIT) & FIT}
+    found_by -= {"image_size"}  # it is among what is seen, as the first version had it
     teacher = config.teacher.model_dump(mode="json", include=found_by, exclude={"fit": {"folder"}})
     teacher["checkpoint"] = None  # as the first version had it
-    seen = config.data.model_dump(mode="json", include=set(Preprocessing._fields))
+    seen = _seen_data(config).model_dump(mode="json", include=set(Preprocessing._fields))
     if seen["crop_mode"] == "center":
         del seen["crop_mode"]  # the first version had no such field
     if config.data.cache_size is not None:
@@ -153,10 +175,16 @@ def _key(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str
     }
 
 
+def _seen_data(config: Config) -> Data:
+    """Return the recipe's photos as the teacher sees them when it is fitted, which is how it is asked later."""
+    own = {name: getattr(config.teacher, name) for name in EYES}
+    return config.data.model_copy(update={name: value for name, value in own.items() if value is not None})
+
+
 def _fit_config(config: Config, folder: Path) -> Config:
     fit, teacher = config.teacher.fit, config.teacher
     return Config(
-        data=config.data,
+        data=_seen_data(config),
         augment=fit.augment,
         student=StudentSection(
             name=teacher.name,
@@ -185,9 +213,10 @@ def _fit_config(config: Config, folder: Path) -> Config:
     )
 
 
-def _in_the_recipes_keys(message: str) -> str:
+def _in_the_recipes_keys(message: str, teacher: TeacherSection) -> str:
     """Return a message of a run that fits a teacher, with the recipe's names for its keys."""
-    for pattern, recipe in _KEYS:
+    own = [(rf"data\.{name}", f"teacher.{name}") for name in EYES if getattr(teacher, name) is not None]
+    for pattern, recipe in (*_KEYS, *own):
         message = re.sub(rf"\b{pattern}", recipe, message)
     return message
 
