@@ -257,6 +257,11 @@ def test_figures_of_odd_numbers_can_be_drawn(figure: Any) -> None:
     assert as_png(figure).startswith(b"\x89PNG")
 
 
+def test_a_place_without_a_chart_stays_empty() -> None:
+    figure = line_charts([Chart("t", "x", "y", [Series("s", [1], [1], "#000000")])] * 3, columns=2)
+    assert [axis.axison for axis in figure.axes] == [True, True, True, False]
+
+
 PROBE = """
 <body><iframe src="report.html" style="width: 390px; height: 800px; border: 0"></iframe><script>
 addEventListener("load", () => {

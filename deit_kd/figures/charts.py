@@ -23,10 +23,10 @@ def line_charts(charts: Sequence[Chart], columns: int = 1) -> Figure:
     with styled():
         rows = -(-len(charts) // columns)
         figure = Figure(figsize=(WIDTH * columns, 2.9 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flat
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for chart, axis in zip(charts, axes, strict=False):
             _draw_lines(axis, chart)
-        for axis in list(axes)[len(charts) :]:
+        for axis in axes[len(charts) :]:
             axis.set_axis_off()
         return figure
 
