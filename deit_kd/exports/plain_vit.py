@@ -11,6 +11,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
+from deit_kd.models.last_block import LastBlock
 from deit_kd.models.tokens import has_distillation_token, is_grafted
 
 _SIZES = {192: "tiny", 384: "small"}
@@ -89,7 +90,7 @@ def _reason(model: Any) -> str | None:
 
 
 def _block_reason(block: Any) -> str | None:
-    plain = type(block) is Block and type(block.attn) is Attention and type(block.mlp) is Mlp
+    plain = type(block) in (Block, LastBlock) and type(block.attn) is Attention and type(block.mlp) is Mlp
     if not plain or type(block.mlp.act) is not nn.GELU:
         return "its blocks are not plain ViT blocks (SwiGLU, parallel, post-norm or another attention)"
     if block.attn.proj.bias is None or block.mlp.fc1.bias is None or block.mlp.fc2.bias is None:
