@@ -22,7 +22,10 @@ VERBS: dict[str, tuple[str, Callable[[Arguments], int | None]]] = {
     "eval": ("score the heads of a student, separately and fused: a run or a published model", evaluate),
     "report": ("draw one page about runs: curves, heads, calibration, attention", report),
     "plot": ("draw the curves of a run that is still going", plot),
-    "data": ("check photos, pack them into shards, or index them (check, pack, index)", data),
+    "data": (
+        "check photos, pack or index them, or find classes that are confused (check, pack, index, confusions)",
+        data,
+    ),
     "store": ("run a teacher once for every view, and keep its answers (build, check, info)", store),
     "predict": ("print class and probability for images without labels", predict),
     "export": ("export a run's student to timm, transformers, ONNX or torch.export", export),

@@ -48,6 +48,8 @@ def check_file_to_be(key: str, file: Path) -> None:
 def check_writable(key: str, folder: Path) -> None:
     """Raise an InputError unless `folder`, which may not exist yet, can be written to."""
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not place.is_dir():
+        raise InputError(f"{key}: {folder} cannot be made ({place} is a file); name a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"{key}: {folder} cannot be written ({place} is read-only here); name another folder")
 
@@ -76,8 +78,7 @@ def held(folder: Path, said: str, shared: bool = False) -> Iterator[None]:
         InUse: another process holds it.
         InputError: this one does.
     """
-    made = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    made = _make(folder)
     place = folder.resolve()
     if place in _held:  # opening the file again and closing it would release the lock
         raise InputError(said)
@@ -91,10 +92,32 @@ def held(folder: Path, said: str, shared: bool = False) -> Iterator[None]:
             _held.remove(place)
             if made and os.listdir(place) == [LOCK] and _locked(file):
                 (place / LOCK).unlink()
-                for empty in made:
-                    if os.listdir(empty):
-                        break
-                    empty.rmdir()
+                _remove_empty(made)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Create `folder` if necessary, and remove it again if the context fails before anything is in it."""
+    made = _make(folder)
+    try:
+        yield
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _make(folder: Path) -> list[Path]:
+    """Create a folder; return what had to be created, the innermost first."""
+    made = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def _remove_empty(made: list[Path]) -> None:
+    for empty in made:
+        if os.listdir(empty):
+            break
+        empty.rmdir()
 
 
 def _opened_lock(folder: Path, said: str) -> IO[str]:

@@ -197,7 +197,8 @@ def test_verbs_that_cannot_be(arguments: list[str], expected: str, capsys: pytes
 
 
 RUN_CASES = [
-    (["eval", "RUN", "--split", "test"], "test"),
+    (["eval", "RUN", "--split", "test"], "test is not there; use one of train, validation, or . for"),
+    (["eval", "RUN", "--to", "PHOTO"], "is a file"),
     (["eval", "RUN", "--data.root", "nowhere"], "data.root: nowhere is not a folder"),
     (["eval", "RUN", "--evaluate.fuson", "logits"], "evaluate.fuson: unknown key (nearest: evaluate.fusion"),
     (["predict", "RUN", "nowhere.png"], "nowhere.png: is not a file"),
@@ -206,6 +207,7 @@ RUN_CASES = [
     (["predict", "RUN"], "files"),
     (["predict", "RUN", "PHOTO", "--csv", "nowhere/out.csv"], "nowhere/out.csv"),
     (["plot", "RUN", "--to", "nowhere/out.png"], "--to: nowhere is not a folder; create it, or name a file other"),
+    (["plot", "RUN", "--to", "curves.jpg"], "--to: curves.jpg would hold PNG; name a file that ends in .png"),
     (["data", "check", "PHOTO/../..", "--json", "nowhere/f.json"], "--json: nowhere is not a folder"),
 ]
 
@@ -267,7 +269,9 @@ def test_an_output_that_is_a_file_is_refused(
     photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("precious")
-    assert "output: " in refused(["train", *tiny(photos_root, tmp_path / "file")], capsys)
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        line = refused(["train", *tiny(photos_root, output)], capsys)
+        assert line.endswith(f"output: {output} cannot be made ({tmp_path / 'file'} is a file); name a folder")
 
 
 CHANGES = [

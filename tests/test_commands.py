@@ -197,6 +197,33 @@ def test_predict_takes_photos_of_any_kind_and_writes_a_file(finished: Finished, 
     assert [row["path"] for row in csv.DictReader((tmp_path / "out.csv").read_text().splitlines())] == files
 
 
+@pytest.mark.parametrize("where", ["stdout", "file"])
+def test_predict_answers_for_the_good_photos_and_names_each_bad_one(
+    where: str, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tmp_path / name) for name in ("a.png", "broken.jpg", "c.png", "text.png")]
+    for file in files[::2]:
+        Image.new("RGB", (40, 31)).save(file)
+    for file in files[1::2]:
+        Path(file).write_bytes(b"no image")
+    table = tmp_path / "out.csv"
+    options = ["--evaluate.batch_size", "1"] if where == "stdout" else ["--csv", str(table)]
+    capsys.readouterr()
+    assert main(["predict", str(finished.folder), *files, *options]) == 1
+    said = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(said.out if where == "stdout" else table.read_text())))
+    assert [row["path"] for row in rows] == files[::2]
+    assert [line.split(": cannot")[0] for line in said.err.splitlines()] == [
+        f"left out: {file}" for file in files[1::2]
+    ]
+
+
+def test_the_teacher_of_a_run_is_scored_on_the_runs_photos(finished: Finished, tmp_path: Path) -> None:
+    assert main(["eval", f"{finished.folder}:teacher", "--to", str(tmp_path / "to"), "--data.workers", "0"]) == 0
+    found = heads_in(tmp_path / "to")
+    assert (found["n"], found["heads"]["cls"]["top1"]) == (21, pytest.approx(finished.heads["teacher"]["top1"]))
+
+
 def train_again(finished: Finished, output: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
     capsys.readouterr()
     assert main(["train", *finished.arguments, "--output", str(output), "--train.epochs", "1", *options]) == 0

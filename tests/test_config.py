@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from deit_kd import InputError
-from deit_kd.cli import main
+from deit_kd.cli import VERBS, main
+from deit_kd.commands.data import DATA_VERBS
+from deit_kd.commands.store import STORE_VERBS
 from deit_kd.config import ANSWERS, FIT, NOTHING, VIEWS, Config, effects, known_keys, parse_config
 from deit_kd.config.effects import RESULT, Effect
 from deit_kd.config.sections import Section
@@ -111,6 +113,55 @@ def test_help_says_every_key(arguments: list[str], capsys: pytest.CaptureFixture
     assert stopped.value.code == 0
     said = capsys.readouterr().out
     assert all(f"--{key}" in said for key in known_keys())
+
+
+VERBS_WITH_HELP = [
+    *([verb] for verb in VERBS),
+    *(["data", verb] for verb in DATA_VERBS),
+    *(["store", verb] for verb in STORE_VERBS),
+]
+
+
+@pytest.mark.parametrize("verb", VERBS_WITH_HELP, ids=" ".join)
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_every_verb_answers_help(option: str, verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with suppress(SystemExit):
+        main([*verb, option])
+    said = capsys.readouterr()
+    assert said.out.startswith("usage: deit-kd " + " ".join(verb))
+    assert said.err == ""
+
+
+def test_the_help_names_every_verb_about_photos(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert f"({', '.join(DATA_VERBS)})" in said
+    assert f"({', '.join(STORE_VERBS)})" in said
+
+
+GUIDED = ["--teacher.name", "resnet10t", "--distill.kind", "soft", "--distill.terms", "[{kind: guide}]"]
+
+
+@pytest.mark.parametrize(
+    ("section", "options", "expected"),
+    [
+        ("student", ["--student.args.embed_dim", "48"], {"embed_dim": 48}),
+        ("student", ["--student.args.depth=2", "--student.args.qkv_bias", "false"], {"depth": 2, "qkv_bias": False}),
+        ("teacher", ["--teacher.args.layers", "[1, 2]"], {"layers": [1, 2]}),
+        ("guide", [*GUIDED, "--guide.name", "resnet18", "--guide.args.width", "8"], {"width": 8}),
+        ("optim", ["--optim.name", "lamb", "--optim.args.trust_clip", "true"], {"trust_clip": True}),
+        ("student", ["--student.args.act", '"48"'], {"act": "48"}),
+        ("student", ["--student.args", "{depth: 2}", "--student.args.embed_dim", "48"], {"depth": 2, "embed_dim": 48}),
+    ],
+    ids=str,
+)
+def test_one_value_of_a_dict_is_yaml(section: str, options: list[str], expected: dict[str, Any]) -> None:
+    assert getattr(config(*options), section).args == expected
+
+
+def test_a_dict_without_a_space_after_its_colon_is_told_so() -> None:
+    with pytest.raises(InputError, match=r"student\.args: .*; a space after a colon is missing: \{embed_dim: 48\}"):
+        config("--student.args", "{embed_dim:48}")
 
 
 def test_print_config_says_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,21 @@ def test_an_unreadable_photo_is_listed_and_fails(tree: Path) -> None:
     assert [entry["name"] for entry in findings["unreadable"]] == ["cat/0.png"]  # type: ignore[attr-defined]
 
 
+def test_files_with_other_extensions_are_counted(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train/cat/a.gif", "train/dog/b.GIF", "validation/cat/c.heic", "validation/cat/README", "notes.txt"):
+        (tree / name).write_bytes(b"photo")
+    code, findings = check(tree)
+    assert code == 0
+    assert findings["not_taken"] == {".gif": 2, ".heic": 1, "": 1}
+    said = capsys.readouterr().out
+    assert "not taken: 4 files with another extension (1 without one, 2 .gif, 1 .heic); taken: .jpg .jpeg .png" in said
+
+
+def test_a_tree_of_photos_alone_has_nothing_that_is_not_taken(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(tree)[1]["not_taken"] == {}
+    assert "not taken" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("split", "kind", "code"), [("train", "within", 0), ("validation", "across", 1)])
 def test_the_same_file_twice_is_found(tree: Path, split: str, kind: str, code: int) -> None:
     shutil.copy(tree / "train" / "cat" / "0.png", tree / split / "dog" / "copy.png")

@@ -89,6 +89,15 @@ def test_an_export_that_does_not_fit_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("verb", ["eval", "report"])
+def test_a_new_folder_whose_first_file_does_not_fit_is_removed_again(
+    verb: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with largest_file(30):
+        refused([verb, str(runs / "plain"), "--to", str(tmp_path / "new/to")], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -444,9 +444,20 @@ def test_confusions_of_a_run_are_told_written_and_drawn(
     assert special(tree, *groups[0]).train.classes == (*sorted(groups[0]), "rest")
 
 
+def test_confusions_of_another_split_leave_those_of_the_validation_alone(
+    family: dict[str, Path], tmp_path: Path
+) -> None:
+    run = shutil.copytree(family["generalist"], tmp_path / "run")
+    for split in ("validation", "train"):
+        assert main(["data", "confusions", str(run), "--split", split]) == 0
+    places = {"validation": run / "confusions", "train": run / "confusions/train"}
+    for split, place in places.items():
+        assert json.loads((place / "confusions.json").read_text())["split"] == split
+        assert (place / "confusions.png").is_file()
+
+
 def test_the_teacher_of_a_run_has_confusions_too(finished: Finished, tmp_path: Path) -> None:
-    root = finished.arguments[finished.arguments.index("--data.root") + 1]
-    arguments = ["data", "confusions", f"{finished.folder}:teacher", "--data.root", root, "--data.workers", "0"]
+    arguments = ["data", "confusions", f"{finished.folder}:teacher", "--data.workers", "0"]
     assert main([*arguments, "--train.device", "cpu", "--to", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "confusions.json").read_text())["head"] == "cls"
 

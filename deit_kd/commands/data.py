@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from deit_kd.commands.shared import Arguments, asks_for_help, first_argument, named_file
+from deit_kd.commands.shared import Arguments, asks_for_help, first_argument, named_file, named_folder
 from deit_kd.config import Config, build_parser, parse_config, read_options
 from deit_kd.interfaces import InputError, nearest
 from deit_kd.places import check_source, photos_root
@@ -110,7 +110,7 @@ def _data_confusions(arguments: Arguments) -> None:
 
     source = open_source(named)
     config, others = parse_config([named, *source.recipe, *arguments[1:]], parser)
-    folder = None if others["to"] is None else Path(others["to"])
+    folder = named_folder("--to", others["to"])
     tell_confusions(source, config, others["split"], others["clusters"], folder)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from deit_kd.commands.shared import Arguments, named_file
+from deit_kd.commands.shared import Arguments, named_file, named_folder
 from deit_kd.interfaces import InputError
 from deit_kd.places import check_there
 
@@ -20,7 +20,7 @@ def report(arguments: Arguments) -> None:
     given = _runs_given(parser, arguments)
     from deit_kd.jobs.report import report
 
-    report([Path(run) for run in given["runs"]], None if given["to"] is None else Path(given["to"]), given["device"])
+    report([Path(run) for run in given["runs"]], named_folder("--to", given["to"]), given["device"])
 
 
 def plot(arguments: Arguments) -> None:
@@ -28,9 +28,12 @@ def plot(arguments: Arguments) -> None:
     parser = _run_list_parser("deit-kd plot", "folders of runs, finished or not")
     parser.add_argument("--to", type=str, default=None, help="PNG to write; RUN/curves.png unless set")
     given = _runs_given(parser, arguments)
+    file = named_file("--to", given["to"])
+    if file is not None and file.suffix.lower() != ".png":
+        raise InputError(f"--to: {file} would hold PNG; name a file that ends in .png")
     from deit_kd.jobs.plot import plot
 
-    plot([Path(run) for run in given["runs"]], named_file("--to", given["to"]))
+    plot([Path(run) for run in given["runs"]], file)
 
 
 def _run_list_parser(program: str, runs: str) -> ArgumentParser:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from deit_kd.files import check_file_to_be
+from deit_kd.files import check_file_to_be, check_writable
 from deit_kd.interfaces import InputError
 
 Arguments = list[str]
@@ -17,6 +17,14 @@ def named_file(option: str, path: str | None) -> Path | None:
     if path is None:
         return None
     check_file_to_be(option, Path(path))
+    return Path(path)
+
+
+def named_folder(option: str, path: str | None) -> Path | None:
+    """Return the folder that an option names, once it is known that it can be written."""
+    if path is None:
+        return None
+    check_writable(option, Path(path))
     return Path(path)
 
 

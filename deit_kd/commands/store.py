@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from deit_kd.commands.shared import Arguments
+from deit_kd.commands.shared import Arguments, asks_for_help
 from deit_kd.config import build_parser, parse_config
 from deit_kd.interfaces import InputError, nearest
 from deit_kd.places import check_there, check_training
@@ -60,6 +60,9 @@ def _store_check(arguments: Arguments) -> None:
 
 
 def _store_info(arguments: Arguments) -> None:
+    if asks_for_help(arguments):
+        print("usage: deit-kd store info DIR\n\nsay what a store holds, what it depends on, and what may use it")
+        return
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise InputError(
             f"deit-kd store info: {' '.join(arguments) or 'nothing'} was given; name the folder of one store"

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from deit_kd.commands.shared import Arguments, asks_for_help, first_argument
+from deit_kd.commands.shared import Arguments, asks_for_help, first_argument, named_folder
 from deit_kd.config import build_parser, parse_config, read_options
 from deit_kd.interfaces import ANSWERS, InputError
 from deit_kd.places import check_source, check_there, path_of, photos_root
@@ -45,7 +45,7 @@ def evaluate(arguments: Arguments) -> None:
     opened = [open_source(source) for source in sources]
     parsed = [parse_config([*sources, *options_before(one, typed), *typed], parser) for one in opened]
     config, others = parsed[0]
-    folder = None if others["to"] is None else Path(others["to"])
+    folder = named_folder("--to", others["to"])
     if len(opened) > 1:
         evaluate_folds([(one, config) for one, (config, _) in zip(opened, parsed, strict=True)], folder)
         return
@@ -77,8 +77,8 @@ def _check_evaluation(options: dict[str, Any]) -> None:
         photos_root(options["data"]["root"])
 
 
-def predict(arguments: Arguments) -> None:
-    """Print the classes of images."""
+def predict(arguments: Arguments) -> int:
+    """Print the classes of images; return 1 if some of them cannot be read."""
     parser = _run_parser("deit-kd predict")
     parser.add_argument("files", type=str, nargs="+", help="images")
     parser.add_argument("--head", choices=[*ANSWERS, "all"], default="fused", help="which head answers")
@@ -94,7 +94,7 @@ def predict(arguments: Arguments) -> None:
     from deit_kd.jobs.predict import predict
 
     csv_file = None if others["csv"] is None else Path(others["csv"])
-    predict(folder, config, [Path(file) for file in others["files"]], others["head"], csv_file)
+    return 1 if predict(folder, config, [Path(file) for file in others["files"]], others["head"], csv_file) else 0
 
 
 def export(arguments: Arguments) -> None:
@@ -121,7 +121,7 @@ def export(arguments: Arguments) -> None:
     config, others = parse_config([named, *source.recipe, *arguments[1:]], parser)
     outputs = None if others["outputs"] is None else tuple(others["outputs"])
     choices = Choices(outputs, others["opset"], others["dynamic_size"], others["precision"])
-    export_student(source, config, others["format"], None if others["to"] is None else Path(others["to"]), choices)
+    export_student(source, config, others["format"], named_folder("--to", others["to"]), choices)
 
 
 def _run_parser(program: str) -> ArgumentParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
@@ -181,10 +182,35 @@ def read_options(arguments: list[str], parser: ArgumentParser) -> dict[str, Any]
         InputError: an unknown key, a wrong type or range, a recipe that is not there.
     """
     try:
-        options: dict[str, Any] = parser.parse_args(_in_todays_options(arguments)).as_dict()
+        todays = _in_todays_options(arguments)
+        options: dict[str, Any] = parser.parse_args(todays).as_dict()
+        _read_single_values(todays, options)
     except (ArgumentError, ValueError) as error:
         raise InputError(_one_line(str(error))) from error
     return options
+
+
+def _read_single_values(arguments: list[str], options: dict[str, Any]) -> None:
+    """Read ``--student.args.embed_dim 48`` as YAML, as ``--student.args`` itself is: the parser leaves it a text."""
+    for option, value in pairwise([*(part for one in arguments for part in _apart(one)), ""]):
+        *path, last = option.removeprefix("--").split(".")
+        if ".".join(path) not in _dicts():
+            continue
+        within = options
+        for name in path:
+            within = within[name]
+        if within.get(last) == value:
+            within[last] = load_recipe(value)
+
+
+def _apart(option: str) -> list[str]:
+    return option.split("=", 1) if option.startswith("--") else [option]
+
+
+@cache
+def _dicts() -> frozenset[str]:
+    """Return the keys whose values are dicts."""
+    return frozenset(path for path, field, _ in _keys_of(Config()) if _plain(field.annotation) is dict)
 
 
 def parse_config(arguments: list[str], parser: ArgumentParser | None = None) -> tuple[Config, dict[str, Any]]:
@@ -237,7 +263,10 @@ def _one_line(message: str) -> str:
     reason = re.sub(r"\.? ?Got value: .*", "", reason).replace("typing.", "")
     reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason).replace("NoneType", "null")
     key = key_match[1] if key_match else ""
-    value = f" {value_match[1].partition(chr(10))[0]!r}" if value_match else ""
+    given = value_match[1].partition("\n")[0] if value_match else ""
+    value = f" {given!r}" if value_match else ""
+    if given.startswith("{") and (spaced := re.sub(r":(?=[^\s:])", ": ", given)) != given:
+        reason += f"; a space after a colon is missing: {spaced}"
     return f"{key}:{value} {reason}" if key else reason
 
 

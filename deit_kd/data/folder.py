@@ -14,6 +14,8 @@ from deit_kd.data.source import TreeFiles
 from deit_kd.interfaces import InputError
 from deit_kd.places import photos_root
 
+MOST_NAMED = 8  # folders in a message
+
 
 def folder(
     *,
@@ -63,7 +65,15 @@ def one_split_of_tree(root: str | None, split: str) -> Photos:
     Raises:
         InputError: the folder is missing or empty, or a class has no images.
     """
-    return _scan(photos_root(root) / split)
+    top = photos_root(root)
+    if not (top / split).is_dir():
+        there = sorted(place.name for place in top.iterdir() if place.is_dir())
+        more = " …" if len(there) > MOST_NAMED else ""
+        raise InputError(
+            f"split: {top / split} is not there; use one of {', '.join(there[:MOST_NAMED])}{more}, or . for photos "
+            "without splits"
+        )
+    return _scan(top / split)
 
 
 def _scan(split_folder: Path, indexed: bool = False) -> Photos:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -112,6 +113,15 @@ def list_images(top: Path, folder: str, key: str) -> Listing:
     stamps = stamps_of([base + name for name in names])
     array = arrow.array([name.replace(os.sep, "/") for name in names], TEXT)
     return Listing(Names(array), stamps[:, 0], stamps[:, 1], [len(names)], [folders])
+
+
+def not_taken(top: Path, classes: Sequence[str]) -> Counter[str]:
+    """Count the files in the class folders under `top` that are not listed, by extension (small letters)."""
+    found: Counter[str] = Counter()
+    for name in classes:
+        for _, _, files in os.walk(top / name, followlinks=True):
+            found.update(Path(file).suffix.lower() for file in files if not file.lower().endswith(IMG_EXTENSIONS))
+    return found
 
 
 def stamps_of(paths: Sequence[str]) -> np.ndarray:

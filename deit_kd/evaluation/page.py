@@ -32,7 +32,7 @@ from deit_kd.figures import (
     reliability_diagram,
     token_chart,
 )
-from deit_kd.files import write_atomically, write_json
+from deit_kd.files import new_folder, write_atomically, write_json
 from deit_kd.interfaces import ANSWERS, PAIRS, InputError
 from deit_kd.metrics import names_in_every_head
 from deit_kd.run_folder import CONFIG_FILE, peer_folders
@@ -101,7 +101,8 @@ def write_report(folders: list[Path], folder: Path | None, processes: Processes)
     subjects = _subjects(sources, processes)
     try:
         if processes.is_main:
-            _draw(folder, subjects, records)
+            with new_folder(folder):
+                _draw(folder, subjects, records)
     finally:
         processes.wait()  # the others wait, whether or not the page succeeds
     return folder / REPORT_FILE

@@ -16,12 +16,14 @@ from deit_kd.interfaces import DENSE, InputError, Preprocessing
 from deit_kd.models.local_dir import KnownPreprocessing
 from deit_kd.models.names import has_published_second_head
 from deit_kd.origins import Origin, imagenet_names, open_origin, open_published
-from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN, check_source
+from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN, check_source, path_of
 from deit_kd.run_folder import CHECKPOINTS, CONFIG_FILE, HEADS_FILE, STUDENT_FOLDER, name_of_run, read_facts, run_of
 from deit_kd.runs import parts
 from deit_kd.students import TimmStudent
 
 HEADS = ("head.weight", "fc.weight", "classifier.weight", "head.fc.weight", "head.linear.weight")  # of most timm models
+
+TIMMS = Preprocessing(224, IMAGENET_MEAN, IMAGENET_STD, "bicubic", DEFAULT_CROP_PCT, "center")  # unless it is known
 
 
 class Source(NamedTuple):
@@ -93,7 +95,13 @@ def _from_weights(text: str, path: Path) -> Source:
         raise InputError(f"{text}: answers through a class map; name it as the --teacher.checkpoint of a student")
     place = path.resolve()
     name = place.parent.name if place.name == STUDENT_FOLDER else place.name if place.is_dir() else place.stem
-    return Source(name.replace(":", "-"), _options(text, origin), origin)
+    if text.endswith(TEACHER_OF_RUN) and (recipe := path_of(text) / CONFIG_FILE).is_file():
+        own = parse_config(["--config", str(recipe)], build_parser("deit-kd eval"))[0].data
+        seen = Preprocessing(*(getattr(own, field) for field in Preprocessing._fields))
+        options = [*as_options(own, "data."), *_options(text, origin, seen)]
+    else:
+        options = _options(text, origin)
+    return Source(name.replace(":", "-"), options, origin)
 
 
 def _from_timm(name: str) -> Source:
@@ -102,8 +110,8 @@ def _from_timm(name: str) -> Source:
     return Source(name, [*recipe, *_input_of(origin.preprocessing)], origin)
 
 
-def _options(text: str, origin: Origin) -> list[str]:
-    """Return the options that weights stand for, as far as they are described."""
+def _options(text: str, origin: Origin, otherwise: Preprocessing = TIMMS) -> list[str]:
+    """Return the options that weights stand for, as far as they are described; see `_input_of`."""
     kind = _kind(origin.is_distilled, origin.answers_with_patches)
     options = ["--student.checkpoint", text, *kind, "--student.bits", json.dumps(origin.bits)]
     if origin.architecture is None:
@@ -112,7 +120,7 @@ def _options(text: str, origin: Origin) -> list[str]:
     return [
         *("--student.name", origin.architecture, "--student.args", arguments),
         *options,
-        *_input_of(origin.preprocessing),
+        *_input_of(origin.preprocessing, otherwise),
     ]
 
 
@@ -127,17 +135,10 @@ def _kind(distilled: bool, patches: bool = False) -> list[str]:
     return ["--distill.kind", "hard" if distilled else "none", *terms, "--student.drop_path", "0"]
 
 
-def _input_of(known: KnownPreprocessing) -> list[str]:
-    """Return the options of a network's input; what is not known is timm's default."""
+def _input_of(known: KnownPreprocessing, otherwise: Preprocessing = TIMMS) -> list[str]:
+    """Return the options of a network's input; what is not known is as in `otherwise`."""
     return data_options(
-        Preprocessing(
-            known.image_size or 224,
-            known.mean or IMAGENET_MEAN,
-            known.std or IMAGENET_STD,
-            known.interpolation or "bicubic",
-            known.crop_fraction or DEFAULT_CROP_PCT,
-            known.crop_mode or "center",
-        )
+        otherwise._replace(**{field: value for field, value in known._asdict().items() if value is not None})
     )
 
 

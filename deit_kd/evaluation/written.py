@@ -15,7 +15,7 @@ from deit_kd.evaluation.diagnose import (
 from deit_kd.evaluation.examine import (
     Examination,
 )
-from deit_kd.files import write_atomically, write_json
+from deit_kd.files import new_folder, write_atomically, write_json
 from deit_kd.metrics import every_head
 from deit_kd.run_folder import HEADS_FILE
 
@@ -28,8 +28,8 @@ def write_evaluation(folder: Path, examination: Examination, heads: dict[str, An
     The table has a row for each readable image: ``path``, ``label``, by head ``<head>_top5`` (classes, best first)
     and ``<head>_top5_probability``, and ``teacher_top1``; with a file of right answers also ``right`` (classes).
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / HEADS_FILE, heads)
+    with new_folder(folder):
+        write_json(folder / HEADS_FILE, heads)
     answers, photos = examination.answers, examination.photos
     classes = photos.classes
 

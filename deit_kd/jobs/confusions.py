@@ -16,7 +16,7 @@ from deit_kd.distributed import process_group
 from deit_kd.evaluation.examine import Examination, examine
 from deit_kd.evaluation.sources import Source
 from deit_kd.figures import as_png, matrix
-from deit_kd.files import write_atomically, write_json
+from deit_kd.files import new_folder, write_atomically, write_json
 from deit_kd.interfaces import InputError, printable
 from deit_kd.metrics.confusions import clusters, correlation, counts, most_confused, share_within
 
@@ -39,7 +39,8 @@ def tell_confusions(
         config: its recipe, with command-line overrides.
         split: of photos, see `examine`.
         count: of clusters; None is the root of the number of classes, at least 2.
-        folder: where the files go; None is ``RUN/confusions``, or ``runs/confusions/NAME`` where there is no run.
+        folder: where the files go; None is ``RUN/confusions``, or ``runs/confusions/NAME`` where there is no run, and
+            in it a folder for any split but the validation's.
 
     Returns:
         What ``confusions.json`` holds.
@@ -52,12 +53,18 @@ def tell_confusions(
         examination = examine(source, alone, split, processes)
         found = _confusions(examination, count)
         if processes.is_main:
-            place = folder or (CONFUSIONS / source.name if source.run is None else source.run / "confusions")
-            place.mkdir(parents=True, exist_ok=True)
-            write_json(place / CONFUSIONS_FILE, found)
+            place = folder or _default_folder(examination)
+            with new_folder(place):
+                write_json(place / CONFUSIONS_FILE, found)
             _tell(found)
             say(f"numbers: {place / CONFUSIONS_FILE}{_draw(found, place)}")
         return found
+
+
+def _default_folder(examination: Examination) -> Path:
+    source, split = examination.source, examination.split
+    place = CONFUSIONS / source.name if source.run is None else source.run / "confusions"
+    return place if split == "validation" else place / ("root" if split == "." else split.replace("/", "-"))
 
 
 def _confusions(examination: Examination, count: int | None) -> dict[str, Any]:

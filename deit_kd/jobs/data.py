@@ -11,10 +11,13 @@ from pathlib import Path
 
 from rich.progress import track
 from rich.table import Table
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from deit_kd.config import Config
 from deit_kd.console import console, say
 from deit_kd.data import Photos, Splits, UnreadableImage
+from deit_kd.data.listing import not_taken
+from deit_kd.data.source import TreeFiles
 from deit_kd.files import write_json
 from deit_kd.interrupts import raise_pending
 from deit_kd.runs import parts
@@ -66,6 +69,10 @@ def check_data(splits: Splits, processes: int, json_file: Path | None) -> bool:
     if sizes:
         widths, heights = zip(*sizes, strict=True)
         say(f"sizes: {min(widths)} x {min(heights)} to {max(widths)} x {max(heights)} pixels")
+    others = _not_taken(splits)
+    if others:
+        kinds = ", ".join(f"{others[kind]} {kind or 'without one'}" for kind in sorted(others))
+        say(f"not taken: {others.total()} files with another extension ({kinds}); taken: {' '.join(IMG_EXTENSIONS)}")
     say(f"unreadable: {len(unreadable)}")
     for finding in unreadable:
         say(f"  {finding.error}")
@@ -78,9 +85,20 @@ def check_data(splits: Splits, processes: int, json_file: Path | None) -> bool:
         unread = [{"split": finding.split, "name": finding.name, "error": finding.error} for finding in unreadable]
         write_json(
             json_file,
-            {"counts": counts, "unreadable": unread, "duplicates": {"within": within, "across": across}},
+            {
+                "counts": counts,
+                "not_taken": others,
+                "unreadable": unread,
+                "duplicates": {"within": within, "across": across},
+            },
         )
     return not unreadable and not across
+
+
+def _not_taken(splits: Splits) -> Counter[str]:
+    """Count the files in the folders of a tree that no run takes, by extension."""
+    trees = {photos.root: photos.classes for photos in splits if isinstance(photos.source, TreeFiles) and photos.root}
+    return sum((not_taken(root, classes) for root, classes in trees.items()), Counter())
 
 
 def _read_all(splits: Splits, processes: int) -> list[Finding]:

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from deit_kd.config import Config
 from deit_kd.console import say
-from deit_kd.data import load_image
+from deit_kd.data import UnreadableImage, load_image
 from deit_kd.distributed import Processes, process_group
 from deit_kd.engine import autocast
 from deit_kd.evaluation.sources import data_options, load_student, open_source
 from deit_kd.exports.opened import SUFFIX, open_exported
 from deit_kd.files import check_file_to_be, write_atomically
 from deit_kd.interfaces import InputError, Preprocessing, head_probabilities, printable
+from deit_kd.interrupts import raise_pending
 from deit_kd.run_folder import is_model
 from deit_kd.runs import parts
 from deit_kd.students import open_quantized
@@ -28,8 +29,10 @@ from deit_kd.students import open_quantized
 Answer = Callable[[Tensor], dict[str, Tensor]]  # images [B, 3, H, W] to probabilities [B, C] by head
 
 
-def predict(place: Path, config: Config, files: list[Path], head: str, csv_file: Path | None) -> None:
+def predict(place: Path, config: Config, files: list[Path], head: str, csv_file: Path | None) -> int:
     """Write ``path,head,class,probability`` for each image, to `csv_file` or to standard output.
+
+    A file that cannot be read has no rows, and a line on standard error says why.
 
     Args:
         place: folder of a finished run, or an ONNX model exported from one.
@@ -39,8 +42,11 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
             which is then also the fused one.
         csv_file: where to write; None is standard output.
 
+    Returns:
+        How many of the files cannot be read.
+
     Raises:
-        InputError: a file is missing or not an image, `csv_file` has no folder, or the student has no such head.
+        InputError: a file is missing, none can be read, `csv_file` has no folder, or the student has no such head.
             Nothing is written then.
     """
     missing = [file for file in files if not file.is_file()]
@@ -52,25 +58,38 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
         classes, answer = _from_model(place) if is_model(str(place)) else _from_run(place, config, processes)
         transform = parts.build_evaluation_transform(config)
         rows: list[tuple[str, str, str, str]] = []
+        unreadable: list[str] = []
         for start_at in range(0, len(files), config.evaluate.batch_size):
-            block = files[start_at : start_at + config.evaluate.batch_size]
-            images = torch.stack([transform(load_image(file)) for file in block]).to(processes.device)
-            heads = answer(images)
+            views: dict[int, Tensor] = {}
+            for index, file in enumerate(files[start_at : start_at + config.evaluate.batch_size], start_at):
+                raise_pending()
+                try:
+                    views[index] = transform(load_image(file))
+                except UnreadableImage as error:
+                    unreadable.append(str(error))
+            if not views:
+                continue
+            heads = answer(torch.stack([*views.values()]).to(processes.device))
             if head == "fused" and heads.keys() == {"cls"}:
                 head = "cls"
             if head != "all" and head not in heads:
                 raise InputError(f"--head: {head!r}, but {place} has no such head; use {' or '.join(heads)}")
             best = {name: heads[name].max(-1) for name in heads if head in (name, "all")}
-            for index, file in enumerate(block):
+            for row, index in enumerate(views):
                 for name, (values, labels) in best.items():
-                    rows.append((str(file), name, classes[int(labels[index])], f"{float(values[index]):.4f}"))
+                    rows.append((str(files[index]), name, classes[int(labels[row])], f"{float(values[row]):.4f}"))
+    if not rows:
+        raise InputError(unreadable[0] if len(files) == 1 else f"none of {len(files)} files: {unreadable[0]}")
+    for reason in unreadable:
+        print(f"left out: {printable(reason)}", file=sys.stderr)
     if csv_file is None:
         _write(sys.stdout, [(printable(path), name, printable(label), share) for path, name, label, share in rows])
-        return
+        return len(unreadable)
     content = io.StringIO()
     _write(content, rows)
     write_atomically(csv_file, content.getvalue().encode())
-    say(f"{len(files)} images: {csv_file}")
+    say(f"{len(files) - len(unreadable)} images: {csv_file}")
+    return len(unreadable)
 
 
 def _from_run(folder: Path, config: Config, processes: Processes) -> tuple[tuple[str, ...], Answer]:
