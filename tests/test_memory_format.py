@@ -127,6 +127,18 @@ def test_a_resumed_run_and_its_evaluation_keep_the_format_that_it_began_with(
 
 
 @pytest.mark.usefixtures("on_any_device")
+def test_a_run_that_began_in_channels_last_goes_on_without_a_measurement(photos_root: Path, tmp_path: Path) -> None:
+    began = tiny(photos_root, tmp_path / "run", train__epochs=2, train__keep_checkpoints=9, teacher__channels_last=True)
+    assert main(["train", *began]) == 0
+    unbroken = records(tmp_path / "run")
+    max((tmp_path / "run" / "checkpoints").glob("step-*")).unlink()
+    assert main(["train", *began, "--teacher.channels_last", "null", "--resume", "auto"]) == 0
+    assert read_facts(tmp_path / "run")["memory_format"] is None
+    again = records(tmp_path / "run")
+    assert [record.get("loss") for record in again] == [record.get("loss") for record in unbroken]
+
+
+@pytest.mark.usefixtures("on_any_device")
 def test_answers_that_are_kept_do_not_depend_on_the_clock(
     photos_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: set[bool]
 ) -> None:

@@ -29,6 +29,7 @@ from deit_kd.run_folder import (
 from deit_kd.runs.viewing import makers_of
 
 RUNS = Path("runs")
+FORMAT = "teacher.channels_last"
 SECONDS_BETWEEN_TRIES = 1.0  # to get the lock of a folder
 # What a run that was killed before its first step leaves behind.
 LEFTOVERS = {LOCK, DATA_ERRORS_FILE, FACTS_FILE, f".{FACTS_FILE}.partial", f".{CONFIG_FILE}.partial"}
@@ -130,6 +131,8 @@ def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) ->
     before |= {f"data.{name}": facts.get(name, PILLOW.version) for name in makers}
     now = dict.fromkeys(before) | flat(config.model_dump(mode="json"))  # a key that no longer exists has changed, too
     now |= {f"data.{name}": maker for name, maker in makers.items()}
+    if before.get(FORMAT) and now[FORMAT] is None:
+        now[FORMAT] = True  # a resumed run measures nothing, and one that did not measure is channels-last
     changed = differences(before, {key: now[key] for key in now if effects().get(key) != NOTHING}, "in the run")
     before_data, before_views = facts["data"], facts.get("views", 1)
     changed += [f"views: version {before_views} in the run, {VIEWS_VERSION} here"] * (before_views != VIEWS_VERSION)
