@@ -29,9 +29,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def casts_kept(device: torch.device) -> AbstractContextManager[Any]:
-    """Let every autocast within cast a weight only once: PyTorch forgets the casts when the outermost one ends."""
-    return torch.autocast(device.type, enabled=False)
+def casts_kept(device: torch.device, micro_steps: int) -> AbstractContextManager[Any]:
+    """Let every autocast within cast a weight only once: PyTorch forgets the casts when the outermost one ends.
+
+    With one micro-step each weight is cast once anyway, and its cast is freed before all gradients are there.
+    """
+    return nullcontext() if micro_steps == 1 else torch.autocast(device.type, enabled=False)
 
 
 class Distiller:
@@ -191,7 +194,7 @@ class Trainer:
         """Do optimiser step `step` (from 0)."""
         for learner in self.learners:
             learner.begin(step)
-        with casts_kept(self.processes.device):
+        with casts_kept(self.processes.device, self.accumulation_steps):
             terms, is_finite, views, places = self._accumulate(batches, step)
         if self.skip:
             factor = self._make_up(views, places)

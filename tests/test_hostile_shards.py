@@ -327,7 +327,7 @@ BAD_PACKS: list[tuple[list[str], str]] = [
     (["TREE", "TREE"], "is not empty; name another folder"),
     (["TREE", "TREE/train/packed"], "is inside the photos of"),
     (["TREE", "NEW", "--quality", "101"], "--quality: 101 is not a quality of JPEG"),
-    (["TREE", "NEW", "--splits", "test"], "holds no class folders"),
+    (["TREE", "NEW", "--splits", "test"], "test is not there; use one of train, validation"),
     (["NOWHERE", "NEW"], "NOWHERE is not a folder"),
 ]
 
