@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -70,15 +70,14 @@ def measure_attention(shape: torch.Size, dtype: torch.dtype, device: torch.devic
 
     The real length matters: a backend may be wrong at lengths that are not a multiple of its tile.
     """
-    chance, warns_always = torch.Generator(device).manual_seed(0), torch.is_warn_always_enabled()
+    chance = torch.Generator(device).manual_seed(0)
     given = [torch.randn(shape, generator=chance, device=device).to(dtype) for _ in range(4)]
     with sdpa_kernel(SDPBackend.MATH):
         exact = _attended([tensor.float() for tensor in given])
     found = {}
-    torch.set_warn_always(True)  # or a backend would say only once in a process that it is not deterministic
     for name, backend in BACKENDS.items():
         try:
-            with sdpa_kernel(backend), warnings.catch_warnings():
+            with sdpa_kernel(backend), _warning_always(), warnings.catch_warnings():
                 # A backend that is not deterministic only warns of it; others warn of why they do not take the shape.
                 warnings.simplefilter("error" if torch.are_deterministic_algorithms_enabled() else "ignore")
                 errors = [_error(*pair) for pair in zip(_attended(given), exact, strict=True)]
@@ -86,8 +85,18 @@ def measure_attention(shape: torch.Size, dtype: torch.dtype, device: torch.devic
         except (RuntimeError, UserWarning):
             continue
         found[name] = Measured(errors[0], max(errors[1:]), seconds)
-    torch.set_warn_always(warns_always)
     return found
+
+
+@contextmanager
+def _warning_always() -> Iterator[None]:
+    """Within the context, torch repeats a warning: otherwise a backend says only once that it is not deterministic."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        yield
+    finally:
+        torch.set_warn_always(before)
 
 
 def _attended(given: list[Tensor]) -> list[Tensor]:

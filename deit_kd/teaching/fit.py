@@ -106,9 +106,8 @@ def online_teacher(config: Config, processes: Processes, splits: Splits) -> tupl
     dense = config.distill.dense is not None
     if config.teacher.fit.epochs:
         if dense and is_unfitted(config, splits):
-            unfitted_teacher(
-                config, splits.train.classes, processes
-            )  # what cannot answer at places is not fitted first
+            # What cannot answer at places is not fitted first.
+            unfitted_teacher(config, splits.train.classes, processes)
         checkpoint = str(fitted_teacher(config, processes, splits))
     with processes.busy(f"loads the {config.teacher.role}"):
         return parts.build_teacher(config, splits.train.classes, processes, checkpoint, dense), checkpoint
