@@ -234,6 +234,24 @@ def test_one_run_has_a_line_for_each_head_and_several_a_colour_for_each_run(runs
         "plain: classification",
     ]
     assert len({line.colour for line in together["heads"].series}) == 2
+    assert [key.name for key in together["loss"].keys] == ["distilled", "plain", "classification", "distillation"]
+    assert [key.name for key in together["learning_rate"].keys] == ["distilled", "plain"]
+
+
+def test_a_line_of_several_runs_has_the_same_colour_in_every_chart(runs: Path) -> None:
+    charts = charts_of({name: read_records(runs / name) for name in ("plain", "distilled")})
+    colours = {(line.name.split(":")[0], line.colour) for chart in charts.values() for line in chart.series}
+    assert len(colours) == 2
+
+
+def test_the_legend_of_several_runs_covers_no_line(runs: Path) -> None:
+    charts = charts_of({name: read_records(runs / name) for name in ("plain", "distilled")})
+    figure = line_charts(list(charts.values()), columns=2)
+    as_png(figure)
+    for axis in figure.axes[: len(charts)]:
+        legend = axis.get_legend()
+        assert legend is not None
+        assert not axis.get_window_extent().overlaps(legend.get_window_extent())
 
 
 def test_an_svg_takes_its_ink_and_its_width_from_the_page() -> None:

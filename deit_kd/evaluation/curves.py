@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from deit_kd.console import score_text
-from deit_kd.figures import Chart, Mark, Series, colour_of
+from deit_kd.figures import Chart, Key, Mark, Series, colour_of
 from deit_kd.files import checked
 from deit_kd.interfaces import ANSWERS, InputError
 from deit_kd.run_folder import METRICS_FILE, FeatureRecord, ScoreRecord, kept_weights, name_of_run, record_of_peer
@@ -86,6 +86,7 @@ COLUMNS = {
     "bad_step": ("step",),
 }
 DASHES: dict[str, str] = dict(zip(ANSWERS, (":", "--", "-.", "-"), strict=True))
+TERM_DASHES = ("-", "--", "-.")
 
 
 def names_of(folders: Sequence[Path]) -> dict[str, Path]:
@@ -135,96 +136,112 @@ def with_peers(name: str, records: Records) -> dict[str, Records]:
     return {name: records, **apart}
 
 
+class _Lines:
+    """The lines of one chart: with one run each part has a colour; with several each run has one, and a part a dash."""
+
+    def __init__(self, runs: Collection[str]) -> None:
+        self.colours = {run: colour_of("", position) for position, run in enumerate(runs)} if len(runs) > 1 else {}
+        self.series: list[Series] = []
+        self.marks: list[Mark] = []
+        self.dashes: dict[str, str] = {}  # of the parts that are drawn
+
+    def add(self, run: str, part: str, x: Sequence[float], y: Sequence[float], colour: str, dash: str) -> None:
+        """Draw a part of a run: in this colour if there is one run, with this dash if there are several."""
+        if self.colours:
+            self.series.append(Series(f"{run}: {part}", x, y, self.colours[run], dash))
+        else:
+            self.series.append(Series(part, x, y, colour))
+        self.dashes[part] = dash
+
+    def mark_end(self, weights: Sequence[float]) -> None:
+        """Mark the last record in which the line that was drawn last has a weight, unless that is its end."""
+        line, last = self.series[-1], max((place for place, weight in enumerate(weights) if weight > 0), default=-1)
+        if 0 <= last < len(weights) - 1:
+            self.marks.append(Mark(f"{line.name} ends", line.x[last], line.colour))
+
+    def chart(self, title: str, x_label: str, y_label: str, levels: Sequence[tuple[str, float]] = ()) -> Chart:
+        """Return the chart of the lines drawn so far."""
+        keys: list[Key] = []
+        if self.colours:
+            drawn = {line.colour for line in self.series}
+            keys += [Key(run, colour) for run, colour in self.colours.items() if colour in drawn]
+            keys += [Key(part, dash=dash) for part, dash in self.dashes.items()] if len(self.dashes) > 1 else []
+            keys += [Key("ends", dash=":")] if self.marks else []
+        return Chart(title, x_label, y_label, self.series, levels, self.marks, keys)
+
+
 def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
     """Return the charts ``loss``, ``heads``, ``learning_rate`` and ``images_per_second`` of one or several runs.
 
     Runs whose objective has further terms also have ``terms`` and, if features are compared, ``connectors``; those, and
     runs whose alpha changes, have ``weights``. A mark in the colour of a line says where its term ends.
 
-    With one run each head has a colour, with several each run. Heads are scored with the averaged weights if the run
-    keeps them.
+    With one run each head has a colour, with several each run has one and each head a dash. Heads are scored with the
+    averaged weights if the run keeps them.
     """
-    several = len(runs) > 1
-    loss: list[Series] = []
-    ends: list[Mark] = []
-    heads: list[Series] = []
-    rate: list[Series] = []
-    speed: list[Series] = []
+    loss, heads, rate, speed = (_Lines(runs) for _ in range(4))
     levels: dict[str, float] = {}
-    for position, (run, records) in enumerate(runs.items()):
+    for run, records in runs.items():
         steps = [record for record in records if record["kind"] == "step"]
         epochs = [record for record in records if record["kind"] == "epoch"]
-        prefix = f"{run}: " if several else ""
-        colour = colour_of("", position)
         at = [record["step"] for record in steps]
-        for term, head in (("classification", "cls"), ("distillation", "dist")):
+        for term, head, dash in (("classification", "cls", "-"), ("distillation", "dist", "--")):
             if any(record[term] for record in steps):
-                line = colour if several else colour_of(head)
-                dash = DASHES["dist"] if several and head == "dist" else "-"
-                loss.append(Series(f"{prefix}{term}", at, [_number(record[term]) for record in steps], line, dash))
+                loss.add(run, term, at, [_number(record[term]) for record in steps], colour_of(head), dash)
                 if head == "dist" and all("alpha" in record for record in steps):
-                    ends += _ends(loss[-1], [record["alpha"] for record in steps])
-        rate.append(Series(run, at, [record["lr"] for record in steps], colour))
-        speed.append(Series(run, at, [record["images_per_second"] for record in steps], colour))
+                    loss.mark_end([record["alpha"] for record in steps])
+        rate.add(run, "learning rate", at, [record["lr"] for record in steps], colour_of(""), "-")
+        speed.add(run, "images/s", at, [record["images_per_second"] for record in steps], colour_of(""), "-")
         for head, dash in DASHES.items():
             scored = [(record["epoch"] + 1, scores_of(record)["heads"].get(head)) for record in epochs]
             points = [(epoch, score["top1"]) for epoch, score in scored if score is not None]
             if points:
-                line = colour if several else colour_of(head)
                 x, y = zip(*points, strict=True)
-                heads.append(Series(f"{prefix}{head}", x, y, line, dash if several else "-"))
+                heads.add(run, head, x, y, colour_of(head), dash)
         teacher = epochs[-1]["teacher"] if epochs else None
         if teacher is not None:
             name = score_text(teacher, 1).removeprefix("top-1 ")
             levels[f"teacher {name}"] = teacher["knn"] if "knn" in teacher else teacher["top1"]
     return {
-        **({"loss": Chart("Both terms of the loss", "step", "nats", loss, marks=ends)} if loss else {}),
+        **({"loss": loss.chart("Both terms of the loss", "step", "nats")} if loss.series else {}),
         **_term_charts(runs),
-        "heads": Chart("Heads on the validation split", "epoch", "top-1 %", heads, list(levels.items())),
-        "learning_rate": Chart("Learning rate", "step", "", rate),
-        "images_per_second": Chart("Speed", "step", "images/s", speed),
+        "heads": heads.chart("Heads on the validation split", "epoch", "top-1 %", list(levels.items())),
+        "learning_rate": rate.chart("Learning rate", "step", ""),
+        "images_per_second": speed.chart("Speed", "step", "images/s"),
     }
 
 
 def _term_charts(runs: Mapping[str, Records]) -> dict[str, Chart]:
-    losses: list[Series] = []
-    cosines: list[Series] = []
-    weights: list[Series] = []
-    ends: list[Mark] = []
-    of_features: list[Mark] = []
+    losses, cosines, weights = (_Lines(runs) for _ in range(3))
+    looks: dict[str, tuple[str, str]] = {}
     for run, records in runs.items():
         steps = [record for record in records if record["kind"] == "step"]
-        at, prefix = [step["step"] for step in steps], f"{run}: " if len(runs) > 1 else ""
-        for kind in dict.fromkeys(kind for step in steps for kind in step.get("terms", {})):
-            name, colour = prefix + kind, colour_of("", len(weights))
+        at = [step["step"] for step in steps]
+        kinds = dict.fromkeys(kind for step in steps for kind in step.get("terms", {}))
+        for kind in (*kinds, *(("alpha",) if any("alpha" in step for step in steps) else ())):
+            look = looks.setdefault(kind, (colour_of("", len(looks)), TERM_DASHES[len(looks) % len(TERM_DASHES)]))
+            if kind not in kinds:
+                weights.add(run, kind, at, [_number(step.get("alpha")) for step in steps], *look)
+                continue
             live = [step.get("terms", {}).get(kind, {}) for step in steps]
+            weight = [term.get("weight", 0.0) for term in live]
+            weights.add(run, kind, at, weight, *look)
+            weights.mark_end(weight)
             for lines, value in ((losses, "loss"), (cosines, "cosine")):
                 values = [_number(term.get(value)) for term in live]
                 if not all(map(math.isnan, values)):
-                    lines.append(Series(name, at, values, colour))
-            weights.append(Series(name, at, [term.get("weight", 0.0) for term in live], colour))
-            end = _ends(weights[-1], weights[-1].y)
-            ends += end
-            of_features += end if cosines and cosines[-1].name == name else []
-        if any("alpha" in step for step in steps):
-            alphas = [_number(step.get("alpha")) for step in steps]
-            weights.append(Series(f"{prefix}alpha", at, alphas, colour_of("", len(weights))))
+                    lines.add(run, kind, at, values, *look)
+                    lines.mark_end(weight)
     charts = {
-        "terms": Chart("Further terms, unweighted", "step", "", losses, marks=ends),
-        "connectors": Chart("Compared features: student and teacher", "step", "cosine", cosines, marks=of_features),
-        "weights": Chart("Weights in the loss", "step", "", weights, marks=ends),
+        "terms": losses.chart("Further terms, unweighted", "step", ""),
+        "connectors": cosines.chart("Compared features: student and teacher", "step", "cosine"),
+        "weights": weights.chart("Weights in the loss", "step", ""),
     }
     return {name: chart for name, chart in charts.items() if chart.series}
 
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _ends(line: Series, weights: Sequence[float]) -> list[Mark]:
-    """Return the mark of the last record in which what `line` draws had a weight, unless that is the line's end."""
-    last = max((place for place, weight in enumerate(weights) if weight > 0), default=len(weights) - 1)
-    return [] if last == len(weights) - 1 else [Mark(f"{line.name} ends", line.x[last], line.colour)]
 
 
 def troubles_of(records: Records) -> str:

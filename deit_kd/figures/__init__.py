@@ -2,11 +2,12 @@
 
 from deit_kd.figures.attention import look, side_by_side
 from deit_kd.figures.charts import class_bars, line_charts, matrix, reliability_diagram, token_chart
-from deit_kd.figures.series import Chart, Mark, Series, colour_of
+from deit_kd.figures.series import Chart, Key, Mark, Series, colour_of
 from deit_kd.figures.style import as_png, as_svg, image_jpeg, image_png
 
 __all__ = [
     "Chart",
+    "Key",
     "Mark",
     "Series",
     "as_png",

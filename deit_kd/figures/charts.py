@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from deit_kd.figures.series import Chart, colour_of
@@ -16,14 +17,19 @@ from deit_kd.figures.style import FAINT, INK, WIDTH, styled
 from deit_kd.interfaces import printable
 
 SHADE = "#1f6fb5"  # of a matrix
+LEVEL = (0, (4, 2))  # dash of a horizontal line
+ENDS = ":"  # of a vertical one
+MOST_WITHIN = 4  # entries of a legend inside a chart
 
 
 def line_charts(charts: Sequence[Chart], columns: int = 1) -> Figure:
-    """Draw charts side by side."""
+    """Draw charts side by side; a legend that would cover the lines stands below them."""
     with styled():
-        rows = -(-len(charts) // columns)
-        figure = Figure(figsize=(WIDTH * columns, 2.9 * rows), layout="constrained")
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        rows = [charts[first : first + columns] for first in range(0, len(charts), columns)]
+        below = [max(_rows_below(chart) for chart in row) for row in rows]
+        heights = [2.9 + 0.2 * lines for lines in below]
+        figure = Figure(figsize=(WIDTH * columns, sum(heights)), layout="constrained")
+        axes = list(figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights).flat)
         for chart, axis in zip(charts, axes, strict=False):
             _draw_lines(axis, chart)
         for axis in axes[len(charts) :]:
@@ -34,16 +40,35 @@ def line_charts(charts: Sequence[Chart], columns: int = 1) -> Figure:
 def _draw_lines(axis: Axes, chart: Chart) -> None:
     for line in chart.series:
         lonely = "o" if len(line.x) == 1 else None
-        axis.plot(line.x, line.y, color=line.colour, linestyle=line.dash, label=_short(line.name), marker=lonely)
+        axis.plot(line.x, line.y, color=line.colour, linestyle=line.dash, marker=lonely)
         axis.update_datalim([(x, 0) for x in line.x], updatey=False)  # also where it has no value
-    for name, level in chart.levels:
-        axis.axhline(level, color=FAINT, linestyle=(0, (4, 2)), label=name)
+    for _, level in chart.levels:
+        axis.axhline(level, color=FAINT, linestyle=LEVEL)
     for mark in chart.marks:
-        axis.axvline(mark.x, color=mark.colour, linestyle=":", label=_short(mark.name))
+        axis.axvline(mark.x, color=mark.colour, linestyle=ENDS)
     axis.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    if len(chart.series) + len(chart.levels) + len(chart.marks) > 1:
-        axis.legend()
+    keys = _keys(chart)
+    if len(keys) > 1:
+        place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, -0.2), "ncols": 2}
+        axis.legend(handles=[Line2D([], [], **key) for key in keys], **(place if _rows_below(chart) else {}))
+
+
+def _keys(chart: Chart) -> list[dict[str, Any]]:
+    """Return name, colour and dash of each entry of a chart's legend."""
+    marks = [] if chart.keys else [(mark.name, mark.colour, ENDS) for mark in chart.marks]
+    entries: list[tuple[str, str, Any]] = [
+        *((key.name, key.colour, key.dash) for key in chart.keys or chart.series),
+        *((name, FAINT, LEVEL) for name, _ in chart.levels),
+        *marks,
+    ]
+    return [{"label": _short(name), "color": colour, "linestyle": dash} for name, colour, dash in entries]
+
+
+def _rows_below(chart: Chart) -> int:
+    """Return how many rows a legend below the chart has; 0 if it stands within."""
+    entries = len(_keys(chart))
+    return -(-entries // 2) if chart.keys or entries > MOST_WITHIN else 0
 
 
 def _short(name: str, most: int = 40) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deit_kd.figures.style import INK
 from deit_kd.interfaces import ANSWERS
 
 # Legible on white and on black, and distinct for red-green colour blindness (after Okabe & Ito).
@@ -38,6 +39,15 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Key:
+    """What a colour or a dash stands for."""
+
+    name: str
+    colour: str = INK
+    dash: str = "-"
+
+
+@dataclass(frozen=True)
 class Chart:
     """Lines on the same axes."""
 
@@ -47,3 +57,4 @@ class Chart:
     series: Sequence[Series]
     levels: Sequence[tuple[str, float]] = ()  # horizontal lines: the teacher's score
     marks: Sequence[Mark] = ()
+    keys: Sequence[Key] = ()  # in place of the names of lines and marks
