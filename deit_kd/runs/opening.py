@@ -74,7 +74,7 @@ def open_folder(config: Config, processes: Processes, data_facts: dict[str, str]
 
     The main process chooses the checkpoint; the others, whose disks may differ, load the same one.
     """
-    folder = Path(config.output) if config.output is not None else None
+    folder = Path(config.output).expanduser() if config.output is not None else None
     if folder is None:
         newest = newest_folder(RUNS, config.recipe) if config.resume == "auto" else None
         folder = newest or next_free_folder(RUNS, config.recipe)
