@@ -40,6 +40,7 @@ class FeatureRecord(TypedDict):
     """The score of a teacher without a head."""
 
     knn: float
+    images: NotRequired[int]  # training photos that are the neighbours; once there were none
     neighbours: int
     temperature: float
 
@@ -99,6 +100,7 @@ class Facts(TypedDict):
     images: NotRequired[dict[str, int]]  # by split
     views: NotRequired[int]
     paths: NotRequired[int]
+    last_block: NotRequired[int]
     executor: NotRequired[str]  # what made the views, and its version
     decoder: NotRequired[str]  # what decoded the training photos, and its version
     student: NotRequired[dict[str, Any] | None]  # the account of the weights that it began with

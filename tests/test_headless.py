@@ -19,10 +19,11 @@ from deit_kd.console import console
 from deit_kd.data.mixing import Example, Mixing
 from deit_kd.data.photos import UNLABELLED
 from deit_kd.interfaces import Preprocessing
-from deit_kd.metrics import neighbour_classes, score_neighbours
+from deit_kd.metrics import neighbour_classes
 from deit_kd.metrics.linear import linear_classes
 from deit_kd.metrics.neighbours import neighbours_among
 from deit_kd.models.state import save_local_dir
+from deit_kd.runs import vectors
 from deit_kd.runs.held_out import was_trained_on
 from deit_kd.teachers import check_features, least_top1
 from deit_kd.teaching.fit import teacher_folder
@@ -45,12 +46,6 @@ def test_one_near_neighbour_outvotes_two_that_are_farther() -> None:
     asked = torch.tensor([[5.0, 0.0]])
     assert neighbour_classes(known, torch.tensor([0, 1, 1, *[1] * 6]), asked).tolist() == [0]
     assert neighbour_classes(known, torch.tensor([1, 0, 0, *[0] * 6]), asked).tolist() == [1]
-
-
-def test_an_image_is_no_neighbour_of_its_own() -> None:
-    pairs = torch.eye(8).repeat_interleave(2, 0)  # each the only one near the other, and of another class
-    assert score_neighbours(pairs, torch.tensor([0, 1] * 8))["knn"] == 0
-    assert score_neighbours(pairs, torch.tensor([0, 0, 1, 1] * 4))["knn"] == 100
 
 
 def test_a_linear_probe_finds_a_small_feature_among_large_ones() -> None:
@@ -151,11 +146,12 @@ def test_a_teacher_without_a_head_is_refused_where_logits_are_wanted(
 def test_features_must_score_above_guessing() -> None:
     labels = [0] * 60 + [1] * 40
     least = least_top1(labels)
-    check_features("net", least, labels, None)
-    check_features("net", 10, labels, 10)
+    check_features("net", {"knn": least, "images": 9}, labels, None)
+    check_features("net", {"knn": 10, "images": 9}, labels, 10)
+    said = r"features of net score .* by k-NN, from 9 training images to 100 of validation, below"
     for score, own in ((least - 0.1, None), (60, 70)):
-        with pytest.raises(InputError, match=r"features of net score .* by k-NN on 100 validation images, below"):
-            check_features("net", score, labels, own)
+        with pytest.raises(InputError, match=said):
+            check_features("net", {"knn": score, "images": 9}, labels, own)
 
 
 PRETRAINING: dict[str, Any] = {
@@ -176,8 +172,27 @@ def test_a_teacher_whose_features_say_nothing_is_refused(
     save_file({name: tensor * 0 if tensor.is_floating_point() else tensor for name, tensor in state.items()}, file)
     options = {"teacher__random_weights": None, "teacher__checkpoint": str(file.parent)}
     assert main(["train", *tiny(photos_root, tmp_path / "run", **PRETRAINING, **options)]) == 2
-    assert "by k-NN on 21 validation images, below" in capsys.readouterr().err
+    assert "by k-NN, from 48 training images to 21 of validation, below" in capsys.readouterr().err
     assert not (tmp_path / "run/run.json").exists()
+
+
+@pytest.mark.parametrize("unlabelled", [False, True])
+def test_a_good_teacher_passes_with_one_validation_photo_of_each_class(
+    unlabelled: bool, photos_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No photo has another one of its class beside it, so only training photos can be its neighbours."""
+    monkeypatch.setattr(vectors, "MOST_KNOWN", 25)
+    root = shutil.copytree(photos_root, tmp_path / "photos")
+    for photo in (root / "validation").glob("*/*.png"):
+        if photo.name != "000.png":
+            photo.unlink()
+    file = save_teacher(tmp_path / "teacher")  # its weights are random, and classes differ in colour
+    options = {"teacher__random_weights": None, "teacher__checkpoint": str(file), "train__batch_size": 4}
+    if unlabelled:  # the share is of these, and leaves all photos with labels
+        options |= {"data__unlabelled": str(root / "train"), "data__fraction": 0.1}
+    assert main(["train", *tiny(root, tmp_path / "run", **{**PRETRAINING, **options})]) == 0
+    score = json.loads((tmp_path / "run/run.json").read_text())["teacher"]["score"]
+    assert (score["knn"], score["images"], score["neighbours"]) == (100, 3 * 8, 5)
 
 
 # Photos without labels
@@ -221,8 +236,8 @@ def test_labels_that_are_off_and_labels_that_are_not_there_are_the_same(
 
 def test_a_teacher_without_a_head_is_known_by_its_neighbours(pretrained: Pretrained) -> None:
     score = pretrained.read("run.json")["teacher"]["score"]
-    assert (score["neighbours"], score["temperature"]) == (5, 0.07)
-    assert f"k-NN {score['knn']:.2f} % on 21 images" in pretrained.printed
+    assert (score["neighbours"], score["temperature"]) == (7, 0.07)
+    assert f"k-NN {score['knn']:.2f} % on 21 images, from 48 of training" in pretrained.printed
     assert f"teacher k-NN {score['knn']:.1f}" in pretrained.printed
     assert "its head" not in pretrained.printed  # random weights have none
     assert pretrained.read("heads.json")["teacher"] is None

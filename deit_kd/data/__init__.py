@@ -13,7 +13,7 @@ from deit_kd.data.photos import Photos, Splits
 from deit_kd.data.sets import build_splits, one_split
 from deit_kd.data.shard_sets import index_shards
 from deit_kd.data.sharing import PREFETCHED, batches_ahead
-from deit_kd.data.subsets import with_classes
+from deit_kd.data.subsets import share_of, with_classes
 
 __all__ = [
     "CAN_SHARE",
@@ -41,5 +41,6 @@ __all__ = [
     "load_image",
     "lost_worker",
     "one_split",
+    "share_of",
     "with_classes",
 ]

@@ -50,7 +50,7 @@ def _cifar(dataset: Any, home: Path, download: bool) -> Splits:
 def _home(root: str | None, name: str) -> Path:
     if root is None:
         raise InputError(f"data.root: is not set; name the folder that holds {name} or that it should be downloaded to")
-    return Path(root).expanduser()
+    return Path(root)
 
 
 def _fetch(build: Any) -> Any:

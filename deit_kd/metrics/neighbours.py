@@ -19,7 +19,7 @@ def neighbours_among(images: int) -> int:
     return max(1, min(MOST_NEIGHBOURS, round(math.sqrt(images))))
 
 
-def neighbour_classes(known: Tensor, labels: Tensor, asked: Tensor | None = None) -> Tensor:
+def neighbour_classes(known: Tensor, labels: Tensor, asked: Tensor) -> Tensor:
     """Return the class [n] that the nearest neighbours of each vector vote for, by cosine similarity.
 
     Each of the k neighbours votes with exp(similarity / 0.07).
@@ -27,29 +27,28 @@ def neighbour_classes(known: Tensor, labels: Tensor, asked: Tensor | None = None
     Args:
         known: vectors [N, D].
         labels: their classes [N].
-        asked: vectors [n, D]; None asks each of `known` about all the others (leave-one-out).
+        asked: vectors [n, D].
 
     Source: Wu et al. 2018, arXiv 1805.01978, section 3.4; k and temperature of DINO, arXiv 2104.14294.
     """
-    bank = F.normalize(known.float(), dim=1)
-    queries = bank if asked is None else F.normalize(asked.float(), dim=1)
-    neighbours = min(neighbours_among(len(bank)), len(bank))
+    bank, queries = F.normalize(known.float(), dim=1), F.normalize(asked.float(), dim=1)
+    neighbours = neighbours_among(len(bank))
     voted = [torch.empty(0, dtype=torch.long)]
     for rows in torch.arange(len(queries)).split(ROWS):
-        similarities = queries[rows] @ bank.T
-        if asked is None:
-            similarities[torch.arange(len(rows)), rows] = -math.inf
-        near = similarities.topk(neighbours)
+        near = (queries[rows] @ bank.T).topk(neighbours)
         votes = torch.zeros(len(rows), int(labels.max()) + 1)
         votes.scatter_add_(1, labels[near.indices], (near.values / TEMPERATURE).exp())
         voted.append(votes.argmax(1))
     return torch.cat(voted)
 
 
-def score_neighbours(vectors: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Return in percent how often the neighbours of a vector [n, D] vote for its class, and the k-NN settings."""
-    right = neighbour_classes(vectors, labels) == labels
-    return {"knn": 100 * float(right.double().mean()), **how_asked(len(labels))}
+def score_neighbours(known: Tensor, known_labels: Tensor, asked: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Return in percent how often the known neighbours of a vector vote for its class, and the settings of k-NN.
+
+    The arguments are those of `judge_features`.
+    """
+    right = neighbour_classes(known, known_labels, asked) == labels
+    return {"knn": 100 * float(right.double().mean()), "images": len(known), **how_asked(len(known))}
 
 
 def how_asked(images: int) -> dict[str, Any]:

@@ -97,13 +97,8 @@ def _met_headless(
     """Check the features of a teacher without a head; return what the run records about it."""
     facts["score"] = score_headless(run, teacher)
     if not facts["random_weights"]:
-        check_features(
-            facts["name"],
-            facts["score"]["knn"],
-            run.splits.validation.labels,
-            section.min_top1,
-            bool(section.fit.epochs),
-        )
+        labels = run.splits.validation.labels
+        check_features(facts["name"], facts["score"], labels, section.min_top1, bool(section.fit.epochs))
     _say_met(run, role, teacher, facts, section.role)
     return facts
 
@@ -112,7 +107,8 @@ def _say_met(run: Run, role: str, teacher: Answers, facts: dict[str, Any], keys:
     if run.processes.is_main:
         for line in teacher.lines(role):
             say(in_keys_of(keys, line))
-        say(f"{role}: {facts['name']}, {score_text(facts['score'], 2)} % on {len(run.splits.validation)} images")
+        known = f", from {facts['score']['images']} of training" if "images" in facts["score"] else ""
+        say(f"{role}: {facts['name']}, {score_text(facts['score'], 2)} % on {len(run.splits.validation)} images{known}")
         if facts["random_weights"]:
             say(f"warning: the {role} has random weights and teaches nothing")
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from deit_kd.data import Photos, share_of
 from deit_kd.distributed import Processes, from_main
 from deit_kd.features import POOLED
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.metrics import score_neighbours
+from deit_kd.runs import parts
 from deit_kd.runs.prepared import Run
 from deit_kd.teachers import FrozenTeacher
+
+MOST_KNOWN = 5000  # training photos that a teacher's features are compared with: enough for a gate, and soon answered
 
 
 class Vectors(NamedTuple):
@@ -56,7 +61,7 @@ def collect_vectors(
 
 
 def score_headless(run: Run, teacher: FrozenTeacher) -> dict[str, Any]:
-    """Return the k-NN score of a teacher without a head, leave-one-out over the validation photos.
+    """Return the k-NN score of a teacher without a head, from training photos to those of validation.
 
     Raises:
         InputError: see `collect_vectors`.
@@ -67,10 +72,29 @@ def score_headless(run: Run, teacher: FrozenTeacher) -> dict[str, Any]:
         assert features is not None
         return features[POOLED]
 
-    teacher.ask_for((POOLED,))
+    processes = run.processes
+    few = parts.build_evaluation_loader(run.config, _few_labelled(run), processes, skip=True)
     watched = run.errors.watch("validation", run.validation)
-    vectors = collect_vectors("teacher", ask, run.processes.busy_over("runs the teacher", watched), run.processes)
+    teacher.ask_for((POOLED,))
+    known, asked = (
+        collect_vectors("teacher", ask, processes.busy_over("runs the teacher", batches), processes)
+        for batches in (few, watched)
+    )
     teacher.ask_for(())
     run.errors.tell()
-    work = "compares the teacher's features"
-    return from_main(run.processes, lambda: score_neighbours(vectors.features, vectors.labels), work)
+    pairs = known.features, known.labels, asked.features, asked.labels
+    return from_main(processes, lambda: score_neighbours(*pairs), "compares the teacher's features")
+
+
+def _few_labelled(run: Run) -> Photos:
+    """Return labelled training photos, as many of each class, read as those of validation are.
+
+    They are the recipe's own or, if these have no labels, those beside its validation photos.
+    """
+    section = run.config.data
+    labelled = run.splits.train
+    if section.unlabelled is not None:
+        section = section.model_copy(update={"unlabelled": None, "fraction": None})
+        labelled = parts.agreed_splits(run.config.model_copy(update={"data": section}), run.processes).train
+    few = share_of(labelled, None, max(1, MOST_KNOWN // len(run.classes)))
+    return replace(few, decoded=None, short_side=None, decoder=run.splits.validation.decoder)

@@ -54,22 +54,27 @@ def check_score(
 
 
 def check_features(
-    name: str, knn: float, labels: Sequence[int] | np.ndarray, least_score: float | None, fitted: bool = False
+    name: str,
+    score: Mapping[str, Any],
+    labels: Sequence[int] | np.ndarray,
+    least_score: float | None,
+    fitted: bool = False,
 ) -> None:
     """Raise an InputError unless the features of a teacher without a head separate classes better than guessing.
 
     Args:
         name: of the teacher.
-        knn: its k-NN score on validation, leave-one-out, in percent.
+        score: of its k-NN on validation: ``knn`` in percent, and the training ``images`` that it is from.
         labels: of the validation set.
         least_score: the recipe's minimum, in percent; None is `least_top1`.
         fitted: whether it was trained on these photos.
     """
     least = least_top1(labels) if least_score is None else least_score
-    if knn < least:
+    if score["knn"] < least:
         raise InputError(
-            f"teacher.min_top1: the features of {name} score {knn:.2f} % by k-NN on {len(labels)} validation images, "
-            f"below {least:.2f} %; {_cure('size or normalisation', fitted)}, or lower teacher.min_top1"
+            f"teacher.min_top1: the features of {name} score {score['knn']:.2f} % by k-NN, from {score['images']} "
+            f"training images to {len(labels)} of validation, below {least:.2f} %; "
+            f"{_cure('size or normalisation', fitted)}, or lower teacher.min_top1"
         )
 
 
