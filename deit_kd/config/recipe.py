@@ -206,11 +206,11 @@ class Config(Section):
                 "step; unset it, or set teacher.kind network"
             )
         acting = {"kind", *(("precision", "channels_last", "compile") if self.guide.is_named else ())}
-        foreign = [name for name in self.teacher.changed_keys if name not in acting]
-        if foreign:
+        undone = [f"teacher.{name} {value}" for name, value in self.teacher.undone.items() if name not in acting]
+        if undone:
             raise ValueError(
-                f"teacher.{foreign[0]}: does not act with teacher.kind average, which takes the student's own weights; "
-                "unset it, or set teacher.kind network"
+                "teacher.kind: average takes the student's own weights, so no key of a network acts beside it; set "
+                f"{' and '.join(undone)}, or teacher.kind network"
             )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar, Literal
 
 from pydantic import (
@@ -325,10 +326,16 @@ class TeacherSection(SoleTeacher):
     """run it through torch.compile"""
 
     @property
-    def changed_keys(self) -> list[str]:
-        """The keys that are not at their defaults."""
+    def undone(self) -> dict[str, str]:
+        """The defaults of the keys that have other values, as they are typed; of a fit only that there is none."""
         default = TeacherSection()
-        return [name for name in type(self).model_fields if getattr(self, name) != getattr(default, name)]
+        plain = (name for name in type(self).model_fields if name != "fit")
+        found: dict[str, Any] = {
+            name: value for name in plain if (value := getattr(default, name)) != getattr(self, name)
+        }
+        if self.fit.epochs:
+            found["fit.epochs"] = 0
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
 
     @property
     def reads_store(self) -> bool:
