@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,39 @@ def test_parts_of_a_store_are_joined_with_their_places_and_a_check_and_info_know
     said = capsys.readouterr().out
     assert "only the hard label of 3 classes, the class of each of 2 x 2 places, 10 bytes" in said
     assert "only with these train.epochs and train.batch_size" in " ".join(said.split())
+
+
+def with_other(store: Path, column: str, change: Callable[[torch.Tensor], torch.Tensor], place: Path) -> Path:
+    """Copy a store to `place`, with another column in its first epoch."""
+    shutil.copytree(store, place)
+    name, made = epoch_part(0), LabelStore(place)
+    columns = LabelStore(store).columns(name)
+    (place / f"{name}.safetensors").unlink()
+    made.write_piece(name, torch.arange(made.manifest["views"]), {**columns, column: change(columns[column])})
+    made.finish(name)
+    return place
+
+
+def test_a_check_finds_the_places_of_other_views_and_needs_the_term_that_they_are_for(
+    stored: Path, photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = with_other(stored, "dense", lambda places: (places + 1) % 3, tmp_path / "store")
+    said = refused(["store", "check", str(other), *dense(photos_root, None), "--samples", "60"], capsys)
+    assert "disagrees with this teacher's answers to these views (dense)" in said
+    without = ["store", "check", str(stored), *dense(photos_root, None, distill__terms=None)]
+    assert "and this recipe has none; name the one that the store was built with" in refused(without, capsys)
+
+
+def test_a_check_finds_the_vectors_of_other_views(
+    vectors: Path, photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*tiny(photos_root, None, **POOLED), "--samples", "20"]
+    assert main(["store", "check", str(vectors), *arguments]) == 0
+    lines = [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines() if "(at most" in line]
+    assert lines == ["argmax", "logits", "pooled"]
+    other = with_other(vectors, "pooled", lambda rows: rows.roll(1, 0), tmp_path / "store")
+    said = refused(["store", "check", str(other), *arguments], capsys)
+    assert "disagrees with this teacher's answers to these views (pooled)" in said
 
 
 def test_a_run_without_the_term_reads_a_store_with_places(stored: Path, photos_root: Path, tmp_path: Path) -> None:

@@ -86,6 +86,19 @@ def test_kept_logits_are_within_fp16_rounding(top: int) -> None:
     assert (record.gap(columns, asked) <= 2.0**-11 * relative.abs().max(-1)[0] + 2.0**-24).all()
 
 
+@pytest.mark.parametrize(
+    ("column", "other"), [("logits", "logits"), ("rest", "logits"), ("dense", "dense"), ("pooled", "pooled")]
+)
+def test_a_column_of_another_answer_is_found_and_no_other(column: str, other: str) -> None:
+    record = Record(classes=20, top=3, grid=(2, 2), width=8)
+    answer = logits(100, 20), torch.arange(400).view(100, 2, 2) % 20, logits(100, 8)
+    columns = record.encode(*answer)
+    assert all(gap.share < 1e-3 for gap in record.gaps(columns, *answer).values())
+    columns[column] = columns[column].roll(1, 0)
+    found = {name: gap.share for name, gap in record.gaps(columns, *answer).items()}
+    assert [name for name, share in found.items() if share > 0.05] == [other]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 def test_all_logits_give_the_soft_loss_of_the_teacher_itself(temperature: float) -> None:
     teacher, student = logits(50, 10), logits(50, 10, seed=1)

@@ -30,7 +30,7 @@ from deit_kd.console import console
 from deit_kd.data.order import epoch_order
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError
-from deit_kd.jobs.store import check
+from deit_kd.jobs.store import ACCEPTED, check
 from deit_kd.losses import soft_distillation
 from deit_kd.runs.lesson import Lesson
 from deit_kd.runs.run import prepare
@@ -327,7 +327,7 @@ def test_an_old_store_is_read_in_the_order_that_it_was_made_in(
     config, _ = parse_config(
         home.arguments(output=tmp_path / "run", **options, **{"teacher.store": tmp_path / "store"})
     )
-    assert check(config, str(tmp_path / "store"), 100)["changed_share"] == 0
+    assert check(config, str(tmp_path / "store"), 100)["argmax"] == 0
     run = prepare(config, ONE_PROCESS)
     stored_teacher(run)
     order = epoch_order(150, 3, 0, 0, version=1)
@@ -549,7 +549,7 @@ def test_a_store_of_the_devices_views_teaches_as_its_teacher_does_and_no_views_b
 def test_a_check_finds_views_that_are_made_otherwise(
     home: Home, hard: Path, soft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, changed: float
 ) -> None:
-    monkeypatch.setattr("deit_kd.jobs.store.LARGEST_CHANGED_SHARE", changed)
+    monkeypatch.setitem(ACCEPTED, "argmax", changed)
     place = of_other_libraries(hard if kind == "hard" else soft, tmp_path / "store")
     for epoch in range(EPOCHS):  # the answers to each epoch's views are those to another's
         (place / f"{epoch_part(epoch)}.safetensors").unlink()
@@ -565,8 +565,9 @@ def test_a_check_finds_views_that_are_made_otherwise(
 def test_a_check_reports_how_far_the_answers_are(home: Home, soft: Path) -> None:
     config, _ = parse_config(home.arguments())
     result = check(config, str(soft), 40)
-    assert result["changed_share"] == 0
-    assert 0 < result["largest_difference"] < 0.02
+    assert result.keys() == {"argmax", "logits"}
+    assert result["argmax"] == 0
+    assert 0 < result["logits"] < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])

@@ -16,7 +16,7 @@ from deit_kd.config import Config
 from deit_kd.console import SECONDS_BETWEEN_LINES, ViewMeter, duration_text, say, size_text
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes, from_main, on_main, process_group
-from deit_kd.interfaces import Batch, InputError
+from deit_kd.interfaces import POOLED, Batch, InputError
 from deit_kd.randomness import generator
 from deit_kd.runs import parts
 from deit_kd.runs.data_errors import DataErrors, merge
@@ -26,6 +26,7 @@ from deit_kd.store import (
     MANIFEST,
     PARTS,
     VALIDATION,
+    Gap,
     LabelStore,
     Plan,
     RecordingTeacher,
@@ -37,14 +38,20 @@ from deit_kd.store import (
     plan_of,
     seconds_left,
 )
-from deit_kd.teachers import NetworkTeacher
+from deit_kd.teachers import FrozenTeacher, NetworkTeacher
 from deit_kd.teaching.fit import is_unfitted, online_teacher, teacher_folder
 from deit_kd.teaching.recording import fill_epoch, fill_validation, shares_of_dense, writing
 from deit_kd.teaching.store_identity import accepted, identity, in_use, refuse_other, verify, weights_hash
 from deit_kd.teaching.stored import open_store
 
-LARGEST_CHANGED_SHARE = 0.01  # of changed argmaxes that a check accepts
-LARGEST_GAP_SHARE = 0.05  # of the logits' spread that a check accepts: several times bf16's rounding
+# Shares that a check accepts: few other classes, and numbers that differ by several times bf16's rounding.
+ACCEPTED = {"argmax": 0.01, "logits": 0.05, "dense": 0.01, "pooled": 0.05}
+FOUND = {
+    "argmax": "of the views have another class",
+    "logits": "of the spread is how far the logits of a view are from the store's",
+    "dense": "of the places have another class",
+    "pooled": "of the spread is how far the vector of a view is from the store's",
+}
 
 
 def build(config: Config, folder: str | None, epochs: int | None, batch_size: int, part: str | None = None) -> None:
@@ -150,8 +157,7 @@ def check(config: Config, folder: str, samples: int) -> dict[str, float]:
     If they agree, the executor and the versions of the libraries in use may use the store from now on.
 
     Returns:
-        ``largest_difference`` of the kept logits, their ``mean_gap_share`` of the logits' spread, and the
-        ``changed_share`` of the argmax.
+        How far each column of the store is from them, as a share, see `Record.gaps`.
 
     Raises:
         InputError: the store is damaged or of another recipe, or the answers differ.
@@ -166,23 +172,25 @@ def check(config: Config, folder: str, samples: int) -> dict[str, float]:
         loader.order_as(store.views_version)
         teacher, checkpoint = online_teacher(config, processes, splits)
         refuse_other(store, identity(config, splits) | {"teacher.weights": weights_hash(teacher, checkpoint)})
+        if store.record.grid is not None and not config.distill.stores_dense:
+            raise InputError(
+                f"store check: {folder} holds the class of each place, which depends on the dense term of the recipe, "
+                "and this recipe has none; name the one that the store was built with"
+            )
         verify(store, [VALIDATION, *map(epoch_part, range(store.epochs))], processes)
         views = loader.views_per_epoch
         drawn = np.unique(generator("store check", config.seed).integers(store.epochs * views, size=samples))
         batches = loader.views(np.stack(np.divmod(drawn, views), axis=1), config.evaluate.batch_size)
-        shares = shares_of_dense(config, loader) if config.distill.stores_dense else None
-        result = _compare(store, teacher, batches, processes.device, shares)
+        result = _compare(store, teacher, batches, processes.device, shares_of_dense(config, loader))
         if processes.is_main:
-            say(
-                f"store: {folder}, all checksums match; {len(drawn)} views run again: largest difference "
-                f"{result['largest_difference']:.4f} (on average {100 * result['mean_gap_share']:.2f} % of the logits' "
-                f"spread), argmax changed in {100 * result['changed_share']:.2f} %"
-            )
-        if result["changed_share"] > LARGEST_CHANGED_SHARE or not result["mean_gap_share"] <= LARGEST_GAP_SHARE:
+            say(f"store: {folder}, all checksums match; {len(drawn)} views run again:")
+            for name, share in result.items():
+                say(f"  {name}: {100 * share:.2f} % {FOUND[name]} (at most {100 * ACCEPTED[name]:g} %)")
+        wrong = [name for name, share in result.items() if not share <= ACCEPTED[name]]
+        if wrong:
             raise InputError(
-                f"store check: {folder} disagrees with this teacher's answers to these views (allowed: "
-                f"{100 * LARGEST_CHANGED_SHARE:g} % of the argmax, {100 * LARGEST_GAP_SHARE:g} % of the spread); build "
-                "a store with this executor and these libraries"
+                f"store check: {folder} disagrees with this teacher's answers to these views ({', '.join(wrong)}); "
+                "build a store with this executor and these libraries"
             )
         if processes.is_main and (here := in_use(config)) not in accepted(store):
             store.accept(here)
@@ -365,28 +373,25 @@ def _compare(
     teacher: NetworkTeacher,
     batches: Iterable[Batch],
     device: torch.device,
-    shares: Callable[[torch.Tensor], torch.Tensor] | None,
+    shares: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, float]:
-    rows = []
-    with_places = shares is not None and teacher.grid is not None and teacher.grid == store.record.grid
-    teacher.ask_for_dense(with_places)
+    """Return how far each column is from the teacher's answers to the views of `batches`, see `Gap.share`."""
+    teacher.ask_for_dense(store.record.grid is not None)
+    if store.record.width is not None:
+        assert isinstance(teacher, FrozenTeacher)  # or it could not have filled the store
+        teacher.ask_for((POOLED,))
+    gaps: list[dict[str, Gap]] = []
     for batch in batches:
         assert batch.view_ids is not None
         records = store.find(batch.view_ids)
         store.expect_missing(batch.missing_ids())
         answer = teacher(batch.to(device))
-        logits = answer.needed_logits().cpu()
-        changed = (store.record.decode(records).argmax(-1) != logits.argmax(-1)).float()
-        if with_places and shares is not None:
+        labels = None
+        if store.record.grid is not None:
             labels = answer.mixed(shares(batch.view_ids).to(device)).argmax(-1).cpu()
-            changed = torch.maximum(changed, (labels != records["dense"]).float().mean((1, 2)))
-        rows.append(torch.stack([store.record.gap(records, logits), logits.std(-1), changed]))
-    gap, spread, changed = torch.cat(rows, dim=1)
-    return {
-        "largest_difference": float(gap.max()),
-        "mean_gap_share": float(gap.mean() / spread.mean()),
-        "changed_share": float(changed.mean()),
-    }
+        vectors = None if answer.features is None else answer.features[POOLED].cpu()
+        gaps.append(store.record.gaps(records, answer.needed_logits().cpu(), labels, vectors))
+    return {name: Gap(*map(torch.cat, zip(*(of[name] for of in gaps), strict=True))).share for name in gaps[0]}
 
 
 def _named(libraries: dict[str, str]) -> str:

@@ -3,7 +3,7 @@
 from deit_kd.store.ahead import Checksums
 from deit_kd.store.folder import LabelStore, epoch_part
 from deit_kd.store.manifest import MANIFEST, PARTS, VALIDATION, VIEWS_FIELD
-from deit_kd.store.record import Record
+from deit_kd.store.record import Gap, Record
 from deit_kd.store.shares import (
     Division,
     Plan,
@@ -23,6 +23,7 @@ __all__ = [
     "VIEWS_FIELD",
     "Checksums",
     "Division",
+    "Gap",
     "LabelStore",
     "Plan",
     "Record",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,18 @@ MISSING = {
     "pooled": 0.0,
 }  # the encoding of a missing answer
 LEAST_GAP = 2.0**-24  # the smallest fp16 number: a tie in fp16 must not move the argmax
+
+
+class Gap(NamedTuple):
+    """How far records are from new answers to their views."""
+
+    differences: Tensor  # [B]
+    spread: Tensor  # [B], the standard deviation of each new answer; 1 where classes are compared
+
+    @property
+    def share(self) -> float:
+        """The mean difference as a share of the mean spread."""
+        return float(self.differences.mean() / self.spread.mean())
 
 
 @dataclass(frozen=True)
@@ -140,14 +153,41 @@ class Record:
         named = [columns[name][~is_missing(columns)] for name in ("label", "classes", "dense") if name in columns]
         return all(bool(((column >= 0) & (column < self.classes)).all()) for column in named)
 
+    def gaps(
+        self,
+        columns: dict[str, Tensor],
+        logits: Tensor,
+        dense_labels: Tensor | None = None,
+        vectors: Tensor | None = None,
+    ) -> dict[str, Gap]:
+        """Return how far records are from new answers to their views, for all that they hold; arguments as in `encode`.
+
+        ``argmax`` and ``dense`` compare classes; ``logits`` are the kept ones and the mass of the rest, of which the
+        largest difference counts; of ``pooled`` it is the root mean square.
+        """
+        logits = logits.float()
+        alike = torch.ones(len(logits))
+        found = {"argmax": Gap((self.decode(columns).argmax(-1) != logits.argmax(-1)).float(), alike)}
+        if self.holds_logits:
+            found["logits"] = Gap(self.gap(columns, logits), logits.std(-1))
+        if self.grid is not None:
+            assert dense_labels is not None
+            found["dense"] = Gap((dense_labels != columns["dense"]).float().mean((1, 2)), alike)
+        if self.width is not None:
+            assert vectors is not None
+            vectors = vectors.float()
+            found["pooled"] = Gap((vectors - columns["pooled"].float()).square().mean(-1).sqrt(), vectors.std(-1))
+        return found
+
     def gap(self, columns: dict[str, Tensor], logits: Tensor) -> Tensor:
-        """Return the largest difference [B] between the kept logits and new `logits` [B, C]."""
-        if "label" in columns:
-            return torch.zeros(len(logits))
+        """Return the largest difference [B] between what is kept of logits and new `logits` [B, C]."""
         relative = logits.float() - logits.float().max(-1, keepdim=True)[0]
-        if "classes" in columns:
-            relative = relative.gather(-1, columns["classes"].long())
-        return (relative.clamp_min(LEAST_LOGIT) - columns["logits"].float()).abs().max(-1)[0]
+        if "classes" not in columns:
+            return (relative.clamp_min(LEAST_LOGIT) - columns["logits"].float()).abs().max(-1)[0]
+        classes = columns["classes"].long()
+        rest = relative.scatter(-1, classes, -torch.inf).logsumexp(-1, keepdim=True)
+        again = torch.cat([relative.gather(-1, classes), rest], dim=-1).clamp_min(LEAST_LOGIT)
+        return (again - torch.cat([columns["logits"].float(), columns["rest"][:, None]], dim=-1)).abs().max(-1)[0]
 
 
 def is_missing(columns: dict[str, Tensor]) -> Tensor:
