@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from deit_kd.commands.shared import Arguments, asks_for_help, named_folder
+from deit_kd.commands.shared import Arguments, asks_for_help
 from deit_kd.config import build_parser, parse_config
 from deit_kd.interfaces import InputError
 from deit_kd.places import path_of
@@ -38,7 +38,7 @@ def quantize(arguments: Arguments) -> None:
 
     source = open_source(named)
     config, others = parse_config([named, *source.recipe, *typed], parser)
-    bits, folder = check_quantize(source, config, others["bits"], named_folder("--to", others["to"]))
+    bits, folder = check_quantize(source, config, others["bits"], others["to"])
     epochs, trained = others["epochs"], source
     if epochs is not None and epochs < 0:
         raise InputError(f"--epochs: {epochs} is below 0; 0 does not train")

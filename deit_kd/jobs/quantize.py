@@ -39,7 +39,7 @@ OWN_FILES = {QUANTIZED_FILE, "config.json", "README.md", HEADS_FILE, ONNX_FOLDER
 INTEGERS, IN_ONNX = "integers", "onnx int8"
 
 
-def check_quantize(source: Source, config: Config, bits: int | None, to: Path | None) -> tuple[int, Path]:
+def check_quantize(source: Source, config: Config, bits: int | None, to: str | None) -> tuple[int, Path]:
     """Return the bits and the folder of a quantised student, once it is known that it can be made.
 
     Args:
@@ -61,7 +61,7 @@ def check_quantize(source: Source, config: Config, bits: int | None, to: Path | 
     if own not in (None, bits):
         raise InputError(f"--bits: {source.name} was trained for {own} bits, not {bits}; use --bits {own}")
     of_checkpoint = "" if source.checkpoint is None else f"-{source.checkpoint.stem}"
-    folder = to or source.run / f"quantized-{bits}{of_checkpoint}"
+    folder = source.run / f"quantized-{bits}{of_checkpoint}" if to is None else Path(to)
     if (folder / HEADS_FILE).is_file():
         raise InputError(f"--to: {folder} already exists; remove it, or name another folder")
     check_writable("--to", folder)

@@ -19,12 +19,12 @@ BATCHES = 4  # that are read ahead: of a network's disk, too, a step may take se
 
 
 class Checksums:
-    """Compares each epoch of a store with its checksum once, before its answers are used.
+    """Compares each part of a store with its checksum once, before its answers are used.
 
     Args:
         store: holds them.
-        is_mine: asked once for each epoch's part, whether this process is the one to compare it; by default all have
-            been compared already.
+        is_mine: asked once for each part, whether this process is the one to compare it; by default all have been
+            compared already.
         busy: announces work while this process waits for it.
     """
 
@@ -35,29 +35,29 @@ class Checksums:
         busy: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._store, self._is_mine, self._busy = store, is_mine, busy
-        self._begun: set[int] = set()
-        self._waits: dict[int, Callable[[], None]] = {}
+        self._begun: set[str] = set()
+        self._waits: dict[str, Callable[[], None]] = {}
 
-    def begin(self, epoch: int, thread: Executor | None = None) -> None:
-        """Let `thread` compare an epoch; without one it is compared when it is expected."""
-        if epoch in self._begun:
+    def begin(self, part: str, thread: Executor | None = None) -> None:
+        """Let `thread` compare a part; without one it is compared when it is expected."""
+        if part in self._begun:
             return
-        self._begun.add(epoch)
-        if self._is_mine(epoch_part(epoch)):
-            compare = partial(self._store.verify, [epoch_part(epoch)])
-            self._waits[epoch] = compare if thread is None else thread.submit(compare).result
+        self._begun.add(part)
+        if self._is_mine(part):
+            compare = partial(self._store.verify, [part])
+            self._waits[part] = compare if thread is None else thread.submit(compare).result
 
-    def expect(self, epoch: int) -> None:
-        """Wait until an epoch has been compared.
+    def expect(self, part: str) -> None:
+        """Wait until a part has been compared.
 
         Raises:
             InputError: it is damaged.
         """
-        self.begin(epoch)
-        if epoch in self._waits:
-            with self._busy(f"compares the checksum of {epoch_part(epoch)} of {self._store.folder}"):
-                self._waits[epoch]()
-            del self._waits[epoch]
+        self.begin(part)
+        if part in self._waits:
+            with self._busy(f"compares the checksum of {part} of {self._store.folder}"):
+                self._waits[part]()
+            del self._waits[part]
 
 
 class ReadAhead:
@@ -95,7 +95,7 @@ class ReadAhead:
             return None
         block, records = self._coming.popleft()
         if (following := self._following.get(int(block[0, 0]))) is not None:
-            self._checksums.begin(following, self._comparer)
+            self._checksums.begin(epoch_part(following), self._comparer)
         return records.result() if torch.equal(block, view_ids) else None
 
     def close(self) -> None:

@@ -98,7 +98,7 @@ class StoredTeacher:
             raise InputError("teacher.store: answers only views of the training loader, which have view_ids")
         view_ids = batch.view_ids.cpu()
         for epoch in set(view_ids[:, 0].tolist()):
-            self._checksums.expect(epoch)
+            self._checksums.expect(epoch_part(epoch))
         device = batch.images.device
         records = None if self._ahead is None else self._ahead.next(view_ids)
         if records is None:

@@ -69,15 +69,12 @@ def stored_teacher(run: Run) -> StoredTeacher:
             "deit-kd store build with more epochs, or build another store with a constant mix"
         )
 
-    def is_mine(part: str) -> bool:
-        return processes.first_of_machine(f"{store.digest}/{part}")
+    checksums = Checksums(store, lambda part: processes.first_of_machine(f"{store.digest}/{part}"), processes.busy)
 
     def look() -> None:
         for epoch in range(needed):
             store.columns(epoch_part(epoch))  # complete, by length and header; the checksum waits until it is read
-        if is_mine(VALIDATION):
-            with processes.busy(f"compares the checksum of {VALIDATION} of {store.folder}"):
-                store.verify([VALIDATION])
+        checksums.expect(VALIDATION)
 
     together(processes, look)
     if processes.is_main:
@@ -85,7 +82,7 @@ def stored_teacher(run: Run) -> StoredTeacher:
         say(f"store: {config.teacher.store}, {needed} epochs of views{cycled}; the teacher is not loaded")
     run.loader.cycle_views(epochs)
     run.loader.order_as(store.views_version)
-    return StoredTeacher(store, epochs, Checksums(store, is_mine, processes.busy))
+    return StoredTeacher(store, epochs, checksums)
 
 
 def _epochs_to_read(run: Run, store: LabelStore) -> int:
