@@ -45,9 +45,11 @@ class Schedule(NamedTuple):
         """Return whether the value is 0 at `place` and stays 0 to the end of the run."""
         return self.end == 0 and place >= self.until
 
-    def ends_between(self, before: float, after: float) -> bool:
-        """Return whether it changes, and reaches its last value after the place `before` and by `after`."""
-        return self.changes and before < self.until <= after
+    def settled_after(self, steps: int) -> int | None:
+        """Return after how many of so many steps it has its last value; None if it has one value."""
+        about = math.ceil(self.until * steps)  # the product may be rounded
+        counts = (count for count in (about - 1, about, about + 1) if count / steps >= self.until)
+        return next(counts) if self.changes else None
 
     def is_always(self, value: float) -> bool:
         """Return whether it has this value all along."""

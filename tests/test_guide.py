@@ -156,6 +156,14 @@ def test_a_schedule_is_a_function_of_the_place(schedule: Schedule, values: list[
     assert [schedule.at(place / 4) for place in range(5)] == pytest.approx(values)
 
 
+@given(st.integers(1, 400), st.floats(1e-3, 1))
+@settings(max_examples=300, derandomize=True)
+def test_a_schedule_settles_after_the_first_step_whose_end_is_not_before_its_own(steps: int, until: float) -> None:
+    settled = Schedule(1, 0, until=until).settled_after(steps)
+    assert settled == next(done for done in range(1, steps + 1) if done / steps >= until)
+    assert always(1).settled_after(steps) is None
+
+
 @given(st.floats(0, 3), st.floats(0, 3), st.floats(0, 0.5), st.floats(0.51, 1), st.floats(0, 1))
 def test_a_schedule_stays_between_its_ends_and_is_over_only_at_zero(
     start: float, end: float, begin: float, until: float, place: float

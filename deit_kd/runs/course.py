@@ -54,6 +54,7 @@ class Course:
             Stopped: see `execute`.
         """
         self._saved = time.monotonic()
+        self._settles_after = self._ends_of_schedules()
         if not self.progress.epoch_is_scored:
             self._end_epoch()
         try:
@@ -79,7 +80,7 @@ class Course:
         self.watch.beat()
         at_epoch_end = step % self.run.loader.steps_per_epoch == 0
         is_due = train.checkpoint_every_steps is not None and step % train.checkpoint_every_steps == 0
-        if step % train.log_every_steps == 0 or at_epoch_end or self._ends_a_schedule(step):
+        if step % train.log_every_steps == 0 or at_epoch_end or step in self._settles_after:
             overdue = (
                 self.run.processes.is_main and time.monotonic() - self._saved > 60 * train.checkpoint_every_minutes
             )
@@ -95,12 +96,10 @@ class Course:
             assert self.watch.signal is not None
             self._stop(self.watch.signal)
 
-    def _ends_a_schedule(self, step: int) -> bool:
-        """Return whether a weight has its last value from the next step on; a record says up to where it had others."""
-        total = self.run.loader.total_steps
-        members = self.trainer.distiller.members
-        schedules = [schedule for member in members for schedule in member.objective.schedules]
-        return any(schedule.ends_between((step - 1) / total, step / total) for schedule in schedules)
+    def _ends_of_schedules(self) -> set[int | None]:
+        """Return the steps after which a weight has its last value; a record of them says up to where it had others."""
+        members, total = self.trainer.distiller.members, self.run.loader.total_steps
+        return {schedule.settled_after(total) for member in members for schedule in member.objective.schedules}
 
     def _let_go(self) -> None:
         """Drop what the next epoch no longer needs: ended terms, their connectors and their teachers."""
@@ -111,6 +110,7 @@ class Course:
         over = ", ".join(kind for kind in distiller.objective.active if kind not in rest.active)
         peak = peak_memory(run.processes.device)
         self.trainer.distiller = build_distiller(run, self.lesson, self.progress.step)
+        self._settles_after = self._ends_of_schedules()
         del distiller
         gc.collect()  # a DDP wrapper is a reference cycle
         reset_peak_memory(run.processes.device)
