@@ -156,14 +156,24 @@ def test_a_run_of_other_views_is_not_resumed(
     assert "was started with another recipe (views: version 1 in the run, 2 here)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("before", ['"paths": 1', '"of": 0'], ids=["older draws", "from before draws had a version"])
-def test_a_run_of_other_draws_of_drop_path_goes_on_and_says_so_once(
-    before: str, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+DRAWS, LAST_BLOCK = "drop-path: this run began with another version of its draws", "last block: this run began with an"
+
+
+@pytest.mark.parametrize(
+    ("here", "before", "said"),
+    [
+        ('"paths": 2', '"paths": 1', DRAWS),
+        ('"paths": 2', '"of": 0', DRAWS),
+        ('"last_block": 2', '"of": 0', LAST_BLOCK),
+    ],
+    ids=["older draws", "from before draws had a version", "from before the last block had a version"],
+)
+def test_a_run_that_an_older_version_began_goes_on_and_says_once_what_differs(
+    here: str, before: str, said: str, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = copied(finished, tmp_path)
     facts = tmp_path / "run" / "run.json"
-    facts.write_text(facts.read_text().replace('"paths": 2', before))
-    said = "drop-path: this run began with another version of its draws"
+    facts.write_text(facts.read_text().replace(here, before))
     for lines in (1, 0):
         newest_two(tmp_path / "run")[1].unlink()
         assert main(["train", *arguments]) == 0

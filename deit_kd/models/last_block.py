@@ -9,6 +9,9 @@ from typing import Any
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+# The version of what a model computes for its heads. 2: no patches behind the attention of its last block.
+VERSION = 2
+
 
 class LastBlock(Block):
     """timm's block, which can leave out the patches after its attention; its parameters are those of `block`.
@@ -43,6 +46,14 @@ def replace_last_block(backbone: nn.Module) -> None:
         model.blocks[-1] = LastBlock(model.blocks[-1])
 
 
+def computes_tokens_alone(backbone: nn.Module) -> bool:
+    """Return whether `heads_alone` acts on a model."""
+    model: Any = backbone
+    last = model.blocks[-1] if isinstance(backbone, VisionTransformer) else None
+    reads_patches = getattr(model, "answers_with_patches", False)
+    return isinstance(last, LastBlock) and not model.grad_checkpointing and not reads_patches
+
+
 @contextmanager
 def heads_alone(backbone: nn.Module) -> Iterator[None]:
     """Meanwhile, let a model compute no more of its last features than the tokens that its heads read, if it can.
@@ -50,10 +61,10 @@ def heads_alone(backbone: nn.Module) -> Iterator[None]:
     Not if its heads read patches, nor where layers are computed again for their backward pass, which comes later.
     """
     model: Any = backbone
-    last = model.blocks[-1] if isinstance(backbone, VisionTransformer) else None
-    if not isinstance(last, LastBlock) or model.grad_checkpointing or getattr(model, "answers_with_patches", False):
+    if not computes_tokens_alone(backbone):
         yield
         return
+    last = model.blocks[-1]
     last.tokens = model.num_prefix_tokens
     try:
         yield

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from deit_kd.checkpoint import Found, load_checkpoint, newest_checkpoint
 from deit_kd.config import NOTHING, Config, differences, effects, flat, in_todays_values, read_recipe
@@ -15,12 +17,14 @@ from deit_kd.data import PILLOW
 from deit_kd.distributed import Processes, on_main, together
 from deit_kd.files import LOCK, InUse, check_writable, held
 from deit_kd.interfaces import InputError
+from deit_kd.models import last_block
 from deit_kd.randomness import PATHS_VERSION, VIEWS_VERSION
 from deit_kd.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     DATA_ERRORS_FILE,
     FACTS_FILE,
+    Facts,
     newest_folder,
     next_free_folder,
     read_facts,
@@ -67,20 +71,33 @@ def claimed(folder: Path, processes: Processes, waiting: str | None = None) -> I
         yield
 
 
-def open_folder(config: Config, processes: Processes, data_facts: dict[str, str] | None) -> tuple[Path, Any]:
+def open_folder(
+    config: Config, processes: Processes, data_facts: dict[str, str] | None, backbones: Sequence[nn.Module]
+) -> tuple[Path, Any]:
     """Return the run's folder and the checkpoint to resume from; refuse a folder that holds something else.
 
-    If `data_facts` is None, the folder is known to belong to this recipe and these photos.
-
     The main process chooses the checkpoint; the others, whose disks may differ, load the same one.
+
+    Args:
+        config: the recipe.
+        processes: of the run.
+        data_facts: a hash of each split; None if the folder is known to belong to this recipe and these photos.
+        backbones: of all that learn.
     """
-    folder = Path(config.output).expanduser() if config.output is not None else None
+    folder = Path(config.output) if config.output is not None else None
     if folder is None:
         newest = newest_folder(RUNS, config.recipe) if config.resume == "auto" else None
         folder = newest or next_free_folder(RUNS, config.recipe)
     folder = processes.share(folder)
     check_writable("output", folder)
-    found = on_main(processes, lambda: _newest(config, folder, data_facts), "looks for the newest checkpoint")
+
+    def look() -> Found | None:
+        found = _newest(config, folder, data_facts)
+        if found is not None:
+            _say_new_versions(config, read_facts(folder), backbones)
+        return found
+
+    found = on_main(processes, look, "looks for the newest checkpoint")
     chosen = processes.share(None if found is None else (found.path, found.digest))
 
     def load() -> Any:
@@ -115,13 +132,16 @@ def _newest(config: Config, folder: Path, data_facts: dict[str, str] | None) -> 
     found, skipped = newest_checkpoint(folder / CHECKPOINTS)
     for line in skipped:
         say(f"skipped: {line}")
-    if found is not None and _drops_paths(config) and read_facts(folder).get("paths", 1) != PATHS_VERSION:
-        say("drop-path: this run began with another version of its draws; from here on it drops other paths as often")
     return found
 
 
-def _drops_paths(config: Config) -> bool:
-    return any(network.drop_path > 0 for network in (config.student, *config.peers))
+def _say_new_versions(config: Config, facts: Facts, backbones: Sequence[nn.Module]) -> None:
+    """Say what a resumed run will compute otherwise than it began, with other bits but results as good."""
+    drops_paths = any(network.drop_path > 0 for network in (config.student, *config.peers))
+    if drops_paths and facts.get("paths", 1) != PATHS_VERSION:
+        say("drop-path: this run began with another version of its draws; from here on it drops other paths as often")
+    if any(map(last_block.computes_tokens_alone, backbones)) and facts.get("last_block", 1) != last_block.VERSION:
+        say("last block: this run began with another version; from here on its results differ by rounding")
 
 
 def _refuse_changes(config: Config, folder: Path, data_facts: dict[str, str]) -> None:

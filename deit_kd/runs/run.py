@@ -16,6 +16,7 @@ from deit_kd.engine import Trainer
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import InputError, Rest
 from deit_kd.kernels import choose_kernels, preferred_attention
+from deit_kd.models import last_block
 from deit_kd.models.tokens import answers_apart
 from deit_kd.randomness import PATHS_VERSION, VIEWS_VERSION
 from deit_kd.run_folder import (
@@ -77,7 +78,7 @@ def prepare(
         )
     order = training_order(config, splits.train, processes)
     check_own_average(config, order.total_steps)
-    parts.check_taught(config, len(splits.train.classes))
+    parts.check_taught(config)
     with processes.busy("builds the student"):
         student = parts.build_student(config, splits.train.classes, processes.device)
     parts.check_batch_norms(config, student, processes)
@@ -85,7 +86,8 @@ def prepare(
     peers = build_peers(config, splits.train.classes, processes, order.steps_per_epoch)
     schedule = parts.build_schedule(config, optimizer, order.steps_per_epoch)
     data_facts = {split: photos.digest() for split, photos in splits._asdict().items()}
-    folder, checkpoint = open_folder(config, processes, None if is_named_by_recipe else data_facts)
+    backbones = [student.backbone, *(peer.student.backbone for peer in peers)]
+    folder, checkpoint = open_folder(config, processes, None if is_named_by_recipe else data_facts, backbones)
     # Photos are decoded once everything else is known to work; a teacher's fit shares them.
     splits = splits._replace(train=cached(config, splits.train, processes))
     return Run(
@@ -215,6 +217,7 @@ def _write_facts(
         "images": {split: len(photos) for split, photos in run.splits._asdict().items()},
         "views": VIEWS_VERSION,
         "paths": PATHS_VERSION,
+        "last_block": last_block.VERSION,
         "executor": makers["executor"],
         "decoder": makers["decoder"],
         "classes": list(run.classes),
