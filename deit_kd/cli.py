@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
+import traceback
 from collections.abc import Callable
 
 from deit_kd.commands.data import data
@@ -48,10 +49,24 @@ def main(arguments: Arguments | None = None) -> int:
             print(f"  {name:9} {summary}")
         return 0
     try:
+        code = _run(verb, arguments[1:])
+    except Exception:
+        if not _is_still_in_group():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _is_still_in_group():
+        sys.modules["deit_kd.distributed"].end_failed(code)
+    return code
+
+
+def _run(verb: str, arguments: Arguments) -> int:
+    """Run a verb and tell why it ends, if it does not do so in order; return the exit code."""
+    try:
         if verb not in VERBS:
             raise InputError(f"{verb}: unknown verb; use one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
         with stopping_at_once():
-            return VERBS[verb][1](arguments[1:]) or 0
+            return VERBS[verb][1](arguments) or 0
     except (InputError, OSError) as error:
         told = refusal(error) if isinstance(error, OSError) else error
         if told is None:
@@ -65,6 +80,12 @@ def main(arguments: Arguments | None = None) -> int:
         return stopped.code
     except RuntimeError as error:
         return _lost(error)
+
+
+def _is_still_in_group() -> bool:
+    """Return whether a verb has failed among other processes; one that has none may not even have imported torch."""
+    distributed = sys.modules.get("deit_kd.distributed")
+    return distributed is not None and distributed.is_in_group()
 
 
 def _lost(error: RuntimeError) -> int:

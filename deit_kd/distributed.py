@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deit_kd.interfaces import InputError, Stopped
-from deit_kd.interrupts import raise_pending
+from deit_kd.interrupts import leave_signals_alone, raise_pending
 from deit_kd.signs import GONE, Signs, no_progress
 
 SECONDS_TO_MEET = 600.0
@@ -330,16 +330,43 @@ def lost_process(error: RuntimeError) -> Stopped | None:
 
 
 def finish() -> None:
-    """Leave the process group, if there is one, the main process last; a failing process tells the others."""
-    if not dist.is_available() or not dist.is_initialized():
+    """Leave the process group, if there is one, the main process last; a process that fails only tells the others.
+
+    It stays in the group until `end_failed`: to destroy a group is for all its processes together, and waits for
+    collectives that the others may never join. The reason of the failure would be told after that, or never.
+    """
+    if not is_in_group():
         return
     signs = Signs(_group_store(), dist.get_rank())
+    has_failed = sys.exc_info()[0] is not None
     with suppress(dist.DistError):
-        if sys.exc_info()[0] is None:
-            _leave(signs, dist.get_rank(), dist.get_world_size())
-        else:
+        if has_failed:
             signs.fail()
-    dist.destroy_process_group()
+        signs.leave()
+        if not has_failed:
+            _wait_for_the_rest(signs)
+    if not has_failed:
+        dist.destroy_process_group()
+
+
+def end_failed(code: int) -> None:
+    """End the program here, with the exit `code`, if it has failed within a group; the main process last.
+
+    What is to be told has been told. The usual end of a program would destroy the group as well, see `finish`.
+    """
+    if not is_in_group():
+        return
+    leave_signals_alone()
+    with suppress(dist.DistError):
+        _wait_for_the_rest(Signs(_group_store(), dist.get_rank()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def is_in_group() -> bool:
+    """Return whether this process is in a process group, which one that fails never leaves, see `finish`."""
+    return dist.is_available() and dist.is_initialized()
 
 
 @contextmanager
@@ -353,11 +380,9 @@ def process_group(device_name: str, timeout: float = 0.0) -> Iterator[Processes]
         finish()
 
 
-def _leave(signs: Signs, rank: int, count: int) -> None:
+def _wait_for_the_rest(signs: Signs) -> None:
     """Let the main process, which may hold the store, wait a moment for processes that still read it."""
-    signs.leave()
     last = time.monotonic() + SECONDS_TO_LEAVE
-    while rank == 0 and not signs.have_left(range(1, count)) and time.monotonic() < last:
-        if signs.one_has_failed():
-            return
+    others = range(1, dist.get_world_size())
+    while dist.get_rank() == 0 and not signs.have_left(others) and time.monotonic() < last:
         time.sleep(0.02)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -142,6 +143,7 @@ class Watch:
                 self.look()
             except RuntimeError:  # the store is gone, and so is the process that held it
                 self._agreed.set()
+                self._end_if_stuck()
                 return
 
     def look(self) -> None:
@@ -166,11 +168,16 @@ class Watch:
 
     def _look_for_gone(self) -> None:
         """End this process if another has ended and a collective that waits for it does not notice."""
-        if not self._signs.one_has_failed():
-            return
+        if self._signs.one_has_failed():
+            self._end_if_stuck()
+
+    def _end_if_stuck(self) -> None:
+        """End this process unless its main thread notices in a while that another has ended."""
         # The main thread may notice, and the main process has a checkpoint to write.
         if not self._closed.wait(SECONDS_TO_AGREE if self._processes.is_main else 4 * SECONDS_BETWEEN_LOOKS):
             print(GONE, file=sys.stderr, flush=True)
+            with suppress(RuntimeError):  # the store may be gone
+                self._signs.leave()
             os._exit(1)
 
     def _look_for_stalled(self) -> None:

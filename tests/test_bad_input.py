@@ -58,14 +58,6 @@ DATA = [
     ({"data__name": "imagenet"}, "data.name: 'imagenet' is unknown; use one of folder, shards, hf, digits"),
     ({"data__name": "cifar10", "data__root": "nowhere"}, "--data.download true"),
     ({"data__train_split": "learn"}, "data.train_split: "),
-    (
-        {"distill__kind": "standardised", "data__classes": ["bars", "dots"], "train__batch_size": 16},
-        "distill.kind: standardised logits of 2 classes are 1 and -1, whatever the logits, so nothing is learned",
-    ),
-    (
-        {"distill__terms": [{"kind": "standardised"}], "data__classes": ["bars", "dots"], "train__batch_size": 16},
-        "distill.terms: standardised logits of 2 classes",
-    ),
     ({"train__batch_size": 9}, "train.batch_size: 9 is not a multiple of 2"),
     ({"train__batch_size": 20, "train__accumulation_steps": 4}, "train.batch_size: 20 is not a multiple of 8"),
     ({"train__batch_size": 64}, "train.batch_size: 64 is more than the 48 views of an epoch; use 48 or less"),

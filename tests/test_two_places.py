@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from deit_kd import distributed
+from deit_kd import cli, distributed
 from deit_kd.cli import main
 from deit_kd.distributed import on_main, process_group
 from deit_kd.interfaces import InputError, Stopped
+from deit_kd.stopping import Watch
 from deit_kd.store import epoch_part
 from deit_kd.teaching.store_identity import verify
 from tests.forked import two
@@ -76,6 +79,40 @@ def test_a_process_that_fails_ends_one_that_waits_for_it(tmp_path: Path) -> None
         processes.wait()
 
     assert two(in_group(act), tmp_path / "said.txt") == [1, 2]
+    assert "another process of the run is gone" in (tmp_path / "said.txt").read_text()
+
+
+@pytest.mark.parametrize(("error", "code"), [(InputError("its own reason"), 2), (ValueError("its own reason"), 1)])
+def test_a_process_that_fails_says_why_at_once_though_it_is_owed_a_collective(
+    error: Exception, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = tmp_path / "said.txt"
+
+    def verb(_: list[str]) -> int:
+        with process_group("cpu") as processes:
+            processes.wait()
+            if processes.rank:
+                dist.all_reduce(torch.zeros(1), async_op=True)
+                raise error
+            last = time.monotonic() + 5  # while it computes
+            while "its own reason" not in said.read_text() and time.monotonic() < last:
+                time.sleep(0.05)
+            return 0 if time.monotonic() < last else 3
+
+    monkeypatch.setitem(cli.VERBS, "plot", ("", verb))
+    assert two(lambda rank: main(["plot"]), said) == [0, code], said.read_text()
+
+
+def test_a_process_that_waits_in_a_collective_ends_when_the_store_goes_with_another(tmp_path: Path) -> None:
+    def act(processes: distributed.Processes) -> int:
+        with Watch(processes, 0, 0.0):
+            processes.wait()
+            if processes.is_main:  # which holds the store
+                os._exit(9)
+            time.sleep(10)  # as a collective that does not notice
+        return 0
+
+    assert two(in_group(act), tmp_path / "said.txt") == [9, 1]
     assert "another process of the run is gone" in (tmp_path / "said.txt").read_text()
 
 
