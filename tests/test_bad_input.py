@@ -30,6 +30,8 @@ KEYS = [
     ({"train__batch_size": -8}, "train.batch_size: '-8'"),
     ({"data__workers": -1}, "data.workers: '-1'"),
     ({"data__mean": "[1, 2]"}, "data.mean: '[1, 2]' Expected a tuple with 3 elements"),
+    ({"data__mean": "[123.7, 116.3, 103.5]"}, "data.mean: (123.7, 116.3, 103.5): must be between 0 and 1"),
+    ({"teacher__mean": "[123.7, 116.3, 103.5]"}, "teacher.mean: (123.7, 116.3, 103.5): must be between 0 and 1"),
     ({"data__std": "[0.0, 1.0, 1.0]"}, "data.std: (0.0, 1.0, 1.0): must be above 0"),
     ({"data__download": "maybe"}, "data.download: 'maybe' Expected a bool"),
     ({"data__validation_fraction": 1.0}, "data.validation_fraction: '1.0'"),

@@ -16,10 +16,12 @@ from PIL import Image
 from torchvision.datasets import Imagenette
 
 from deit_kd import InputError
+from deit_kd.config import parse_config
 from deit_kd.data import Photos, Splits, load_image
 from deit_kd.data.names import Names
 from deit_kd.data.photos import split_by_hash
-from tests.helpers import CLASSES, REPOSITORY, write_photos
+from deit_kd.runs.parts import agreed_splits
+from tests.helpers import CLASSES, ONE_PROCESS, REPOSITORY, as_arguments, write_photos
 from tests.tiny_parts import array_photos, folder_splits
 
 CPU = torch.device("cpu")
@@ -91,6 +93,32 @@ def test_image_folder_trees(tmp_path: Path, tree: dict[str, int], options: dict[
     assert (len(train), len(validation)) == sizes
     assert train.classes == validation.classes == CLASSES
     assert set(train.labels) == set(validation.labels) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("folders", "named", "line"),
+    [
+        (
+            ("train", "val", "test"),
+            {},
+            "photos of 'train' are held out; not read: test, val",
+        ),
+        (("train", "val"), {"data__validation_split": "val"}, None),
+        (("train", ".cache"), {}, None),
+        (("",), {}, None),
+    ],
+)
+def test_a_validation_folder_of_another_name_is_not_passed_over_silently(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    folders: tuple[str, ...],
+    named: dict[str, Any],
+    line: str | None,
+) -> None:
+    write_photos(tmp_path, dict.fromkeys(folders, 2))
+    agreed_splits(parse_config(as_arguments(data__root=tmp_path, **named))[0], ONE_PROCESS)
+    said = capsys.readouterr().out
+    assert line in " ".join(said.split()) if line else not said
 
 
 def test_the_digits_come_with_scikit_learn() -> None:

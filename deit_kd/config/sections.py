@@ -46,6 +46,12 @@ def _check_positive(value: Statistics | None) -> Statistics | None:
     return value
 
 
+def _check_share(value: Statistics | None) -> Statistics | None:
+    if value is not None and not 0 <= min(value) <= max(value) <= 1:
+        raise ValueError("must be between 0 and 1 in every channel; divide means of levels from 0 to 255 by 255")
+    return value
+
+
 class Data(Section):
     """Where the photos are and how large the student sees them."""
 
@@ -114,6 +120,7 @@ class Data(Section):
     max_errors: int = key(100, NOTHING, ge=0)
     """number of photos that may be left out; one more ends the run"""
 
+    _check_mean = field_validator("mean")(_check_share)
     _check_std = field_validator("std")(_check_positive)
 
     @field_validator("classes", mode="before")
@@ -267,6 +274,7 @@ class TeacherNetwork(Section):
     args: dict[str, JsonValue] = key({}, ANSWERS | FIT)
     """further arguments of timm.create_model"""
 
+    _check_mean = field_validator("mean")(_check_share)
     _check_std = field_validator("std")(_check_positive)
 
 

@@ -44,6 +44,21 @@ def folder(
     return Splits(_scan(train_folder), _scan(validation_folder))
 
 
+def unread_note(root: str | None, train_split: str, validation_split: str) -> str | None:
+    """Return the line that names the folders beside a training split from which `folder` holds out photos.
+
+    One of them may have been meant to be the validation split. None if there are none.
+    """
+    top = photos_root(root)
+    if (top / validation_split).is_dir() or not (top / train_split).is_dir():
+        return None
+    beside = (place for place in top.iterdir() if place.is_dir() and place != top / train_split)
+    unread = sorted(place.name for place in beside if not place.name.startswith("."))
+    more = " …" if len(unread) > MOST_NAMED else ""
+    said = f"{root} has no folder {validation_split!r}, so photos of {train_split!r} are held out; not read: "
+    return f"data.validation_split: {said}{', '.join(unread[:MOST_NAMED])}{more}" if unread else None
+
+
 def index_tree(*, root: str | None, train_split: str, validation_split: str) -> dict[str, int]:
     """List a tree and write an index of each of its splits.
 

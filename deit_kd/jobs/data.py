@@ -25,6 +25,7 @@ from deit_kd.runs import parts
 
 def tell_taken(config: Config, splits: Splits) -> None:
     """Print what part of the photos a recipe takes, if not all."""
+    parts.tell_unread(config)
     if not config.data.taken:
         return
     everything = config.data.model_copy(update={"classes": None, "rest": None, "fraction": None, "per_class": None})

@@ -20,6 +20,7 @@ from deit_kd.config import (
     as_schedule,
     keys_of,
 )
+from deit_kd.console import say
 from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
@@ -79,7 +80,18 @@ def agreed_splits(config: Config, processes: Processes) -> Splits:
     first = together(processes, lambda: listed() if is_first else None)
     splits = together(processes, lambda: listed() if first is None else first)
     compare_photos(processes, splits._asdict())
+    if processes.is_main:
+        tell_unread(config)
     return splits
+
+
+def tell_unread(config: Config) -> None:
+    """Print which folders of a tree the recipe does not read, if it has to hold out photos of its training split."""
+    section = config.data
+    is_tree = section.name == "folder"
+    note = data.unread_note(section.root, section.train_split, section.validation_split) if is_tree else None
+    if note is not None:
+        say(note)
 
 
 def compare_photos(processes: Processes, photos: Mapping[str, Photos]) -> None:
