@@ -18,7 +18,7 @@ from deit_kd.machine import cpu_kind
 from deit_kd.runs.lesson import Lesson
 from deit_kd.runs.run import prepare
 from deit_kd.store import LabelStore
-from tests.helpers import ONE_PROCESS, tiny
+from tests.helpers import ONE_PROCESS, STUDENT, Finished, tiny
 
 QUICK = ["--rounds", "2", "--steps", "1", "--photos", "8"]
 LOOPS = {"loop, no teacher", "loop, teacher online", "loop, label store"}
@@ -70,6 +70,26 @@ def test_without_a_teacher_there_is_one_loop(photos_root: Path, tmp_path: Path) 
         "loop, no teacher / student's step",
         "student's step / student's step as timm gives it",
     }
+
+
+def test_the_first_line_names_the_networks_that_teach(
+    finished: Finished, photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {"teacher__name": None, "teacher__random_weights": None, "teacher__checkpoint": finished.folder}
+    guide = {"guide__name": "test_resnet", "guide__random_weights": True, "data__image_size": 32}
+    for options, named in (
+        (run, f"teacher {STUDENT}, "),
+        ({**run, "teacher__name": "resnet50"}, f"teacher {STUDENT}, "),
+        ({**guide, "distill__kind": "none", "distill__terms": [{"kind": "guide"}]}, "guide test_resnet, "),
+    ):
+        benched(photos_root, tmp_path, **{"teacher__min_top1": 0, **options})
+        assert f"{STUDENT}, {options.get('data__image_size', 16)} px, {named}batch 8" in capsys.readouterr().out
+
+
+def test_what_no_store_can_keep_is_timed_online_alone(photos_root: Path, tmp_path: Path) -> None:
+    options = {"teacher__image_size": 64, "distill__terms": [{"kind": "dense", "mode": "soft"}]}
+    found = benched(photos_root, tmp_path, **options)
+    assert LOOPS & found["rates"].keys() == LOOPS - {"loop, label store"}
 
 
 def test_a_store_that_the_recipe_names_is_left_alone(photos_root: Path, tmp_path: Path) -> None:

@@ -93,6 +93,21 @@ def test_the_recipe_says_how_many_are_held_out(
     assert f"validation: {percent} % of each class (data.validation_fraction" in capsys.readouterr().out
 
 
+def test_a_set_that_the_recipe_names_is_not_looked_for_in_a_tree(
+    tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in ("check", "index"):
+        assert main(["data", verb, str(tree), "--data.name", "cifar10"]) == 2
+    missing, indexed = capsys.readouterr().err.splitlines()
+    assert missing.startswith(f"error: data.root: {tree}: Dataset not found or corrupted; set --data.download true")
+    assert indexed == "error: data index: cifar10 needs no index; name a tree or shards"
+
+
+def test_handwritten_digits_are_checked_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", "--data.name", "digits"]) == 0
+    assert "1438 training and 359 validation images" in capsys.readouterr().out
+
+
 def test_the_recipe_may_name_the_photos(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "check", "--data.root", str(tree)]) == 0
     assert "6 training and 6 validation images" in capsys.readouterr().out

@@ -27,6 +27,7 @@ from deit_kd.optim import WeightAverage, build_optimizer, build_schedule
 from deit_kd.origins import open_origin
 from deit_kd.rehearsal import Rehearsal
 from deit_kd.runs.lesson import connect
+from deit_kd.runs.outcome import print_heads
 from deit_kd.runs.run import build_trainer, prepare
 from deit_kd.schedules import Schedule, always
 from deit_kd.students import TimmStudent
@@ -477,3 +478,16 @@ def test_a_finished_peer_is_not_trained_over(finished: Path, capsys: pytest.Capt
     line = refused(["train", "--config", str(peer / "config.yaml"), "--resume", "auto"], capsys)
     assert f"output: {peer} is a peer that {finished} trained" in line
     assert snapshot(finished) == before
+
+
+def test_a_table_of_scores_says_whose_they_are_and_names_a_teacher_only_where_one_taught(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    heads = {"cls": {"top1": 50.0, "top5": None, "nll": 1.0}, "dist": None, "fused": None}
+    alone = {"n": 2, "unreadable": {}, "weights": "ema", "heads": heads, "teacher": None}
+    print_heads({**alone, "agreement": {"cls_teacher": None}}, "resnet18")
+    said = capsys.readouterr().out
+    assert "resnet18: 2 images, weights: ema" in said.replace("\n", " ")
+    assert "teacher" not in said
+    print_heads({**alone, "agreement": {"cls_teacher": 0.5}})
+    assert "agrees with teacher" in capsys.readouterr().out

@@ -151,15 +151,16 @@ def test_a_file_comes_before_the_recipe_of_its_name(tmp_path: Path, monkeypatch:
     assert recipe("cifar10").data.name == "cifar10"
 
 
-NEITHER = "is neither a file nor a recipe of deit_kd; name one"
+NEITHER = "is neither a file nor a recipe of deit_kd;"
 
 
 @pytest.mark.parametrize(
     ("named", "said"),
     [
-        ("imagenet_smal", f"{NEITHER} (nearest: imagenet_small"),
-        ("configs/cifar11.yaml", f"{NEITHER} (nearest: cifar10"),
-        ("qqq", f"{NEITHER} (assistant, "),
+        ("imagenet_smal", f"{NEITHER} name one (nearest: imagenet_small"),
+        ("configs/cifar11.yaml", f"{NEITHER} name one (nearest: cifar10"),
+        ("qqq", f"{NEITHER} name one (assistant, "),
+        ("elsewhere/photos.yaml", f"{NEITHER} say --config photos"),
         (".", "is a folder; name the recipe file in it"),
     ],
 )

@@ -82,8 +82,8 @@ def _data_index(arguments: Arguments) -> None:
     parser.add_argument("--workers", type=PositiveInt, default=None, help="processes that read shards")
     config, others = parse_config(arguments, parser)
     config = _of_folder(config, others["root"])
-    if config.data.name == "hf":
-        raise InputError("data index: hf needs no index; name a tree or shards")
+    if config.data.name not in ("folder", "shards"):
+        raise InputError(f"data index: {config.data.name} needs no index; name a tree or shards")
     from deit_kd.jobs.index import index
     from deit_kd.machine import available_cores
 
@@ -115,9 +115,9 @@ def _data_confusions(arguments: Arguments) -> None:
 
 
 def _of_folder(config: Config, root: str | None) -> Config:
-    """Return the recipe for the photos in a folder, which is a tree unless it holds shards or the recipe says hf."""
+    """Return the recipe for the photos in a folder, a tree or shards unless the recipe names another set."""
     root, name = root or config.data.root, config.data.name
-    if name != "hf":
+    if name in ("folder", "shards"):
         top = photos_root(root)
         splits = [top / split for split in (".", config.data.train_split, config.data.validation_split)]
         name = "shards" if any(next(split.glob("*.tar"), None) for split in splits) else "folder"

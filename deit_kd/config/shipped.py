@@ -22,5 +22,6 @@ def recipe_file(named: str) -> Path:
         raise InputError(f"config: {named} is a folder; name the recipe file in it")
     if not path.exists():
         known = nearest(path.stem, RECIPES) or f" ({', '.join(RECIPES)})"
-        raise InputError(f"config: {named} is neither a file nor a recipe of deit_kd; name one{known}")
+        cure = f"say --config {path.stem}" if path.stem in RECIPES else f"name one{known}"
+        raise InputError(f"config: {named} is neither a file nor a recipe of deit_kd; {cure}")
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from deit_kd.interfaces import InputError
 def imagenette(*, root: str | None, download: bool, validation_fraction: float, **_: Any) -> Splits:
     """Return Imagenette at full size; its classes are WordNet ids."""
     home = _home(root, "imagenette")
-    _fetch(lambda: datasets.Imagenette(home, split="train", download=download and not (home / "imagenette2").is_dir()))
+    is_there = (home / "imagenette2").is_dir()
+    _fetch(home, lambda: datasets.Imagenette(home, split="train", download=download and not is_there))
     return folder(
         root=str(home / "imagenette2"),
         train_split="train",
@@ -36,7 +38,7 @@ def cifar100(*, root: str | None, download: bool, **_: Any) -> Splits:
 
 def _cifar(dataset: Any, home: Path, download: bool) -> Splits:
     def part(train: bool) -> Photos:
-        loaded = _fetch(lambda: dataset(home, train=train, download=download))
+        loaded = _fetch(home, lambda: dataset(home, train=train, download=download))
         return Photos.of_arrays(
             names=[f"{'train' if train else 'test'}/{index:05d}" for index in range(len(loaded.targets))],
             labels=list(loaded.targets),
@@ -53,9 +55,11 @@ def _home(root: str | None, name: str) -> Path:
     return Path(root)
 
 
-def _fetch(build: Any) -> Any:
+def _fetch(home: Path, build: Callable[[], Any]) -> Any:
     try:
         return build()
     except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"data.root: {reason}; set --data.download true on a machine with network access") from error
+        reason = str(error).splitlines()[0].partition(". You can use download=True")[0]
+        raise InputError(
+            f"data.root: {home}: {reason}; set --data.download true on a machine with network access"
+        ) from error

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from deit_kd.config import Config, TeacherNetwork
+from deit_kd.config import Config
 from deit_kd.console import say
 from deit_kd.data import Photos, Splits
 from deit_kd.data.sharing import PREFETCHED
@@ -30,7 +30,7 @@ from deit_kd.losses import Objective
 from deit_kd.machine import kind
 from deit_kd.runs import parts
 from deit_kd.runs.attention import attention_kernel
-from deit_kd.runs.lesson import Lesson, build_distiller, connect
+from deit_kd.runs.lesson import Answers, Lesson, build_distiller, connect
 from deit_kd.runs.memory_format import lay_out_teachers
 from deit_kd.runs.prepared import Run
 from deit_kd.runs.progress import Progress
@@ -91,7 +91,7 @@ def bench(
         with open_parts(config, processes, splits, rounds, steps, photos, other_compile) as timed:
             clock = _measure(timed, processes.device, rounds)
         views = len(splits.train) // config.augment.repeats * config.augment.repeats
-        return _report(clock, config, processes, views, json_file)
+        return _report(clock, config, timed.taught_by, processes, views, json_file)
 
 
 def _measure(timed: Parts, device: torch.device, rounds: int) -> Clock:
@@ -126,15 +126,13 @@ def print_rates(what: str, measured: Mapping[str, Sequence[float]], digits: int)
     print_markdown([what, "median", "lowest", "highest"], rows)
 
 
-def _report(clock: Clock, config: Config, processes: Processes, views: int, json_file: Path | None) -> dict[str, Any]:
+def _report(
+    clock: Clock, config: Config, taught_by: str, processes: Processes, views: int, json_file: Path | None
+) -> dict[str, Any]:
     ratios = clock.ratios(RATIOS)
     peaks = clock.peaks or _process_peak()
-    networks: Sequence[TeacherNetwork] = config.teacher.members or [config.teacher]
-    names = ["its own average"] if config.learns_from_own_average else [str(network.name) for network in networks]
-    teachers = " + ".join(names)
     say(
-        f"{config.student.name}, {config.data.image_size} px, "
-        f"{'no teacher' if config.distill.kind == 'none' else f'teacher {teachers}'}, batch "
+        f"{config.student.name}, {config.data.image_size} px, {taught_by}, batch "
         f"{config.train.batch_size}, {config.train.precision}, {kind(processes.device)} with "
         f"{torch.get_num_threads()} threads and {config.data.workers} workers"
     )
@@ -253,7 +251,8 @@ def _lessons(run: Run, folder: str) -> dict[str, Lesson]:
     if not config.distill.needs_teacher:
         return {}
     online = ready_lesson(run)
-    if not config.distill.has_token or not isinstance(online.answers, NetworkTeacher):
+    is_storable = config.distill.dense is None or config.distill.stores_dense
+    if not config.distill.has_token or not isinstance(online.answers, NetworkTeacher) or not is_storable:
         return {ONLINE: online}
     with writing(config, folder, run.splits, run.loader, processes, online.answers, online.source) as store:
         recorder = RecordingTeacher(online.answers, store, shares_of_dense(config, run.loader))
@@ -276,10 +275,11 @@ class Parts:
     def __init__(self, run: Run, lessons: Mapping[str, Lesson], steps: int, other_compile: bool) -> None:
         self._run, self._steps, self._lessons = run, steps, lessons
         device, micro_steps = run.processes.device, run.config.train.accumulation_steps
-        self._progress, self._attention = Progress(device), attention_kernel(run)
+        self._progress, self._attention = Progress(device, run.objective.further_terms), attention_kernel(run)
         self._held = [batch.to(device) for batch in itertools.islice(run.loader.batches(0), micro_steps)]
         self._stream, self._place = iter(run.loader.batches(0, lent=True)), 0  # the next step of the stream
         lesson = lessons.get(ONLINE, Lesson())
+        self.taught_by = _in_words(run.config, lesson)
         timms = as_timm_gives_it(run, lesson)
         own = build_trainer(run, lesson)
         self._teacher = own.distiller.teacher
@@ -354,6 +354,14 @@ class Parts:
         assert self._teacher is not None
         for batch in self._held * self._steps:
             self._teacher(batch)
+
+
+def _in_words(config: Config, lesson: Lesson) -> str:
+    """Return who teaches: the networks that were built, whatever the recipe calls them."""
+    own = {"teacher": "its own average"} if config.learns_from_own_average else {}
+    networks = {"teacher": lesson.answers, "guide": lesson.guide}
+    named = own | {role: one.facts["name"] for role, one in networks.items() if isinstance(one, Answers)}
+    return ", ".join(f"{role} {name}" for role, name in named.items()) or "no teacher"
 
 
 def known_answers(teacher: Teacher, batches: Iterable[Batch]) -> Teacher:

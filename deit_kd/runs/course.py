@@ -108,11 +108,11 @@ class Course:
         if rest.active == distiller.objective.active:
             return
         over = ", ".join(kind for kind in distiller.objective.active if kind not in rest.active)
-        peak = peak_memory(run.processes.device)
         self.trainer.distiller = build_distiller(run, self.lesson, self.progress.step)
         self._settles_after = self._ends_of_schedules()
         del distiller
         gc.collect()  # a DDP wrapper is a reference cycle
+        peak = peak_memory(run.processes.device)
         reset_peak_memory(run.processes.device)
         if run.processes.is_main and self.progress.step < run.loader.total_steps:
             now = size_text(peak_memory(run.processes.device))

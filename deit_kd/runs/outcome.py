@@ -15,13 +15,15 @@ from deit_kd.runs.prepared import Run
 from deit_kd.students import TimmStudent
 
 
-def print_heads(result: Mapping[str, Any]) -> None:
-    """Print the table of a ``heads.json``."""
+def print_heads(result: Mapping[str, Any], whose: str | None = None) -> None:
+    """Print the table of a ``heads.json``; `whose` is the network's name, where there are several."""
     unreadable = f" ({len(result['unreadable'])} more cannot be read)" if result["unreadable"] else ""
-    table = Table(title=f"{result['n']} images{unreadable}, weights: {result['weights']}")
-    for column in ("head", "top-1 %", "top-5 %", "NLL", "agrees with teacher"):
-        table.add_column(column, justify="left" if column == "head" else "right")
+    named = "" if whose is None else f"{whose}: "
+    table = Table(title=f"{named}{result['n']} images{unreadable}, weights: {result['weights']}")
     agreement = result["agreement"]
+    is_taught = any(agreement.get(f"{head}_teacher") is not None for head in result["heads"])
+    for column in ("head", "top-1 %", "top-5 %", "NLL", *(("agrees with teacher",) if is_taught else ())):
+        table.add_column(column, justify="left" if column == "head" else "right")
     rows = {**result["heads"], "teacher": result["teacher"]}
     for name, score in rows.items():
         if score is not None:
@@ -31,7 +33,7 @@ def print_heads(result: Mapping[str, Any]) -> None:
                 f"{score['top1']:.2f}",
                 "-" if score["top5"] is None else f"{score['top5']:.2f}",
                 f"{score['nll']:.4f}",
-                "-" if agrees is None else f"{agrees:.3f}",
+                *(("-" if agrees is None else f"{agrees:.3f}",) if is_taught else ()),
             )
     console.print(table)
 

@@ -172,9 +172,9 @@ def execute(run: Run, lesson: Lesson | None = None, after_epoch: AfterEpoch | No
             of_peer = head_scores(weights, scores[called], teacher_score, unreadable)
             save_peer(run, peer, networks[called], of_peer)
             say(f"peer {peer.name}: {peer_folder(run.folder, peer.name)}")
-            print_heads(of_peer)
+            print_heads(of_peer, peer.name)
         write_json(run.folder / HEADS_FILE, heads)
-        print_heads(heads)
+        print_heads(heads, config.student.name if run.peers else None)
         say(f"run: {run.folder}   student: {run.folder / STUDENT_FOLDER}   heads: {run.folder / HEADS_FILE}")
 
     on_main(processes, end, "writes the student")
