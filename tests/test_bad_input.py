@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from deit_kd.config import parse_config
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError
 from deit_kd.runs import parts
+from deit_kd.runs.opening import open_folder
 from deit_kd.runs.run import prepare
-from tests.helpers import STUDENT_ARGS, Finished, as_arguments, refused, snapshot, tiny, write_photos
+from tests.helpers import ONE_PROCESS, STUDENT_ARGS, Finished, as_arguments, refused, snapshot, tiny, write_photos
 
 KEYS = [
     ({"student__nmae": "x"}, "student.nmae: unknown key (nearest: student.name"),
@@ -60,6 +62,14 @@ DATA = [
     ({"data__name": "imagenet"}, "data.name: 'imagenet' is unknown; use one of folder, shards, hf, digits"),
     ({"data__name": "cifar10", "data__root": "nowhere"}, "--data.download true"),
     ({"data__train_split": "learn"}, "data.train_split: "),
+    (
+        {"distill__kind": "standardised", "data__classes": ["bars", "dots"], "train__batch_size": 16},
+        "distill.kind: standardised logits of 2 classes are 1 and -1, whatever the logits, so nothing is learned",
+    ),
+    (
+        {"distill__terms": [{"kind": "standardised"}], "data__classes": ["bars", "dots"], "train__batch_size": 16},
+        "distill.terms: standardised logits of 2 classes",
+    ),
     ({"train__batch_size": 9}, "train.batch_size: 9 is not a multiple of 2"),
     ({"train__batch_size": 20, "train__accumulation_steps": 4}, "train.batch_size: 20 is not a multiple of 8"),
     ({"train__batch_size": 64}, "train.batch_size: 64 is more than the 48 views of an epoch; use 48 or less"),
@@ -115,6 +125,34 @@ def test_options_that_cannot_be(
     monkeypatch.chdir(tmp_path)
     assert expected in refused(["train", *tiny(photos_root, tmp_path / "run", **options)], capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+FEATURES = {"distill__kind": "none", "distill__alpha": 1, "distill__terms": [{"kind": "pooled"}]}
+
+
+@pytest.mark.parametrize(
+    ("split", "output", "options", "line"),
+    [
+        ("", None, {}, "runs/run-1 is below ., where every image is taken for a photo; name another folder"),
+        ("", "bars/run", {}, "bars/run is below ."),
+        ("train", "train/run", {}, "train/run is below train"),
+        ("", "all/run", {**FEATURES, "data__root": "nowhere", "data__unlabelled": "all"}, "all/run is below all"),
+    ],
+)
+def test_a_run_among_the_photos_would_be_a_class_of_the_next(
+    split: str, output: Path | None, options: dict[str, Any], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_photos(tmp_path, {split: 1})
+    (tmp_path / "nowhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(tiny(Path("."), output, **options))[0]
+    with pytest.raises(InputError, match=rf"^output: {re.escape(line)}"):
+        open_folder(config, ONE_PROCESS, None, ())
+
+
+def test_a_run_may_lie_beside_the_splits_of_its_photos(photos_root: Path) -> None:
+    config = parse_config(tiny(photos_root, photos_root / "run"))[0]
+    assert open_folder(config, ONE_PROCESS, None, ()) == (photos_root / "run", None)
 
 
 def one_class(root: Path) -> None:

@@ -197,14 +197,15 @@ def test_a_set_that_is_not_there_asks_for_the_download(tmp_path: Path, name: str
         splits(None, name=name)
 
 
-def test_imagenette_is_read_from_torchvisions_folder(tmp_path: Path) -> None:
+def test_imagenette_is_read_from_torchvisions_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
     classes = tuple(sorted(Imagenette._WNID_TO_CLASS))
     for split, wordnet_id, index in product(("train", "val"), classes, range(2)):
         if split == "train" or index == 0:
             folder = tmp_path / "imagenette2" / split / wordnet_id
             folder.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (9, 9)).save(folder / f"{index}.JPEG")
-    train, validation = splits(tmp_path, name="imagenette")
+    train, validation = splits(Path("~", tmp_path.name), name="imagenette")
     assert (len(train), len(validation), train.classes) == (20, 10, classes)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from deit_kd.asking import evaluate, score_teacher
 from deit_kd.cli import main
@@ -21,9 +24,13 @@ from deit_kd.teaching.ready import ready_lesson
 from tests.forked import run_on_two
 from tests.helpers import ONE_PROCESS, TINY, as_arguments, heads_in, records, refused, tiny
 from tests.started import kill
-from tests.tiny_parts import make_batch, trainer
+from tests.tiny_parts import make_batch, tiny_student, trainer
 
 ALPHA = {"start": 0, "end": 0.8, "from": 0.5, "until": 0.7, "shape": "linear"}
+SMALL: dict[str, Any] = {
+    "levit_128s": {"embed_dim": [16, 32, 48], "depth": [1, 1, 1], "num_heads": [2, 2, 2], "key_dim": 8},
+    "efficientformerv2_s0": {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+}
 OPTIONS: dict[str, Any] = {
     "teacher__name": None,
     "teacher__random_weights": None,
@@ -57,6 +64,20 @@ def test_its_answers_are_those_of_the_averages_own_evaluation(fusion: str) -> No
     taught, _ = score_teacher(AverageTeacher(made.ema.module, fusion=fusion), batches, **common)
     assert taught["top1"] == scores["heads"]["fused"]["top1"]
     assert taught["nll"] == pytest.approx(scores["heads"]["fused"]["nll"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "efficientformerv2_s0"])  # keep their attention's biases between calls
+def test_its_answers_follow_all_its_weights(name: str) -> None:
+    network = tiny_student(name=name, args=SMALL[name], image_size=64)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    teacher, batch = AverageTeacher(network), make_batch(2, side=64)
+    teacher(batch)
+    for path, parameter in network.named_parameters():
+        if path.endswith("attention_biases"):
+            nn.init.normal_(parameter, std=3.0)
+    moved = teacher(batch).needed_logits()
+    torch.testing.assert_close(moved, AverageTeacher(copy.deepcopy(network))(batch).needed_logits())
 
 
 def test_it_is_the_engines_average_itself_and_gets_no_gradient(photos_root: Path, tmp_path: Path) -> None:

@@ -16,7 +16,11 @@ import pytest
 from deit_kd.cli import main
 from deit_kd.config import Config, parse_config
 from deit_kd.config.shipped import RECIPES
-from tests.helpers import REPOSITORY, TINY, as_arguments, heads_in, records, refused, write_photos
+from deit_kd.runs.opening import open_folder
+from deit_kd.runs.parts import build_splits
+from deit_kd.teaching.fit import teacher_folder
+from deit_kd.teaching.store_identity import identity
+from tests.helpers import ONE_PROCESS, REPOSITORY, TINY, as_arguments, heads_in, records, refused, tiny, write_photos
 
 COST = re.compile(  # \S is a multiplication sign
     r"# Cost.*: (?P<epochs>\d+) epochs \S (?P<views>[\d,]+) views \S "
@@ -214,3 +218,16 @@ def test_what_a_wheel_installs_trains_without_the_repository(built: Path, tmp_pa
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith(str(tmp_path / "site"))
     assert heads_in(tmp_path / "run")["n"] == 6
+
+
+def test_a_path_in_a_recipe_may_begin_with_a_tilde(
+    photos_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "map.json").write_text("{}")
+    paths = {"teacher__class_map": "~/map.json", "teacher__fit__folder": "~/kept"}
+    config = parse_config(tiny(photos_root, Path("~/run"), **paths))[0]
+    splits = build_splits(config)
+    assert open_folder(config, ONE_PROCESS, None, ())[0] == tmp_path / "run"
+    assert teacher_folder(config, splits).parent == tmp_path / "kept"
+    assert identity(config, splits)["teacher.class_map"] is not None

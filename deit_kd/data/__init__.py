@@ -4,7 +4,7 @@ from deit_kd.data.cache import CAN_SHARE, CHANNELS, Decoded
 from deit_kd.data.decode import UnreadableImage, load_image
 from deit_kd.data.decoders import PILLOW, decoder_named
 from deit_kd.data.device_loader import DeviceLoader, Draws
-from deit_kd.data.folder import index_tree, unread_note
+from deit_kd.data.folder import folders_above_classes, index_tree, unread_note
 from deit_kd.data.folds import joined
 from deit_kd.data.loader import PillowLoader, TrainingLoader, Views, build_evaluation_loader, lost_worker
 from deit_kd.data.mixing import Mixing
@@ -35,6 +35,7 @@ __all__ = [
     "build_evaluation_loader",
     "build_splits",
     "decoder_named",
+    "folders_above_classes",
     "index_shards",
     "index_tree",
     "joined",

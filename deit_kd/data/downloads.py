@@ -52,7 +52,7 @@ def _cifar(dataset: Any, home: Path, download: bool) -> Splits:
 def _home(root: str | None, name: str) -> Path:
     if root is None:
         raise InputError(f"data.root: is not set; name the folder that holds {name} or that it should be downloaded to")
-    return Path(root)
+    return Path(root).expanduser()
 
 
 def _fetch(home: Path, build: Callable[[], Any]) -> Any:

@@ -69,9 +69,14 @@ def index_tree(*, root: str | None, train_split: str, validation_split: str) -> 
         InputError: as `folder` does.
         OSError: the cache cannot be written.
     """
+    splits = folders_above_classes(root, train_split, validation_split)
+    return {str(split): len(_scan(split, indexed=True)) for split in splits}
+
+
+def folders_above_classes(root: str | None, train_split: str, validation_split: str) -> list[Path]:
+    """Return the folders of a tree whose folders are classes: those of its splits, or else its root."""
     top = photos_root(root)
-    splits = [top / split for split in (train_split, validation_split) if (top / split).is_dir()]
-    return {str(split): len(_scan(split, indexed=True)) for split in splits or [top]}
+    return [top / split for split in (train_split, validation_split) if (top / split).is_dir()] or [top]
 
 
 def one_split_of_tree(root: str | None, split: str) -> Photos:

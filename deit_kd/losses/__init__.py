@@ -9,10 +9,11 @@ from deit_kd.losses.objective import CheckedTerms, Objective, Term, Terms, check
 from deit_kd.losses.pooled import pooled_cosine, pooled_huber
 from deit_kd.losses.relations import relations
 from deit_kd.losses.soft import soft_distillation
-from deit_kd.losses.standardised import standardised_distillation
+from deit_kd.losses.standardised import LEAST_STANDARDISED, standardised_distillation
 from deit_kd.losses.terms import PEERS, FeatureTerm, LogitTerm, Needs
 
 __all__ = [
+    "LEAST_STANDARDISED",
     "PEERS",
     "CheckedTerms",
     "DenseTerm",

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from deit_kd.losses.soft import soft_distillation
 
+LEAST_STANDARDISED = 3  # classes: the z-scores of two logits are 1 and -1, whatever the logits
 CONFIDENT = 0.9  # largest probability that the default temperature can ask of a student
 
 

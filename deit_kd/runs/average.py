@@ -51,6 +51,7 @@ class AverageTeacher:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutput:
         """Answer `batch` with the log-probabilities [B, C] of all heads fused, or of the only head."""
+        self.network.eval()  # timm's LeViT and others only then forget what they computed from earlier weights
         with autocast(batch.images.device, self._precision):
             output = ask(self.network, batch.images)
         heads = head_log_probabilities(output, self._fusion)

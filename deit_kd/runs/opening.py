@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from deit_kd.checkpoint import Found, load_checkpoint, newest_checkpoint
-from deit_kd.config import NOTHING, Config, differences, effects, flat, in_todays_values, read_recipe
+from deit_kd.config import NOTHING, Config, Data, differences, effects, flat, in_todays_values, read_recipe
 from deit_kd.console import say
-from deit_kd.data import PILLOW
+from deit_kd.data import PILLOW, folders_above_classes
 from deit_kd.distributed import Processes, on_main, together
 from deit_kd.files import LOCK, InUse, check_writable, held
 from deit_kd.interfaces import InputError
@@ -84,11 +84,12 @@ def open_folder(
         data_facts: a hash of each split; None if the folder is known to belong to this recipe and these photos.
         backbones: of all that learn.
     """
-    folder = Path(config.output) if config.output is not None else None
+    folder = Path(config.output).expanduser() if config.output is not None else None
     if folder is None:
         newest = newest_folder(RUNS, config.recipe) if config.resume == "auto" else None
         folder = newest or next_free_folder(RUNS, config.recipe)
     folder = processes.share(folder)
+    _refuse_among_photos(config.data, folder)
     check_writable("output", folder)
 
     def look() -> Found | None:
@@ -113,6 +114,20 @@ def open_folder(
             ) from error
 
     return folder, together(processes, load)
+
+
+def _refuse_among_photos(section: Data, folder: Path) -> None:
+    """Refuse a run among the photos of a tree: the pictures of its report would be photos of a class of that name."""
+    if section.name != "folder":
+        return
+    places = folders_above_classes(section.root, section.train_split, section.validation_split)
+    if section.unlabelled is not None:
+        places.append(Path(section.unlabelled).expanduser())
+    for place in places:
+        if folder.resolve().is_relative_to(place.resolve()):
+            raise InputError(
+                f"output: {folder} is below {place}, where every image is taken for a photo; name another folder"
+            )
 
 
 def _newest(config: Config, folder: Path, data_facts: dict[str, str] | None) -> Found | None:

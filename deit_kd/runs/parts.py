@@ -26,6 +26,7 @@ from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
 from deit_kd.interfaces import DENSE, FEATURE_KINDS, Batch, InputError
 from deit_kd.losses import (
+    LEAST_STANDARDISED,
     PEERS,
     DenseTerm,
     FeatureTerm,
@@ -186,13 +187,20 @@ def build_objective(config: Config, student: Shapes, teacher: Shapes) -> Objecti
     return Objective(section.kind, as_schedule(section.alpha), temperature, section.scale, terms)
 
 
-def check_taught(config: Config) -> None:
+def check_taught(config: Config, classes: int) -> None:
     """Refuse a recipe that teaches nothing in a part of its run; the objective is known only once there is a teacher.
 
     Raises:
-        InputError: see `deit_kd.losses.check_taught`.
+        InputError: see `deit_kd.losses.check_taught`; or it standardises the logits of two `classes`.
     """
     section = config.distill
+    acting = {term.kind for term in section.terms if not as_schedule(term.weight).is_always(0)}
+    if classes < LEAST_STANDARDISED and "standardised" in {section.kind, *acting}:
+        key = "distill.kind" if section.kind == "standardised" else "distill.terms"
+        raise InputError(
+            f"{key}: standardised logits of {classes} classes are 1 and -1, whatever the logits, so nothing is learned "
+            "from them; use soft or hard"
+        )
     weights = [as_schedule(term.weight) for term in section.terms]
     weights += [as_schedule(section.peer_weight)] * config.learns_from_peers
     losses.check_taught(section.kind, as_schedule(section.alpha), weights)

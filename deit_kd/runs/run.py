@@ -78,7 +78,7 @@ def prepare(
         )
     order = training_order(config, splits.train, processes)
     check_own_average(config, order.total_steps)
-    parts.check_taught(config)
+    parts.check_taught(config, len(splits.train.classes))
     with processes.busy("builds the student"):
         student = parts.build_student(config, splits.train.classes, processes.device)
     parts.check_batch_norms(config, student, processes)

@@ -97,7 +97,7 @@ def teacher_folder(config: Config, splits: Splits, views: int = VIEWS_VERSION) -
     """Return where the teacher that `config` fits is kept, whether it exists or not, for the version `views`."""
     key = json.dumps(_key(config, splits, views), sort_keys=True)
     digest = hashlib.blake2b(key.encode(), digest_size=5).hexdigest()
-    return Path(config.teacher.fit.folder) / f"{config.teacher.name}-{digest}"
+    return Path(config.teacher.fit.folder).expanduser() / f"{config.teacher.name}-{digest}"
 
 
 def online_teacher(config: Config, processes: Processes, splits: Splits) -> tuple[NetworkTeacher, str | None]:

@@ -67,9 +67,10 @@ def has_constant_mix(config: Config) -> bool:
 def _file_digest(path: str | None) -> str | None:
     if path is None:
         return None
-    if not Path(path).is_file():
+    file = Path(path).expanduser()
+    if not file.is_file():
         raise InputError(f"teacher.class_map: {path} is not a file; name a CSV or JSON file")
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
 
 
 def validation_identity(config: Config, photos: Photos) -> dict[str, Any]:
