@@ -26,7 +26,7 @@ from deit_kd.interfaces import InputError, Stopped
 from deit_kd.stopping import Watch
 from deit_kd.store import epoch_part
 from deit_kd.teaching.store_identity import verify
-from tests.forked import two
+from tests.forked import two, wait_for
 from tests.helpers import records, short, tiny, write_photos
 from tests.tiny_parts import begin_store, fill_store
 
@@ -106,9 +106,10 @@ def test_a_process_that_fails_says_why_at_once_though_it_is_owed_a_collective(
 def test_a_process_that_waits_in_a_collective_ends_when_the_store_goes_with_another(tmp_path: Path) -> None:
     def act(processes: distributed.Processes) -> int:
         with Watch(processes, 0, 0.0):
-            processes.wait()
             if processes.is_main:  # which holds the store
+                wait_for((tmp_path / "waiting").exists)
                 os._exit(9)
+            (tmp_path / "waiting").touch()
             time.sleep(10)  # as a collective that does not notice
         return 0
 

@@ -96,5 +96,5 @@ def _few_labelled(run: Run) -> Photos:
     if section.unlabelled is not None:
         section = section.model_copy(update={"unlabelled": None, "fraction": None})
         labelled = parts.agreed_splits(run.config.model_copy(update={"data": section}), run.processes).train
-    few = share_of(labelled, None, max(1, MOST_KNOWN // len(run.classes)))
-    return replace(few, decoded=None, short_side=None, decoder=run.splits.validation.decoder)
+    plain = replace(labelled, decoded=None, short_side=None, decoder=run.splits.validation.decoder)
+    return share_of(plain, None, max(1, MOST_KNOWN // len(run.classes)))
