@@ -54,8 +54,7 @@ def prepare_bare(config: Config, classes: int, processes: Processes) -> Run:
         classes=class_names(classes),
         arrays=np.zeros((count, 2, 2, 3), dtype=np.uint8),
     )
-    data = config.data.model_copy(update={"workers": 0, "cache": "none"})
-    return prepare(config.model_copy(update={"data": data}), processes, Splits(photos, photos))
+    return prepare(config.with_keys(data={"workers": 0, "cache": "none"}), processes, Splits(photos, photos))
 
 
 def class_names(count: int) -> tuple[str, ...]:

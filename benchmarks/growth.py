@@ -144,10 +144,8 @@ class Growth:
     def _step(self, name: str | None = None, image_size: int | None = None, classes: int = 10) -> Callable[[int], None]:
         """Return the student's step of one point, to be done some times."""
         config = self._config
-        data = config.data.model_copy(update={"image_size": image_size or config.data.image_size})
-        student = config.student.model_copy(update={"name": name or config.student.name})
-        config = config.model_copy(update={"data": data, "student": student})
-        return BareStep(config, classes, self._processes)
+        data, student = {"image_size": image_size or config.data.image_size}, {"name": name or config.student.name}
+        return BareStep(config.with_keys(data=data, student=student), classes, self._processes)
 
     def _store_costs(self, classes: int) -> list[str]:
         """Return bytes a view, and the microseconds that writing and reading one take."""

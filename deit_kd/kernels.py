@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+from deit_kd.machine import seconds_of
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -81,7 +82,7 @@ def measure_attention(shape: torch.Size, dtype: torch.dtype, device: torch.devic
                 # A backend that is not deterministic only warns of it; others warn of why they do not take the shape.
                 warnings.simplefilter("error" if torch.are_deterministic_algorithms_enabled() else "ignore")
                 errors = [_error(*pair) for pair in zip(_attended(given), exact, strict=True)]
-                seconds = min(_seconds(given, device) for _ in range(ROUNDS))
+                seconds = min(seconds_of(lambda: _attended(given), device) for _ in range(ROUNDS))
         except (RuntimeError, UserWarning):
             continue
         found[name] = Measured(errors[0], max(errors[1:]), seconds)
@@ -108,17 +109,6 @@ def _attended(given: list[Tensor]) -> list[Tensor]:
 
 def _error(found: Tensor, exact: Tensor) -> float:
     return float((found.float() - exact).norm() / exact.norm())
-
-
-def _seconds(given: list[Tensor], device: torch.device) -> float:
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    since = now()
-    _attended(given)
-    return now() - since
 
 
 def best_attention(measured: Mapping[str, Measured], dtype: torch.dtype) -> str:

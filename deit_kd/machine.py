@@ -1,10 +1,12 @@
-"""What a machine computes with: the kind of its CPU or its GPU, said beside every figure, and how many cores."""
+"""What a machine computes with: the kind of its CPU or GPU, said beside every figure, its cores, and a clock."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,6 +35,19 @@ def cpu_kind(cpuinfo: str) -> str:
 def available_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def seconds_of(act: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that `act` takes, its work on `device` included and no earlier work."""
+    since = _when_done(device)
+    act()
+    return _when_done(device) - since
+
+
+def _when_done(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _first(name: str, cpuinfo: str) -> str:

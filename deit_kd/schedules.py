@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-SHAPES = ("constant", "linear", "cosine")
-
 
 class Schedule(NamedTuple):
     """``start`` before the place `begin`, ``end`` from the place `until` on, and a transition in between.

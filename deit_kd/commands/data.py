@@ -121,7 +121,7 @@ def _of_folder(config: Config, root: str | None) -> Config:
         top = photos_root(root)
         splits = [top / split for split in (".", config.data.train_split, config.data.validation_split)]
         name = "shards" if any(next(split.glob("*.tar"), None) for split in splits) else "folder"
-    return config.model_copy(update={"data": config.data.model_copy(update={"name": name, "root": root})})
+    return config.with_keys(data={"name": name, "root": root})
 
 
 DATA_VERBS: dict[str, Callable[[Arguments], int | None]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from deit_kd.commands.shared import Arguments, asks_for_help
+from deit_kd.commands.shared import Arguments, asks_for_help, first_argument
 from deit_kd.config import build_parser, parse_config
 from deit_kd.interfaces import InputError
 from deit_kd.places import path_of
@@ -26,9 +26,7 @@ def quantize(arguments: Arguments) -> None:
     parser.add_argument("--to", type=str, default=None, help="folder to write; RUN/quantized-BITS unless set")
     if asks_for_help(arguments):
         parse_config(arguments, parser)
-    if not arguments or arguments[0].startswith("-"):
-        raise InputError("deit-kd quantize: the first argument names a run; see deit-kd quantize --help")
-    named, typed = arguments[0], arguments[1:]
+    named, typed = first_argument(arguments, parser), arguments[1:]
     if not path_of(named).exists():
         raise InputError(f"{named}: is not there; name the folder of a run, or one of its checkpoints")
     from deit_kd.evaluation.sources import open_source

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    field_validator,
-    model_validator,
-)
+from pydantic import field_validator, model_validator
 
 from deit_kd.config.distill import Distill, as_schedule
 from deit_kd.config.effects import FIT, NOTHING, RESULT, VIEWS, key
@@ -234,6 +232,11 @@ class Config(Section):
     def has_token(self) -> bool:
         """Whether the student needs a distillation token; with peers, a network that can't have one learns without."""
         return self.distill.has_token or self.learns_from_peers
+
+    def with_keys(self, **sections: Mapping[str, Any]) -> Config:
+        """Return the recipe with other values of some keys, by section; they are not checked."""
+        changed = {name: getattr(self, name).model_copy(update=values) for name, values in sections.items()}
+        return self.model_copy(update=changed)
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every key with its value."""

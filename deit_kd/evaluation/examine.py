@@ -199,9 +199,9 @@ def examine_other(source: Source, first: Examination, split: str, processes: Pro
         InputError: as `examine` does.
     """
     own = source.own_config()
-    photos = own.data.model_copy(update={key: getattr(first.config.data, key) for key in PLACE})
-    train = own.train.model_copy(update={"device": first.config.train.device})
-    config = own.model_copy(update={"data": photos, "train": train, "teacher": type(own.teacher)()})
+    photos = {key: getattr(first.config.data, key) for key in PLACE}
+    config = own.with_keys(data=photos, train={"device": first.config.train.device})
+    config = config.model_copy(update={"teacher": type(own.teacher)()})
     labels = None if first.right_answers is None else first.right_answers.file
     return examine(source, config, split, processes, labels).predictions()
 

@@ -90,7 +90,7 @@ class Figures:
         return {"name": name, "svg": as_svg(figure, f"figure{len(self.drawn)}"), "caption": caption}
 
 
-def write_report(folders: list[Path], folder: Path | None, processes: Processes) -> Path:
+def write_report(folders: list[Path], folder: Path | None, processes: Processes) -> None:
     """Write the report from within a job, see `report`."""
     folder = folder or (folders[0] / REPORT_FOLDER if len(folders) == 1 else SEVERAL)
     named = {run.resolve(): run for run in folders}
@@ -105,7 +105,6 @@ def write_report(folders: list[Path], folder: Path | None, processes: Processes)
                 _draw(folder, subjects, records)
     finally:
         processes.wait()  # the others wait, whether or not the page succeeds
-    return folder / REPORT_FILE
 
 
 def _draw(folder: Path, subjects: Mapping[str, Subject], records: Mapping[str, Records]) -> None:

@@ -63,8 +63,7 @@ def _files(photos: Photos) -> set[str]:
 
 
 def _random_student(config: Config, photos: Photos, processes: Processes) -> TimmStudent:
-    untrained = config.student.model_copy(update={"pretrained": False, "checkpoint": None})
-    random = config.model_copy(update={"student": untrained})
+    random = config.with_keys(student={"pretrained": False, "checkpoint": None})
     return parts.build_student(random, photos.classes, processes.device).eval()
 
 

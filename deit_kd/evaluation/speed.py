@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deit_kd.engine import autocast
-from deit_kd.machine import kind
+from deit_kd.machine import kind, seconds_of
 
 IMAGES, ROUNDS = 32, 7
 CPU = torch.device("cpu")
@@ -40,7 +39,7 @@ def images_per_second(students: Mapping[str, nn.Module], first: str, precision: 
     with torch.inference_mode():
         for answer in timed.values():
             answer()
-        rounds = [{name: IMAGES / _seconds(answer) for name, answer in timed.items()} for _ in range(ROUNDS)]
+        rounds = [{name: IMAGES / seconds_of(answer, CPU) for name, answer in timed.items()} for _ in range(ROUNDS)]
     return {
         "device": kind(CPU),
         "threads": torch.get_num_threads(),
@@ -53,12 +52,6 @@ def images_per_second(students: Mapping[str, nn.Module], first: str, precision: 
 def _answer(student: nn.Module, images: Tensor, precision: str) -> None:
     with autocast(CPU, precision):
         student(images)
-
-
-def _seconds(answer: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    answer()
-    return time.perf_counter() - start
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -67,9 +67,8 @@ def _network(
     config: Config, photos: Photos, processes: Processes, checkpoint: str | None = None, **changes: Any
 ) -> NetworkTeacher:
     # A compiled network does not call the hooks of its layers.
-    section = config.teacher.model_copy(update={"compile": False, **changes})
-    config = config.model_copy(update={"teacher": section})
-    return parts.build_teacher(config, photos.classes, processes, checkpoint or section.checkpoint)
+    config = config.with_keys(teacher={"compile": False, **changes})
+    return parts.build_teacher(config, photos.classes, processes, checkpoint or config.teacher.checkpoint)
 
 
 def _recorded(

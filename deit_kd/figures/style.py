@@ -43,10 +43,10 @@ def styled() -> Any:
     return matplotlib.rc_context(STYLE)
 
 
-def as_png(figure: Figure, dots_per_inch: int = 150) -> bytes:
+def as_png(figure: Figure) -> bytes:
     """Return the figure as PNG on white."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=dots_per_inch, facecolor="white")
+    figure.savefig(file, format="png", dpi=150, facecolor="white")
     return file.getvalue()
 
 

@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
@@ -27,7 +26,8 @@ from deit_kd.engine import Distiller, StepResult, Trainer, train
 from deit_kd.interfaces import Batch, InputError, Teacher
 from deit_kd.kernels import preferred_attention
 from deit_kd.losses import Objective
-from deit_kd.machine import kind
+from deit_kd.machine import kind, seconds_of
+from deit_kd.memory import peak_memory
 from deit_kd.runs import parts
 from deit_kd.runs.attention import attention_kernel
 from deit_kd.runs.lesson import Answers, Lesson, build_distiller, connect
@@ -61,9 +61,7 @@ RATIOS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def bench(
-    config: Config, rounds: int, steps: int, photos: int, other_compile: bool, json_file: Path | None
-) -> dict[str, Any]:
+def bench(config: Config, rounds: int, steps: int, photos: int, other_compile: bool, json_file: Path | None) -> None:
     """Time the loop of a recipe and its parts, taking turns in one process; print images/s, shares and their spread.
 
     The student's step and the teacher's answer are timed on a batch that stays in memory; a loop has its loader,
@@ -91,7 +89,7 @@ def bench(
         with open_parts(config, processes, splits, rounds, steps, photos, other_compile) as timed:
             clock = _measure(timed, processes.device, rounds)
         views = len(splits.train) // config.augment.repeats * config.augment.repeats
-        return _report(clock, config, timed.taught_by, processes, views, json_file)
+        _report(clock, config, timed.taught_by, processes, views, json_file)
 
 
 def _measure(timed: Parts, device: torch.device, rounds: int) -> Clock:
@@ -128,7 +126,7 @@ def print_rates(what: str, measured: Mapping[str, Sequence[float]], digits: int)
 
 def _report(
     clock: Clock, config: Config, taught_by: str, processes: Processes, views: int, json_file: Path | None
-) -> dict[str, Any]:
+) -> None:
     ratios = clock.ratios(RATIOS)
     peaks = clock.peaks or _process_peak()
     say(
@@ -155,16 +153,10 @@ def _report(
     }
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
-    return result
 
 
 def _process_peak() -> dict[str, int]:
-    if sys.platform == "win32":
-        return {}
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"the process, all parts": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    return {} if sys.platform == "win32" else {"the process, all parts": peak_memory(torch.device("cpu"))}
 
 
 class Clock:
@@ -179,14 +171,11 @@ class Clock:
         """Time `part`, which handles `images`, once more."""
         on_cuda = self._device.type == "cuda"
         if on_cuda:
-            torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
-        since = time.perf_counter()
-        part()
+        seconds = seconds_of(part, self._device)
         if on_cuda:
-            torch.cuda.synchronize(self._device)
             self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(self._device))
-        self.rates.setdefault(name, []).append(images / (time.perf_counter() - since))
+        self.rates.setdefault(name, []).append(images / seconds)
 
     def ratios(self, wanted: Iterable[tuple[str, Sequence[str]]]) -> dict[str, list[float]]:
         """Return, by round, the rate of a part over that of its floor's parts one after another, if all were timed."""
@@ -234,9 +223,7 @@ def _with_epochs_enough(config: Config, rounds: int, steps: int) -> Config:
     """Return the recipe with an epoch for each step that a bench can take."""
     prefetched = PREFETCHED * config.data.workers + 1
     epochs = rounds * 4 * (prefetched + SETTLING_STEPS + steps) + 1
-    train_section = config.train.model_copy(update={"epochs": max(config.train.epochs, epochs)})
-    data_section = config.data.model_copy(update={"prefetch_mb": None})
-    return config.model_copy(update={"train": train_section, "data": data_section})
+    return config.with_keys(train={"epochs": max(config.train.epochs, epochs)}, data={"prefetch_mb": None})
 
 
 def some_photos(photos: Photos, count: int) -> Photos:
@@ -287,8 +274,7 @@ class Parts:
         self._in_memory = {STEP: _taught_by(own, known), TIMMS_STEP: _taught_by(timms, known)}
         if other_compile:
             other = not run.config.train.compile
-            train_section = run.config.train.model_copy(update={"compile": other})
-            changed = replace(run, config=run.config.model_copy(update={"train": train_section}))
+            changed = replace(run, config=run.config.with_keys(train={"compile": other}))
             self._in_memory[COMPILED if other else NOT_COMPILED] = _taught_by(build_trainer(changed, lesson), known)
         alone = replace(run, objective=Objective("none"), connectors=None)
         self._loops = {ALONE: replace(own, distiller=build_distiller(alone, Lesson(), 0))}
@@ -373,9 +359,10 @@ def known_answers(teacher: Teacher, batches: Iterable[Batch]) -> Teacher:
 def as_timm_gives_it(run: Run, lesson: Lesson) -> Trainer:
     """Return a trainer of the run's student with PyTorch's fused attention and plain AdamW, not compiled."""
     config = run.config
-    optim_section = config.optim.model_copy(update={"args": {**config.optim.args, "fused": False}, "layer_decay": None})
-    train_section = config.train.model_copy(update={"compile": False, "attention": "fused"})
-    plain = config.model_copy(update={"optim": optim_section, "train": train_section})
+    plain = config.with_keys(
+        optim={"args": {**config.optim.args, "fused": False}, "layer_decay": None},
+        train={"compile": False, "attention": "fused"},
+    )
     student = parts.build_student(plain, run.classes, run.processes.device)
     optimizer = parts.build_student_optimizer(plain, student)
     schedule = parts.build_schedule(plain, optimizer, run.loader.steps_per_epoch)

@@ -26,9 +26,7 @@ MOST_PAIRS = 10  # in the table
 LARGEST_PICTURE = 60  # classes
 
 
-def tell_confusions(
-    source: Source, config: Config, split: str, count: int | None = None, folder: Path | None = None
-) -> dict[str, Any]:
+def tell_confusions(source: Source, config: Config, split: str, count: int | None, folder: Path | None) -> None:
     """Print the pairs of classes that a network confuses most, clusters of them, and a recipe's lines for each cluster.
 
     The fused head speaks for a network with two. ``confusions.json`` holds the counts and correlations of all pairs,
@@ -41,9 +39,6 @@ def tell_confusions(
         count: of clusters; None is the root of the number of classes, at least 2.
         folder: where the files go; None is ``RUN/confusions``, or ``runs/confusions/NAME`` where there is no run, and
             in it a folder for any split but the validation's.
-
-    Returns:
-        What ``confusions.json`` holds.
 
     Raises:
         InputError: there are fewer classes than clusters, or one cluster; see also `examine`.
@@ -58,7 +53,6 @@ def tell_confusions(
                 write_json(place / CONFUSIONS_FILE, found)
             _tell(found)
             say(f"numbers: {place / CONFUSIONS_FILE}{_draw(found, place)}")
-        return found
 
 
 def _default_folder(examination: Examination) -> Path:

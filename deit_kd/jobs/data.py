@@ -28,8 +28,8 @@ def tell_taken(config: Config, splits: Splits) -> None:
     parts.tell_unread(config)
     if not config.data.taken:
         return
-    everything = config.data.model_copy(update={"classes": None, "rest": None, "fraction": None, "per_class": None})
-    whole = parts.build_splits(config.model_copy(update={"data": everything}))
+    everything = config.with_keys(data={"classes": None, "rest": None, "fraction": None, "per_class": None})
+    whole = parts.build_splits(everything)
     (train, validation), (all_train, all_validation) = splits, whole
     named = str(len(train.classes))
     if train.rest is not None:

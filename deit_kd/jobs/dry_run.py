@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -21,6 +22,7 @@ from deit_kd.console import duration_text, say, size_text
 from deit_kd.distributed import Processes, process_group
 from deit_kd.engine import StepResult, Trainer, train
 from deit_kd.interfaces import DENSE, POOLED, Batch, InputError, Teacher, TeacherOutput
+from deit_kd.machine import seconds_of
 from deit_kd.memory import peak_memory
 from deit_kd.rehearsal import Rehearsal
 from deit_kd.runs.average import average_line
@@ -151,9 +153,7 @@ def _as_on_cuda(config: Config) -> Config:
     attention = "fused" if config.train.attention == "auto" else config.train.attention
     precision = "bf16" if config.train.precision == "fp16" else config.train.precision  # also two bytes
     train = {"attention": attention, "precision": precision, "compile": False}
-    changes = {"train": train, "teacher": {"compile": False}, "data": {"cache": "none", "workers": 0}}
-    sections = {name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
-    return config.model_copy(update=sections)
+    return config.with_keys(train=train, teacher={"compile": False}, data={"cache": "none", "workers": 0})
 
 
 def _without_files(teacher: Teacher | None, classes: int) -> Teacher | None:
@@ -214,8 +214,8 @@ def _time_steps(run: Run, trainer: Trainer) -> float:
 
 def _time_evaluation(run: Run, trainer: Trainer) -> float:
     one: Iterable[Batch] = islice(run.validation, 1)
-    since = time.perf_counter()
-    evaluate(
+    answer = partial(
+        evaluate,
         trainer.weights(),
         one,
         classes=len(run.classes),
@@ -224,7 +224,7 @@ def _time_evaluation(run: Run, trainer: Trainer) -> float:
         precision=run.config.train.precision,
         fusion=run.config.evaluate.fusion,
     )
-    return time.perf_counter() - since
+    return seconds_of(answer, run.processes.device)
 
 
 def _store_bytes(run: Run, lesson: Lesson) -> int:

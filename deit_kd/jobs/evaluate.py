@@ -42,13 +42,13 @@ def evaluate_source(
     config: Config,
     split: str,
     *,
-    against: str | None = None,
-    folder: Path | None = None,
-    look_inside: bool = False,
-    images: list[str] | None = None,
-    with_probe: bool = False,
-    labels: str | None = None,
-) -> dict[str, Any]:
+    against: str | None,
+    folder: Path | None,
+    look_inside: bool,
+    images: list[str],
+    with_probe: bool,
+    labels: str | None,
+) -> None:
     """Score a student on a split; print the tables, write ``heads.json`` and ``predictions.parquet``.
 
     Args:
@@ -58,12 +58,9 @@ def evaluate_source(
         against: a second student, named like `text`.
         folder: where the files go; None is `default_folder`.
         look_inside: write ``diagnosis.json`` and the images with the tokens' attention, too; see `diagnose`.
-        images: which images to show then; the most interesting ones unless set.
+        images: which images to show then; the most interesting ones if it is empty.
         with_probe: score the features as well, see `probe`.
         labels: a file of right answers in place of the labels, see `read_right_answers`.
-
-    Returns:
-        What ``heads.json`` holds.
 
     Raises:
         InputError: the student cannot be built, the photos are of other classes, or none can be read.
@@ -80,7 +77,7 @@ def evaluate_source(
 
             heads["probe"] = probe(examination)
         if processes.is_main:
-            diagnosis = diagnose(examination, images or []) if look_inside else None
+            diagnosis = diagnose(examination, images) if look_inside else None
             folder = folder or default_folder(examination, heads)
             write_evaluation(folder, examination, heads)
             tell(heads, examination, folder)
@@ -88,10 +85,9 @@ def evaluate_source(
                 write_diagnosis(folder, diagnosis)
                 tell_diagnosis(diagnosis)
                 say(f"diagnosis: {folder / DIAGNOSIS_FILE}   images: {folder / ATTENTION_FOLDER}")
-        return heads
 
 
-def evaluate_folds(runs: Sequence[tuple[Source, Config]], folder: Path | None = None) -> dict[str, dict[str, Any]]:
+def evaluate_folds(runs: Sequence[tuple[Source, Config]], folder: Path | None) -> None:
     """Join the runs of each recipe over its folds and score every photo once; print the tables, write the files.
 
     Args:
@@ -99,9 +95,6 @@ def evaluate_folds(runs: Sequence[tuple[Source, Config]], folder: Path | None = 
             image over the folds that all of them have.
         folder: where the files go, in a folder for each student if there are several; None is
             ``runs/eval/<name>-folds``.
-
-    Returns:
-        What each ``heads.json`` holds, by the student's name.
 
     Raises:
         InputError: a run is not of a fold or cannot be loaded, or the photos are not those that it knows.
@@ -123,7 +116,6 @@ def evaluate_folds(runs: Sequence[tuple[Source, Config]], folder: Path | None = 
                 say(f"numbers and predictions: {own_folder}")
         if len(found) > 1:
             print_students(found)
-        return found
 
 
 def default_folder(examination: Examination, heads: dict[str, Any]) -> Path:

@@ -19,10 +19,8 @@ from deit_kd.runs import parts
 LARGEST_OPSET = 23
 
 
-def export_student(
-    source: Source, config: Config, format_name: str, to: Path | None, choices: Choices | None = None
-) -> Path:
-    """Write a run's student, or that of one of its checkpoints, in another library's format; return where.
+def export_student(source: Source, config: Config, format_name: str, to: Path | None, choices: Choices) -> None:
+    """Write a run's student, or that of one of its checkpoints, in another library's format.
 
     Args:
         source: of the student.
@@ -47,7 +45,6 @@ def export_student(
         raise InputError(
             f"--format: {format_name!r} is unknown; use one of {', '.join(FORMATS)}{nearest(format_name, FORMATS)}"
         )
-    choices = choices or Choices()
     _check(choices, format_name)
     missing = missing_libraries(format_name)
     if missing:
@@ -68,7 +65,6 @@ def export_student(
         if head not in FORMATS[format_name].heads:
             say(f"export: {format_name} has no place for the head {head!r}, and leaves it out; onnx keeps it")
     say(f"export: {target}   read again by {format_name}, off by {distance:.1e}")
-    return target
 
 
 def _check(choices: Choices, format_name: str) -> None:

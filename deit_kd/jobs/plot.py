@@ -12,7 +12,7 @@ from deit_kd.files import write_atomically
 CURVES_FILE = "curves.png"
 
 
-def plot(folders: list[Path], file: Path | None) -> Path:
+def plot(folders: list[Path], file: Path | None) -> None:
     """Draw the curves of one or several runs into one image.
 
     Args:
@@ -27,8 +27,6 @@ def plot(folders: list[Path], file: Path | None) -> Path:
         runs |= with_peers(name, read_records(folder))
     file = file or folders[0] / CURVES_FILE
     write_atomically(file, as_png(line_charts(list(charts_of(runs).values()), columns=2)))
-    last = {name: records[-1] for name, records in runs.items()}
-    for name, record in last.items():
-        say(f"{name}: step {record['step']}")
+    for name, records in runs.items():
+        say(f"{name}: step {records[-1]['step']}")
     say(f"curves: {file}")
-    return file

@@ -196,7 +196,7 @@ def _rounded(source: Source, config: Config, bits: int) -> TimmStudent:
 
 
 def _with_bits(config: Config, bits: int | None) -> Config:
-    return config.model_copy(update={"student": config.student.model_copy(update={"bits": bits})})
+    return config.with_keys(student={"bits": bits})
 
 
 class _InOnnx(nn.Module):

@@ -8,7 +8,7 @@ from deit_kd.distributed import process_group
 from deit_kd.evaluation.page import write_report
 
 
-def report(folders: list[Path], folder: Path | None, device: str = "auto") -> Path:
+def report(folders: list[Path], folder: Path | None, device: str) -> None:
     """Write ``report.html`` about finished runs.
 
     Args:
@@ -21,4 +21,4 @@ def report(folders: list[Path], folder: Path | None, device: str = "auto") -> Pa
         InputError: a folder is not a finished run, or its photos are gone.
     """
     with process_group(device) as processes:
-        return write_report(folders, folder, processes)
+        write_report(folders, folder, processes)

@@ -17,6 +17,7 @@ from deit_kd.console import SECONDS_BETWEEN_LINES, ViewMeter, duration_text, say
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes, from_main, on_main, process_group
 from deit_kd.interfaces import POOLED, Batch, InputError
+from deit_kd.machine import seconds_of
 from deit_kd.randomness import generator
 from deit_kd.runs import parts
 from deit_kd.runs.data_errors import DataErrors, merge
@@ -68,7 +69,7 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
         InputError: the recipe cannot work, or the folder holds something else.
     """
     folder = _named_folder(config, folder)
-    config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"store": folder})})
+    config = config.with_keys(teacher={"store": folder})
     if not config.distill.has_token and not config.stores_vectors:
         raise InputError("distill.kind: 'none' needs no answers of a teacher; set soft or hard")
     if config.teacher.kind == "average":
@@ -355,14 +356,8 @@ def _saving(recorder: RecordingTeacher, last: list[Batch], views: int, device: t
     if not last or not len(last[0].labels):
         return ""
 
-    def settle() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    since = settle()
-    recorder(last[0]._replace(view_ids=None))
-    seconds = (settle() - since) / len(last[0].labels) * views
+    answering = seconds_of(lambda: recorder(last[0]._replace(view_ids=None)), device)
+    seconds = answering / len(last[0].labels) * views
     return (
         f"; each run that reads them all saves about {duration_text(seconds)} of the teacher's time on one such device"
     )

@@ -121,11 +121,6 @@ class Objective:
         return (self.kind,) * self.distils + self.further_terms
 
     @property
-    def feature_kinds(self) -> set[str]:
-        """The kinds of the terms that compare features."""
-        return {term.kind for term in self.terms if isinstance(term, FeatureTerm)}
-
-    @property
     def needs(self) -> Needs:
         """What it needs besides the student's heads."""
         links = tuple(link for term in self.terms if isinstance(term, FeatureTerm) for link in term.links)

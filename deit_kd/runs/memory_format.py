@@ -8,7 +8,6 @@ runs on CUDA the clock already chooses convolutions, see `choose_kernels`. All p
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from deit_kd.config import Config
 from deit_kd.distributed import from_main
 from deit_kd.interfaces import Batch
+from deit_kd.machine import seconds_of
 from deit_kd.run_folder import MemoryFormatFacts, read_facts
 from deit_kd.runs.lesson import Lesson
 from deit_kd.runs.prepared import Run
@@ -87,21 +87,11 @@ def _measured(run: Run, network: FrozenTeacher) -> MemoryFormatFacts:
     for channels_last, name in NAMES.items():
         network.lay_out(channels_last)
         try:
-            seconds[name] = min([_seconds(network, batch) for _ in range(WARM_UPS + ROUNDS)][WARM_UPS:])
+            answers = [seconds_of(lambda: network(batch), device) for _ in range(WARM_UPS + ROUNDS)]
+            seconds[name] = min(answers[WARM_UPS:])
         except RuntimeError:  # not every convolution takes every format
             continue
     return {"channels_last": prefers_channels_last(seconds), "seconds": seconds}
-
-
-def _seconds(network: FrozenTeacher, batch: Batch) -> float:
-    def now() -> float:
-        if batch.images.is_cuda:
-            torch.cuda.synchronize(batch.images.device)
-        return time.perf_counter()
-
-    since = now()
-    network(batch)
-    return now() - since
 
 
 def prefers_channels_last(seconds: Mapping[str, float]) -> bool:

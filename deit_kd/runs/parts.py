@@ -63,7 +63,7 @@ def build_splits(config: Config) -> Splits:
 
 def with_labels(config: Config) -> Config:
     """Return the recipe with the labelled training photos in place of those without labels."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"unlabelled": None})})
+    return config.with_keys(data={"unlabelled": None})
 
 
 def agreed_splits(config: Config, processes: Processes) -> Splits:
@@ -266,7 +266,7 @@ def build_evaluation_loader(
 
 def with_attention(config: Config, choice: str) -> Config:
     """Return the recipe with another attention: ``auto``, ``fused`` or ``plain``."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"attention": choice})})
+    return config.with_keys(train={"attention": choice})
 
 
 def build_student(

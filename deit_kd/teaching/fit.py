@@ -122,10 +122,9 @@ def guide_config(config: Config) -> Config | None:
     if not config.distill.needs_features or holds_vectors(config):
         return None
     features = [term for term in config.distill.terms if term.compares_features]  # all that a guide gives
-    config = config.model_copy(update={"distill": config.distill.model_copy(update={"terms": features})})
+    config = config.with_keys(distill={"terms": features})
     if not config.guide.is_named:
-        online = config.teacher.model_copy(update={"store": None})
-        return config.model_copy(update={"teacher": online}) if config.teacher.reads_store else None
+        return config.with_keys(teacher={"store": None}) if config.teacher.reads_store else None
     guide = {name: getattr(config.guide, name) for name in type(config.guide).model_fields}
     own = {name: getattr(config.teacher, name) for name in ("precision", "channels_last", "compile")}
     return config.model_copy(update={"teacher": GuideAsTeacher(**guide, **own), "guide": Guide()})
@@ -145,8 +144,7 @@ def is_unfitted(config: Config, splits: Splits) -> bool:
 
 def unfitted_teacher(config: Config, classes: tuple[str, ...], processes: Processes) -> NetworkTeacher:
     """Return the network that the recipe will fit, with random weights."""
-    unfitted = config.teacher.model_copy(update={"fit": Fit(), "pretrained": False, "random_weights": True})
-    trial = config.model_copy(update={"teacher": unfitted})
+    trial = config.with_keys(teacher={"fit": Fit(), "pretrained": False, "random_weights": True})
     return parts.build_teacher(trial, classes, processes, None, config.distill.dense is not None)
 
 
