@@ -36,6 +36,7 @@ from tests.helpers import (
     evaluated,
     heads_in,
     records,
+    refused,
     snapshot,
     tiny,
 )
@@ -284,8 +285,8 @@ def test_a_fit_that_is_refused_speaks_of_its_own_folder(
     taken.mkdir(parents=True)
     (taken / "thesis.tex").write_text("precious")
     options = ["--teacher.fit.folder", str(tmp_path / "teachers"), "--output", str(tmp_path / "run")]
-    assert main(["train", *finished.arguments, *options]) == 2
-    assert f"teacher.fit.folder: {taken} holds something that is not a run" in capsys.readouterr().err
+    said = refused(["train", *finished.arguments, *options], capsys)
+    assert f"teacher.fit.folder: {taken} holds something that is not a run" in said
 
 
 def test_other_photos_fit_anew(finished: Finished, photos_root: Path, tmp_path: Path, capsys: Any) -> None:

@@ -20,7 +20,7 @@ from deit_kd.interfaces import InputError, Preprocessing
 from deit_kd.runs import parts
 from deit_kd.teaching.store_identity import validation_identity
 from deit_kd.views import evaluation_transform
-from tests.helpers import MEAN, STD, Finished, evaluated, heads_in, tiny, write_photos
+from tests.helpers import MEAN, STD, Finished, evaluated, heads_in, refused, tiny, write_photos
 from tests.tiny_parts import array_photos
 
 MODES = ("center", "border", "squash")
@@ -102,14 +102,17 @@ def test_the_mode_matters_to_this_student(squashed: Path, tmp_path: Path) -> Non
     assert score_of(tmp_path / "to")["nll"] != pytest.approx(score_of(squashed)["nll"], rel=1e-5)
 
 
-def test_a_run_from_before_there_were_modes_goes_on_with_the_centre(finished: Finished, tmp_path: Path) -> None:
+def test_a_run_from_before_there_were_modes_goes_on_with_the_centre(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = shutil.copytree(finished.folder, tmp_path / "run")
     recipe = yaml.safe_load((run / "config.yaml").read_text())
     del recipe["data"]["crop_mode"]
     (run / "config.yaml").write_text(yaml.safe_dump(recipe))
     arguments = ["train", *finished.arguments, "--output", str(run), "--resume", "auto"]
     assert main(arguments) == 0
-    assert main([*arguments, "--data.crop_mode", "squash"]) == 2
+    said = refused([*arguments, "--data.crop_mode", "squash"], capsys)
+    assert "data.crop_mode: 'center' in the run, 'squash' here" in said
 
 
 @pytest.mark.parametrize(("crop_mode", "lines"), [("center", 0), ("squash", 1)])

@@ -27,7 +27,7 @@ from deit_kd.probes import (
     stages,
     token_attention,
 )
-from tests.helpers import SEVEN_CLASSES, heads_in, short
+from tests.helpers import SEVEN_CLASSES, heads_in, refused, short
 
 CPU = torch.device("cpu")
 
@@ -190,8 +190,7 @@ def test_chosen_images_are_shown_in_the_order_given(runs: Path, tmp_path: Path) 
 
 def test_an_image_that_is_not_there_is_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["eval", str(runs / "distilled"), "--diagnose", "true", "--to", str(tmp_path / "out")]
-    assert main([*arguments, "--images", '["gate/044.png"]']) == 2
-    assert "nearest: gate/004.png" in capsys.readouterr().err
+    assert "nearest: gate/004.png" in refused([*arguments, "--images", '["gate/044.png"]'], capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -28,7 +28,7 @@ from deit_kd.runs.held_out import was_trained_on
 from deit_kd.teachers import check_features, least_top1
 from deit_kd.teaching.fit import teacher_folder
 from tests.forked import run_on_two
-from tests.helpers import CLASSES, MEAN, STD, heads_in, tiny
+from tests.helpers import CLASSES, MEAN, STD, heads_in, refused, tiny
 from tests.tiny_parts import folder_splits, make_batch, save_teacher, seen_at, tiny_student, tiny_teacher
 
 # What neighbours and probes say
@@ -134,9 +134,7 @@ def test_a_teacher_without_a_head_is_refused_where_logits_are_wanted(
     photos_root: Path, tmp_path: Path, options: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = {"teacher__head": False, "distill__kind": "none", **options}
-    assert main(["train", *tiny(photos_root, tmp_path / "run", **own)]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert words in line
+    assert words in refused(["train", *tiny(photos_root, tmp_path / "run", **own)], capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -171,8 +169,8 @@ def test_a_teacher_whose_features_say_nothing_is_refused(
     state = load_file(file)
     save_file({name: tensor * 0 if tensor.is_floating_point() else tensor for name, tensor in state.items()}, file)
     options = {"teacher__random_weights": None, "teacher__checkpoint": str(file.parent)}
-    assert main(["train", *tiny(photos_root, tmp_path / "run", **PRETRAINING, **options)]) == 2
-    assert "by k-NN, from 48 training images to 21 of validation, below" in capsys.readouterr().err
+    said = refused(["train", *tiny(photos_root, tmp_path / "run", **PRETRAINING, **options)], capsys)
+    assert "by k-NN, from 48 training images to 21 of validation, below" in said
     assert not (tmp_path / "run/run.json").exists()
 
 
@@ -265,8 +263,7 @@ def test_other_photos_without_labels_are_another_run(
     other = shutil.copytree(photos_root / "train", tmp_path / "photos")
     (other / "bars/000.png").unlink()
     resumed = [*pretrained.arguments, "--resume", "auto", "--data.unlabelled"]
-    assert main(["train", *resumed, str(other)]) == 2
-    assert "data (train): other photos" in capsys.readouterr().err
+    assert "data (train): other photos" in refused(["train", *resumed, str(other)], capsys)
 
 
 def test_photos_lie_as_deep_as_they_like_and_those_of_validation_are_left_out(
@@ -330,8 +327,7 @@ def test_photos_without_labels_that_cannot_teach_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     own = {**PRETRAINING, "data__unlabelled": str(folder(photos_root, tmp_path)), **options}
-    assert main(["train", *tiny(photos_root, tmp_path / "run", **own)]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    line = refused(["train", *tiny(photos_root, tmp_path / "run", **own)], capsys)
     assert [word for word in words if word not in line] == []
     assert not (tmp_path / "run").exists()
 
@@ -389,8 +385,8 @@ def test_the_floor_of_a_student_that_has_learned_nothing_is_its_own_score(photos
 def test_photos_are_not_scored_by_themselves(
     pretrained: Pretrained, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["eval", str(pretrained.folder), *options, "--probe", "true", "--to", str(tmp_path / "eval")]) == 2
-    assert "holds 48 of the training photos" in capsys.readouterr().err
+    arguments = ["eval", str(pretrained.folder), *options, "--probe", "true", "--to", str(tmp_path / "eval")]
+    assert "holds 48 of the training photos" in refused(arguments, capsys)
     assert not (tmp_path / "eval").exists()
 
 

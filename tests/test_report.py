@@ -17,7 +17,7 @@ from PIL import Image
 from deit_kd.cli import main
 from deit_kd.evaluation.curves import charts_of, read_records
 from deit_kd.figures import Chart, Series, as_png, as_svg, class_bars, line_charts, matrix
-from tests.helpers import heads_in, short
+from tests.helpers import heads_in, refused, short
 
 CURVES = ["heads", "images_per_second", "learning_rate", "loss"]
 OF_A_RUN = ["classes", "cka", "disagreement", "reliability"]
@@ -208,18 +208,15 @@ def with_record(line: str) -> Any:
 def test_what_cannot_be_reported_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: Any, words: list[str]
 ) -> None:
-    assert main(arguments(tmp_path)) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert [word for word in words if word not in lines[0]] == []
+    line = refused(arguments(tmp_path), capsys)
+    assert [word for word in words if word not in line] == []
 
 
 def test_curves_of_two_runs_of_one_name_are_refused(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = shutil.copytree(runs / "plain", tmp_path / "plain")
-    assert main(["plot", str(runs / "plain"), str(other)]) == 2
-    assert "has the same name; rename one" in capsys.readouterr().err
+    assert "has the same name; rename one" in refused(["plot", str(runs / "plain"), str(other)], capsys)
 
 
 def test_one_run_has_a_line_for_each_head_and_several_a_colour_for_each_run(runs: Path) -> None:

@@ -249,8 +249,11 @@ def third(tmp_path_factory: pytest.TempPathFactory, photos_root: Path) -> Path:
     return store
 
 
-def test_a_part_of_a_refused_recipe_leaves_no_folder(photos_root: Path, tmp_path: Path) -> None:
-    assert main([*arguments(photos_root, tmp_path / "store", "1/3"), "--data.root", str(tmp_path / "none")]) == 2
+def test_a_part_of_a_refused_recipe_leaves_no_folder(
+    photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    astray = [*arguments(photos_root, tmp_path / "store", "1/3"), "--data.root", str(tmp_path / "none")]
+    assert f"{tmp_path / 'none'} is not a folder" in refused(astray, capsys)
     assert list(tmp_path.iterdir()) == []
 
 

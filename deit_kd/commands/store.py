@@ -37,12 +37,12 @@ def _store_build(arguments: Arguments) -> None:
         folder = others["store"] or config.teacher.store
         if folder is not None:
             check_there("teacher.store", folder, "build its parts first, with --part")
-        from deit_kd.jobs.store import join
+        from deit_kd.jobs.store_build import join
 
         join(config, folder)
         return
     check_training(config)
-    from deit_kd.jobs.store import build
+    from deit_kd.jobs.store_build import build
 
     build(config, others["store"], others["epochs"], others["batch_size"], others["part"])
 

@@ -105,8 +105,8 @@ class Config(Section):
         return value
 
     @model_validator(mode="after")
-    def _check_across(self) -> Config:
-        teacher, folds, fold = self.teacher, self.data.folds, self.data.fold
+    def _check_photos(self) -> Config:
+        folds, fold = self.data.folds, self.data.fold
         if folds is None and fold is not None:
             raise ValueError(f"data.fold: {fold} is set, but data.folds is not; set both")
         if folds is not None and fold is None:
@@ -127,12 +127,16 @@ class Config(Section):
             raise ValueError(
                 "data.cache: device is for views that are made there; set data.executor device, or data.cache memory"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_teachers(self) -> Config:
+        teacher = self.teacher
         if self.distill.kind != "none" and teacher.random_weights and teacher.fit.epochs:
             raise ValueError("teacher.random_weights and teacher.fit.epochs exclude each other")
         for name, section in (("teacher", teacher), ("guide", self.guide)):
             if section.checkpoint is not None and section.fit.epochs:
                 raise ValueError(f"{name}.checkpoint and {name}.fit.epochs exclude each other; unset one")
-        for name, section in (("teacher", teacher), ("guide", self.guide)):
             for columns in ("class_map", "label_set"):
                 if not section.head and getattr(section, columns) is not None:
                     raise ValueError(f"{name}.{columns}: names columns, and {name}.head is false; leave one out")
@@ -159,28 +163,35 @@ class Config(Section):
             self._check_average()
         if self.peers:
             check_peers(self)
+        return self
+
+    @model_validator(mode="after")
+    def _check_terms(self) -> Config:
+        teacher = self.teacher
         if self.guide.is_named and not any(term.kind in FEATURE_KINDS for term in self.distill.terms):
             raise ValueError("guide: is set, but no term of distill.terms compares features; add one, or unset it")
         if self.distill.needs_features and not self.guide.is_named:
-            answers_alone = (
-                "several teachers give"
-                if teacher.members
-                else "the average of the student's weights gives"
-                if teacher.kind == "average"
-                else "a label store gives"
-            )
-            lacks_network = teacher.reads_store and not teacher.is_named and not self.stores_vectors
-            if teacher.members or teacher.kind == "average" or lacks_network:
-                raise ValueError(
-                    f"distill.terms: features are compared, but {answers_alone} answers alone; add an online guide "
-                    "(guide.name, and guide.checkpoint or guide.fit.epochs)"
-                )
+            answers_alone = {
+                "several teachers give": bool(teacher.members),
+                "the average of the student's weights gives": teacher.kind == "average",
+                "a label store gives": teacher.reads_store and not teacher.is_named and not self.stores_vectors,
+            }
+            for what, is_so in answers_alone.items():
+                if is_so:
+                    raise ValueError(
+                        f"distill.terms: features are compared, but {what} answers alone; add an online guide "
+                        "(guide.name, and guide.checkpoint or guide.fit.epochs)"
+                    )
         if self.distill.dense is not None and not self.distill.stores_dense and teacher.reads_store:
             raise ValueError(
                 "teacher.store: keeps the class of each place, and a dense term of mode soft learns from all logits; "
                 "set its mode to hard, or unset the store"
             )
-        if teacher.store_mode == "record" and teacher.store is None:
+        return self
+
+    @model_validator(mode="after")
+    def _check_course(self) -> Config:
+        if self.teacher.store_mode == "record" and self.teacher.store is None:
             raise ValueError("teacher.store_mode: record needs a folder to fill; set teacher.store")
         if self.train.precision == "fp16" and self.train.device == "cpu":
             raise ValueError("train.precision: fp16 needs CUDA; use bf16 or off on the CPU")

@@ -25,8 +25,10 @@ from deit_kd.interrupts import raise_pending
 from deit_kd.run_folder import is_model
 from deit_kd.runs import parts
 from deit_kd.students import open_quantized
+from deit_kd.views import Transform
 
 Answer = Callable[[Tensor], dict[str, Tensor]]  # images [B, 3, H, W] to probabilities [B, C] by head
+Row = tuple[str, str, str, str]  # path, head, class, probability
 
 
 def predict(place: Path, config: Config, files: list[Path], head: str, csv_file: Path | None) -> int:
@@ -57,27 +59,23 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
     with process_group(config.train.device) as processes:
         classes, answer = _from_model(place) if is_model(str(place)) else _from_run(place, config, processes)
         transform = parts.build_evaluation_transform(config)
-        rows: list[tuple[str, str, str, str]] = []
+        rows: list[Row] = []
         unreadable: list[str] = []
         for start_at in range(0, len(files), config.evaluate.batch_size):
-            views: dict[int, Tensor] = {}
-            for index, file in enumerate(files[start_at : start_at + config.evaluate.batch_size], start_at):
-                raise_pending()
-                try:
-                    views[index] = transform(load_image(file))
-                except UnreadableImage as error:
-                    unreadable.append(str(error))
+            views = _read(files[start_at : start_at + config.evaluate.batch_size], transform, unreadable)
             if not views:
                 continue
-            heads = answer(torch.stack([*views.values()]).to(processes.device))
+            heads = answer(torch.stack([view for _, view in views]).to(processes.device))
             if head == "fused" and heads.keys() == {"cls"}:
                 head = "cls"
             if head != "all" and head not in heads:
                 raise InputError(f"--head: {head!r}, but {place} has no such head; use {' or '.join(heads)}")
             best = {name: heads[name].max(-1) for name in heads if head in (name, "all")}
-            for row, index in enumerate(views):
-                for name, (values, labels) in best.items():
-                    rows.append((str(files[index]), name, classes[int(labels[row])], f"{float(values[row]):.4f}"))
+            rows += [
+                (str(file), name, classes[int(labels[row])], f"{float(values[row]):.4f}")
+                for row, (file, _) in enumerate(views)
+                for name, (values, labels) in best.items()
+            ]
     if not rows:
         raise InputError(unreadable[0] if len(files) == 1 else f"none of {len(files)} files: {unreadable[0]}")
     for reason in unreadable:
@@ -90,6 +88,18 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
     write_atomically(csv_file, content.getvalue().encode())
     say(f"{len(files) - len(unreadable)} images: {csv_file}")
     return len(unreadable)
+
+
+def _read(files: list[Path], transform: Transform, unreadable: list[str]) -> list[tuple[Path, Tensor]]:
+    """Return each file with its view [3, H, W]; those that cannot be read are left out, and `unreadable` gets why."""
+    views = []
+    for file in files:
+        raise_pending()
+        try:
+            views.append((file, transform(load_image(file))))
+        except UnreadableImage as error:
+            unreadable.append(str(error))
+    return views
 
 
 def _from_run(folder: Path, config: Config, processes: Processes) -> tuple[tuple[str, ...], Answer]:
@@ -128,7 +138,7 @@ def recipe_of_model(file: Path) -> list[str]:
     return data_options(Preprocessing(*(facts[field] for field in Preprocessing._fields)))  # type: ignore[literal-required]
 
 
-def _write(file: TextIO, rows: list[tuple[str, str, str, str]]) -> None:
+def _write(file: TextIO, rows: list[Row]) -> None:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("path", "head", "class", "probability"))
     writer.writerows(rows)

@@ -138,7 +138,7 @@ def _same_teacher(source: Source, config: Config) -> list[str]:
     return ["--teacher.checkpoint", checkpoint, "--teacher.pretrained", "false", "--teacher.fit.epochs", "0"]
 
 
-def quantize(source: Source, config: Config, trained: Source, bits: int, folder: Path) -> dict[str, Any]:
+def quantize(source: Source, config: Config, trained: Source, bits: int, folder: Path) -> None:
     """Write the integers of a student, ask both on the validation photos, time both, and tell what it costs.
 
     Args:
@@ -147,9 +147,6 @@ def quantize(source: Source, config: Config, trained: Source, bits: int, folder:
         trained: where the weights are that become integers; `source` itself, or the run that was trained for it.
         bits: of the weights.
         folder: where the files go.
-
-    Returns:
-        What ``heads.json`` holds.
 
     Raises:
         InputError: see `check_quantize`; the photos are of other classes, or none can be read.
@@ -178,7 +175,6 @@ def quantize(source: Source, config: Config, trained: Source, bits: int, folder:
     (folder / "README.md").write_text(_card(about, heads))
     write_json(folder / HEADS_FILE, heads)
     _tell(heads, folder)
-    return heads
 
 
 def _photos(source: Source, config: Config) -> Photos:
@@ -277,12 +273,7 @@ def _lines(heads: Mapping[str, Any]) -> list[str]:
     numbers = ", ".join(f"{name} {size_text(count)}" for name, count in sizes.items())
     floats = ", ".join(f"{name} {count}" for name, count in heads["float"].items())
     rates = [
-        f"{name} {rate['median']:.0f} images/s"
-        + (
-            ""
-            if name == "fp32"
-            else f" ({ratio['median']:.2f} times fp32, {ratio['least']:.2f} to {ratio['most']:.2f})"
-        )
+        f"{name} {rate['median']:.0f} images/s" + (f" ({_ratio(ratio)})" if name != "fp32" else "")
         for (name, rate), ratio in zip(speed["images_per_second"].items(), speed["over_fp32"].values(), strict=True)
     ]
     return [

@@ -91,10 +91,9 @@ def _few_labelled(run: Run) -> Photos:
 
     They are the recipe's own or, if these have no labels, those beside its validation photos.
     """
-    section = run.config.data
     labelled = run.splits.train
-    if section.unlabelled is not None:
-        section = section.model_copy(update={"unlabelled": None, "fraction": None})
-        labelled = parts.agreed_splits(run.config.model_copy(update={"data": section}), run.processes).train
+    if run.config.data.unlabelled is not None:
+        own = run.config.with_keys(data={"unlabelled": None, "fraction": None})
+        labelled = parts.agreed_splits(own, run.processes).train
     plain = replace(labelled, decoded=None, short_side=None, decoder=run.splits.validation.decoder)
     return share_of(plain, None, max(1, MOST_KNOWN // len(run.classes)))

@@ -105,6 +105,11 @@ def build_training_loader(config: Config, photos: Photos, processes: Processes) 
     )
 
 
+def build_loader_of_all(config: Config, photos: Photos, processes: Processes) -> data.TrainingLoader:
+    """Return a loader of all views of an epoch; the caller decides which of them a process loads."""
+    return build_training_loader(config, photos, replace(processes, rank=0, count=1))
+
+
 def _mixing(config: Config, classes: int) -> data.Mixing:
     augment = config.augment
     return data.Mixing(

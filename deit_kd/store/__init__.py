@@ -8,10 +8,10 @@ from deit_kd.store.shares import (
     Division,
     Plan,
     Share,
-    all_progress,
     forget_parts,
     missing_parts,
     plan_of,
+    progress_of_parts,
     seconds_left,
 )
 from deit_kd.store.teacher import RecordingTeacher, StoredTeacher
@@ -30,10 +30,10 @@ __all__ = [
     "RecordingTeacher",
     "Share",
     "StoredTeacher",
-    "all_progress",
     "epoch_part",
     "forget_parts",
     "missing_parts",
     "plan_of",
+    "progress_of_parts",
     "seconds_left",
 ]

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import TypedDict
 
+from deit_kd.console import duration_text
 from deit_kd.files import held, read_json, write_json, write_unless_there
 from deit_kd.interfaces import InputError
 from deit_kd.store.folder import LabelStore, epoch_part, said_clearly
@@ -196,6 +197,17 @@ def seconds_left(told: Sequence[Progress | None], views: int, now: float) -> flo
         return None
     together = left / sum(part["views_per_second"] for part in active)
     return max(together, *((part["views"] - part["done"]) / part["views_per_second"] for part in active))
+
+
+def progress_of_parts(store: LabelStore, plan: Plan) -> str:
+    """Say how far all parts of a store are."""
+    told, views = all_progress(store.folder, plan), plan["epochs"] * store.manifest["views"]
+    if all(part and part["done"] == part["views"] for part in told):
+        return f"all {len(told)} parts are done: deit-kd store build --join finishes"
+    seconds = seconds_left(told, views, time.time())
+    done, begun = sum(part["done"] for part in told if part), sum(part is not None for part in told)
+    left = "" if seconds is None else f", {duration_text(seconds)} left"
+    return f"{begun} of {len(told)} parts have begun, {100 * done / views:.1f} % of {views} views are answered{left}"
 
 
 def missing_parts(store: LabelStore, plan: Plan) -> Counter[int]:
