@@ -181,9 +181,10 @@ def leaks(home: Path, tmp_path: Path) -> dict[str, list[str]]:
         name: ["train", *tiny(home / "photos", tmp_path / "run", **options_of("soft", home, 1, **options))]
         for name, options in train.items()
     }
-    first = str(home / "soft-0")
+    first, moved = str(home / "soft-0"), options_of("soft", home, 1, **train["a fitted teacher"])
     return {
         **commands,
+        "photos that were moved": ["train", *tiny(tmp_path / "moved", tmp_path / "run", **moved)],
         "another fold typed": ["eval", first, "--data.fold", "1"],
         "no fold typed": ["eval", first, "--data.folds", "null", "--data.fold", "null"],
         "a second student": ["eval", first, "--against", str(home / "soft-1")],
@@ -200,6 +201,7 @@ def leaks(home: Path, tmp_path: Path) -> dict[str, list[str]]:
         "one of several",
         "a guide",
         "a pre-trained student",
+        "photos that were moved",
         "another fold typed",
         "no fold typed",
         "a second student",
@@ -210,6 +212,7 @@ def test_what_has_learned_from_the_photos_held_out_is_refused(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     write_photos(tmp_path / "others", {"train": 3, "validation": 4})
+    shutil.copytree(home / "photos", tmp_path / "moved")
     line = refused(leaks(home, tmp_path)[case], capsys)
     assert "held out fold 0 of 3" in line or "held out fold 1 of 3" in line
     assert not (tmp_path / "run").exists()

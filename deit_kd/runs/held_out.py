@@ -13,6 +13,9 @@ from deit_kd.places import path_of
 from deit_kd.run_folder import FACTS_FILE, read_facts, run_of
 from deit_kd.runs.splits import splits_of
 
+# The keys that say where photos are, and not which of them are taken.
+WHERE = ("name", "root", "train_split", "validation_split", "download", "stage", "image_column", "label_column")
+
 
 def check_checkpoints(config: Config, splits: Splits) -> None:
     """Refuse a recipe whose weights have learned from photos that `splits` hold out, see `check_fold`."""
@@ -41,15 +44,15 @@ def check_fold(key: str, weights: str, here: Data, splits: Splits) -> None:
         splits: of this recipe.
 
     Raises:
-        InputError: the run used the same folder of photos, either has folds, and it held out other photos; it may have
-            learned from fewer or more of the rest.
+        InputError: the run used the same photos, wherever they were, either has folds, and it held out others of them;
+            it may have learned from fewer or more of the rest.
     """
     run = run_of(path_of(weights))
     if run is None or not (run / FACTS_FILE).is_file():
         return
     theirs = recipe_of(run).data
     has_folds = theirs.folds is not None or here.folds is not None
-    if has_folds and _place(theirs) == _place(here) and not _held_out(run, splits):
+    if has_folds and not _held_out(run, splits, here) and _used_same_photos(run, here):
         raise InputError(
             f"{key}: {weights} held out {_fold_of(theirs)} of these photos, but this recipe holds out "
             f"{_fold_of(here)}, so it has learned from some of them; name weights of the same fold, trained with the "
@@ -80,7 +83,7 @@ def was_trained_on(run: Path, splits: Splits) -> bool:
     return all(facts.get(split) == photos.digest() for split, photos in compared.items())
 
 
-def _held_out(run: Path, splits: Splits) -> bool:
+def _held_out(run: Path, splits: Splits, here: Data) -> bool:
     """Return whether a run held out the photos that `splits` hold out, perhaps with other classes joined to a rest."""
     held_out = read_facts(run)["data"].get("validation")
     if held_out == splits.validation.digest():
@@ -88,8 +91,25 @@ def _held_out(run: Path, splits: Splits) -> bool:
     theirs = recipe_of(run).data
     if theirs.rest is None and splits.validation.rest is None:
         return False
-    again = splits_of(theirs).validation
+    again = splits_of(_moved(theirs, here)).validation
     return again.digest() == held_out and sorted(again.names) == sorted(splits.validation.names)
+
+
+def _used_same_photos(run: Path, here: Data) -> bool:
+    """Return whether a run used the photos of this recipe: in the same folder, or the same files in another."""
+    theirs = recipe_of(run).data
+    if _place(theirs) == _place(here):
+        return True
+    try:
+        again = splits_of(_moved(theirs, here)).validation
+    except InputError:  # of other classes
+        return False
+    return again.digest() == read_facts(run)["data"].get("validation")
+
+
+def _moved(theirs: Data, here: Data) -> Data:
+    """Return what a run took, of the photos where they are here."""
+    return theirs.model_copy(update={"unlabelled": None, **{name: getattr(here, name) for name in WHERE}})
 
 
 def _place(section: Data) -> tuple[str, Path | None]:
