@@ -156,8 +156,8 @@ def test_a_schedule_is_a_function_of_the_place(schedule: Schedule, values: list[
     assert [schedule.at(place / 4) for place in range(5)] == pytest.approx(values)
 
 
-@given(st.integers(1, 400), st.floats(1e-3, 1))
-@settings(max_examples=300, derandomize=True)
+@pytest.mark.parametrize("steps", [1, 7, 100, 300])
+@pytest.mark.parametrize("until", [0.001, 0.07, 1 / 3, 0.55, 0.57, 1.0])  # 0.07 * 100 is above 7, 0.57 * 100 below 57
 def test_a_schedule_settles_after_the_first_step_whose_end_is_not_before_its_own(steps: int, until: float) -> None:
     settled = Schedule(1, 0, until=until).settled_after(steps)
     assert settled == next(done for done in range(1, steps + 1) if done / steps >= until)

@@ -179,6 +179,8 @@ def followed(said: str) -> list[str]:
     """Return the options that a refusal asks for."""
     if schedule := re.search(r"use a schedule such as (\{.*\})", said):
         return ["--distill.alpha", schedule[1]]
+    if "add an online guide (guide.name, and guide.checkpoint or guide.fit.epochs)" in said:
+        return ["--guide.name", "test_resnet", "--guide.fit.epochs", "1"]
     cure = re.search(r"; set (.*), or teacher.kind network$", said)
     assert cure is not None, said
     pairs = (setting.split(" ", 1) for setting in cure[1].split(" and "))
@@ -188,9 +190,12 @@ def followed(said: str) -> list[str]:
 def test_the_refusals_lead_from_a_recipe_with_a_teacher_to_a_run_without(
     photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"distill__alpha": None, "distill__terms": [], "data__cache": "none", "teacher__fold": True}
+    terms = [{"kind": "relations", "blocks": [1], "stages": ["layer2"]}]  # the recipe's are for deeper students
+    options = {"distill__alpha": None, "distill__terms": terms, "data__cache": "none", "teacher__fold": True}
+    options |= {"guide__min_top1": 0, "guide__fit__batch_size": 16, "guide__fit__folder": tmp_path / "guides"}
+    options |= {"guide__fit__optim__warmup_epochs": 0}
     arguments = ["train", "--config", "photos", *own(photos_root, tmp_path / "run", **options)]
-    for _ in ("the keys of its network", "the constant alpha"):
+    for _ in ("the keys of its network", "nobody to give features", "the constant alpha"):
         arguments += followed(refused(arguments, capsys))
     assert main(arguments) == 0
 
