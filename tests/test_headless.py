@@ -287,6 +287,13 @@ def test_photos_lie_as_deep_as_they_like_and_those_of_validation_are_left_out(
     assert not any(name.startswith("validation") for name in within.train.names)
 
 
+def test_links_to_photos_of_validation_are_left_out_as_well(photos_root: Path, tmp_path: Path) -> None:
+    for number, photo in enumerate(sorted(photos_root.rglob("*.png"))):
+        (tmp_path / f"{number:03d}.png").symlink_to(photo)
+    train = folder_splits(photos_root, unlabelled=str(tmp_path)).train
+    assert {(tmp_path / name).resolve() for name in train.names} == set((photos_root / "train").rglob("*.png"))
+
+
 def test_a_run_without_labels_belongs_to_the_validation_photos_that_it_left_out(
     pretrained: Pretrained, photos_root: Path
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from deit_kd.data.listing import list_images
+from deit_kd.data.listing import Listing, list_images, stamps_of
 from deit_kd.data.photos import UNLABELLED, Photos
 from deit_kd.data.source import TreeFiles
 from deit_kd.interfaces import InputError
@@ -22,9 +22,8 @@ def unlabelled_photos(folder: str, validation: Photos) -> Photos:
     top = Path(folder).expanduser()
     if not top.is_dir():
         raise InputError(f"data.unlabelled: {folder} is not a folder; name one with images")
-    held_out = _files_below(top, validation)
     found = list_images(top, "", "data.unlabelled")
-    kept = [row for row, name in enumerate(found.names) if not held_out or (top / name).resolve() not in held_out]
+    kept = _rows_of_others(top, found, validation)
     if not kept:
         raise InputError(
             f"data.unlabelled: {folder} has no images ({', '.join(IMG_EXTENSIONS)}) besides those of the validation "
@@ -35,11 +34,12 @@ def unlabelled_photos(folder: str, validation: Photos) -> Photos:
     return Photos(found.names.take(rows), np.full(len(rows), UNLABELLED), validation.classes, files, top, rows)
 
 
-def _files_below(top: Path, photos: Photos) -> set[Path]:
-    """Return the files of `photos`, if any of them can be below `top`."""
-    if photos.root is None:
-        return set()
-    root, top = photos.root.resolve(), top.resolve()
-    if not (root.is_relative_to(top) or top.is_relative_to(root)):
-        return set()
-    return {(root / name).resolve() for name in photos.names}
+def _rows_of_others(top: Path, found: Listing, photos: Photos) -> list[int]:
+    """Return the rows of what was found below `top` that are no files of `photos`, whatever links lead to them."""
+    paths = [] if photos.root is None else [photos.root / name for name in photos.names]
+    stamps = {tuple(stamp) for stamp in stamps_of([str(path) for path in paths]).tolist()}
+    seen = zip(found.sizes.tolist(), found.changed_ns.tolist(), strict=True)
+    alike = [row for row, stamp in enumerate(seen) if stamp in stamps]  # only their links are followed
+    files = {path.resolve() for path in paths} if alike else set()
+    known = {row for row in alike if (top / found.names[row]).resolve() in files}
+    return [row for row in range(len(found.names)) if row not in known]
