@@ -61,7 +61,7 @@ def test_a_published_model_is_scored_on_timms_own_views(name: str, capsys: pytes
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(InputError, match=r"data\.crop_mode: 'stretch' Expected a Literal\['center', 'border'"):
+    with pytest.raises(InputError, match=r"data\.crop_mode: 'stretch' is unknown; use one of center, border"):
         parse_config(["--data.crop_mode", "stretch"])
 
 

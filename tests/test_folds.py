@@ -135,13 +135,13 @@ def test_real_photos_are_held_out_once() -> None:
 
 
 REFUSED = [
-    ({"folds": 1, "fold": 0}, "data.folds: 1: Input should be greater than or equal to 2"),
-    ({"folds": 0, "fold": 0}, "data.folds: 0: Input should be greater than or equal to 2"),
+    ({"folds": 1, "fold": 0}, "data.folds: 1 must be at least 2"),
+    ({"folds": 0, "fold": 0}, "data.folds: 0 must be at least 2"),
     ({"fold": 0}, "data.fold: 0 is set, but data.folds is not; set both"),
     ({"folds": 5}, "data.folds: 5 is set, but data.fold is not; set 0 to 4"),
     ({"folds": 5, "fold": 5}, "data.fold: 5 is none of 5 folds; set 0 to 4"),
-    ({"folds": 5, "fold": -1}, "data.fold: -1: Input should be greater than or equal to 0"),
-    ({"folds": "five", "fold": 0}, "data.folds: 'five' Expected one of int, null"),
+    ({"folds": 5, "fold": -1}, "data.fold: -1 must be at least 0"),
+    ({"folds": "five", "fold": 0}, "data.folds: 'five' does not fit; use a whole number or null"),
     ({"folds": 24, "fold": 0}, "data.folds: 24 is more than the 23 photo(s) of class 'bars'; use fewer folds"),
     (
         {"folds": 2, "fold": 0, "validation_split": "train"},

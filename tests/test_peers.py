@@ -433,13 +433,13 @@ def test_peers_of_one_name_are_numbered_and_each_sees_a_recipe_of_its_own() -> N
     ("options", "line"),
     [
         ({"peers": [{"weight": 1}]}, "peers.0.name"),
-        ({"peers": [{**CNN, "weight": -1}]}, "peers.0.weight: -1: must not be below 0"),
+        ({"peers": [{**CNN, "weight": -1}]}, "peers.0.weight: -1 must not be below 0"),
         ({"peers": [{**CNN, "wieght": 1}]}, "peers.0.wieght"),
         ({"peers": [CNN, {**CNN, "name": "resnet81"}]}, "peers.1.name: 'resnet81' is not a timm model"),
         ({"peers": [{**CNN, "args": {"num_classes": 5}}]}, "peers.0.args: num_classes cannot be given here"),
         ({"peers": [{**CNN, "checkpoint": "nowhere.pth"}]}, "peers.0.checkpoint: nowhere.pth"),
         ({"peers": [{**VIT, "args": {"patch_size": 5}}]}, "is not a multiple of peers.0.name's patch size 5"),
-        ({"peers": [CNN], "distill__peer_weight": -1}, "distill.peer_weight: -1.0: must not be below 0"),
+        ({"peers": [CNN], "distill__peer_weight": -1}, "distill.peer_weight: -1.0 must not be below 0"),
         ({"peers": [CNN], "distill__peer_temperature": 0}, "distill.peer_temperature: 0"),
         (
             {"peers": [CNN], "teacher__kind": "average", "teacher__name": None, "teacher__random_weights": None}

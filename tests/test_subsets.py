@@ -264,9 +264,9 @@ def test_a_share_of_photos_without_labels_is_one_share(tree: Path, tmp_path: Pat
 
 
 REFUSED_SHARES = [
-    ({"fraction": 0}, "data.fraction: 0.0: Input should be greater than 0"),
-    ({"fraction": 1.5}, "data.fraction: 1.5: Input should be less than or equal to 1"),
-    ({"per_class": 0}, "data.per_class: 0: Input should be greater than 0"),
+    ({"fraction": 0}, "data.fraction: 0.0 must be above 0"),
+    ({"fraction": 1.5}, "data.fraction: 1.5 must be at most 1"),
+    ({"per_class": 0}, "data.per_class: 0 must be above 0"),
     ({"fraction": 0.5, "per_class": 3}, "data.fraction and data.per_class exclude each other; unset one"),
     (
         {"fraction": 0.08},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -18,11 +17,11 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from deit_kd.config.keys import known_keys
 from deit_kd.config.recipe import Config
+from deit_kd.config.refusals import first_refusal, one_line
 from deit_kd.config.sections import Section
 from deit_kd.config.shipped import RECIPES, recipe_file
-from deit_kd.interfaces import InputError, nearest
+from deit_kd.interfaces import InputError
 
 DEEPEST = 64  # sections and lists of a recipe within each other
 MOST_VALUES = 100_000  # of a recipe, each as often as aliases repeat it
@@ -186,7 +185,9 @@ def read_options(arguments: list[str], parser: ArgumentParser) -> dict[str, Any]
         options: dict[str, Any] = parser.parse_args(todays).as_dict()
         _read_single_values(todays, options)
     except (ArgumentError, ValueError) as error:
-        raise InputError(_one_line(str(error))) from error
+        line = one_line(str(error))
+        more = f"; see {parser.prog} --help" if line.startswith("the following arguments are required") else ""
+        raise InputError(line + more) from error
     return options
 
 
@@ -227,54 +228,4 @@ def parse_config(arguments: list[str], parser: ArgumentParser | None = None) -> 
     try:
         return Config.model_validate(values), others
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if part not in ("number", "schedule"))
-        reason = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{key}: {first['input']!r}: {reason}" if key else reason) from error
-
-
-def _one_line(message: str) -> str:
-    """Turn an error of jsonargparse or pydantic into ``key: value, reason, cure``."""
-    if message.startswith("Problems parsing config: "):
-        where = re.sub(r'in "<unicode string>", ', "in ", " ".join(message.split(": ", 1)[1].split()))
-        return f"config: is not YAML ({where}); correct the recipe file"
-    if "codec can't decode" in message:
-        return f"config: is not text ({message}); name a recipe file"
-    if message.startswith("Unexpected config: "):
-        return "config: is not a recipe, which is YAML of keys and values such as 'seed: 0'"
-    unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
-    unknown = unknown or re.search(r"Option '([\w.]+)' is not accepted", message)
-    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    if unknown and unknown[1].endswith((".yaml", ".yml")) and not unknown[1].startswith("-"):
-        return f"{unknown[1]}: is not an option; a recipe is named with --config {unknown[1]}"
-    if unknown or in_group:
-        key = unknown[1].lstrip("-").split("=")[0] if unknown else f"{in_group[1]}.{in_group[2]}" if in_group else ""
-        return f"{key}: unknown key{_nearest_key(key)}"
-    key_match = re.search(r'Parser key "([\w.]+)"', message)
-    value_match = re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
-    lines = [line.strip() for line in message.splitlines() if "For further information" not in line]
-    reasons = [re.sub(r"\s*\[type=.*", "", line) for line in lines[1:]] or lines
-    reason = next(
-        (line for line in reasons if line.startswith(("Input should", "Expected", "Value error"))), reasons[0]
-    )
-    subtypes = next((line for line in lines if line.startswith("Subtypes: [")), None)
-    if subtypes is not None:
-        reason = f"Expected one of {subtypes[len('Subtypes: [') : -1]}"
-    reason = re.sub(r"\.? ?Got value: .*", "", reason).replace("typing.", "")
-    reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason).replace("NoneType", "null")
-    key = key_match[1] if key_match else ""
-    given = value_match[1].partition("\n")[0] if value_match else ""
-    value = f" {given!r}" if value_match else ""
-    if given.startswith("{") and (spaced := re.sub(r":(?=[^\s:])", ": ", given)) != given:
-        reason += f"; a space after a colon is missing: {spaced}"
-    return f"{key}:{value} {reason}" if key else reason
-
-
-def _nearest_key(key: str) -> str:
-    if key == "data.in_memory":  # of an earlier version; files may still hold it
-        return " (say data.cache memory)"
-    keys, last = known_keys(), key.rsplit(".", 1)[-1]
-    elsewhere = [known for known in keys if known.rsplit(".", 1)[-1] == last and known != key]
-    if elsewhere:
-        return nearest(key, elsewhere) or f" (nearest: {', '.join(elsewhere[:3])})"
-    return nearest(key, keys) or nearest(last, {known.rsplit(".", 1)[-1] for known in keys})
+        raise InputError(first_refusal(error)) from error
