@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,21 +186,19 @@ def no_waiting(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def signal_in_step(number: int, step: int) -> Iterator[None]:
-    """Send a signal to this process within its optimiser step `step` (from 1)."""
-    done = 0
-
-    def count(*_: object) -> None:
-        nonlocal done
-        done += 1
-        if done == step:
-            os.kill(os.getpid(), number)
-
-    hook = register_optimizer_step_pre_hook(count)
+def before_steps(act: Callable[[int], None]) -> Iterator[None]:
+    """Within the context, call `act` with the number of each optimiser step of this process (from 1) before it."""
+    steps = itertools.count(1)
+    hook = register_optimizer_step_pre_hook(lambda *_: act(next(steps)))
     try:
         yield
     finally:
         hook.remove()
+
+
+def signal_in_step(number: int, step: int) -> AbstractContextManager[None]:
+    """Send a signal to this process within its optimiser step `step` (from 1)."""
+    return before_steps(lambda done: os.kill(os.getpid(), number) if done == step else None)
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from deit_kd.cli import main
@@ -35,6 +36,23 @@ def launched(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def stopped_job(script: str, folder: Path, programs: dict[str, str], begun: str, **environment: str) -> int:
+    """Run a job script of ``docs/guide`` in `folder`, stop it as SLURM does, and return its exit code.
+
+    `programs`, by name, stand in for those that it calls. SIGUSR1 comes once they have written the file `begun`.
+    """
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    environment = {**os.environ, **environment, "PATH": f"{folder}:{os.environ['PATH']}"}
+    job = subprocess.Popen(["bash", REPOSITORY / "docs" / "guide" / script], cwd=folder, env=environment)
+    while not (folder / begun).exists():
+        time.sleep(0.05)
+    time.sleep(0.3)
+    job.send_signal(signal.SIGUSR1)
+    return job.wait(20)
 
 
 def kill_family(pid: int) -> None:

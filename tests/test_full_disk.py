@@ -14,14 +14,10 @@ import pytest
 
 from deit_kd.cli import main
 from deit_kd.exports import FORMATS, missing_libraries
-from deit_kd.interfaces import InputError, Preprocessing
-from deit_kd.models.state import save_local_dir
+from deit_kd.interfaces import InputError
 from deit_kd.origins import open_origin
 from tests.helpers import (
     CLASSES,
-    MEAN,
-    STD,
-    STUDENT_ARGS,
     Finished,
     assert_same_end,
     copied,
@@ -30,7 +26,7 @@ from tests.helpers import (
     snapshot,
     tiny,
 )
-from tests.tiny_parts import tiny_student
+from tests.tiny_parts import save_student, seen_at, tiny_student
 
 
 @contextmanager
@@ -121,21 +117,11 @@ def test_what_is_written_again_and_does_not_fit_stays_as_it_was(
     assert snapshot(run) == before
 
 
-def save_student(folder: Path, seed: int) -> None:
-    save_local_dir(
-        tiny_student(seed=seed).backbone,
-        folder,
-        model_args=STUDENT_ARGS,
-        classes=CLASSES,
-        preprocessing=Preprocessing(16, MEAN, STD, "bicubic", 1.0),
-    )
-
-
 def test_a_student_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:
-    save_student(tmp_path / "student", 0)
+    save_student(tiny_student(seed=0), tmp_path / "student", CLASSES, seen_at(16))
     before = snapshot(tmp_path)
     with largest_file(20_000), pytest.raises(InputError, match="cannot be written"):
-        save_student(tmp_path / "student", 1)
+        save_student(tiny_student(seed=1), tmp_path / "student", CLASSES, seen_at(16))
     assert snapshot(tmp_path) == before
     assert open_origin("key", tmp_path / "student").state
 

@@ -8,13 +8,11 @@ import torch
 
 from benchmarks.zoo import TokenHidden
 from deit_kd import InputError, TimmStudent
-from deit_kd.interfaces import Preprocessing
-from deit_kd.models.state import save_local_dir
 from deit_kd.models.tokens import graft, is_grafted
 from deit_kd.models.weights import fit_weights
 from deit_kd.origins import open_model
 from tests.helpers import FIVE_CLASSES, TINY
-from tests.tiny_parts import student_of_five
+from tests.tiny_parts import save_student, seen_at, student_of_five
 
 # name, arguments beside TINY, image size
 HOSTS = [
@@ -238,13 +236,7 @@ def test_what_a_refusal_advises_helps(name, args):
 )
 def test_saved_student_is_opened_again(tmp_path, name, args, size):
     built = student_of_five(name, args=args, image_size=size).eval()
-    save_local_dir(
-        built.backbone,
-        tmp_path / "student",
-        model_args=built.model_args,
-        classes=FIVE_CLASSES,
-        preprocessing=Preprocessing(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 1.0),
-    )
+    save_student(built, tmp_path / "student", FIVE_CLASSES, seen_at(size))
     opened = TimmStudent(open_model("student", tmp_path / "student")).eval()
     images = torch.randn(2, 3, size, size)
     assert torch.equal(opened(images).dist_logits, built(images).dist_logits)

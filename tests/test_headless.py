@@ -18,18 +18,16 @@ from deit_kd.config import parse_config
 from deit_kd.console import console
 from deit_kd.data.mixing import Example, Mixing
 from deit_kd.data.photos import UNLABELLED
-from deit_kd.interfaces import Preprocessing
 from deit_kd.metrics import neighbour_classes
 from deit_kd.metrics.linear import linear_classes
 from deit_kd.metrics.neighbours import neighbours_among
-from deit_kd.models.state import save_local_dir
 from deit_kd.runs import vectors
 from deit_kd.runs.held_out import was_trained_on
 from deit_kd.teachers import check_features, least_top1
 from deit_kd.teaching.fit import teacher_folder
 from tests.forked import run_on_two
-from tests.helpers import CLASSES, MEAN, STD, heads_in, refused, tiny
-from tests.tiny_parts import folder_splits, make_batch, save_teacher, seen_at, tiny_student, tiny_teacher
+from tests.helpers import CLASSES, heads_in, refused, tiny
+from tests.tiny_parts import folder_splits, make_batch, save_student, save_teacher, seen_at, tiny_student, tiny_teacher
 
 # What neighbours and probes say
 
@@ -376,13 +374,7 @@ def test_features_are_scored_beside_those_of_random_weights(
 def test_the_floor_of_a_student_that_has_learned_nothing_is_its_own_score(photos_root: Path, tmp_path: Path) -> None:
     """A student whose weights are those that its seed draws, so that both rows must be the same."""
     student = tiny_student(distilled=False, image_size=32)
-    save_local_dir(
-        student.backbone,
-        tmp_path / "student",
-        model_args=student.model_args,
-        classes=CLASSES,
-        preprocessing=Preprocessing(32, MEAN, STD, "bicubic", 1.0),
-    )
+    save_student(student, tmp_path / "student", CLASSES, seen_at(32))
     own = ("--data.root", str(photos_root), "--train.device", "cpu", "--data.workers", "0")
     found = probed(tmp_path / "eval", str(tmp_path / "student"), *own)
     assert found["student"] == found["random"]

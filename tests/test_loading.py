@@ -15,11 +15,10 @@ from timm.layers import resample_abs_pos_embed
 from deit_kd import InputError, TimmStudent
 from deit_kd.interfaces import Preprocessing
 from deit_kd.models.layouts import from_transformers, to_transformers
-from deit_kd.models.state import save_local_dir
 from deit_kd.optim import build_optimizer, build_schedule
 from deit_kd.origins import open_origin
 from tests.helpers import FIVE_CLASSES
-from tests.tiny_parts import student_of_five
+from tests.tiny_parts import save_student, student_of_five
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 DISTILLED, PLAIN = "deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"
@@ -279,13 +278,8 @@ def test_runs_own_student_must_be_whole(tmp_path: Path):
 
 def test_local_dir_says_what_the_student_saw(tmp_path: Path):
     built = student_of_five(args={**TINY, "patch_size": 8})
-    save_local_dir(
-        built.backbone,
-        tmp_path / "student",
-        model_args=built.model_args,
-        classes=FIVE_CLASSES,
-        preprocessing=Preprocessing(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", 1.0),
-    )
+    seen = Preprocessing(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", 1.0)
+    save_student(built, tmp_path / "student", FIVE_CLASSES, seen)
     origin = open_origin("student.checkpoint", tmp_path / "student")
     assert origin.classes == FIVE_CLASSES
     assert origin.architecture == DISTILLED

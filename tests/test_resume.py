@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from deit_kd.checkpoint import BEST, load_checkpoint
 from deit_kd.cli import main
@@ -26,6 +25,7 @@ from tests.helpers import (
     Finished,
     as_arguments,
     assert_same_end,
+    before_steps,
     copied,
     elsewhere,
     heads_in,
@@ -208,15 +208,12 @@ def test_what_a_run_writes_is_its_own_from_the_teachers_fit_on(finished: Finishe
     arguments, said = elsewhere(finished, tmp_path), tmp_path / "said.txt"
     refused: list[int] = []
 
-    def another(*_: object) -> None:
+    def another(step: int) -> None:
         if not refused:  # while the teacher is being fitted
             refused.append(one(lambda: main(["train", *arguments, "--resume", "auto"]), said))
 
-    hook = register_optimizer_step_pre_hook(another)
-    try:
+    with before_steps(another):
         assert main(["train", *arguments]) == 0
-    finally:
-        hook.remove()
     assert refused == [2]
     errors = [line for line in said.read_text().splitlines() if not line.startswith("workers: ")]
     assert len(errors) == 1
@@ -231,16 +228,13 @@ def test_a_run_waits_for_the_teacher_that_another_one_fits(finished: Finished, t
         wait_for(fitting.exists)
         return main(["train", *arguments, "--output", str(tmp_path / "other")])
 
-    def let_it_come(*_: object) -> None:
+    def let_it_come(step: int) -> None:
         fitting.touch()
         wait_for(lambda: "waiting until it is done" in said.read_text())
 
     another = begun(other, said)  # before the fit: a child shares the locks that its parent holds
-    hook = register_optimizer_step_pre_hook(let_it_come)
-    try:
+    with before_steps(let_it_come):
         assert main(["train", *arguments]) == 0
-    finally:
-        hook.remove()
     assert another.wait() == 0, said.read_text()
     (teacher,) = (tmp_path / "teachers").iterdir()
     assert said.read_text().count(f"teacher: another run is fitting {teacher}; waiting until it is done") == 1

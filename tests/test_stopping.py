@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,6 @@ from deit_kd.teachers import FrozenTeacher
 from tests.forked import one
 from tests.helpers import (
     FIT_STEPS,
-    REPOSITORY,
     Finished,
     assert_same_end,
     elsewhere,
@@ -35,6 +33,7 @@ from tests.helpers import (
     signal_in_step,
     tiny,
 )
+from tests.started import stopped_job
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
 
@@ -257,17 +256,9 @@ SCONTROL = """#!/bin/bash
 
 
 def test_the_slurm_example_hands_the_signal_on_and_puts_the_job_back(tmp_path: Path) -> None:
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_JOB_NAME": "kd"}
-    environment = {**os.environ, **slurm, "DATA": "photos", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    job = subprocess.Popen(["bash", REPOSITORY / "docs" / "guide" / "slurm.sbatch"], cwd=tmp_path, env=environment)
-    while not (tmp_path / "srun.txt").exists():
-        time.sleep(0.05)
-    time.sleep(0.3)
-    job.send_signal(signal.SIGUSR1)
-    assert job.wait(20) == 1
+    programs = {"srun": SRUN, "scontrol": SCONTROL}
+    assert stopped_job("slurm.sbatch", tmp_path, programs, "srun.txt", **slurm, DATA="photos") == 1
     assert (tmp_path / "heard.txt").read_text() == "heard\n"
     assert (tmp_path / "requeued.txt").read_text() == "requeue 7\n"
     arguments = (tmp_path / "srun.txt").read_text().split()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -38,6 +35,7 @@ from deit_kd.store import (
 from deit_kd.teaching.recording import fill_epoch
 from tests.forked import run_on_two
 from tests.helpers import CLASSES, ONE_PROCESS, REPOSITORY, refused, snapshot, tiny
+from tests.started import stopped_job
 from tests.tiny_parts import array_photos, pixel_teacher, training_loader, transform
 
 PHOTOS, EPOCHS, BATCH = 30, 3, 4
@@ -422,18 +420,9 @@ echo "$@" > requeued.txt
 def test_the_job_array_builds_its_part_and_goes_back_into_the_queue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, text in (("deit-kd", BUILDER), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "DATA": "photos", "STORE": "labels"}
-    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    script = REPOSITORY / "docs" / "guide" / "slurm_store.sbatch"
-    job = subprocess.Popen(["bash", script], cwd=tmp_path, env=environment)
-    while not (tmp_path / "built.txt").exists():
-        time.sleep(0.05)
-    time.sleep(0.3)
-    job.send_signal(signal.SIGUSR1)
-    assert job.wait(20) == 75
+    programs = {"deit-kd": BUILDER, "scontrol": SCONTROL}
+    assert stopped_job("slurm_store.sbatch", tmp_path, programs, "built.txt", **slurm) == 75
     assert (tmp_path / "heard.txt").read_text() == "heard\n"
     assert (tmp_path / "requeued.txt").read_text() == "requeue 7_3\n"
     called = (tmp_path / "built.txt").read_text().splitlines()

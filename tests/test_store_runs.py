@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_module_registration_hook
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from deit_kd import FrozenTeacher
 from deit_kd.cli import main
@@ -38,7 +37,7 @@ from deit_kd.store import VALIDATION, LabelStore, Record, epoch_part
 from deit_kd.teaching import recording
 from deit_kd.teaching.stored import stored_teacher
 from tests.forked import run_on_two
-from tests.helpers import assert_same_scores, evaluated, heads_in, refused, tiny
+from tests.helpers import assert_same_scores, before_steps, evaluated, heads_in, refused, tiny
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
 PHOTOS_PER_CLASS = {"train": 15, "validation": 6}
@@ -248,20 +247,13 @@ def test_a_recording_run_that_was_interrupted_fills_the_rest_when_it_is_resumed(
         "train.checkpoint_every_steps": 2,
     }
     unbroken = home.train(tmp_path / "unbroken")
-    done = 0
 
-    def dies(*_: Any) -> None:
-        nonlocal done
-        done += 1
-        if done == 13:  # in the second epoch of nine steps; unwritten records are lost
+    def dies(step: int) -> None:
+        if step == 13:  # in the second epoch of nine steps; unwritten records are lost
             raise KeyboardInterrupt
 
-    hook = register_optimizer_step_pre_hook(dies)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            home.train(tmp_path / "run", **options)
-    finally:
-        hook.remove()
+    with before_steps(dies), pytest.raises(KeyboardInterrupt):
+        home.train(tmp_path / "run", **options)
     assert home.train(tmp_path / "run", **options, resume="auto") == unbroken
     same_answers(LabelStore(tmp_path / "store"), LabelStore(hard), EPOCHS)
 

@@ -18,16 +18,12 @@ from deit_kd import Batch, InputError, TimmStudent, head_probabilities
 from deit_kd.cli import main
 from deit_kd.exports import CannotHold
 from deit_kd.exports.traced import resizable
-from deit_kd.interfaces import Preprocessing
 from deit_kd.models.names import has_published_second_head
-from deit_kd.models.state import save_local_dir
 from deit_kd.models.tokens import read_heads
 from deit_kd.origins import open_model
 from tests.forked import run_on_two
 from tests.helpers import (
     CLASSES,
-    MEAN,
-    STD,
     assert_same_scores,
     evaluated,
     heads_in,
@@ -37,7 +33,7 @@ from tests.helpers import (
     snapshot,
     tiny,
 )
-from tests.tiny_parts import seen_at, tiny_student, tiny_teacher
+from tests.tiny_parts import save_student, seen_at, tiny_student, tiny_teacher
 
 LEVIT = {"embed_dim": [16, 32, 48], "depth": [1, 1, 1], "num_heads": [2, 2, 2], "key_dim": 8}
 FAMILIES = {
@@ -177,13 +173,7 @@ def test_weights_of_another_image_size_are_refused_with_the_cure(tmp_path: Path)
 def test_a_local_dir_says_whether_the_heads_answer_apart(tmp_path: Path, distilled: bool) -> None:
     images = images_for("levit_128s")
     student = seen_by_training(student_of(distilled=distilled), images)
-    save_local_dir(
-        student.backbone,
-        tmp_path / "saved",
-        model_args=student.model_args,
-        classes=CLASSES,
-        preprocessing=Preprocessing(64, MEAN, STD, "bicubic", 0.9),
-    )
+    save_student(student, tmp_path / "saved", CLASSES, seen_at(64))
     torch.testing.assert_close(read_heads(open_model("student", tmp_path / "saved").eval(), images), student(images))
 
 

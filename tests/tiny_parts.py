@@ -18,6 +18,7 @@ from deit_kd import Batch, Distiller, FrozenTeacher, Objective, TeacherOutput
 from deit_kd.data import Mixing, Photos, PillowLoader, Splits, TrainingBatchSampler, TrainingLoader, Views, build_splits
 from deit_kd.engine import Trainer
 from deit_kd.interfaces import Preprocessing, Statistics
+from deit_kd.models.state import save_local_dir
 from deit_kd.optim import WeightAverage, build_optimizer, build_schedule
 from deit_kd.store import LabelStore, epoch_part
 from deit_kd.students import TimmStudent, build_student
@@ -162,6 +163,11 @@ def fill_store(store: LabelStore, epoch: int) -> None:
 def seen_at(image_size: int, mean: Statistics = MEAN) -> Preprocessing:
     """Return the preprocessing of whole images at `image_size`."""
     return Preprocessing(image_size, mean, STD, "bicubic", 1.0)
+
+
+def save_student(student: TimmStudent, folder: Path, classes: Sequence[str], seen: Preprocessing) -> None:
+    """Write a student as a timm local-dir."""
+    save_local_dir(student.backbone, folder, model_args=student.model_args, classes=tuple(classes), preprocessing=seen)
 
 
 def tiny_teacher(**options: Any) -> FrozenTeacher:
