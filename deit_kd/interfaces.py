@@ -186,9 +186,7 @@ class TeacherOutput(NamedTuple):
     logits: Tensor | None  # [B, C]; None for a network without a head
     features: Mapping[str, Tensor] | None = None  # maps [B, D, h, w] and vectors [B, D]; None unless something asks
     dense_logits: Tensor | None = None  # [B, h, w, C], of its head at places; None unless something asks
-    dense_labels: Tensor | None = (
-        None  # [B, h, w], from a label store: the argmax of `mixed`, -1 where it is not finite
-    )
+    dense_labels: Tensor | None = None  # [B, h, w], from a label store: the argmax of `mixed`, -1 if it is not finite
 
     def mixed(self, share: float | Tensor) -> Tensor:
         """Return ``share * dense_logits + (1 - share) * logits`` at each place, [B, h, w, C] in fp32.

@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 from deit_kd.interfaces import InputError, Preprocessing, Statistics
 from deit_kd.models.create import check_answer, check_arguments, create_model, leave_out_head
@@ -101,22 +102,7 @@ def build_teacher(
         label_names = label_set_names(label_set)
     columns = len(label_names or classes) * head if random_weights else _columns(architecture, origin, head)
     seed_initialisation("teacher", seed)
-    network = create_model(
-        "teacher.name",
-        architecture,
-        image_size=size,
-        distilled=not random_weights and origin.is_distilled,
-        num_classes=columns,
-        **arguments,
-    )
-    if not random_weights:
-        fit_weights("teacher", network, origin.state, source=origin.name, strict=True)
-        if origin.layer_norm_eps is not None:
-            set_layer_norm_eps(network, origin.layer_norm_eps)
-        refuse_other_twin("teacher.args", network, origin, architecture, arguments, size)
-        if origin.answers_with_patches:
-            answer_with_patches("teacher.checkpoint", network)
-    network.eval()
+    network = _network(architecture, arguments, size, columns, None if random_weights else origin)
     mapping, specialty, own = None, None, classes
     if origin.rest is not None and rest is None and head:
         specialty = specialty_of(origin.name, label_names, origin.rest, classes)
@@ -208,6 +194,26 @@ def _origin(name: str | None, pretrained: bool, checkpoint: str | None, random_w
         return origin
     assert name is not None
     return open_published("teacher.pretrained", name) if pretrained else Origin("random weights", dict)
+
+
+def _network(architecture: str, arguments: dict[str, Any], size: int, columns: int, origin: Origin | None) -> nn.Module:
+    """Return the network in eval mode, with all weights of `origin`; without one, with random weights."""
+    network = create_model(
+        "teacher.name",
+        architecture,
+        image_size=size,
+        distilled=origin is not None and origin.is_distilled,
+        num_classes=columns,
+        **arguments,
+    )
+    if origin is not None:
+        fit_weights("teacher", network, origin.state, source=origin.name, strict=True)
+        if origin.layer_norm_eps is not None:
+            set_layer_norm_eps(network, origin.layer_norm_eps)
+        refuse_other_twin("teacher.args", network, origin, architecture, arguments, size)
+        if origin.answers_with_patches:
+            answer_with_patches("teacher.checkpoint", network)
+    return network.eval()
 
 
 def _what_is(origin: Origin) -> str:
