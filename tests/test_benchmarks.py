@@ -61,21 +61,9 @@ def folds(benchmark: Callable[[str], Any]) -> Any:
 
 def test_growth_prints_four_tables(photos_root: Path, tmp_path: Path, program: Program) -> None:
     found = tmp_path / "growth.json"
-    options = [
-        "--rounds",
-        "1",
-        "--sizes",
-        "16",
-        "32",
-        "--models",
-        STUDENT,
-        "--classes",
-        "3",
-        "20",
-        "--json",
-        str(found),
-    ]
-    printed = program("growth", *tiny(photos_root, tmp_path / "run", distill__kind="soft"), *options)
+    recipe = tiny(photos_root, tmp_path / "run", distill__kind="soft")
+    options = ["--rounds", "1", "--sizes", "16", "32", "--models", STUDENT, "--classes", "3", "20"]
+    printed = program("growth", *recipe, *options, "--json", str(found))
     assert printed.count("| ms an image |") == 3
     assert "| epochs stored" in printed
     assert json.loads(found.read_text())["image, ms an image"].keys() == {"16 px", "32 px"}
