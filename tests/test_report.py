@@ -8,10 +8,12 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from deit_kd.cli import main
@@ -249,6 +251,14 @@ def test_the_legend_of_several_runs_covers_no_line(runs: Path) -> None:
         legend = axis.get_legend()
         assert legend is not None
         assert not axis.get_window_extent().overlaps(legend.get_window_extent())
+
+
+def test_long_names_do_not_cut_off_the_title_of_a_table() -> None:
+    names = ["a name that is long", *"bcdefg"]
+    figure = matrix("Share of images on which two predictors differ", names, names, [[0.5] * 7] * 7)
+    figure.savefig(BytesIO())  # in the figure's own dots per inch
+    title = next(text for text in figure.findobj(Text) if text.get_text().startswith("Share of images"))
+    assert title.get_window_extent().x1 < figure.bbox.x1
 
 
 def test_an_svg_takes_its_ink_and_its_width_from_the_page() -> None:

@@ -73,6 +73,8 @@ def _check_evaluation(options: dict[str, Any]) -> None:
     of_one += ["split"] * (options["split"] != "validation")
     if of_one and len(options["sources"]) > 1:
         raise InputError(f"--{of_one[0]}: works for one student only; leave it out for runs of several folds")
+    if options["images"] and not options["diagnose"]:
+        raise InputError("--images: names what --diagnose shows, and it is off; add --diagnose true")
     if options["data"]["root"] is not None and options["data"]["name"] == "folder":
         photos_root(options["data"]["root"])
 

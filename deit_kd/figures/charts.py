@@ -132,7 +132,8 @@ def matrix(
         axis.invert_yaxis()
         axis.grid(False)
         axis.spines[:].set_visible(False)
-        axis.set_title(title)
+        # Over the names of the rows as well: beside long ones it would be cut off.
+        figure.suptitle(title, x=0.02, ha="left", fontsize="medium", fontweight="bold")
         return figure
 
 
