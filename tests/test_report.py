@@ -201,7 +201,7 @@ def with_record(line: str) -> Any:
         (with_record("loss 3"), ["line 1", "not a record"]),
         (nothing, ["has no records"]),
         (lambda folder: ["report", str(folder)], ["is neither a run"]),
-        (not_finished, ["not a finished run"]),
+        (not_finished, ["not a finished run", "deit-kd plot"]),
         (lambda folder: ["report"], ["required: runs", "deit-kd report --help"]),
         (lambda folder: ["report", str(folder), "--too", "x"], ["--too"]),
         (of_one_name, ["same name"]),

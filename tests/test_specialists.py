@@ -23,7 +23,7 @@ from deit_kd.origins import open_origin
 from deit_kd.run_folder import read_facts
 from deit_kd.teachers import EnsembleTeacher, build_class_map
 from deit_kd.teachers.specialists import Panel, Specialty, specialty_of
-from tests.helpers import FIVE_CLASSES, Finished, refused, tiny, write_photos
+from tests.helpers import FIVE_CLASSES, Finished, heads_in, refused, tiny, write_photos
 from tests.tiny_parts import folder_splits, make_batch, tiny_teacher
 
 
@@ -376,6 +376,17 @@ def test_a_specialist_is_not_scored_on_another_rest(
 ) -> None:
     line = refused(["eval", str(family["first"]), "--data.classes", "[a]"], capsys)
     assert "data.rest: 'rest' stands for other classes here than in the head of first, which knows a, b, rest" in line
+
+
+def test_a_specialist_and_a_generalist_are_compared_on_the_named_classes(
+    family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["eval", str(family["first"]), "--against", str(family["generalist"])]
+    assert "generalist knows no class 'rest'; compare on data.classes alone with --data.rest null" in refused(
+        arguments, capsys
+    )
+    assert main([*arguments, "--data.rest", "null", "--to", str(tmp_path / "both")]) == 0
+    assert heads_in(tmp_path / "both")["classes"] == ["a", "b"]
 
 
 # Confusions

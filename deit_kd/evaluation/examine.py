@@ -75,6 +75,11 @@ def examine(source: Source, config: Config, split: str, processes: Processes, la
         InputError: the student cannot be built, the photos are of other classes, or none can be read.
     """
     photos = _photos(source, config, split, processes)
+    if photos.rest is not None and source.classes is not None and photos.rest.name not in source.classes:
+        raise InputError(
+            f"data.rest: {source.name} knows no class {photos.rest.name!r}; compare on data.classes alone with "
+            "--data.rest null"
+        )
     matched = check_classes(source, photos.classes)
     if photos.rest is not None and {*matched.classes} != {*photos.classes}:
         raise InputError(

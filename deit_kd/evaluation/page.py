@@ -35,7 +35,7 @@ from deit_kd.figures import (
 from deit_kd.files import new_folder, write_atomically, write_json
 from deit_kd.interfaces import ANSWERS, PAIRS, InputError
 from deit_kd.metrics import names_in_every_head
-from deit_kd.run_folder import CONFIG_FILE, peer_folders
+from deit_kd.run_folder import CONFIG_FILE, HEADS_FILE, peer_folders
 
 REPORT_FILE = "report.html"
 REPORT_FOLDER = "report"  # in a run
@@ -135,6 +135,11 @@ def _draw(folder: Path, subjects: Mapping[str, Subject], records: Mapping[str, R
 
 
 def _open_run(folder: Path) -> Source:
+    if (folder / CONFIG_FILE).is_file() and not (folder / HEADS_FILE).is_file():
+        raise InputError(
+            f"{folder}: is not a finished run (it has no {HEADS_FILE}); finish it with --resume auto, or draw what it "
+            "has with deit-kd plot"
+        )
     source = open_source(str(folder))
     if source.run is None:
         raise InputError(f"{folder}: is not a run (it has no {CONFIG_FILE}); a report needs its records")
