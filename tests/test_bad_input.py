@@ -40,6 +40,7 @@ KEYS = [
     ({"data__mean": "[1, 2]"}, "data.mean: '[1, 2]' is not a list of 3 numbers"),
     ({"data__mean": "[123.7, 116.3, 103.5]"}, "data.mean: (123.7, 116.3, 103.5) must be between 0 and 1"),
     ({"teacher__mean": "[123.7, 116.3, 103.5]"}, "teacher.mean: (123.7, 116.3, 103.5) must be between 0 and 1"),
+    ({"teacher__min_top1": 0.7}, "teacher.min_top1: 0.7 must be in percent, 0 or at least 1; write 70 for that share"),
     ({"data__std": "[0.0, 1.0, 1.0]"}, "data.std: (0.0, 1.0, 1.0) must be above 0"),
     ({"data__download": "maybe"}, "data.download: 'maybe' is neither true nor false"),
     ({"data__validation_fraction": 1.0}, "data.validation_fraction: '1.0'"),

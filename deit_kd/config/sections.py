@@ -290,6 +290,13 @@ class SoleTeacher(TeacherNetwork):
     """least top-1 on validation in percent (without a head, that of its k-NN); null is the share of the largest class
     plus three standard errors"""
 
+    @field_validator("min_top1")
+    @classmethod
+    def _check_percent(cls, value: float | None) -> float | None:
+        if value is not None and 0 < value < 1:
+            raise ValueError(f"must be in percent, 0 or at least 1; write {100 * value:g} for that share of the photos")
+        return value
+
     @property
     def is_named(self) -> bool:
         """Whether the section says which network it is."""
