@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -91,13 +91,29 @@ class Distiller:
 
     def answer(self, batch: Batch) -> StudentOutput:
         """Return the student's answer to `batch`."""
-        with autocast(batch.images.device, self.precision):
+        is_alone = len(batch.images) == 1 and bool(batch.missing)
+        norms = _norms_kept(self.student) if is_alone else nullcontext()
+        with autocast(batch.images.device, self.precision), norms:
             return ask(self.student, batch.images)
 
     @property
     def members(self) -> Sequence[Distiller]:
         """Itself, and then the distillers of the student's peers if it has any."""
         return (self,)
+
+
+@contextmanager
+def _norms_kept(student: Any) -> Iterator[None]:
+    """Let each BatchNorm normalise by its running statistics meanwhile: one view that is left has no spread."""
+    parts = student.modules() if isinstance(student, nn.Module) else ()
+    norms = [part for part in parts if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 def ask(student: Student, images: Tensor) -> StudentOutput:

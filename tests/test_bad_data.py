@@ -525,6 +525,21 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line_and_keeps_the_checkp
     assert "step-000000006.safetensors" in checkpoints(tmp_path / "run")
 
 
+def test_the_only_view_that_is_left_of_a_batch_is_normalised_by_running_statistics() -> None:
+    student = tiny_student(
+        name="levit_128s",
+        args={"embed_dim": [16, 32, 48], "depth": [1, 1, 1], "num_heads": [2, 2, 2], "key_dim": 8},
+        image_size=64,
+    )
+    before = {name: buffer.clone() for name, buffer in student.named_buffers()}
+    left = make_batch(2, side=64).without([Missing(1, 1, 0, 1, "broken")])
+    Distiller(student, pixel_teacher, Objective("soft"))(left).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in student.parameters() if parameter.grad is not None)
+    assert student.backbone.head_dist.linear.weight.grad.abs().max() > 0
+    torch.testing.assert_close(dict(student.named_buffers()), before, rtol=0, atol=0)
+    assert all(module.training for module in student.modules())
+
+
 def test_a_worker_that_dies_while_it_hands_over_a_batch_is_told_as_one_that_died() -> None:
     def dying(image: Image.Image) -> torch.Tensor:
         sharer: Any = resource_sharer._resource_sharer  # type: ignore[attr-defined]  # hands the memory over
