@@ -111,6 +111,14 @@ def test_the_report_shows_three_heads_and_every_pair(whole: Path, tmp_path: Path
 
 
 @pytest.mark.skipif(bool(missing_libraries("onnx")), reason="needs onnx")
+def test_int8_holds_the_weight_that_two_heads_share(whole: Path, tmp_path: Path) -> None:
+    options = ["--format", "onnx", "--precision", "int8", "--to", str(tmp_path / "int8")]
+    assert main(["export", str(whole), *options]) == 0
+    outputs = json.loads((tmp_path / "int8" / "config.json").read_text())["outputs"]
+    assert set(outputs) >= {"cls", "dist", "patch", "fused"}
+
+
+@pytest.mark.skipif(bool(missing_libraries("onnx")), reason="needs onnx")
 def test_an_onnx_model_predicts_with_three_heads_what_its_run_does(
     whole: Path, photos_root: Path, tmp_path: Path
 ) -> None:

@@ -160,6 +160,7 @@ def _in_integers(model: Any) -> Any:
     from onnx import load  # as onnxruntime's quantiser does, which no other export needs
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    _give_each_its_own_weight(model.graph)
     del model.graph.value_info[:]  # the shapes that torch writes of transposed weights contradict those inferred
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it suggests a preprocessing that torch's exporter has done already
@@ -174,6 +175,21 @@ def _in_integers(model: Any) -> Any:
         raise CannotHold(f"onnxruntime cannot turn it into int8: {' '.join(str(error).split())[:80]}") from error
     finally:
         logging.disable(disabled)
+
+
+def _give_each_its_own_weight(graph: Any) -> None:
+    """Copy a weight for each layer but the first that reads it: onnxruntime's quantiser transposes it once for each.
+
+    The head that also answers for the patches is such a weight.
+    """
+    weights, read = {weight.name: weight for weight in graph.initializer}, set[str]()
+    for node in graph.node:
+        for place, name in enumerate(node.input if node.op_type in ("MatMul", "Gemm") else ()):
+            if name in weights and name in read:
+                copy = graph.initializer.add()
+                copy.CopyFrom(weights[name])
+                copy.name = node.input[place] = f"{name}_of_{node.name}"
+            read.add(name)
 
 
 def write_torch_export(backbone: nn.Module, folder: Path, about: About, choices: Choices) -> None:
