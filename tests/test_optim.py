@@ -140,11 +140,9 @@ def test_a_warm_up_as_long_as_the_run_is_refused(warmup: int) -> None:
 @pytest.mark.parametrize(
     ("recipe", "images"),
     [
-        ("photos", 3068),
-        ("assistant", 3068),
-        ("finetune", 3068),
         ("quickstart", 1437),
-        ("subset", 9469),
+        ("imagenet100", 126_689),
+        ("finetune_384", 1_281_167),
         ("imagenet_tiny", 1_281_167),
     ],
 )
@@ -154,6 +152,14 @@ def test_the_decay_of_a_recipe_acts_for_the_last_third_of_its_run_at_least(recip
     steps = section.epochs * (images // section.batch_size)
     average = WeightAverage(torch.nn.Linear(1, 1), section.ema_decay)
     assert average.get_decay(steps * 2 // 3) == section.ema_decay
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["assistant", "born_again", "finetune", "own_average", "peers", "photos", "pretrain", "specialists", "subset"],
+)
+def test_a_recipe_for_any_number_of_photos_leaves_the_decay_to_the_length_of_its_run(recipe: str) -> None:
+    assert parse_config(["--config", str(REPOSITORY / "configs" / f"{recipe}.yaml")])[0].train.ema_decay is None
 
 
 def test_an_average_begins_as_the_plain_mean_of_all_steps() -> None:
