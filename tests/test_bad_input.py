@@ -69,7 +69,6 @@ DATA = [
     ({"data__name": "imagenet"}, "data.name: 'imagenet' is unknown; use one of folder, shards, hf, digits"),
     ({"data__name": "cifar10", "data__root": "nowhere"}, "--data.download true"),
     ({"data__train_split": "learn"}, "data.train_split: "),
-    ({"data__validation_split": "train"}, "data.validation_split: 'train' is the training split, too; name another"),
     (
         {"distill__kind": "standardised", "data__classes": ["bars", "dots"], "train__batch_size": 16},
         "distill.kind: standardised logits of 2 classes are 1 and -1, whatever the logits, so nothing is learned",

@@ -217,6 +217,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"train_split": "trian"},
         "data.train_split: the data set has no split 'trian'; name one of train, test (",
     ),
+    ({"train_split": "test", "validation_split": "test"}, "data.validation_split: 'test' is the training split, too"),
     (
         {**IMAGE, "label_column": "coarse", "validation_split": "test"},
         "data.label_column: a label in split 'test' is -1, which is none of the 3 classes",

@@ -74,6 +74,8 @@ def hugging_face(
             or holds something else.
     """
     found = _loaded(root)
+    if train_split == validation_split:
+        raise InputError(f"data.validation_split: {validation_split!r} is the training split, too; name another")
     named = [train_split, *([validation_split] if validation_split in found else [])]
     parts = _photos(found, named, image_column, label_column)
     return split_by_hash(parts[0], validation_fraction) if len(parts) == 1 else Splits(*parts)

@@ -55,15 +55,13 @@ def build_splits(
     holds out the same photos whichever classes are joined.
 
     Raises:
-        InputError: the name is unknown, there are no shards for `stage`, both splits are the same, or the data are
-            missing, empty, inconsistent or of one class.
+        InputError: the name is unknown, there are no shards for `stage`, or the data are missing, empty, inconsistent
+            or of one class.
     """
     if name not in SETS:
         raise InputError(f"data.name: {name!r} is unknown; use one of {', '.join(SETS)}{nearest(name, SETS)}")
     if stage is not None and name != "shards":
         raise InputError(f"data.stage: {stage}, but data.name {name} has no shards to copy; unset it")
-    if train_split == validation_split:
-        raise InputError(f"data.validation_split: {validation_split!r} is the training split, too; name another")
     splits = SETS[name](
         root=root,
         train_split=train_split,
