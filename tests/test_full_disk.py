@@ -147,11 +147,11 @@ def test_a_full_disk_ends_the_run_with_one_line(
 
 
 def test_a_disk_that_fills_up_while_a_student_is_saved_keeps_the_one_before(small_disk: Path) -> None:
-    save_student(small_disk / "student", 0)
+    save_student(tiny_student(seed=0), small_disk / "student", CLASSES, seen_at(16))
     before = snapshot(small_disk)
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 20_000))
     with pytest.raises(InputError, match="cannot be written"):
-        save_student(small_disk / "student", 1)
+        save_student(tiny_student(seed=1), small_disk / "student", CLASSES, seen_at(16))
     (small_disk / "filler").unlink()
     assert snapshot(small_disk) == before
 

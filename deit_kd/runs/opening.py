@@ -118,7 +118,7 @@ def open_folder(
 
 def _refuse_among_photos(section: Data, folder: Path) -> None:
     """Refuse a run among the photos of a tree: the pictures of its report would be photos of a class of that name."""
-    if section.name != "folder":
+    if section.name != "folder" or section.root is None:  # of photos in memory
         return
     places = folders_above_classes(section.root, section.train_split, section.validation_split)
     if section.unlabelled is not None:
