@@ -45,13 +45,16 @@ class AverageTeacher:
 
     def __init__(self, average: nn.Module, precision: str = "off", fusion: str = "softmax") -> None:
         self.network = average.eval()
+        # Of timm's LeViT and others: what these keep of earlier weights they forget only when told their mode.
+        self._forgetful = [part for part in average.modules() if type(part).train is not nn.Module.train]
         self._precision = precision
         self._fusion = fusion
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutput:
         """Answer `batch` with the log-probabilities [B, C] of all heads fused, or of the only head."""
-        self.network.eval()  # timm's LeViT and others only then forget what they computed from earlier weights
+        for part in self._forgetful:
+            part.eval()
         with autocast(batch.images.device, self._precision):
             output = ask(self.network, batch.images)
         heads = head_log_probabilities(output, self._fusion)

@@ -93,7 +93,7 @@ def _few_labelled(run: Run) -> Photos:
     """
     labelled = run.splits.train
     if run.config.data.unlabelled is not None:
-        own = run.config.with_keys(data={"unlabelled": None, "fraction": None})
+        own = parts.with_labels(run.config).with_keys(data={"fraction": None})
         labelled = parts.agreed_splits(own, run.processes).train
     plain = replace(labelled, decoded=None, short_side=None, decoder=run.splits.validation.decoder)
     return share_of(plain, None, max(1, MOST_KNOWN // len(run.classes)))
