@@ -170,6 +170,7 @@ def test_a_diagnosis_holds_tokens_layers_attention_and_whom_the_heads_follow(run
     assert [layer["layer"] for layer in found["tokens"]] == ["input", "block 1", "block 2"]
     assert not found["collapsed"]
     assert (len(found["cka"]["matrix"]), len(found["cka"]["matrix"][0])) == (2, len(found["cka"]["teacher"]))
+    assert min(min(row) for row in found["cka"]["matrix"]) > 0  # 0: a block without patches, which nothing is like
     heads = heads_in(tmp_path)
     wrong = round(heads["n"] * heads["disagreement"]["matrix"][0][heads["disagreement"]["names"].index("teacher")])
     assert {head: sum(counts.values()) for head, counts in found["followed"].items()} == dict.fromkeys(

@@ -176,7 +176,7 @@ def _probe_layers(examination: Examination, rows: list[int]) -> tuple[list[dict[
     for first in range(0, len(rows), config.evaluate.batch_size):
         batch = _batch(examination, rows[first : first + config.evaluate.batch_size])
         with recorded(own) as said, autocast(batch.images.device, config.train.precision):
-            student(batch.images)
+            student.backbone.forward_features(batch.images)  # the student itself leaves out its last block's patches
         for name, output in _by_image(said, batch):
             own_features[name].append(pooled(output, _leading_tokens(examination)))
             if two:
