@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,7 +16,6 @@ from deit_kd.distributed import Processes
 from deit_kd.interfaces import Batch, Student, StudentOutput, Teacher
 from deit_kd.learner import Learner
 from deit_kd.losses import CheckedTerms, Objective, Terms
-from deit_kd.optim import WeightAverage
 from deit_kd.randomness import seed_step
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -169,42 +167,28 @@ class Trainer:
 
     Args:
         distiller: gives the losses.
-        model: the network that learns, without wrappers.
-        optimizer: over `model`'s parameters.
-        schedule: sets the learning rate from the step.
-        ema: average of `model`, or None.
+        learners: the student and then its peers, in the order of the distiller's.
         scaler: of fp16; disabled otherwise.
         processes: of the run.
         accumulation_steps: micro-batches per step.
-        clip_grad_norm: largest gradient norm, over all parameters; None does not clip.
         seed: of the run.
         skip: whether batches may lack views; the mean is then over the views that all processes have.
-        connectors: of compared features, trained with the model but not part of it; None if there are none.
         total_steps: of the run; the share of them that is done sets the weights of the terms.
-        further_terms: kinds of the objective's further terms, in the order of a step's result.
-        peers: further networks that learn, in the order of the distiller's.
     """
 
     distiller: Distiller
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: Scheduler
-    ema: WeightAverage | None
+    learners: tuple[Learner, ...]
     scaler: torch.amp.GradScaler
     processes: Processes
     accumulation_steps: int
-    clip_grad_norm: float | None
     seed: int
     skip: bool = False
-    connectors: nn.Module | None = None
     total_steps: int = 1
-    further_terms: tuple[str, ...] = ()
-    peers: tuple[Learner, ...] = ()
-    learners: tuple[Learner, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        own = (self.model, self.optimizer, self.schedule, self.ema, self.clip_grad_norm)
-        self.learners = (Learner(*own, self.connectors, self.further_terms), *self.peers)
+    @property
+    def student(self) -> Learner:
+        """The first of those that learn."""
+        return self.learners[0]
 
     def step(self, batches: Iterator[Batch], step: int) -> StepResult:
         """Do optimiser step `step` (from 0)."""
@@ -320,7 +304,7 @@ def train(
     after_step: Callable[[int, StepResult], None],
 ) -> None:
     """Train from `first_step` to the end; `after_step(steps_done, result)` is called after every step."""
-    trainer.model.train()
+    trainer.student.model.train()
     stream = iter(batches)
     for step in range(first_step, total_steps):
         after_step(step + 1, trainer.step(stream, step))

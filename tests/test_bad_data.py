@@ -39,7 +39,7 @@ from tests.tiny_parts import (
     make_batch,
     pixel_teacher,
     tiny_student,
-    trainer,
+    tiny_trainer,
     training_loader,
     transform,
 )
@@ -147,7 +147,7 @@ def test_a_step_is_the_mean_over_what_is_there_however_it_is_accumulated(
     rows: tuple[int, ...], clip_grad_norm: float | None
 ) -> None:
     expected, at_once, in_two = (
-        trainer(clip_grad_norm=clip_grad_norm, skip=True, accumulation_steps=steps) for steps in (1, 1, 2)
+        tiny_trainer(clip_grad_norm=clip_grad_norm, skip=True, accumulation_steps=steps) for steps in (1, 1, 2)
     )
     whole = make_batch()
     keep = [row for row in range(8) if row not in rows]
@@ -160,23 +160,24 @@ def test_a_step_is_the_mean_over_what_is_there_however_it_is_accumulated(
         at_once.step(iter([lacking(whole, *rows)]), 0),
         in_two.step(iter(halves), 0),
     ]
-    for learner, found in ((at_once, terms[1]), (in_two, terms[2])):
+    for trainer, found in ((at_once, terms[1]), (in_two, terms[2])):
         torch.testing.assert_close(found.terms, terms[0].terms)
-        torch.testing.assert_close(weights(learner.model), weights(expected.model), rtol=1e-5, atol=1e-6)
+        here, there = weights(trainer.student.model), weights(expected.student.model)
+        torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_says_at_which_places_views_had_no_finite_loss() -> None:
     batch = make_batch()
     batch.images[5] = float("nan")
-    result = trainer(skip=True).step(iter([lacking(batch, 1)]), 0)
+    result = tiny_trainer(skip=True).step(iter([lacking(batch, 1)]), 0)
     assert (~result.is_finite).nonzero().tolist() == [[5]]
 
 
 def test_a_step_of_which_nothing_can_be_read_teaches_nothing() -> None:
-    learner = trainer(skip=True)
-    before = weights(learner.model)
-    assert learner.step(iter([lacking(make_batch(), *range(8))]), 0).terms[:3].tolist() == [0, 0, 0]
-    assert all(torch.equal(a, b) for a, b in zip(weights(learner.model), before, strict=True))
+    trainer = tiny_trainer(skip=True)
+    before = weights(trainer.student.model)
+    assert trainer.step(iter([lacking(make_batch(), *range(8))]), 0).terms[:3].tolist() == [0, 0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(weights(trainer.student.model), before, strict=True))
 
 
 def test_no_network_is_ever_asked_about_nothing() -> None:
@@ -200,10 +201,11 @@ def test_no_network_is_ever_asked_about_nothing() -> None:
 
 
 def test_skipping_changes_no_bit_where_all_is_well() -> None:
-    usual, skipping = trainer(), trainer(skip=True)
-    for learner in (usual, skipping):
-        learner.step(iter([make_batch()]), 0)
-    assert all(torch.equal(a, b) for a, b in zip(weights(usual.model), weights(skipping.model), strict=True))
+    usual, skipping = tiny_trainer(), tiny_trainer(skip=True)
+    for trainer in (usual, skipping):
+        trainer.step(iter([make_batch()]), 0)
+    both = (weights(trainer.student.model) for trainer in (usual, skipping))
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
 def test_scores_and_agreement_are_over_what_is_there_and_the_teacher_stays_aligned() -> None:

@@ -15,10 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deit_kd import Distiller, Objective
 from deit_kd.engine import Trainer
 from deit_kd.models.create import chosen_attention
-from deit_kd.optim import WeightAverage, build_optimizer, build_schedule
 from deit_kd.students import TimmStudent
 from tests.helpers import STUDENT_ARGS
-from tests.tiny_parts import make_batch, tiny_student, tiny_teacher, trainer
+from tests.tiny_parts import make_batch, tiny_learner, tiny_student, tiny_teacher, tiny_trainer
 
 COPIES = {"_to_copy", "clone", "copy_", "_foreach_copy_", "contiguous"}
 
@@ -47,29 +46,22 @@ def whole_trainer(precision: str, depth: int, **options: Any) -> Trainer:
     with chosen_attention("fused", torch.device("cpu")):
         model = tiny_student(args={**STUDENT_ARGS, "depth": depth}, drop_path=0.2)
     teacher = tiny_teacher(dtype=torch.float32 if precision == "off" else torch.bfloat16)
-    optimizer = build_optimizer(
-        model.backbone, name="adamw", lr=1e-3, lr_reference_batch=0, weight_decay=0.05, args={}, batch_size=8
-    )
-    schedule = build_schedule(optimizer, warmup_epochs=0, warmup_lr=0.0, min_lr=0.0, epochs=2, steps_per_epoch=5)
+    learner = tiny_learner(model, 0.5, optimizer="adamw", lr=1e-3, weight_decay=0.05, clip_grad_norm=1.0)
     return replace(
-        trainer(**options),
+        tiny_trainer(**options),
         distiller=Distiller(model, teacher, Objective("soft"), precision),
-        model=model,
-        optimizer=optimizer,
-        schedule=schedule,
-        ema=WeightAverage(model, decay=0.5),
-        clip_grad_norm=1.0,
+        learners=(learner,),
     )
 
 
-def copies_of(learner: Trainer) -> Copies:
+def copies_of(trainer: Trainer) -> Copies:
     """Return those of a later step."""
-    micro_steps = learner.accumulation_steps
+    micro_steps = trainer.accumulation_steps
     for step in range(3):
-        learner.step(iter([make_batch(seed=step)] * micro_steps), step)
+        trainer.step(iter([make_batch(seed=step)] * micro_steps), step)
     batches = [make_batch(seed=3 + micro_step) for micro_step in range(micro_steps)]
-    with Copies(learner.model) as copies:
-        learner.step(iter(batches), 3)
+    with Copies(trainer.student.model) as copies:
+        trainer.step(iter(batches), 3)
     return copies
 
 
@@ -88,9 +80,9 @@ def test_in_bf16_only_weights_gradients_and_the_inputs_of_matrices_are_cast(dept
     the images of student and teacher, the patches beside the tokens, both heads' tokens and logits, each also backward
     (but images), the teacher's logits, the factors of drop-path, and which views are finite.
     """
-    learner = whole_trainer("bf16", depth, accumulation_steps=micro_steps)
-    weights = weights_in_bf16(learner.model)  # type: ignore[arg-type]
-    copies = copies_of(learner)
+    trainer = whole_trainer("bf16", depth, accumulation_steps=micro_steps)
+    weights = weights_in_bf16(trainer.student.model)  # type: ignore[arg-type]
+    copies = copies_of(trainer)
     around = 2 + 2 * (1 + 2 + 2) + 1 + 1 + 1
     assert copies.counts["_to_copy"] <= weights + micro_steps * (weights + 6 * depth + around)
     assert set(copies.of_weights.values()) == {1}
@@ -114,18 +106,18 @@ def test_in_fp32_no_weight_and_nothing_that_blocks_compute_is_cast() -> None:
 
 
 def test_micro_steps_that_share_casts_give_the_gradients_of_those_that_do_not() -> None:
-    learner, batches = whole_trainer("bf16", 2, accumulation_steps=2), [make_batch(seed=seed) for seed in range(2)]
-    learner.model.eval()  # without drop-path
+    trainer, batches = whole_trainer("bf16", 2, accumulation_steps=2), [make_batch(seed=seed) for seed in range(2)]
+    trainer.student.model.eval()  # without drop-path
     for batch in batches:
-        (learner.distiller(batch).loss / 2).backward()
-    expected = [parameter.grad for parameter in learner.model.parameters()]
-    learner.optimizer.zero_grad()
+        (trainer.distiller(batch).loss / 2).backward()
+    expected = [parameter.grad for parameter in trainer.student.model.parameters()]
+    trainer.student.optimizer.zero_grad()
     found: list[Tensor] = []
-    learner.optimizer.register_step_pre_hook(
+    trainer.student.optimizer.register_step_pre_hook(
         lambda *_: found.extend(
-            parameter.grad for parameter in learner.model.parameters() if parameter.grad is not None
+            parameter.grad for parameter in trainer.student.model.parameters() if parameter.grad is not None
         )
     )
-    learner.learners[0].clip_grad_norm = None
-    learner.step(iter(batches), 0)
+    trainer.student.clip_grad_norm = None
+    trainer.step(iter(batches), 0)
     assert all(torch.equal(gradient, other) for gradient, other in zip(found, expected, strict=True))

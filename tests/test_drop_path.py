@@ -17,7 +17,7 @@ from deit_kd.interfaces import Link
 from deit_kd.students import ConnectedStudent, Connectors, TimmStudent
 from deit_kd.students.paths import GivenPath
 from tests.helpers import STUDENT, STUDENT_ARGS
-from tests.tiny_parts import Operations, make_batch, tiny_student, trainer
+from tests.tiny_parts import Operations, make_batch, tiny_student, tiny_trainer
 
 CPU = torch.device("cpu")
 DRAWS = {"bernoulli_", "rand", "uniform_", "random_", "native_dropout"}
@@ -109,9 +109,9 @@ def test_without_a_rate_nothing_is_drawn_and_every_module_is_timms() -> None:
     student = tiny_student()
     assert student.draw_paths(8) is None
     assert not any(isinstance(module, DropPath) for module in student.modules())
-    learner, batch = trainer(), make_batch()
+    trainer, batch = tiny_trainer(), make_batch()
     with Operations() as operations:
-        learner.step(iter([batch]), 0)
+        trainer.step(iter([batch]), 0)
     assert not DRAWS & operations.counts.keys()
 
 

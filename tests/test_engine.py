@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from deit_kd import Batch, TeacherOutput
 from deit_kd.asking import evaluate, score_teacher
 from deit_kd.engine import Trainer, train
-from deit_kd.optim import build_optimizer, build_schedule
 from tests.helpers import ONE_PROCESS
-from tests.tiny_parts import make_batch, pixel_teacher, tiny_student, trainer
+from tests.tiny_parts import make_batch, pixel_teacher, tiny_student, tiny_trainer
 
 
-def terms(learner: Trainer, step: int = 0) -> Tensor:
+def terms(trainer: Trainer, step: int = 0) -> Tensor:
     """Do one step; return its terms."""
-    return learner.step(iter([make_batch()]), step).terms
+    return trainer.step(iter([make_batch()]), step).terms
 
 
 def halves(batch: Batch) -> Iterator[Batch]:
@@ -37,80 +36,79 @@ def assert_close(a: nn.Module, b: nn.Module) -> None:
 
 @pytest.mark.parametrize("clip_grad_norm", [None, 0.1])  # clipped, a gradient of any size gives the same step
 def test_accumulation_equals_the_larger_batch(clip_grad_norm: float | None) -> None:
-    at_once, in_two = (trainer(clip_grad_norm=clip_grad_norm, accumulation_steps=steps) for steps in (1, 2))
+    at_once, in_two = (tiny_trainer(clip_grad_norm=clip_grad_norm, accumulation_steps=steps) for steps in (1, 2))
     for step in range(3):
         results = [at_once.step(iter([make_batch(seed=step)]), step), in_two.step(halves(make_batch(seed=step)), step)]
         torch.testing.assert_close(*[result.terms for result in results])
-    assert_close(at_once.model, in_two.model)
+    assert_close(at_once.student.model, in_two.student.model)
 
 
 def test_a_step_returns_loss_and_both_terms() -> None:
-    loss, classification, distillation, *_ = trainer().step(iter([make_batch()]), 0).terms
+    loss, classification, distillation, *_ = tiny_trainer().step(iter([make_batch()]), 0).terms
     torch.testing.assert_close(loss, (classification + distillation) / 2)
 
 
 @pytest.mark.parametrize("head", ["head", "head_dist"])
 def test_clipping_holds_both_heads(head: str) -> None:
-    clipped = trainer(clip_grad_norm=1e-6)
-    before = getattr(clipped.model.backbone, head).weight.detach().clone()
+    clipped = tiny_trainer(clip_grad_norm=1e-6)
+    before = getattr(clipped.student.model.backbone, head).weight.detach().clone()
     clipped.step(iter([make_batch()]), 0)
-    moved = (getattr(clipped.model.backbone, head).weight.detach() - before).norm()
+    moved = (getattr(clipped.student.model.backbone, head).weight.detach() - before).norm()
     assert 0 < moved <= 0.1 * 1e-6 * 1.01 + 1e-7
 
 
 def test_a_clipped_gradient_has_the_norm_that_is_asked_for() -> None:
     """The norm is that of all parameters together, and what is below it stays as it is."""
-    first = trainer()
+    first = tiny_trainer()
     first.distiller(make_batch()).loss.backward()
-    norm = sum(parameter.grad.square().sum() for parameter in first.model.parameters()).sqrt().item()
+    norm = sum(parameter.grad.square().sum() for parameter in first.student.model.parameters()).sqrt().item()
     moves = []
     for clip_grad_norm in (None, norm / 4, 4 * norm):
-        learner = trainer(clip_grad_norm=clip_grad_norm)
-        before = weights(learner.model)
-        learner.step(iter([make_batch()]), 0)
-        moves.append(torch.cat([(a - b).flatten() for a, b in zip(weights(learner.model), before, strict=True)]))
+        trainer = tiny_trainer(clip_grad_norm=clip_grad_norm)
+        before = weights(trainer.student.model)
+        trainer.step(iter([make_batch()]), 0)
+        after = weights(trainer.student.model)
+        moves.append(torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)]))
     torch.testing.assert_close(moves[1], moves[0] / 4, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(moves[2], moves[0], rtol=1e-3, atol=1e-6)
 
 
 def test_the_average_follows_the_model_and_starts_with_it() -> None:
-    averaged = trainer(ema=0.99)
-    assert averaged.ema is not None
+    averaged = tiny_trainer(ema=0.99)
+    assert averaged.student.ema is not None
     averaged.step(iter([make_batch()]), 0)
-    after_one = weights(averaged.ema.module)
+    after_one = weights(averaged.student.ema.module)
     averaged.step(iter([make_batch(seed=1)]), 1)
-    after_two, model = weights(averaged.ema.module), weights(averaged.model)
-    decay = averaged.ema.get_decay(2)
+    after_two, model = weights(averaged.student.ema.module), weights(averaged.student.model)
+    decay = averaged.student.ema.get_decay(2)
     assert 0 < decay < 0.99  # the warm-up
     expected = [decay * old + (1 - decay) * new for old, new in zip(after_one, model, strict=True)]
     torch.testing.assert_close(after_two, expected)
 
 
 def test_drop_path_follows_from_seed_and_step_alone() -> None:
-    first, second = trainer(drop_path=0.5), trainer(drop_path=0.5)
+    first, second = tiny_trainer(drop_path=0.5), tiny_trainer(drop_path=0.5)
     for each in (first, second):
         torch.rand(3)
-        each.model.train()
+        each.student.model.train()
     assert torch.equal(terms(first, 4), terms(second, 4))
-    other_step = trainer(drop_path=0.5)
-    other_step.model.train()
-    assert not torch.equal(terms(other_step, 5), terms(trainer(drop_path=0.5), 4))
+    other_step = tiny_trainer(drop_path=0.5)
+    other_step.student.model.train()
+    assert not torch.equal(terms(other_step, 5), terms(tiny_trainer(drop_path=0.5), 4))
 
 
 def test_a_state_goes_on_bit_for_bit() -> None:
-    whole, broken = trainer(drop_path=0.3, ema=0.9), trainer(drop_path=0.3, ema=0.9)
+    whole, broken = tiny_trainer(drop_path=0.3, ema=0.9), tiny_trainer(drop_path=0.3, ema=0.9)
     for step in range(4):
         whole.step(iter([make_batch(seed=step)]), step)
     for step in range(2):
         broken.step(iter([make_batch(seed=step)]), step)
-    resumed = trainer(drop_path=0.3, ema=0.9)
+    resumed = tiny_trainer(drop_path=0.3, ema=0.9)
     resumed.load_state(broken.state())
     for step in range(2, 4):
         resumed.step(iter([make_batch(seed=step)]), step)
-    assert whole.ema is not None
-    assert resumed.ema is not None
-    for a, b in ((whole.model, resumed.model), (whole.ema.module, resumed.ema.module)):
-        assert all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
+    for here, there in zip(everything(whole), everything(resumed), strict=True):
+        assert torch.equal(here, there)
 
 
 def test_the_state_holds_nothing_of_the_teacher() -> None:
@@ -118,7 +116,7 @@ def test_the_state_holds_nothing_of_the_teacher() -> None:
         def forward(self, batch: Any) -> Any:
             return TeacherOutput(super().forward(batch.images.flatten(1)))
 
-    teaching = trainer()
+    teaching = tiny_trainer()
     teaching.distiller.teacher = Network(3 * 16 * 16, 3)
     teaching.step(iter([make_batch()]), 0)
     state = teaching.state()
@@ -129,7 +127,7 @@ def test_the_state_holds_nothing_of_the_teacher() -> None:
 def test_training_learns_what_it_is_shown() -> None:
     losses: list[float] = []
     train(
-        trainer(kind="none"),
+        tiny_trainer(kind="none"),
         [make_batch()] * 10,
         first_step=0,
         total_steps=10,
@@ -195,11 +193,11 @@ def test_a_teacher_is_scored_on_what_it_says() -> None:
 )
 def test_the_student_runs_in_the_precision_that_is_asked_for(precision: str, dtype: torch.dtype) -> None:
     """In a step and in an evaluation; the loss stays near that of fp32."""
-    learner, dtypes = trainer(), []
-    learner.distiller.precision = precision
-    learner.model.backbone.head.register_forward_hook(lambda _, __, logits: dtypes.append(logits.dtype))
-    torch.testing.assert_close(terms(learner), terms(trainer()), rtol=0.02, atol=0.02)
-    scored([make_batch()], learner.model, precision=precision)
+    trainer, dtypes = tiny_trainer(), []
+    trainer.distiller.precision = precision
+    trainer.student.model.backbone.head.register_forward_hook(lambda _, __, logits: dtypes.append(logits.dtype))
+    torch.testing.assert_close(terms(trainer), terms(tiny_trainer()), rtol=0.02, atol=0.02)
+    scored([make_batch()], trainer.student.model, precision=precision)
     assert dtypes == [dtype, dtype]
 
 
@@ -208,11 +206,11 @@ def test_the_student_runs_in_the_precision_that_is_asked_for(precision: str, dty
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_amp_trains_on_the_gpu(precision: str) -> None:
     device = torch.device("cuda")
-    learner = trainer(kind="none", processes=type(ONE_PROCESS)(0, 1, device))
-    learner.model.to(device)
-    learner.distiller.precision = precision
-    learner.scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
-    losses = [terms(learner, step)[0].item() for step in range(10)]
+    trainer = tiny_trainer(kind="none", processes=type(ONE_PROCESS)(0, 1, device))
+    trainer.student.model.to(device)
+    trainer.distiller.precision = precision
+    trainer.scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+    losses = [terms(trainer, step)[0].item() for step in range(10)]
     assert losses[-1] < losses[0]
 
 
@@ -223,101 +221,91 @@ def poisoned(batch: Batch, value: float = float("nan")) -> Batch:
     return batch._replace(images=images)
 
 
-def everything(learner: Trainer) -> list[Tensor]:
+def everything(trainer: Trainer) -> list[Tensor]:
     """Return weights, buffers, moments and average."""
-    moments = [
-        value.clone()
-        for state in learner.optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    ]
-    average = [] if learner.ema is None else [value.clone() for value in learner.ema.module.state_dict().values()]
-    return [value.clone() for value in learner.model.state_dict().values()] + moments + average
+    learner = trainer.student
+    moments = [value for state in learner.optimizer.state.values() for value in state.values()]
+    states = [*learner.model.state_dict().values(), *(learner.ema.module.state_dict().values() if learner.ema else ())]
+    return [value.clone() for value in [*states, *moments] if isinstance(value, Tensor)]
 
 
 def with_optimizer(name: str) -> Trainer:
-    learner = trainer(ema=0.9, clip_grad_norm=1.0)
-    learner.optimizer = build_optimizer(
-        learner.model.backbone, name=name, lr=0.01, lr_reference_batch=0, weight_decay=0.1, args={}, batch_size=8
-    )
-    learner.schedule = build_schedule(
-        learner.optimizer, warmup_epochs=0, warmup_lr=0.0, min_lr=0.0, epochs=2, steps_per_epoch=5
-    )
-    return learner
+    return tiny_trainer(ema=0.9, clip_grad_norm=1.0, optimizer=name, lr=0.01, weight_decay=0.1)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_without_a_finite_gradient_changes_nothing(name: str, value: float) -> None:
-    learner = with_optimizer(name)
+    trainer = with_optimizer(name)
     for step in range(2):  # after two the average is no longer the model itself, and would follow it
-        learner.step(iter([make_batch(seed=step)]), step)
-    before = everything(learner)
-    result = learner.step(iter([poisoned(make_batch(seed=2), value)]), 2)
+        trainer.step(iter([make_batch(seed=step)]), step)
+    before = everything(trainer)
+    result = trainer.step(iter([poisoned(make_batch(seed=2), value)]), 2)
     assert result.terms[3] == 1
-    for was, now in zip(before, everything(learner), strict=True):
+    for was, now in zip(before, everything(trainer), strict=True):
         assert torch.equal(was, now)
-    learner.step(iter([make_batch(seed=3)]), 3)
-    assert all(torch.isfinite(value).all() for value in everything(learner))
-    assert not torch.equal(before[0], everything(learner)[0])
+    trainer.step(iter([make_batch(seed=3)]), 3)
+    assert all(torch.isfinite(value).all() for value in everything(trainer))
+    assert not torch.equal(before[0], everything(trainer)[0])
 
 
 @pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
 @pytest.mark.parametrize("fp16", [False, True], ids=["", "fp16's scaler"])
 @pytest.mark.parametrize("name", ["adamw", "adafactorbv", "kron", "sgd", "lamb"])
 def test_a_first_step_without_a_finite_gradient_changes_nothing(name: str, fp16: bool) -> None:
-    learner = with_optimizer(name)
-    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=fp16)
-    before = everything(learner)
-    assert learner.step(iter([poisoned(make_batch())]), 0).terms[3] == 1
-    assert learner.optimizer.state_dict()["state"] == {}
-    for was, now in zip(before, everything(learner), strict=True):
+    trainer = with_optimizer(name)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=fp16)
+    before = everything(trainer)
+    assert trainer.step(iter([poisoned(make_batch())]), 0).terms[3] == 1
+    assert trainer.student.optimizer.state_dict()["state"] == {}
+    for was, now in zip(before, everything(trainer), strict=True):
         assert torch.equal(was, now)
     with torch.compiler.set_stance("force_eager"):  # kron compiles for ten seconds
-        assert learner.step(iter([make_batch(seed=1)]), 1).terms[3] == 0
-    assert all(torch.isfinite(value).all() for value in everything(learner))
+        assert trainer.step(iter([make_batch(seed=1)]), 1).terms[3] == 0
+    assert all(torch.isfinite(value).all() for value in everything(trainer))
 
 
 def test_under_the_scaler_a_gradient_whose_norm_is_too_large_changes_nothing() -> None:
-    learner = with_optimizer("sgd")
-    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-100)
-    learner.step(iter([make_batch()]), 0)
-    before = everything(learner)
-    hook = next(learner.model.parameters()).register_hook(lambda gradient: gradient + 1e20 * 2.0**-100)
-    assert learner.step(iter([make_batch(seed=1)]), 1).terms[3] == 1
+    trainer = with_optimizer("sgd")
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-100)
+    trainer.step(iter([make_batch()]), 0)
+    before = everything(trainer)
+    hook = next(trainer.student.model.parameters()).register_hook(lambda gradient: gradient + 1e20 * 2.0**-100)
+    assert trainer.step(iter([make_batch(seed=1)]), 1).terms[3] == 1
     hook.remove()
-    for was, now in zip(before, everything(learner), strict=True):
+    for was, now in zip(before, everything(trainer), strict=True):
         assert torch.equal(was, now)
 
 
 def test_a_step_that_is_left_out_is_as_if_it_had_not_been() -> None:
     with_a_bad_step, without = with_optimizer("adamw"), with_optimizer("adamw")
-    for learner in (with_a_bad_step, without):
-        learner.step(iter([make_batch()]), 0)
+    for trainer in (with_a_bad_step, without):
+        trainer.step(iter([make_batch()]), 0)
     with_a_bad_step.step(iter([poisoned(make_batch(seed=1))]), 1)
-    for learner in (with_a_bad_step, without):
-        learner.step(iter([make_batch(seed=2)]), 2)
+    for trainer in (with_a_bad_step, without):
+        trainer.step(iter([make_batch(seed=2)]), 2)
     for a, b in zip(everything(with_a_bad_step), everything(without), strict=True):
         assert torch.equal(a, b)
 
 
 def test_the_statistics_of_a_batch_norm_are_not_poisoned_either() -> None:
-    learner = trainer(kind="none")
-    learner.model.register_module("norm", nn.BatchNorm2d(3))
-    forward = learner.model.forward
-    learner.model.forward = lambda images: forward(learner.model.norm(images))  # type: ignore[method-assign]
-    learner.model.train()
-    learner.step(iter([make_batch()]), 0)
-    before = everything(learner)
-    learner.step(iter([poisoned(make_batch(seed=1))]), 1)
-    for was, now in zip(before, everything(learner), strict=True):
+    trainer = tiny_trainer(kind="none")
+    model = trainer.student.model
+    model.register_module("norm", nn.BatchNorm2d(3))
+    forward = model.forward
+    model.forward = lambda images: forward(model.norm(images))  # type: ignore[method-assign]
+    model.train()
+    trainer.step(iter([make_batch()]), 0)
+    before = everything(trainer)
+    trainer.step(iter([poisoned(make_batch(seed=1))]), 1)
+    for was, now in zip(before, everything(trainer), strict=True):
         assert torch.equal(was, now)
 
 
 def test_a_step_says_which_views_had_no_finite_loss() -> None:
-    learner = trainer(accumulation_steps=2)
+    trainer = tiny_trainer(accumulation_steps=2)
     batches = [poisoned(make_batch()), make_batch(seed=1)]
-    assert (~learner.step(iter(batches), 0).is_finite).nonzero().tolist() == [[3]]
+    assert (~trainer.step(iter(batches), 0).is_finite).nonzero().tolist() == [[3]]
 
 
 def test_answers_of_the_teacher_that_are_not_finite_are_counted() -> None:
@@ -326,20 +314,20 @@ def test_answers_of_the_teacher_that_are_not_finite_are_counted() -> None:
         logits[2, 1], logits[5, 0] = float("nan"), float("inf")
         return TeacherOutput(logits)
 
-    learner = trainer()
-    assert terms(learner)[4] == 0
-    learner.distiller.teacher = broken
-    assert terms(learner, 1)[4] == 2
+    trainer = tiny_trainer()
+    assert terms(trainer)[4] == 0
+    trainer.distiller.teacher = broken
+    assert terms(trainer, 1)[4] == 2
 
 
 def test_the_teacher_has_answered_before_the_student_keeps_anything() -> None:
-    learner, order = trainer(), []
+    trainer, order = tiny_trainer(), []
 
     def teacher(batch: Batch) -> TeacherOutput:
         order.append("teacher")
         return pixel_teacher(batch)
 
-    learner.distiller.teacher = teacher
-    learner.model.register_forward_pre_hook(lambda *_: order.append("student"))
-    learner.step(iter([make_batch()]), 0)
+    trainer.distiller.teacher = teacher
+    trainer.student.model.register_forward_pre_hook(lambda *_: order.append("student"))
+    trainer.step(iter([make_batch()]), 0)
     assert order == ["teacher", "student"]

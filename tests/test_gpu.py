@@ -27,7 +27,7 @@ from deit_kd.runs.run import build_trainer, prepare
 from deit_kd.store import StoredTeacher
 from deit_kd.teaching.ready import ready_lesson
 from tests.helpers import CLASSES, heads_in, no_waiting, records, tiny
-from tests.tiny_parts import STORED_VIEWS, begin_store, fill_store, make_batch, tiny_student, trainer
+from tests.tiny_parts import STORED_VIEWS, begin_store, fill_store, make_batch, tiny_student, tiny_trainer
 
 # CUDA's debug mode, inductor and NCCL warn of what is their own, and deterministic mode of what is not deterministic.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -47,17 +47,17 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 def on(device: torch.device, precision: str = "off", kind: str = "soft", **options: Any) -> Trainer:
     """Return the trainer of a tiny student on a device."""
-    learner = trainer(kind=kind, processes=Processes(0, 1, device), **options)
-    learner.model.to(device)
-    if learner.ema is not None:
-        learner.ema.to(device)
-    learner.distiller.precision = precision
-    learner.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=precision == "fp16")
-    return learner
+    trainer = tiny_trainer(kind=kind, processes=Processes(0, 1, device), **options)
+    trainer.student.model.to(device)
+    if trainer.student.ema is not None:
+        trainer.student.ema.to(device)
+    trainer.distiller.precision = precision
+    trainer.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=precision == "fp16")
+    return trainer
 
 
-def losses(learner: Trainer, steps: int = 8) -> list[float]:
-    return [learner.step(iter([make_batch()]), step).terms[0].item() for step in range(steps)]
+def losses(trainer: Trainer, steps: int = 8) -> list[float]:
+    return [trainer.step(iter([make_batch()]), step).terms[0].item() for step in range(steps)]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -69,14 +69,14 @@ def test_autocast_trains_as_fp32_does(device: torch.device, precision: str) -> N
 
 
 def test_under_fp16_a_step_that_overflows_is_left_out_and_the_scale_falls(device: torch.device) -> None:
-    learner = on(device, "fp16", ema=0.9)
-    losses(learner, 2)
-    before, scale = [value.clone() for value in learner.model.state_dict().values()], learner.scaler.get_scale()
+    trainer = on(device, "fp16", ema=0.9)
+    losses(trainer, 2)
+    before, scale = [value.clone() for value in trainer.student.model.state_dict().values()], trainer.scaler.get_scale()
     batch = make_batch()
     batch.images[3] = float("inf")
-    assert learner.step(iter([batch]), 2).terms[3] == 1
-    assert learner.scaler.get_scale() < scale
-    assert all(torch.equal(*pair) for pair in zip(before, learner.model.state_dict().values(), strict=True))
+    assert trainer.step(iter([batch]), 2).terms[3] == 1
+    assert trainer.scaler.get_scale() < scale
+    assert all(torch.equal(*pair) for pair in zip(before, trainer.student.model.state_dict().values(), strict=True))
 
 
 def test_a_step_waits_for_nothing(device: torch.device, tmp_path: Path) -> None:
@@ -84,17 +84,17 @@ def test_a_step_waits_for_nothing(device: torch.device, tmp_path: Path) -> None:
     store = begin_store(tmp_path, top=6)
     fill_store(store, 0)
     store = type(store)(tmp_path)
-    learner = on(device, "bf16", kind="none", ema=0.9, clip_grad_norm=1.0)  # the store has other classes
+    trainer = on(device, "bf16", kind="none", ema=0.9, clip_grad_norm=1.0)  # the store has other classes
     teacher = StoredTeacher(store, 1)
     batch = make_batch(8).to(device)
     ids = torch.stack([torch.zeros(8, dtype=torch.long), torch.arange(8) % STORED_VIEWS], dim=1)
     batch = batch._replace(view_ids=ids)
-    learner.distiller.teacher = teacher
+    trainer.distiller.teacher = teacher
     with teacher.reading_ahead([ids] * 4, [0], pinned=device.type == "cuda"):
         for step in range(3):
-            learner.step(iter([batch]), step)
+            trainer.step(iter([batch]), step)
         with no_waiting(device):
-            result = learner.step(iter([batch]), 3)
+            result = trainer.step(iter([batch]), 3)
     assert result.terms.isfinite().all()
     columns = store.find(ids, pinned=device.type == "cuda").values()
     assert all(column.is_pinned() == (device.type == "cuda") for column in columns)
@@ -116,14 +116,14 @@ def test_a_wrapped_student_takes_the_steps_of_a_plain_one(device: torch.device, 
     plain, wrapped = (on(device, accumulation_steps=2, drop_path=0.5) for _ in range(2))
     batches = [make_batch(4, seed=seed) for seed in range(2)]
     with group_of_one(device, tmp_path):
-        learner: Any = DistributedDataParallel(wrapped.model, gradient_as_bucket_view=True)
+        learner: Any = DistributedDataParallel(wrapped.student.model, gradient_as_bucket_view=True)
         wrapped.distiller.student = learner
         for step in range(3):
             for each in (plain, wrapped):
                 each.step(iter(batches), step)
         del learner
-        wrapped.distiller.student = wrapped.model  # type: ignore[assignment]
-    for found, expected in zip(wrapped.model.parameters(), plain.model.parameters(), strict=True):
+        wrapped.distiller.student = wrapped.student.model  # type: ignore[assignment]
+    for found, expected in zip(wrapped.student.model.parameters(), plain.student.model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -211,13 +211,13 @@ def test_the_attention_of_a_run_is_measured_and_recorded(device_name: str, photo
 
 def test_the_average_follows_as_lerp_does(device: torch.device) -> None:
     """torch's fused SGD rounds otherwise on a GPU, and its order of weight decay and sign is its own matter."""
-    learner = on(device, ema=0.99)
-    average = {name: value.clone() for name, value in learner.ema.module.state_dict().items()}
-    result = learner.step(iter([make_batch()]), 200)
+    trainer = on(device, ema=0.99)
+    average = {name: value.clone() for name, value in trainer.student.ema.module.state_dict().items()}
+    result = trainer.step(iter([make_batch()]), 200)
     assert result.terms.isfinite().all()
-    now = learner.model.state_dict()
-    weight = 1 - learner.ema.get_decay(201)
-    for name, value in learner.ema.module.state_dict().items():
+    now = trainer.student.model.state_dict()
+    weight = 1 - trainer.student.ema.get_decay(201)
+    for name, value in trainer.student.ema.module.state_dict().items():
         if value.is_floating_point():
             torch.testing.assert_close(value, average[name].lerp(now[name], weight), rtol=1e-5, atol=1e-7)
 
@@ -234,11 +234,11 @@ def test_the_memory_format_of_a_teacher_is_measured_and_recorded(
 
 
 def test_the_peak_of_memory_holds_the_weights_and_is_restarted(device: torch.device) -> None:
-    learner = on(device)
-    losses(learner, 2)
+    trainer = on(device)
+    losses(trainer, 2)
     reset_peak_memory(device)  # of other tests
     peak = peak_memory(device)
-    assert peak > sum(parameter.nbytes for parameter in learner.model.parameters())
+    assert peak > sum(parameter.nbytes for parameter in trainer.student.model.parameters())
     held = torch.ones(2**28, dtype=torch.uint8, device=device)
     assert peak_memory(device) > peak
     del held
@@ -271,10 +271,10 @@ def test_the_estimate_of_a_dry_run_is_within_a_tenth_of_the_real_peak(
     rehearsal = Rehearsal(trainer_of(photos_root, tmp_path / "cpu", torch.device("cpu")))
     for step in range(2):
         rehearsal.step([rehearsal.batch(views, size, len(CLASSES))], step)
-    learner = trainer_of(photos_root, tmp_path / device_name, device)
+    trainer = trainer_of(photos_root, tmp_path / device_name, device)
     torch.cuda.reset_peak_memory_stats(device)
     for step in range(2):
-        learner.step(iter([make_batch(views, side=size)]), step)
+        trainer.step(iter([make_batch(views, side=size)]), step)
     assert rehearsal.peak_bytes == pytest.approx(torch.cuda.max_memory_allocated(device), rel=0.1)
 
 
@@ -286,8 +286,8 @@ def test_a_student_answers_alike_on_both(device: torch.device) -> None:
 
 def test_an_empty_batch_trains_nothing(device: torch.device) -> None:
     """Attention on CUDA refuses it, so it is answered by way of two blank images."""
-    learner = on(device, skip=True)
+    trainer = on(device, skip=True)
     batch: Batch = make_batch(8)
     gaps = [Missing(row, row, 0, row, "unreadable") for row in range(8)]
     empty = Batch(batch.images[:0], batch.targets[:0], batch.labels[:0], missing=gaps)
-    assert learner.step(iter([empty]), 0).terms[0] == 0
+    assert trainer.step(iter([empty]), 0).terms[0] == 0

@@ -24,7 +24,7 @@ from deit_kd.teaching.ready import ready_lesson
 from tests.forked import run_on_two
 from tests.helpers import ONE_PROCESS, TINY, as_arguments, heads_in, records, refused, tiny
 from tests.started import kill
-from tests.tiny_parts import make_batch, tiny_student, trainer
+from tests.tiny_parts import make_batch, tiny_student, tiny_trainer
 
 ALPHA = {"start": 0, "end": 0.8, "from": 0.5, "until": 0.7, "shape": "linear"}
 SMALL: dict[str, Any] = {
@@ -54,14 +54,14 @@ def steps(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("fusion", ["softmax", "logits"])
 def test_its_answers_are_those_of_the_averages_own_evaluation(fusion: str) -> None:
-    made = trainer(drop_path=0.3, ema=0.5)
+    made = tiny_trainer(drop_path=0.3, ema=0.5)
     for step in range(3):
         made.step(iter([make_batch(8, seed=step)]), step)
-    assert made.ema is not None
+    assert made.student.ema is not None
     batches = [make_batch(8, seed=9), make_batch(5, seed=10)]
     common: dict[str, Any] = {"classes": 3, "total": 13, "processes": ONE_PROCESS}
-    scores = evaluate({"ema": made.ema.module}, batches, **common, precision="off", fusion=fusion)["ema"]
-    taught, _ = score_teacher(AverageTeacher(made.ema.module, fusion=fusion), batches, **common)
+    scores = evaluate({"ema": made.student.ema.module}, batches, **common, precision="off", fusion=fusion)["ema"]
+    taught, _ = score_teacher(AverageTeacher(made.student.ema.module, fusion=fusion), batches, **common)
     assert taught["top1"] == scores["heads"]["fused"]["top1"]
     assert taught["nll"] == pytest.approx(scores["heads"]["fused"]["nll"], rel=1e-5)
 
@@ -87,9 +87,9 @@ def test_it_is_the_engines_average_itself_and_gets_no_gradient(photos_root: Path
         lesson = ready_lesson(run)
         made = build_trainer(connect(run, lesson), lesson)
     teacher = made.distiller.teacher
-    assert made.ema is not None
+    assert made.student.ema is not None
     assert isinstance(teacher, AverageTeacher)
-    assert teacher.network is made.ema.module
+    assert teacher.network is made.student.ema.module
     batch = make_batch(4)
     made.distiller(batch, place=1.0).loss.backward()
     assert not teacher.network.training

@@ -20,7 +20,7 @@ from deit_kd.runs.lesson import connect
 from deit_kd.runs.run import build_trainer, prepare
 from deit_kd.teaching.ready import ready_lesson
 from tests.helpers import CLASSES, ONE_PROCESS, tiny
-from tests.tiny_parts import Operations, make_batch, trainer
+from tests.tiny_parts import Operations, make_batch, tiny_trainer
 
 GUIDE = {"kind": "guide", "weight": 1.0, "blocks": [1], "stages": ["layer2"]}
 SOFT = {
@@ -69,7 +69,7 @@ def test_no_step_reads_a_value_from_the_device(photos_root: Path, tmp_path: Path
 
 @pytest.mark.parametrize("reading", [lambda loss: loss.item(), lambda loss: loss > 0 or None], ids=["item", "if"])
 def test_a_step_that_reads_a_value_is_noticed(reading: Any) -> None:
-    rehearsal = Rehearsal(trainer())
+    rehearsal = Rehearsal(tiny_trainer())
     distiller = rehearsal._trainer.distiller
     everyone = distiller.everyone
 
@@ -90,21 +90,21 @@ def rounded(tensors: Iterable[Tensor], block: int = 512) -> int:
 
 def test_what_stays_between_steps_is_counted_to_the_byte(photos_root: Path, tmp_path: Path) -> None:
     """Weights, buffers, moments, the average and the teacher; gradients are freed."""
-    learner = trainer_of(photos_root, tmp_path, **SOFT)
-    rehearsal = Rehearsal(learner)
+    trainer = trainer_of(photos_root, tmp_path, **SOFT)
+    rehearsal = Rehearsal(trainer)
     rehearsal.step([rehearsal.batch(4, 16, len(CLASSES)) for _ in range(2)])
     for step in range(2):
-        learner.step(iter([make_batch(4), make_batch(4, seed=1)]), step)
-    assert learner.ema is not None
-    teacher: Any = learner.distiller.teacher
-    moments = [value for state in learner.optimizer.state.values() for value in state.values()]
-    networks = (learner.model, learner.ema.module, teacher)
+        trainer.step(iter([make_batch(4), make_batch(4, seed=1)]), step)
+    assert trainer.student.ema is not None
+    teacher: Any = trainer.distiller.teacher
+    moments = [value for state in trainer.student.optimizer.state.values() for value in state.values()]
+    networks = (trainer.student.model, trainer.student.ema.module, teacher)
     stays = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
-    assert rehearsal.bytes_now == rounded([*stays, *moments, learner.optimizer.found_inf])  # type: ignore[attr-defined]
+    assert rehearsal.bytes_now == rounded([*stays, *moments, trainer.student.optimizer.found_inf])  # type: ignore[attr-defined]
 
 
 def test_what_a_forward_pass_keeps_is_what_autograd_saves() -> None:
-    model, images = trainer().model, make_batch(8).images
+    model, images = tiny_trainer().student.model, make_batch(8).images
     saved: list[Tensor] = []
     live = LiveBytes([*model.parameters(), images], block=1)
     before = live.now
@@ -118,14 +118,14 @@ def test_what_a_forward_pass_keeps_is_what_autograd_saves() -> None:
 
 def test_the_peak_is_that_of_the_real_step() -> None:
     """Beside what PyTorch's profiler sees the allocator do, block and workspaces of kernels apart."""
-    learner, batch = trainer(ema=0.9), make_batch(64)
-    rehearsal = Rehearsal(learner)
+    trainer, batch = tiny_trainer(ema=0.9), make_batch(64)
+    rehearsal = Rehearsal(trainer)
     blank = rehearsal.batch(64, 16, 3)
     before = rehearsal.bytes_now
     rehearsal.step([blank])
-    learner.step(iter([batch]), 0)
+    trainer.step(iter([batch]), 0)
     with torch.profiler.profile(profile_memory=True) as profile:
-        learner.step(iter([batch]), 1)
+        trainer.step(iter([batch]), 1)
     events = profile.profiler.kineto_results.events()
     held = most = 0
     for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
@@ -135,38 +135,38 @@ def test_the_peak_is_that_of_the_real_step() -> None:
 
 
 def test_the_peak_grows_with_the_batch(photos_root: Path, tmp_path: Path) -> None:
-    learner = trainer_of(photos_root, tmp_path)
+    trainer = trainer_of(photos_root, tmp_path)
     peaks = []
     for views in (64, 128, 256):
-        rehearsal = Rehearsal(learner)
+        rehearsal = Rehearsal(trainer)
         rehearsal.step([rehearsal.batch(views, 16, len(CLASSES))])
         peaks.append(rehearsal.peak_bytes)
     assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.02)
 
 
-def operations_of(learner: Trainer) -> Counter[str]:
+def operations_of(trainer: Trainer) -> Counter[str]:
     """Return the operations of a later step."""
     for step in range(3):
-        learner.step(iter([make_batch(seed=step)]), step)
+        trainer.step(iter([make_batch(seed=step)]), step)
     with Operations() as operations:
-        learner.step(iter([make_batch(seed=3)]), 3)
+        trainer.step(iter([make_batch(seed=3)]), 3)
     return operations.counts
 
 
 def test_the_average_is_one_pass() -> None:
-    with_average, without = operations_of(trainer(ema=0.9)), operations_of(trainer())
+    with_average, without = operations_of(tiny_trainer(ema=0.9)), operations_of(tiny_trainer())
     extra = with_average - without
     assert extra["_fused_sgd_"] == 1
     assert sum(extra.values()) <= 3
 
 
 def test_a_step_without_buffers_keeps_none_and_with_many_takes_few_operations() -> None:
-    plain, few, many = (trainer(kind="none") for _ in range(3))
-    for learner, layers in ((few, 1), (many, 30)):
-        learner.model.register_module("norms", nn.ModuleList(nn.BatchNorm2d(3) for _ in range(layers)))
+    plain, few, many = (tiny_trainer(kind="none") for _ in range(3))
+    for trainer, layers in ((few, 1), (many, 30)):
+        trainer.student.model.register_module("norms", nn.ModuleList(nn.BatchNorm2d(3) for _ in range(layers)))
     views = {"view", "split"}
     costs = [
-        sum(count for name, count in operations_of(learner).items() if name not in views)
-        for learner in (plain, few, many)
+        sum(count for name, count in operations_of(trainer).items() if name not in views)
+        for trainer in (plain, few, many)
     ]
     assert costs[2] == costs[1] < costs[0] + 20

@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_kd import Batch, Distiller, FrozenTeacher, Objective, TeacherOutput
 from deit_kd.data import Mixing, Photos, PillowLoader, Splits, TrainingBatchSampler, TrainingLoader, Views, build_splits
+from deit_kd.distributed import Processes
 from deit_kd.engine import Trainer
 from deit_kd.interfaces import Preprocessing, Statistics
+from deit_kd.learner import Learner
 from deit_kd.models.state import save_local_dir
 from deit_kd.optim import WeightAverage, build_optimizer, build_schedule
 from deit_kd.store import LabelStore, epoch_part
@@ -96,25 +98,46 @@ def pixel_teacher(batch: Batch) -> TeacherOutput:
     return TeacherOutput(3 * batch.images[:, :, 0, 0])
 
 
-def trainer(drop_path: float = 0.0, kind: str = "soft", ema: float = 0.0, **options: Any) -> Trainer:
-    """Return the trainer of a tiny student under SGD, which `pixel_teacher` teaches."""
-    model = tiny_student(drop_path=drop_path)
-    optimizer = build_optimizer(
-        model.backbone, name="sgd", lr=0.1, lr_reference_batch=0, weight_decay=0.0, args={}, batch_size=8
+def tiny_learner(
+    model: TimmStudent,
+    ema: float = 0.0,
+    *,
+    optimizer: str = "sgd",
+    lr: float = 0.1,
+    weight_decay: float = 0.0,
+    clip_grad_norm: float | None = None,
+    **options: Any,
+) -> Learner:
+    """Return what learns with the weights of `model`, in ten steps."""
+    built = build_optimizer(
+        model.backbone, name=optimizer, lr=lr, lr_reference_batch=0, weight_decay=weight_decay, args={}, batch_size=8
     )
-    base: dict[str, Any] = {
-        "distiller": Distiller(model, pixel_teacher, Objective(kind)),
-        "model": model,
-        "optimizer": optimizer,
-        "schedule": build_schedule(optimizer, warmup_epochs=0, warmup_lr=0.0, min_lr=0.0, epochs=2, steps_per_epoch=5),
-        "ema": WeightAverage(model, decay=ema) if ema else None,
-        "scaler": torch.amp.GradScaler("cpu", enabled=False),
-        "processes": ONE_PROCESS,
-        "accumulation_steps": 1,
-        "clip_grad_norm": None,
-        "seed": 0,
-    }
-    return Trainer(**{**base, **options})
+    schedule = build_schedule(built, warmup_epochs=0, warmup_lr=0.0, min_lr=0.0, epochs=2, steps_per_epoch=5)
+    average = WeightAverage(model, decay=ema) if ema else None
+    return Learner(model, built, schedule, average, clip_grad_norm, **options)
+
+
+def tiny_trainer(
+    drop_path: float = 0.0,
+    kind: str = "soft",
+    *,
+    peers: Sequence[Learner] = (),
+    processes: Processes = ONE_PROCESS,
+    accumulation_steps: int = 1,
+    skip: bool = False,
+    **of_student: Any,
+) -> Trainer:
+    """Return the trainer of a tiny student, which `pixel_teacher` teaches; `of_student` goes to `tiny_learner`."""
+    model = tiny_student(drop_path=drop_path)
+    return Trainer(
+        Distiller(model, pixel_teacher, Objective(kind)),
+        (tiny_learner(model, **of_student), *peers),
+        torch.amp.GradScaler("cpu", enabled=False),
+        processes,
+        accumulation_steps,
+        seed=0,
+        skip=skip,
+    )
 
 
 def transform(**options: Any) -> Transform:

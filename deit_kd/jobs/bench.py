@@ -368,7 +368,7 @@ def as_timm_gives_it(run: Run, lesson: Lesson) -> Trainer:
     schedule = parts.build_schedule(plain, optimizer, run.loader.steps_per_epoch)
     timms = replace(run, config=plain, student=student, optimizer=optimizer, schedule=schedule, connectors=None)
     trainer = build_trainer(connect(timms, lesson), lesson)
-    trainer.learners[0].always_steps = True
+    trainer.student.always_steps = True
     return trainer
 
 

@@ -256,8 +256,8 @@ def _tell(run: Run, trainer: Trainer, needs: Needs) -> None:
         + (f", {size_text(needs.store)} for the label store" if needs.store else "")
         + f"; {size_text(shutil.disk_usage(place).free)} are free in {place}"
     )
-    if trainer.ema is not None:
-        say(average_line(trainer.ema, run.loader.total_steps))
+    if trainer.student.ema is not None:
+        say(average_line(trainer.student.ema, run.loader.total_steps))
     say("dry run: everything was built, nothing was written")
 
 

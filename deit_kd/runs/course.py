@@ -122,7 +122,7 @@ class Course:
         """Write the record of the steps since the last one; return whether a checkpoint is overdue anywhere."""
         run, progress = self.run, self.progress
         record, is_overdue = progress.read(run.processes, run.config.train.batch_size, overdue)
-        record["lr"] = max(group["lr"] for group in self.trainer.optimizer.param_groups)
+        record["lr"] = max(group["lr"] for group in self.trainer.student.optimizer.param_groups)
         record["epoch"] = (progress.step - 1) // run.loader.steps_per_epoch
         record |= self._weights(record, run.objective, self.trainer.distiller.objective)
         for peer, member in zip(run.peers, self.trainer.distiller.members[1:], strict=True):

@@ -11,7 +11,6 @@ from deit_kd.config import Config, names_of_peers, recipe_of_peer
 from deit_kd.distributed import Processes
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import InputError
-from deit_kd.learner import Learner
 from deit_kd.randomness import derive
 from deit_kd.run_folder import (
     CONFIG_FILE,
@@ -24,7 +23,6 @@ from deit_kd.run_folder import (
     record_of_peer,
 )
 from deit_kd.runs import parts
-from deit_kd.runs.average import build_average
 from deit_kd.runs.outcome import save_student
 from deit_kd.runs.prepared import Peer, Run
 from deit_kd.students import TimmStudent
@@ -58,19 +56,6 @@ def _build_peer(
     optimizer = parts.build_student_optimizer(recipe, student)
     schedule = parts.build_schedule(recipe, optimizer, steps_per_epoch)
     return Peer(name, recipe, student, optimizer, schedule, parts.build_objective(recipe, {}, {}))
-
-
-def learner_of(peer: Peer, total_steps: int) -> Learner:
-    """Return what a step changes of a peer."""
-    return Learner(
-        peer.student,
-        peer.optimizer,
-        peer.schedule,
-        build_average(peer.config, peer.student, total_steps),
-        peer.config.optim.clip_grad_norm,
-        further_terms=peer.objective.further_terms,
-        name=peer.name,
-    )
 
 
 def split_scores(scores: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

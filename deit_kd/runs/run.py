@@ -6,6 +6,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from torch import nn
 
 from deit_kd.checkpoint import CheckpointWriter
 from deit_kd.config import Config, described
@@ -16,6 +17,7 @@ from deit_kd.engine import Trainer
 from deit_kd.files import write_atomically, write_json
 from deit_kd.interfaces import InputError, Rest
 from deit_kd.kernels import choose_kernels, preferred_attention
+from deit_kd.learner import Learner
 from deit_kd.models import last_block
 from deit_kd.models.tokens import answers_apart
 from deit_kd.randomness import PATHS_VERSION, VIEWS_VERSION
@@ -43,8 +45,8 @@ from deit_kd.runs.meeting import meet_teachers
 from deit_kd.runs.memory_format import Choices, lay_out_teachers, memory_format_lines
 from deit_kd.runs.opening import open_folder
 from deit_kd.runs.outcome import head_scores, print_heads, save_student
-from deit_kd.runs.peers import build_peers, learner_of, save_peer
-from deit_kd.runs.prepared import AfterEpoch, Run
+from deit_kd.runs.peers import build_peers, save_peer
+from deit_kd.runs.prepared import AfterEpoch, Peer, Run
 from deit_kd.runs.progress import Progress
 from deit_kd.runs.viewing import build_training_loader, cached, makers_of, training_order
 from deit_kd.stopping import Watch
@@ -184,27 +186,26 @@ def execute(run: Run, lesson: Lesson | None = None, after_epoch: AfterEpoch | No
 def build_trainer(run: Run, lesson: Lesson, first_step: int = 0) -> Trainer:
     """Return the trainer of a connected run; if its own average teaches, `lesson` gets to know it."""
     config, processes = run.config, run.processes
-    average = build_average(config, run.student, run.loader.total_steps)
+    student = _learner_of(run, run.loader.total_steps, connectors=run.connectors)
     if config.learns_from_own_average:
-        assert average is not None  # or the recipe is refused
-        lesson.answers = AverageTeacher(average.module, config.train.precision, config.evaluate.fusion)
+        assert student.ema is not None  # or the recipe is refused
+        lesson.answers = AverageTeacher(student.ema.module, config.train.precision, config.evaluate.fusion)
     return Trainer(
         distiller=build_distiller(run, lesson, first_step),
-        model=run.student,
-        connectors=run.connectors,
-        optimizer=run.optimizer,
-        schedule=run.schedule,
-        ema=average,
+        learners=(student, *(_learner_of(peer, run.loader.total_steps, name=peer.name) for peer in run.peers)),
         scaler=torch.amp.GradScaler(processes.device.type, enabled=config.train.precision == "fp16"),
         processes=processes,
         accumulation_steps=config.train.accumulation_steps,
-        clip_grad_norm=config.optim.clip_grad_norm,
         seed=config.seed,
         skip=parts.skips(config),
         total_steps=run.loader.total_steps,
-        further_terms=run.objective.further_terms,
-        peers=tuple(learner_of(peer, run.loader.total_steps) for peer in run.peers),
     )
+
+
+def _learner_of(one: Run | Peer, total_steps: int, connectors: nn.Module | None = None, name: str = "") -> Learner:
+    average = build_average(one.config, one.student, total_steps)
+    own = (one.student, one.optimizer, one.schedule, average, one.config.optim.clip_grad_norm)
+    return Learner(*own, connectors, one.objective.further_terms, name)
 
 
 def _write_facts(
@@ -256,8 +257,8 @@ def _say_start(run: Run, trainer: Trainer, first_step: int) -> None:
     say(f"learns from {described(run.config)}")
     for peer in run.peers:
         say(f"peer {peer.name}: {_peer_text(peer.student)}, learns from {described(peer.config)}")
-    if trainer.ema is not None:
-        say(average_line(trainer.ema, run.loader.total_steps))
+    if trainer.student.ema is not None:
+        say(average_line(trainer.student.ema, run.loader.total_steps))
     if run.config.learns_from_own_average:
         say("teacher: the average of the student's own weights; nothing checks it before the first step")
     if not run.objective.learns_from_labels:
