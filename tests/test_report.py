@@ -237,6 +237,21 @@ def test_one_run_has_a_line_for_each_head_and_several_a_colour_for_each_run(runs
     assert [key.name for key in together["learning_rate"].keys] == ["distilled", "plain"]
 
 
+def test_the_chart_of_the_loss_names_the_parts_it_draws(runs: Path) -> None:
+    titles = [charts_of({name: read_records(runs / name)})["loss"].title for name in ("distilled", "plain")]
+    assert titles == ["Loss: classification and distillation", "Loss: classification"]
+
+
+@pytest.mark.parametrize(("weights", "drawn"), [((2.5, 0.0), True), ((2.5, 2.5), False)], ids=["falls", "constant"])
+def test_weights_are_drawn_if_one_changes(weights: tuple[float, float], drawn: bool, runs: Path) -> None:
+    records = [record for record in read_records(runs / "distilled") if record["kind"] == "step"][:2]
+    for record, weight in zip(records, weights, strict=True):
+        record["terms"] = {"guide": {"loss": 1.0, "weight": weight}}
+    charts = charts_of({"run": records})
+    assert "terms" in charts
+    assert ("weights" in charts) == drawn
+
+
 def test_a_line_of_several_runs_has_the_same_colour_in_every_chart(runs: Path) -> None:
     charts = charts_of({name: read_records(runs / name) for name in ("plain", "distilled")})
     colours = {(line.name.split(":")[0], line.colour) for chart in charts.values() for line in chart.series}

@@ -173,8 +173,8 @@ class _Lines:
 def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
     """Return the charts ``loss``, ``heads``, ``learning_rate`` and ``images_per_second`` of one or several runs.
 
-    Runs whose objective has further terms also have ``terms`` and, if features are compared, ``connectors``; those, and
-    runs whose alpha changes, have ``weights``. A mark in the colour of a line says where its term ends.
+    Runs whose objective has further terms also have ``terms`` and, if features are compared, ``connectors``; runs in
+    which a weight changes have ``weights``. A mark in the colour of a line says where its term ends.
 
     With one run each head has a colour, with several each run has one and each head a dash. Heads are scored with the
     averaged weights if the run keeps them.
@@ -203,7 +203,7 @@ def charts_of(runs: Mapping[str, Records]) -> dict[str, Chart]:
             name = score_text(teacher, 1).removeprefix("top-1 ")
             levels[f"teacher {name}"] = teacher["knn"] if "knn" in teacher else teacher["top1"]
     return {
-        **({"loss": loss.chart("Both terms of the loss", "step", "nats")} if loss.series else {}),
+        **({"loss": loss.chart(f"Loss: {' and '.join(loss.dashes)}", "step", "nats")} if loss.series else {}),
         **_term_charts(runs),
         "heads": heads.chart("Heads on the validation split", "epoch", "top-1 %", list(levels.items())),
         "learning_rate": rate.chart("Learning rate", "step", ""),
@@ -237,6 +237,8 @@ def _term_charts(runs: Mapping[str, Records]) -> dict[str, Chart]:
         "connectors": cosines.chart("Compared features: student and teacher", "step", "cosine"),
         "weights": weights.chart("Weights in the loss", "step", ""),
     }
+    if not any(len(set(line.y)) > 1 for line in weights.series):
+        del charts["weights"]
     return {name: chart for name, chart in charts.items() if chart.series}
 
 

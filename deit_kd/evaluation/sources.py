@@ -80,11 +80,11 @@ def _from_run(text: str, run: Path, checkpoint: Path | None) -> Source:
         )
     recipe = ["--config", str(run / CONFIG_FILE), "--teacher.fit.epochs", "0"]  # it has been fitted already
     name = name_of_run(run) if checkpoint is None else f"{name_of_run(run)}-{checkpoint.stem}"
-    return Source(name, recipe, open_origin("eval", text), run, checkpoint)
+    return Source(name, recipe, open_origin("run", text), run, checkpoint)
 
 
 def _from_weights(text: str, path: Path) -> Source:
-    origin = open_origin("eval", text)
+    origin = open_origin("run", text)
     if path.is_dir() and origin.architecture is None:
         raise InputError(f"{text}: config.json names no timm architecture; export it as a timm local-dir")
     if origin.layer_norm_eps is not None and origin.preprocessing.mean is None:
@@ -105,7 +105,7 @@ def _from_weights(text: str, path: Path) -> Source:
 
 
 def _from_timm(name: str) -> Source:
-    origin = open_published("eval", name)
+    origin = open_published("run", name)
     recipe = [*("--student.name", name), *("--student.pretrained", "true"), *_kind(has_published_second_head(name))]
     return Source(name, [*recipe, *_input_of(origin.preprocessing)], origin)
 
