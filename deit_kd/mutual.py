@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from deit_kd.engine import Distiller
-from deit_kd.interfaces import Batch, Student, StudentOutput, Teacher, head_log_probabilities, speaker
-from deit_kd.losses import CheckedTerms, Objective
+from deit_kd.interfaces import Batch, StudentOutput, head_log_probabilities, speaker
+from deit_kd.losses import CheckedTerms
 
 
 class MutualDistiller(Distiller):
@@ -20,27 +20,13 @@ class MutualDistiller(Distiller):
     mean of the others' probabilities.
 
     Args:
-        student: this and what follows is the student's, see `Distiller`.
-        teacher: of all.
-        objective: the student's own.
-        precision: of the student.
-        compiled: whether to compile the student's objective.
+        own: the student's; its teacher is that of all.
         peers: each with its network and its objective; their teachers are not asked.
         fusion: of two heads that teach, see `head_log_probabilities`.
     """
 
-    def __init__(
-        self,
-        student: Student,
-        teacher: Teacher | None,
-        objective: Objective,
-        precision: str = "off",
-        compiled: bool = False,
-        *,
-        peers: Sequence[Distiller],
-        fusion: str = "softmax",
-    ) -> None:
-        super().__init__(student, teacher, objective, precision, compiled)
+    def __init__(self, own: Distiller, peers: Sequence[Distiller], fusion: str = "softmax") -> None:
+        super().__init__(own.student, own.teacher, own.objective, own.precision, own.compiled)
         self._peers = peers
         self._fusion = fusion
 

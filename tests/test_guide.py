@@ -21,7 +21,7 @@ from deit_kd.losses import (
     FeatureTerm,
     LogitTerm,
     guide,
-    guide_links,
+    map_links,
     pooled_cosine,
     pooled_huber,
     soft_distillation,
@@ -338,12 +338,12 @@ CNN |= {"layer4": (512, 4, 4), POOLED: (512,)}
 
 
 def test_a_guide_spreads_the_stages_that_are_not_coarser_than_the_student_over_its_blocks() -> None:
-    pairs = [(link.student, link.teacher, link.teacher_width) for link in guide_links(VIT, CNN)]
+    pairs = [(link.student, link.teacher, link.teacher_width) for link in map_links("guide", VIT, CNN)]
     assert pairs == [("blocks.0", "layer1", 64), ("blocks.5", "layer2", 128), ("blocks.11", "layer3", 256)]
 
 
 def test_a_guide_of_one_grid_spreads_over_its_depth() -> None:
-    assert [link.teacher for link in guide_links(VIT, VIT)] == ["blocks.0", "blocks.5", "blocks.11"]
+    assert [link.teacher for link in map_links("guide", VIT, VIT)] == ["blocks.0", "blocks.5", "blocks.11"]
 
 
 @pytest.mark.parametrize(
@@ -360,21 +360,21 @@ def test_a_guide_of_one_grid_spreads_over_its_depth() -> None:
 )
 def test_a_guide_that_cannot_be_linked_is_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        guide_links(VIT, CNN, **options)
+        map_links("guide", VIT, CNN, **options)
 
 
 @pytest.mark.parametrize("shape", [(64, 12, 12), (64, 16, 8), (64, 20, 20)])
 def test_grids_of_which_none_divides_the_other_are_refused(shape: tuple[int, ...]) -> None:
     if shape == (64, 16, 8):
-        assert guide_links(VIT, {"odd": shape}, stages=["odd"])  # each side on its own
+        assert map_links("guide", VIT, {"odd": shape}, stages=["odd"])  # each side on its own
         return
     with pytest.raises(InputError, match="cannot be averaged to one; choose another"):
-        guide_links(VIT, {"odd": shape}, stages=["odd"])
+        map_links("guide", VIT, {"odd": shape}, stages=["odd"])
 
 
 def test_a_network_without_named_layers_is_refused() -> None:
     with pytest.raises(InputError, match="the teacher has no feature maps"):
-        guide_links(VIT, {POOLED: (512,)})
+        map_links("guide", VIT, {POOLED: (512,)})
 
 
 # Networks
@@ -461,7 +461,7 @@ def connected() -> tuple[ConnectedStudent, FrozenTeacher, Objective]:
     theirs = teacher(make_batch(2, side=32)).features
     assert own is not None
     assert theirs is not None
-    links = guide_links(shapes(own), shapes(theirs), blocks=[0, 1], stages=teacher.layer_names()[1:3])
+    links = map_links("guide", shapes(own), shapes(theirs), blocks=[0, 1], stages=teacher.layer_names()[1:3])
     objective = Objective("soft", terms=[FeatureTerm("guide", always(2.0), links)])
     teacher.ask_for(objective.needs.teacher_features)
     return ConnectedStudent(student, Connectors(links), links), teacher, objective

@@ -71,7 +71,7 @@ def objective(weight: float | Schedule = 1.0, kind: str = "soft") -> Objective:
 def mutual(*students: Student, kind: str = "soft", weight: float | Schedule = 1.0) -> MutualDistiller:
     teacher = None if kind == "none" else pixel_teacher
     peers = [Distiller(student, None, objective(weight, kind)) for student in students[1:]]
-    return MutualDistiller(students[0], teacher, objective(weight, kind), peers=peers)
+    return MutualDistiller(Distiller(students[0], teacher, objective(weight, kind)), peers)
 
 
 def together(*peers: TimmStudent, **options: Any) -> Trainer:
@@ -160,9 +160,8 @@ def test_a_weight_that_has_ended_leaves_a_gradient_for_every_parameter() -> None
     ended = Schedule(1.0, 0.0, 0.0, 0.5).at(0.9)
     vit, cnn = tiny_student(), one_head()
     made = mutual(vit, cnn, kind="none", weight=Schedule(1.0, 0.0, 0.0, 0.5))
-    rest = MutualDistiller(
-        vit, None, made.objective.remaining(0.9), peers=[Distiller(cnn, None, objective(kind="none"))]
-    )
+    own, peer = made.objective.remaining(0.9), objective(kind="none")
+    rest = MutualDistiller(Distiller(vit, None, own), [Distiller(cnn, None, peer)])
     loss = rest.everyone(make_batch(6), place=0.9)[0].terms
     loss.loss.backward()
     assert ended == 0
@@ -178,7 +177,7 @@ def test_the_student_draws_as_it_does_alone_and_each_peer_apart() -> None:
     students = [tiny_student(drop_path=0.5) for _ in range(2)]
     made = tiny_trainer(drop_path=0.5, ema=0.5, peers=[tiny_learner(student, 0.5, name="peer") for student in students])
     peers = [Distiller(student, None, objective(0.0)) for student in students]
-    made.distiller = MutualDistiller(made.student.model, pixel_teacher, Objective("soft"), peers=peers)  # type: ignore[arg-type]
+    made.distiller = MutualDistiller(made.distiller, peers)
     for step in range(3):
         alone.step(iter([make_batch(8, seed=step)]), step)
         made.step(iter([make_batch(8, seed=step)]), step)

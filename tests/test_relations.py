@@ -11,7 +11,7 @@ from torch import Tensor
 from deit_kd import Distiller, InputError, Objective, StudentOutput, TeacherOutput
 from deit_kd.features import layer_names, shapes
 from deit_kd.interfaces import Link
-from deit_kd.losses import FeatureTerm, relation_links, relations
+from deit_kd.losses import FeatureTerm, map_links, relations
 from deit_kd.schedules import Schedule, always
 from deit_kd.students import ConnectedStudent, Connectors
 from tests.tiny_parts import make_batch, tiny_student
@@ -119,7 +119,7 @@ CNN = {"layer1": (64, 32, 32), "layer2": (128, 16, 16), "layer3": (256, 8, 8), "
 
 
 def test_relations_take_the_layers_of_a_guide_and_no_connector() -> None:
-    links = relation_links(VIT, CNN)
+    links = map_links("relations", VIT, CNN)
     assert [(link.student, link.teacher) for link in links] == [
         ("blocks.0", "layer1"),
         ("blocks.5", "layer2"),
@@ -141,7 +141,7 @@ def test_relations_take_the_layers_of_a_guide_and_no_connector() -> None:
 )
 def test_relations_that_cannot_be_linked_are_refused(options: dict[str, object], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        relation_links(VIT, CNN, **options)  # type: ignore[arg-type]
+        map_links("relations", VIT, CNN, **options)  # type: ignore[arg-type]
 
 
 def test_a_student_learns_the_relations_of_a_wider_one() -> None:
@@ -150,7 +150,7 @@ def test_a_student_learns_the_relations_of_a_wider_one() -> None:
     target = {"stage": maps(1, channels=9, side=8, count=8)}
     own = student(batch.images, layer_names(student.backbone)).features
     assert own is not None
-    links = relation_links(shapes(own), shapes(target), blocks=[1], stages=["stage"])
+    links = map_links("relations", shapes(own), shapes(target), blocks=[1], stages=["stage"])
     learner = ConnectedStudent(student, Connectors(links), links)
     objective = Objective("none", 1.0, terms=[FeatureTerm("relations", always(1.0), links)])
     distiller = Distiller(learner, lambda batch: TeacherOutput(None, target), objective)

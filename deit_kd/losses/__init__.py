@@ -4,7 +4,7 @@ from deit_kd.losses.classification import soft_target_cross_entropy
 from deit_kd.losses.dense import DenseTerm
 from deit_kd.losses.guide import guide
 from deit_kd.losses.hard import hard_distillation
-from deit_kd.losses.links import Shapes, guide_links, pooled_links, relation_links
+from deit_kd.losses.links import Shapes, map_links, pooled_links
 from deit_kd.losses.objective import CheckedTerms, Objective, Term, Terms, check_taught
 from deit_kd.losses.pooled import pooled_cosine, pooled_huber
 from deit_kd.losses.relations import relations
@@ -26,12 +26,11 @@ __all__ = [
     "Terms",
     "check_taught",
     "guide",
-    "guide_links",
     "hard_distillation",
+    "map_links",
     "pooled_cosine",
     "pooled_huber",
     "pooled_links",
-    "relation_links",
     "relations",
     "soft_distillation",
     "soft_target_cross_entropy",

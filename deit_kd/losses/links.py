@@ -12,7 +12,8 @@ STAGES = 3  # of a guide or of relations, unless a recipe names them
 LEAST_PLACES = 3  # a softmax over the one other of two places is always 1
 
 
-def guide_links(
+def map_links(
+    kind: str,
     student: Shapes,
     teacher: Shapes,
     *,
@@ -20,9 +21,10 @@ def guide_links(
     stages: Sequence[str] | None = None,
     grid: int | None = None,
 ) -> tuple[Link, ...]:
-    """Return the links of a guide: each of the student's blocks with one of the teacher's stages.
+    """Return the links of a term that compares maps: each of the student's blocks with one of the teacher's stages.
 
     Args:
+        kind: of the term: ``guide``, or ``relations``, which need no connectors.
         student: its layers in order.
         teacher: its layers in order.
         blocks: places in the student's order, from 0; None spreads them evenly from the first to the last.
@@ -30,50 +32,9 @@ def guide_links(
         grid: side of the grid on which maps are compared; None uses the coarser of the two.
 
     Raises:
-        InputError: a block or a stage does not exist, their numbers differ, a pair is there twice, or grids cannot be
-            matched.
+        InputError: a block or a stage does not exist, their numbers differ, a pair is there twice, grids cannot be
+            matched, or fewer than three places are left for relations to compare.
     """
-    return _map_links("guide", student, teacher, blocks, stages, grid)
-
-
-def relation_links(
-    student: Shapes,
-    teacher: Shapes,
-    *,
-    blocks: Sequence[int] | None = None,
-    stages: Sequence[str] | None = None,
-    grid: int | None = None,
-) -> tuple[Link, ...]:
-    """Return the links of relations, which need no connectors; arguments and errors as for `guide_links`.
-
-    Raises:
-        InputError: also if fewer than three places are left to compare.
-    """
-    links = _map_links("relations", student, teacher, blocks, stages, grid)
-    for link in links:
-        sides = zip(student[link.student][1:], teacher[link.teacher][1:], strict=True)
-        height, width = (min(pair) if grid is None else grid for pair in sides)
-        if height * width < LEAST_PLACES:
-            raise InputError(
-                f"distill.terms: relations of {link.student} and {link.teacher} have a grid of {height} x {width}, and "
-                f"fewer than {LEAST_PLACES} places have no relations to compare; choose another stage or grid"
-            )
-    return tuple(link._replace(has_connector=False) for link in links)
-
-
-def pooled_links(student: Shapes, teacher: Shapes) -> tuple[Link, ...]:
-    """Return the one link of a pooled term: the student's mean patch with the teacher's pooled vector."""
-    return (Link(POOLED, POOLED, POOLED, student[POOLED][0], teacher[POOLED][0]),)
-
-
-def _map_links(
-    term: str,
-    student: Shapes,
-    teacher: Shapes,
-    blocks: Sequence[int] | None,
-    stages: Sequence[str] | None,
-    grid: int | None,
-) -> tuple[Link, ...]:
     own = {name: shape for name, shape in student.items() if len(shape) == 3}
     theirs = {name: shape for name, shape in teacher.items() if len(shape) == 3}
     for whose, maps in (("student", own), ("teacher", theirs)):
@@ -100,7 +61,12 @@ def _map_links(
     twice = next((pair for pair in pairs if pairs.count(pair) > 1), None)
     if twice is not None:
         raise InputError(f"distill.terms: {twice[0]} and {twice[1]} are compared twice; name each pair once")
-    return tuple(_link(term, block, stage, own[block], theirs[stage], grid) for block, stage in pairs)
+    return tuple(_link(kind, block, stage, own[block], theirs[stage], grid) for block, stage in pairs)
+
+
+def pooled_links(student: Shapes, teacher: Shapes) -> tuple[Link, ...]:
+    """Return the one link of a pooled term: the student's mean patch with the teacher's pooled vector."""
+    return (Link(POOLED, POOLED, POOLED, student[POOLED][0], teacher[POOLED][0]),)
 
 
 def _chosen_stages(maps: Shapes, coarsest: int) -> list[str]:
@@ -116,7 +82,7 @@ def _spread(count: int, wanted: int) -> list[int]:
     return [place * (count - 1) // (wanted - 1) for place in range(wanted)] if wanted > 1 else [count - 1]
 
 
-def _link(term: str, block: str, stage: str, own: Sequence[int], theirs: Sequence[int], grid: int | None) -> Link:
+def _link(kind: str, block: str, stage: str, own: Sequence[int], theirs: Sequence[int], grid: int | None) -> Link:
     for here, there in zip(own[1:], theirs[1:], strict=True):
         sides = (here, there) if grid is None else (here, grid, there, grid)
         if any(max(pair) % min(pair) for pair in zip(sides[::2], sides[1::2], strict=True)) or (
@@ -127,4 +93,11 @@ def _link(term: str, block: str, stage: str, own: Sequence[int], theirs: Sequenc
                 f"which cannot be averaged to one{'' if grid is None else f' of {grid} x {grid}'}; choose "
                 "another stage, grid or image_size of the teacher"
             )
-    return Link(f"{term} {block} {stage}", block, stage, own[0], theirs[0])
+    is_of_relations = kind == "relations"
+    height, width = (min(pair) if grid is None else grid for pair in zip(own[1:], theirs[1:], strict=True))
+    if is_of_relations and height * width < LEAST_PLACES:
+        raise InputError(
+            f"distill.terms: relations of {block} and {stage} have a grid of {height} x {width}, and "
+            f"fewer than {LEAST_PLACES} places have no relations to compare; choose another stage or grid"
+        )
+    return Link(f"{kind} {block} {stage}", block, stage, own[0], theirs[0], has_connector=not is_of_relations)

@@ -119,15 +119,14 @@ def build_distiller(run: Run, lesson: Lesson, step: int) -> Distiller:
     if needs.links or needs.dense:
         learner = ConnectedStudent(run.student, connectors, needs.links, grid)
     precision, compiled = run.config.train.precision, bool(run.config.train.compile)
-    wrapped, teacher = _wrapped(run, learner), lesson.teacher_for(needs)
+    own = Distiller(_wrapped(run, learner), lesson.teacher_for(needs), objective, precision, compiled)
     if not run.peers:
-        return Distiller(wrapped, teacher, objective, precision, compiled)
+        return own
     peers = [
         Distiller(_wrapped(run, peer.student), None, peer.objective.remaining(place), precision, compiled)
         for peer in run.peers
     ]
-    fusion = run.config.evaluate.fusion
-    return MutualDistiller(wrapped, teacher, objective, precision, compiled, peers=peers, fusion=fusion)
+    return MutualDistiller(own, peers, run.config.evaluate.fusion)
 
 
 def _wrapped(run: Run, network: nn.Module) -> Any:

@@ -24,7 +24,7 @@ from deit_kd.console import say
 from deit_kd.data import Photos, Splits
 from deit_kd.distributed import Processes, together
 from deit_kd.engine import AUTOCAST_DTYPES
-from deit_kd.interfaces import DENSE, FEATURE_KINDS, Batch, InputError
+from deit_kd.interfaces import DENSE, FEATURE_KINDS, MAP_KINDS, Batch, InputError
 from deit_kd.losses import (
     LEAST_STANDARDISED,
     PEERS,
@@ -34,9 +34,8 @@ from deit_kd.losses import (
     Objective,
     Shapes,
     Term,
-    guide_links,
+    map_links,
     pooled_links,
-    relation_links,
 )
 from deit_kd.models.create import chosen_attention
 from deit_kd.optim import build_optimizer, scaled_lr
@@ -208,17 +207,16 @@ def check_taught(config: Config, classes: int) -> None:
 
 def _build_term(section: TermSection, student: Shapes, teacher: Shapes) -> Term:
     weight = as_schedule(section.weight)
-    if section.kind == "guide":
-        links = guide_links(student, teacher, blocks=section.blocks, stages=section.stages, grid=section.grid)
-        return FeatureTerm("guide", weight, links, normalise=section.normalise, grid=section.grid)
     if section.kind == "pooled":
         return FeatureTerm("pooled", weight, pooled_links(student, teacher), loss=section.loss)
     temperature = None if section.temperature is None else as_schedule(section.temperature)
     if section.kind == DENSE:
         return DenseTerm(weight, section.mode, as_schedule(section.mix), temperature)
-    if section.kind == "relations":
-        links = relation_links(student, teacher, blocks=section.blocks, stages=section.stages, grid=section.grid)
-        return FeatureTerm("relations", weight, links, grid=section.grid, temperature=temperature)
+    if section.kind in MAP_KINDS:
+        links = map_links(
+            section.kind, student, teacher, blocks=section.blocks, stages=section.stages, grid=section.grid
+        )
+        return FeatureTerm(section.kind, weight, links, section.normalise, section.grid, temperature=temperature)
     return LogitTerm(section.kind, weight, temperature)
 
 
