@@ -110,7 +110,7 @@ def test_timms_step_has_fused_attention_and_a_plain_optimiser(photos_root: Path,
     run = prepare(config, ONE_PROCESS)
     timms = as_timm_gives_it(run, Lesson())
     for trainer_model, optimizer, fused in (
-        (timms.model, timms.optimizer, True),
+        (timms.student.model, timms.student.optimizer, True),
         (run.student, run.optimizer, False),
         (prepare(config, ONE_PROCESS).student, None, False),  # the choice does not outlive it
     ):
