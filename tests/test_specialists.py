@@ -455,6 +455,20 @@ def test_confusions_of_a_run_are_told_written_and_drawn(
     assert special(tree, *groups[0]).train.classes == (*sorted(groups[0]), "rest")
 
 
+def test_confusions_of_a_specialist_name_no_specialist_of_its_rest(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"data__classes": ["a", "b", "c"], "data__rest": "others"}
+    assert main(["train", *network(tree, tmp_path / "run", **options)]) == 0
+    capsys.readouterr()
+    arguments = ["data", "confusions", str(tmp_path / "run"), "--split", "train", "--clusters", "2"]
+    assert main([*arguments, "--to", str(tmp_path)]) == 0
+    recipes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("specialist ")]
+    clusters = json.loads((tmp_path / "confusions.json").read_text())["clusters"]
+    assert ["others"] not in clusters
+    assert not [recipe for recipe in recipes if "others" in recipe]
+
+
 def test_confusions_of_another_split_leave_those_of_the_validation_alone(
     family: dict[str, Path], tmp_path: Path
 ) -> None:

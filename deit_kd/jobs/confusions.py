@@ -77,6 +77,7 @@ def _confusions(examination: Examination, count: int | None) -> dict[str, Any]:
         "split": examination.split,
         "n": len(answers.labels),
         "classes": list(classes),
+        "rest": examination.config.data.rest,
         "pairs": [{**pair._asdict(), "classes": [classes[label] for label in pair.classes]} for pair in pairs],
         "clusters": [[classes[label] for label in group] for group in groups],
         "mistakes_within": share_within(confusion, groups),
@@ -102,7 +103,8 @@ def _tell(found: dict[str, Any]) -> None:
         say("{} of the mistakes stay within a cluster, and so do {} of all pairs of classes".format(*shares))
     if alone:
         say(f"without a cluster: {', '.join(map(printable, alone))}")
-    specialists = [group for group in found["clusters"] if len(group) > 1]
+    named = [[name for name in group if name != found["rest"]] for group in found["clusters"]]
+    specialists = [group for group in named if len(group) > 1]
     for number, group in enumerate(specialists, start=1):
         say(f"specialist {number}: data: {{classes: {json.dumps(group, ensure_ascii=False)}, rest: rest}}")
     if not specialists:
