@@ -16,8 +16,8 @@ import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from deit_kd.config import Config, read_recipe
-from deit_kd.files import checked, read_json
+from deit_kd.config import Config, recorded_recipe
+from deit_kd.files import read_json
 from deit_kd.interfaces import InputError, Rest
 from deit_kd.models.create import RESERVED_ARGUMENTS, create_model
 from deit_kd.models.integers import round_linears
@@ -195,13 +195,9 @@ def recipe_of(run: Path) -> Config:
     """Return the recipe of the run in a folder.
 
     Raises:
-        InputError: it cannot be read, or is not a recipe of deit_kd.
+        InputError: it cannot be read, or is not a recipe of this version.
     """
-    try:
-        recipe = checked(read_recipe(run / CONFIG_FILE), Config)
-    except ValueError as error:
-        raise InputError(f"{run / CONFIG_FILE}: {error}; name a run of deit_kd") from error
-    return recipe
+    return recorded_recipe(run / CONFIG_FILE)
 
 
 def _student_of(key: str, name: str, place: Path, run: Path) -> Origin:

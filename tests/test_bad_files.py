@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch.torch_version import TorchVersion
 
@@ -223,6 +224,21 @@ def test_a_run_that_learned_from_itself_is_refused(
     (run / "config.yaml").write_text(recipe)
     given = {"teacher__checkpoint": f"{run}:teacher", "teacher__random_weights": None, "teacher__name": None}
     assert "learned from itself" in refused(["train", *tiny(runs / "photos", tmp_path / "new", **given)], capsys)
+
+
+def test_a_run_of_a_recipe_that_is_now_refused_says_which_key(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(runs / "distilled", tmp_path / "run")
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    for section, keys, expected in (
+        ("teacher", {"kind": "average"}, "config.yaml: teacher.kind: average takes the student's own weights"),
+        ("train", {"epochs": -1}, "config.yaml: train.epochs: -1"),
+    ):
+        (run / "config.yaml").write_text(yaml.safe_dump({**recipe, section: {**recipe[section], **keys}}))
+        line = refused(["eval", str(run)], capsys)
+        assert expected in line
+        assert "Value error" not in line
 
 
 SPOKEN = [

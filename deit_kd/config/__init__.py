@@ -10,6 +10,7 @@ from deit_kd.config.parser import (
     parse_config,
     read_options,
     read_recipe,
+    recorded_recipe,
 )
 from deit_kd.config.peers import PeerSection, described, names_of_peers, recipe_of_peer
 from deit_kd.config.recipe import Config
@@ -63,4 +64,5 @@ __all__ = [
     "read_options",
     "read_recipe",
     "recipe_of_peer",
+    "recorded_recipe",
 ]

@@ -136,6 +136,18 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return tree
 
 
+def recorded_recipe(path: Path) -> Config:
+    """Return the recipe that a run keeps, checked.
+
+    Raises:
+        InputError: it cannot be read, or this version refuses it.
+    """
+    try:
+        return Config.model_validate(read_recipe(path))
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_refusal(error)}; name a run of this version of deit_kd") from error
+
+
 def in_todays_values(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of a recorded recipe as this version records them, or as they are if it no longer takes them."""
     try:
