@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deit_kd.engine import Distiller
 from deit_kd.interfaces import Batch, InputError, StudentOutput, TeacherOutput
-from deit_kd.losses import DenseTerm, Objective
+from deit_kd.losses import DenseTerm, LogitTerm, Objective, hard_distillation, soft_distillation
 from deit_kd.models.create import create_model
 from deit_kd.models.tokens import answer_with_patches, names_of_heads
 from deit_kd.schedules import Schedule, always
@@ -80,6 +80,17 @@ def test_the_soft_loss_at_one_place_is_that_of_soft_labels() -> None:
     torch.testing.assert_close(found.mean(), expected)
 
 
+def test_the_loss_is_the_mean_of_that_at_each_place() -> None:
+    student, target, temperature = drawn(5, 2, 3, CLASSES, seed=5), taught().mixed(0.3), 2.0
+    soft = term(mode="soft", mix=always(0.3), temperature=always(temperature)).per_example(student, taught())[0]
+    hard = term(mix=always(0.3)).per_example(student, taught())[0]
+    places = [(row, column) for row in range(2) for column in range(3)]
+    by_place = [soft_distillation(student[:, i, j], target[:, i, j], temperature) for i, j in places]
+    torch.testing.assert_close(soft, torch.stack(by_place).mean(0))
+    by_place = [hard_distillation(student[:, i, j], target[:, i, j]) for i, j in places]
+    torch.testing.assert_close(hard, torch.stack(by_place).mean(0))
+
+
 @pytest.mark.parametrize("options", [SOFT, HARD])
 def test_the_loss_is_per_example(options: dict[str, Any]) -> None:
     student, order = drawn(5, 2, 3, CLASSES, seed=5), torch.tensor([4, 2, 0, 1, 3])
@@ -114,6 +125,17 @@ def test_a_view_whose_answer_is_not_finite_has_no_loss_and_no_gradient(options: 
     assert student.grad is not None
     assert student.grad[2].abs().sum() == 0
     assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_answer_that_is_not_finite_at_one_place_is_counted_in_any_order_of_terms(before: bool) -> None:
+    teacher = taught()
+    assert teacher.dense_logits is not None
+    teacher.dense_logits[2, 0, 1, 0] = float("inf")
+    terms = [term(), LogitTerm("hard", always(1.0))]
+    student = StudentOutput(drawn(5, CLASSES), drawn(5, CLASSES), dense_logits=drawn(5, 2, 3, CLASSES))
+    objective = Objective("soft", terms=terms if before else terms[::-1])
+    assert objective.checked(student, teacher, drawn(5, CLASSES).softmax(-1)).teacher_not_finite == 1
 
 
 def test_stored_labels_give_the_loss_of_the_answers_that_they_come_from() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deit_kd import Distiller, FrozenTeacher, InputError, Objective, TimmStudent
+from deit_kd.config import parse_config
 from deit_kd.features import POOLED, answer_with_features, check_layers, layer_names, shapes
 from deit_kd.interfaces import Link, StudentOutput, TeacherOutput
 from deit_kd.losses import (
@@ -24,11 +26,13 @@ from deit_kd.losses import (
     map_links,
     pooled_cosine,
     pooled_huber,
+    relations,
     soft_distillation,
     standardised_distillation,
 )
 from deit_kd.losses.pooled import normalised
 from deit_kd.losses.standardised import default_temperature
+from deit_kd.runs.parts import build_objective
 from deit_kd.schedules import Schedule, always
 from deit_kd.students import ConnectedStudent, Connectors
 from deit_kd.teachers import GuidedTeacher
@@ -84,6 +88,11 @@ def test_pooled_vectors_that_are_equal_cost_nothing(loss: Any) -> None:
     assert loss(teacher, normalised(vectors(1))).min() > 0
 
 
+def test_a_huber_loss_is_half_the_square_up_to_1_and_then_a_line() -> None:
+    student = torch.tensor([[0.5, 3.0], [-0.5, -1.0]])
+    assert pooled_huber(student, torch.zeros(2, 2)).tolist() == [(0.125 + 2.5) / 2, (0.125 + 0.5) / 2]
+
+
 @pytest.mark.parametrize(
     "loss",
     [
@@ -129,6 +138,15 @@ def test_the_standardised_loss_is_the_soft_one_between_z_scores() -> None:
 
     expected = soft_distillation(z_scores(student), z_scores(teacher), 2.0)
     torch.testing.assert_close(standardised_distillation(student, teacher, 2.0), expected)
+
+
+def test_logits_without_a_spread_have_a_finite_standardised_loss_and_gradient() -> None:
+    student = torch.zeros(5, 7, dtype=torch.float64, requires_grad=True)
+    for teacher in (vectors(0), torch.ones(5, 7).double()):
+        loss = standardised_distillation(student, teacher, 2.0)
+        (gradient,) = torch.autograd.grad(loss.sum(), student)
+        assert loss.isfinite().all()
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100, 1000])
@@ -190,6 +208,73 @@ def term(weight: Schedule) -> FeatureTerm:
     return FeatureTerm("guide", weight, (LINK,))
 
 
+LINKS = (Link("one", "block", "stage", 6, 6), Link("other", "block", "last", 6, 6))
+
+
+@pytest.mark.parametrize(
+    ("options", "loss"),
+    [
+        ({"kind": "guide"}, guide),
+        ({"kind": "guide", "normalise": False}, partial(guide, normalise=False)),
+        ({"kind": "guide", "grid": 2}, partial(guide, grid=2)),
+        ({"kind": "relations", "grid": 2}, partial(relations, grid=2)),
+        ({"kind": "pooled"}, lambda own, theirs: pooled_cosine(own, normalised(theirs))),
+        ({"kind": "pooled", "loss": "huber"}, lambda own, theirs: pooled_huber(own, normalised(theirs))),
+    ],
+)
+def test_a_feature_term_is_the_sum_of_its_loss_over_its_links(options: dict[str, Any], loss: Any) -> None:
+    drawn: Any = vectors if options["kind"] == "pooled" else partial(maps, side=4)
+    student = {"one": drawn(0).float(), "other": drawn(1).float()}
+    teacher = {"stage": drawn(2).float(), "last": drawn(3).float()}
+    found, _ = FeatureTerm(weight=always(1.0), links=LINKS, **options).per_example(student, teacher)
+    torch.testing.assert_close(found, loss(student["one"], teacher["stage"]) + loss(student["other"], teacher["last"]))
+
+
+def test_the_cosine_of_a_guide_is_over_channels_at_each_place_and_its_mean_is_told() -> None:
+    teacher = maps(0)
+    matched = F.layer_norm(teacher.movedim(1, -1), (6,)).movedim(-1, 1)
+    sizes = 0.1 + maps(1, channels=1).abs()
+    one = sizes * matched
+    other = one.clone()
+    other[:, :, 0] *= -1  # one row of four
+    guided = FeatureTerm("guide", always(1.0), LINKS)
+    _, cosine = guided.per_example({"one": one, "other": other}, {"stage": teacher, "last": teacher})
+    torch.testing.assert_close(cosine, torch.full((5,), (1 + 0.5) / 2))
+
+
+def test_the_cosine_of_relations_is_the_correlation_of_each_places_relations() -> None:
+    student, teacher = maps(0, side=2), maps(1, channels=9, side=2)
+
+    def alike(features: Tensor) -> Tensor:
+        places = F.normalize(features.flatten(2), dim=1)
+        return places.mT @ places
+
+    own, theirs = alike(student), alike(teacher)
+    expected = torch.zeros(5)
+    for place in range(4):
+        others = [other for other in range(4) if other != place]
+        rows = torch.stack((own[:, place, others], theirs[:, place, others]), dim=1)
+        expected += torch.stack([torch.corrcoef(pair)[0, 1] for pair in rows]) / 4
+    related = FeatureTerm("relations", always(1.0), (LINKS[0],))
+    torch.testing.assert_close(related.per_example({"one": student}, {"stage": teacher})[1], expected)
+
+
+def test_the_keys_of_a_recipes_feature_terms_reach_the_objective() -> None:
+    own = {"blocks.0": (8, 4, 4), "blocks.1": (8, 4, 4), POOLED: (8,)}
+    theirs = {"layer1": (6, 8, 8), "layer2": (9, 4, 4), POOLED: (9,)}
+    written = (
+        "[{kind: guide, weight: 2, blocks: [1], stages: [layer2], grid: 2, normalise: false}, "
+        "{kind: relations, blocks: [0], stages: [layer1], grid: 2, temperature: 0.3}, {kind: pooled, loss: huber}]"
+    )
+    config, _ = parse_config(["--distill.kind", "none", "--distill.terms", written])
+    guided, related, pooled = build_objective(config, own, theirs).terms
+    guide_link = Link("guide blocks.1 layer2", "blocks.1", "layer2", 8, 9)
+    relations_link = Link("relations blocks.0 layer1", "blocks.0", "layer1", 8, 6, has_connector=False)
+    assert guided == FeatureTerm("guide", always(2.0), (guide_link,), normalise=False, grid=2)
+    assert related == FeatureTerm("relations", always(1.0), (relations_link,), grid=2, temperature=always(0.3))
+    assert pooled == FeatureTerm("pooled", always(1.0), (Link(POOLED, POOLED, POOLED, 8, 9),), loss="huber")
+
+
 @pytest.mark.parametrize("kind", ["none", "soft", "hard", "standardised"])
 def test_a_term_of_weight_zero_is_no_term_bit_for_bit(kind: str) -> None:
     with_term = Objective(kind, terms=[term(always(0))])
@@ -233,6 +318,10 @@ def test_an_alpha_that_has_ended_leaves_the_teacher_and_keeps_the_token_in_the_g
     rest(student, None, targets, 0.5).loss.backward()
     assert student.dist_logits.grad is not None  # DDP waits for a gradient of every parameter
     assert not student.dist_logits.grad.any()
+
+
+def test_an_alpha_that_is_0_from_the_start_is_measured_to_the_end() -> None:
+    assert Objective("soft", Schedule(0.0, 0.0, until=0.5)).remaining(0.5).distils
 
 
 def test_alpha_one_without_distillation_leaves_the_labels_out() -> None:

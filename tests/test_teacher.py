@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from deit_kd import Batch, Distiller, FrozenTeacher, InputError, Objective
 from deit_kd.config import ANSWERS, effects
+from deit_kd.models.tokens import read_heads
 from deit_kd.teachers.fold import fold_batch_norms
+from deit_kd.teachers.frozen import FusedHeads
 from tests.helpers import CLASSES, MEAN, STD
 from tests.tiny_parts import make_batch, save_teacher, seen_at, tiny_student, tiny_teacher
 
@@ -132,6 +134,21 @@ def test_a_checkpoint_gives_its_weights(tmp_path: Path) -> None:
         assert torch.equal(
             tiny_teacher(checkpoint=str(place))(make_batch(4)).logits, tiny_teacher(seed=7)(make_batch(4)).logits
         )
+
+
+def test_a_network_with_two_heads_teaches_the_mean_of_their_probabilities() -> None:
+    backbone, images = tiny_student().eval().backbone, make_batch(4).images
+    heads = read_heads(backbone, images).logits.values()
+    mean = torch.stack([logits.softmax(-1) for logits in heads]).mean(0)
+    torch.testing.assert_close(FusedHeads(backbone)(images).exp(), mean)
+
+
+def test_what_is_too_fine_for_the_teachers_size_is_averaged_and_not_picked() -> None:
+    stripes = torch.tensor([-1.0, 1.0, 1.0, -1.0]).repeat(8).expand(1, 3, 32, 32)
+    batch = Batch(stripes, torch.eye(3)[:1], torch.tensor([0]))
+    same: dict[str, Any] = {"student_mean": MEAN, "student_std": STD, "mean": MEAN, "std": STD}
+    seen = FrozenTeacher(nn.Flatten(), **same, image_size=8)(batch).needed_logits()
+    assert seen.view(3, 8, 8)[..., 1:-1].abs().max() < 0.2
 
 
 @pytest.mark.parametrize("name", ["iformer_m_distilled", "levit_128s"])

@@ -179,10 +179,11 @@ class Objective:
                 if isinstance(term, LogitTerm) and term.kind == PEERS:
                     losses[PEERS], _ = _logit_losses(term, student, TeacherOutput(peers), place)
                 elif isinstance(term, LogitTerm):
-                    losses[term.kind], answered = _logit_losses(term, student, teacher, place)
+                    losses[term.kind], there = _logit_losses(term, student, teacher, place)
+                    answered = answered & there
                 elif isinstance(term, DenseTerm):
-                    losses[term.kind], everywhere = _dense_losses(term, student, teacher, place)
-                    answered = answered & everywhere
+                    losses[term.kind], there = _dense_losses(term, student, teacher, place)
+                    answered = answered & there
                 else:
                     losses[term.kind], cosines[term.kind] = term.per_example(*_features(student, teacher, term), place)
             is_finite = torch.stack(list(losses.values())).detach().sum(0).isfinite()
