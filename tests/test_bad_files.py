@@ -321,6 +321,6 @@ def test_class_names_of_a_table_can_be_read_again(hostile: Path) -> None:
 
 
 def test_what_a_later_version_records_of_a_run_is_kept(tmp_path: Path) -> None:
-    facts = {"classes": ["a"], "data": {}, "teacher": None, "of a later version": 1}
+    facts: dict[str, Any] = {"classes": ["a"], "data": {}, "teacher": None, "of a later version": 1}
     (tmp_path / "run.json").write_text(json.dumps(facts))
     assert read_facts(tmp_path) == facts

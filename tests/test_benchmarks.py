@@ -171,14 +171,20 @@ def test_arms_are_trained_over_folds_and_compared(
 ) -> None:
     arms = tmp_path / "arms.yaml"
     arms.write_text("none: {distill.kind: none}\nsoft: {distill.kind: soft, distill.alpha: 0.9}\n")
-    fit = {"random_weights": None, "min_top1": 0, "fit__epochs": 1, "fit__batch_size": 8}
-    fit |= {"fit__optim__warmup_epochs": 0, "fit__folder": str(tmp_path / "teachers")}
+    fit: dict[str, Any] = {
+        "random_weights": None,
+        "min_top1": 0,
+        "fit__epochs": 1,
+        "fit__batch_size": 8,
+        "fit__optim__warmup_epochs": 0,
+        "fit__folder": str(tmp_path / "teachers"),
+    }
     recipe = tiny(photos_root, tmp_path, **{f"teacher__{key}": value for key, value in fit.items()})
     planned = Namespace(folds=2, only=[1], to=tmp_path / "to")
     jobs = folds.plan(planned, ["--evaluate.report", "false", *recipe], folds.read_arms(arms, None))
-    (plain, needed_by_plain), (_, (fit,)) = jobs.items()
+    (plain, needed_by_plain), (_, (needed,)) = jobs.items()
     assert needed_by_plain == []
-    program("folds", *fit.command[2:])  # here, where all is imported; the last one gets a process of its own
+    program("folds", *needed.command[2:])  # here, where all is imported; the last one gets a process of its own
     assert main(["train", *plain.command[2:]]) == 0
     options = ["--arms", str(arms), "--to", str(tmp_path / "to"), "--folds", "2", "--only", "1", *recipe]
     said = program("folds", *options)

@@ -81,7 +81,7 @@ def test_in_bf16_only_weights_gradients_and_the_inputs_of_matrices_are_cast(dept
     (but images), the teacher's logits, the factors of drop-path, and which views are finite.
     """
     trainer = whole_trainer("bf16", depth, accumulation_steps=micro_steps)
-    weights = weights_in_bf16(trainer.student.model)  # type: ignore[arg-type]
+    weights = weights_in_bf16(trainer.student.model)
     copies = copies_of(trainer)
     around = 2 + 2 * (1 + 2 + 2) + 1 + 1 + 1
     assert copies.counts["_to_copy"] <= weights + micro_steps * (weights + 6 * depth + around)

@@ -69,7 +69,7 @@ def test_the_same_file_twice_is_found(tree: Path, split: str, kind: str, code: i
     shutil.copy(tree / "train" / "cat" / "0.png", tree / split / "dog" / "copy.png")
     found, findings = check(tree)
     assert found == code
-    assert findings["duplicates"][kind] == [["train/cat/0.png", f"{split}/dog/copy.png"]]  # type: ignore[index]
+    assert findings["duplicates"][kind] == [["train/cat/0.png", f"{split}/dog/copy.png"]]
 
 
 def test_a_missing_tree_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

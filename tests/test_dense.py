@@ -37,7 +37,7 @@ def term(**options: Any) -> DenseTerm:
 
 
 def rows(teacher: TeacherOutput, which: Any) -> TeacherOutput:
-    return TeacherOutput(*(None if part is None else part[which] for part in teacher))  # type: ignore[index]
+    return TeacherOutput(*(None if part is None else part[which] for part in teacher))
 
 
 SOFT, HARD = {"mode": "soft"}, {"mode": "hard"}
@@ -73,7 +73,7 @@ def test_without_a_share_every_place_learns_the_answer_to_the_whole_image() -> N
 
 def test_the_soft_loss_at_one_place_is_that_of_soft_labels() -> None:
     student, teacher = drawn(5, CLASSES, seed=5), taught()
-    one = TeacherOutput(teacher.logits, None, teacher.dense_logits[:, :1, :1])  # type: ignore[index]
+    one = TeacherOutput(teacher.logits, None, teacher.dense_logits[:, :1, :1])
     found, _ = term(mode="soft", mix=always(0.0), temperature=always(2.0)).per_example(student[:, None, None], one)
     objective = Objective("soft", 1.0, 2.0)
     expected = objective(StudentOutput(student, student), TeacherOutput(teacher.logits), student).distillation

@@ -18,7 +18,7 @@ from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.data import DeviceLoader, Draws, Photos, TrainingBatchSampler, UnreadableImage
 from deit_kd.data.sharing import one_ahead
-from deit_kd.interfaces import Batch
+from deit_kd.interfaces import Batch, Missing
 from deit_kd.runs.parts import build_splits
 from deit_kd.runs.viewing import build_training_loader
 from deit_kd.teaching.fit import teacher_folder
@@ -137,7 +137,7 @@ def test_view_epochs_that_come_again_have_the_same_views(photos: Photos, expecte
 def test_a_photo_that_cannot_be_read_is_missing_and_the_other_views_stay(
     options: dict[str, Any], bad: Photos, expected: list[Batch]
 ) -> None:
-    missing = []
+    missing: list[Missing] = []
     for whole, batch in zip(expected, loader(bad, skip=True, **options).batches(0), strict=True):
         missing += batch.missing
         rows = batch.rows()

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -50,7 +51,7 @@ STUDENTS = {
 }
 
 
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     "pit": {"base_dims": (16, 16, 16), "depth": (1, 1, 1), "heads": (1, 1, 1)},
     "levit": {"embed_dim": (16, 32, 48), "depth": (1, 1, 1), "num_heads": (2, 2, 2), "key_dim": 8},
     "repvit": {"embed_dim": (8, 16, 24, 32), "depth": (1, 1, 1, 1)},

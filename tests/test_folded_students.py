@@ -20,7 +20,7 @@ from deit_kd.metrics import bootstrap_means, interval, mcnemar
 from deit_kd.runs.parts import build_splits
 from tests.helpers import heads_in, refused, tiny, write_photos
 
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "soft": {"distill__kind": "soft", "teacher__random_weights": None, "teacher__fit__epochs": 1},
     "none": {"distill__kind": "none", "teacher__random_weights": None},
 }

@@ -122,7 +122,7 @@ def test_a_wrapped_student_takes_the_steps_of_a_plain_one(device: torch.device, 
             for each in (plain, wrapped):
                 each.step(iter(batches), step)
         del learner
-        wrapped.distiller.student = wrapped.student.model  # type: ignore[assignment]
+        wrapped.distiller.student = wrapped.student.model
     for found, expected in zip(wrapped.student.model.parameters(), plain.student.model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 

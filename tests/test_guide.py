@@ -22,6 +22,7 @@ from deit_kd.interfaces import Link, StudentOutput, TeacherOutput
 from deit_kd.losses import (
     FeatureTerm,
     LogitTerm,
+    Shapes,
     guide,
     map_links,
     pooled_cosine,
@@ -421,9 +422,15 @@ def test_logits_of_a_teacher_without_a_head_are_refused() -> None:
 
 # Which feature goes with which
 
-VIT = {f"blocks.{number}": (192, 8, 8) for number in range(12)} | {POOLED: (192,)}
-CNN = {"act1": (64, 64, 64), "layer1": (64, 32, 32), "layer2": (128, 16, 16), "layer3": (256, 8, 8)}
-CNN |= {"layer4": (512, 4, 4), POOLED: (512,)}
+VIT: Shapes = {f"blocks.{number}": (192, 8, 8) for number in range(12)} | {POOLED: (192,)}
+CNN: Shapes = {
+    "act1": (64, 64, 64),
+    "layer1": (64, 32, 32),
+    "layer2": (128, 16, 16),
+    "layer3": (256, 8, 8),
+    "layer4": (512, 4, 4),
+    POOLED: (512,),
+}
 
 
 def test_a_guide_spreads_the_stages_that_are_not_coarser_than_the_student_over_its_blocks() -> None:
@@ -496,7 +503,7 @@ def test_a_teachers_answer_is_the_same_when_it_is_asked_for_features(name: str, 
     assert plain.features is None
     assert asked.features is not None
     found = shapes(asked.features)
-    widths = {stage["module"]: stage["num_chs"] for stage in teacher.network.feature_info}  # type: ignore[union-attr]
+    widths = {stage["module"]: stage["num_chs"] for stage in teacher.network.feature_info}
     assert {layer: found[layer][0] for layer in widths} == widths
     assert len(found[POOLED]) == 1
     teacher.ask_for(())
@@ -595,9 +602,9 @@ def test_a_guided_teacher_gives_the_answers_of_one_and_the_features_of_the_other
     answers, guide_network = frozen("resnet10t"), frozen("test_resnet")
     guide_network.ask_for([POOLED])
     output = GuidedTeacher(answers, guide_network)(make_batch(2, side=32))
-    assert torch.equal(output.logits, answers(make_batch(2, side=32)).logits)  # type: ignore[arg-type]
+    assert torch.equal(output.logits, answers(make_batch(2, side=32)).logits)
     assert output.features is not None
-    assert torch.equal(output.features[POOLED], guide_network(make_batch(2, side=32)).features[POOLED])  # type: ignore[index]
+    assert torch.equal(output.features[POOLED], guide_network(make_batch(2, side=32)).features[POOLED])
 
 
 @settings(max_examples=20, deadline=None)
@@ -610,8 +617,8 @@ def test_the_mean_of_half_batches_is_the_whole(seed: int) -> None:
         return objective(
             StudentOutput(
                 student.cls_logits[which], student.dist_logits[which], {"guide": student.features["guide"][which]}
-            ),  # type: ignore[index]
-            TeacherOutput(teacher.logits[which], {"stage": teacher.features["stage"][which]}),  # type: ignore[index]
+            ),
+            TeacherOutput(teacher.logits[which], {"stage": teacher.features["stage"][which]}),
             targets[which],
         ).loss
 

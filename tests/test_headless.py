@@ -183,7 +183,11 @@ def test_a_good_teacher_passes_with_one_validation_photo_of_each_class(
         if photo.name != "000.png":
             photo.unlink()
     file = save_teacher(tmp_path / "teacher")  # its weights are random, and classes differ in colour
-    options = {"teacher__random_weights": None, "teacher__checkpoint": str(file), "train__batch_size": 4}
+    options: dict[str, Any] = {
+        "teacher__random_weights": None,
+        "teacher__checkpoint": str(file),
+        "train__batch_size": 4,
+    }
     if unlabelled:  # the share is of these, and leaves all photos with labels
         options |= {"data__unlabelled": str(root / "train"), "data__fraction": 0.1}
     assert main(["train", *tiny(root, tmp_path / "run", **{**PRETRAINING, **options})]) == 0

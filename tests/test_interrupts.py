@@ -196,7 +196,8 @@ def test_a_run_does_not_begin_to_train_after_a_signal_that_was_dropped(
 @contextmanager
 def signal_while_a_checkpoint_is_written(number: int, step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Send a signal to this process while its checkpoint of `step` gets its name for the first time."""
-    rename, sent = os.replace, []
+    rename = os.replace
+    sent: list[int] = []
 
     def replace(source: Any, target: Any) -> None:
         if Path(target).name == f"step-{step:09d}.safetensors" and not sent:

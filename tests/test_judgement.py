@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -63,8 +64,9 @@ def test_the_gaps_that_are_drawn_from_add_up_to_torchmetrics_ece() -> None:
 
 def test_reliability_counts_every_image_once_a_certain_one_too() -> None:
     rows = reliability(torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.52, 0.48]]), torch.tensor([0, 0, 1]))
-    assert sum(row["n"] for row in rows) == 3
-    assert rows[-1]["n"] == 1
+    counts: list[Any] = [row["n"] for row in rows]
+    assert sum(counts) == 3
+    assert counts[-1] == 1
     assert rows[-1]["accuracy"] == 1
     assert rows[0] == {"from": 0, "to": 1 / 15, "n": 0, "confidence": None, "accuracy": None}
 

@@ -23,7 +23,7 @@ IMAGES = make_batch(4).images
 def as_timm_has_it(student: TimmStudent) -> TimmStudent:
     """Return `student` with timm's own last block."""
     model = student.backbone
-    block = Block(32, 2, init_values=0.5 if hasattr(model.blocks[-1].ls1, "gamma") else None, qkv_bias=True)
+    block: Any = Block(32, 2, init_values=0.5 if hasattr(model.blocks[-1].ls1, "gamma") else None, qkv_bias=True)
     block.norm1.eps = block.norm2.eps = 1e-6
     block.load_state_dict(model.blocks[-1].state_dict())
     model.blocks[-1] = block.train(student.training)

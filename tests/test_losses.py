@@ -144,8 +144,8 @@ def test_constants_worked_by_hand(loss: Tensor, expected: float) -> None:
 @pytest.mark.parametrize("kind", ["none", "soft", "hard"])
 def test_losses_are_computed_in_fp32_under_autocast(kind: str) -> None:
     student, teacher, targets = outputs(3)
-    half = StudentOutput(student.cls_logits.bfloat16(), student.dist_logits.bfloat16())  # type: ignore[union-attr]
-    wide = StudentOutput(half.cls_logits.float(), half.dist_logits.float())  # type: ignore[union-attr]
+    half = StudentOutput(student.cls_logits.bfloat16(), student.dist_logits.bfloat16())
+    wide = StudentOutput(half.cls_logits.float(), half.dist_logits.float())
     with torch.autocast("cpu", torch.bfloat16):
         terms = Objective(kind)(half, teacher, targets)
     assert {term.dtype for term in terms[:3]} == {torch.float32}
@@ -154,8 +154,8 @@ def test_losses_are_computed_in_fp32_under_autocast(kind: str) -> None:
 
 @pytest.mark.parametrize("function", [hard_distillation, lambda s, t: soft_distillation(s, t, 3.0)])
 def test_losses_are_per_example(function: object) -> None:
-    together = function(logits(0), logits(1))  # type: ignore[operator]
-    apart = torch.cat([function(logits(0)[i : i + 1], logits(1)[i : i + 1]) for i in range(4)])  # type: ignore[operator]
+    together = function(logits(0), logits(1))
+    apart = torch.cat([function(logits(0)[i : i + 1], logits(1)[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(together, apart)
 
 

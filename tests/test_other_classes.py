@@ -243,7 +243,7 @@ def test_every_head_scores_as_timm_does(tmp_path: Path) -> None:
     right[:, 3] |= ~right.any(-1)
     file = labels_file(tmp_path, [row.nonzero()[:, 0].tolist() for row in right])
     found = judge(output, labels, teacher_logits=output.cls_logits, others={}, fusion="softmax", seed=0, right=right)
-    fused = output.cls_logits.softmax(-1) + output.dist_logits.softmax(-1)  # type: ignore[union-attr]
+    fused = output.cls_logits.softmax(-1) + output.dist_logits.softmax(-1)
     scored = {"cls": output.cls_logits, "dist": output.dist_logits, "fused": fused}
     for head, logits in scored.items():
         judge_of_timm = RealLabelsImagenet([f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 61)], file)

@@ -191,9 +191,16 @@ def test_the_refusals_lead_from_a_recipe_with_a_teacher_to_a_run_without(
     photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     terms = [{"kind": "relations", "blocks": [1], "stages": ["layer2"]}]  # the recipe's are for deeper students
-    options = {"distill__alpha": None, "distill__terms": terms, "data__cache": "none", "teacher__fold": True}
-    options |= {"guide__min_top1": 0, "guide__fit__batch_size": 16, "guide__fit__folder": tmp_path / "guides"}
-    options |= {"guide__fit__optim__warmup_epochs": 0}
+    options: dict[str, Any] = {
+        "distill__alpha": None,
+        "distill__terms": terms,
+        "data__cache": "none",
+        "teacher__fold": True,
+        "guide__min_top1": 0,
+        "guide__fit__batch_size": 16,
+        "guide__fit__folder": tmp_path / "guides",
+        "guide__fit__optim__warmup_epochs": 0,
+    }
     arguments = ["train", "--config", "photos", *own(photos_root, tmp_path / "run", **options)]
     for _ in ("the keys of its network", "nobody to give features", "the constant alpha"):
         arguments += followed(refused(arguments, capsys))

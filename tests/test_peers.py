@@ -78,7 +78,7 @@ def together(*peers: TimmStudent, **options: Any) -> Trainer:
     """Return the trainer of a tiny student and its peers."""
     others = [tiny_learner(peer, 0.5, further_terms=("peers",), name="peer") for peer in peers]
     made = tiny_trainer(ema=0.5, further_terms=("peers",), peers=others, **options)
-    made.distiller = mutual(made.student.model, *peers)  # type: ignore[arg-type]
+    made.distiller = mutual(made.student.model, *peers)
     return made
 
 

@@ -133,7 +133,7 @@ def test_a_machine_that_is_lost_comes_back_and_the_run_ends_as_if_it_had_not_bee
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     arguments = shared(finished, photos_root, tmp_path / "run", train__checkpoint_every_steps=2, resume="auto")
-    launcher = ("--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-id", "run")
+    launcher: tuple[str, ...] = ("--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-id", "run")
     launcher += (
         "--rdzv-backend",
         "c10d",

@@ -70,7 +70,7 @@ def test_no_step_reads_a_value_from_the_device(photos_root: Path, tmp_path: Path
 @pytest.mark.parametrize("reading", [lambda loss: loss.item(), lambda loss: loss > 0 or None], ids=["item", "if"])
 def test_a_step_that_reads_a_value_is_noticed(reading: Any) -> None:
     rehearsal = Rehearsal(tiny_trainer())
-    distiller = rehearsal._trainer.distiller
+    distiller: Any = rehearsal._trainer.distiller
     everyone = distiller.everyone
 
     def waits(*given: Any) -> Any:
@@ -78,7 +78,7 @@ def test_a_step_that_reads_a_value_is_noticed(reading: Any) -> None:
         assert reading(results[0].terms.loss) is not None
         return results
 
-    distiller.everyone = waits  # type: ignore[method-assign]
+    distiller.everyone = waits
     with pytest.raises(DataDependentOutputException):
         rehearsal.step([rehearsal.batch(8, 16, 3)])
 
@@ -108,8 +108,12 @@ def test_what_a_forward_pass_keeps_is_what_autograd_saves() -> None:
     saved: list[Tensor] = []
     live = LiveBytes([*model.parameters(), images], block=1)
     before = live.now
-    keep = torch.autograd.graph.saved_tensors_hooks(lambda found: saved.append(found) or found, lambda found: found)
-    with live, keep:
+
+    def keep(found: Tensor) -> Tensor:
+        saved.append(found)
+        return found
+
+    with live, torch.autograd.graph.saved_tensors_hooks(keep, lambda found: found):
         output = model(images)
     given = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), images)}
     kept = [tensor for tensor in (*saved, *output[:2]) if tensor.untyped_storage().data_ptr() not in given]

@@ -141,7 +141,7 @@ def test_relations_take_the_layers_of_a_guide_and_no_connector() -> None:
 )
 def test_relations_that_cannot_be_linked_are_refused(options: dict[str, object], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        map_links("relations", VIT, CNN, **options)  # type: ignore[arg-type]
+        map_links("relations", VIT, CNN, **options)
 
 
 def test_a_student_learns_the_relations_of_a_wider_one() -> None:

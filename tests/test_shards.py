@@ -17,6 +17,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from deit_kd.cli import main
 from deit_kd.data import Photos, Splits, UnreadableImage
@@ -98,7 +99,7 @@ def test_photos_of_shards_are_decoded_in_advance_alike(tree: Path, shards: Path)
 
 def test_any_webdataset_reader_finds_image_and_label_by_key(shards: Path, tree: Path) -> None:
     classes = json.loads((shards / "manifest.json").read_text())["classes"]
-    found = {}
+    found: dict[str, dict[str, bytes]] = {}
     for path in sorted(shards.glob("train/*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
@@ -142,6 +143,7 @@ def test_small_photos_are_upright_jpegs_of_full_chroma(tree: Path, tmp_path: Pat
     assert min(min(photos.image(index).size) for index in range(len(photos))) == 16
     index = list(photos.names).index("rings/turned.jpg")
     with Image.open(photos.source.open(index, "")) as image:
+        assert isinstance(image, JpegImageFile)
         assert image.format == "JPEG"
         assert not image.info.get("progressive")
         assert [component[1:3] for component in image.layer] == [(1, 1)] * 3

@@ -311,7 +311,7 @@ def test_a_student_learns_from_a_generalist_and_specialists(
 ) -> None:
     named: list[dict[str, Any]] = [{"checkpoint": str(one)} for one in family.values()]
     assert main(["train", *taught_by(tree, tmp_path / "run", named)]) == 0
-    members = read_facts(tmp_path / "run")["teacher"]["members"]  # type: ignore[index]
+    members = read_facts(tmp_path / "run")["teacher"]["members"]
     assert [member.get("specialist_of") for member in members] == [None, ["a", "b"], ["c", "e"]]
     assert "is a specialist of a, b; its 'rest' stands for the 3 others" in capsys.readouterr().out
 
@@ -328,7 +328,7 @@ def test_an_ensemble_answers_as_its_panel_does(family: dict[str, Path]) -> None:
     specialties = [member.specialty for member in members if member.specialty is not None]
     assert [specialty.labels for specialty in specialties] == [(0, 1), (2, 4)]
     panel = Panel(specialties, [1.0, 3.0], 2.0)
-    expected = panel(logits[0].log_softmax(-1), logits[1:])  # type: ignore[union-attr, arg-type]
+    expected = panel(logits[0].log_softmax(-1), logits[1:])
     torch.testing.assert_close(EnsembleTeacher(members, [2, 1, 3])(batch).logits, expected)
 
 

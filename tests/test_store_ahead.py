@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deit_kd.interfaces import Batch, InputError, Missing
+from deit_kd.interfaces import Batch, InputError, Missing, TeacherOutput
 from deit_kd.store import Checksums, LabelStore, StoredTeacher, epoch_part
 from deit_kd.store.ahead import BATCHES
 from tests.tiny_parts import STORED_CLASSES, STORED_VIEWS, begin_store, fill_store, store_answers
@@ -148,7 +148,8 @@ def mark_as_missing(store: LabelStore) -> None:
 
 def said_and_when(store: LabelStore, ahead: bool) -> tuple[int, str]:
     """Return how many batches were answered before an error, and what it says."""
-    teacher, answers = reader_of(LabelStore(store.folder)), []
+    teacher = reader_of(LabelStore(store.folder))
+    answers: list[TeacherOutput] = []
     context = teacher.reading_ahead(blocks(), EPOCHS, pinned=False) if ahead else nullcontext()
     with pytest.raises(InputError) as said, context:
         answers.extend(teacher(batch_of(ids)) for ids in blocks())

@@ -307,7 +307,7 @@ def test_a_norm_whose_convolution_is_read_twice_is_refused() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.convolution, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-            self.norm.running_mean += 1
+            self.norm.running_mean.add_(1)
 
         def forward(self, images: Tensor) -> Tensor:
             found = self.convolution(images)

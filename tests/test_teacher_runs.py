@@ -16,6 +16,7 @@ from deit_kd.config import parse_config
 from deit_kd.console import console
 from deit_kd.exports import missing_libraries
 from deit_kd.jobs.train import train
+from deit_kd.run_folder import HeadScores
 from deit_kd.runs.parts import build_teacher
 from deit_kd.teachers import EnsembleTeacher
 from tests.helpers import ONE_PROCESS, assert_same_scores, evaluated, heads_in, refused, tiny
@@ -56,7 +57,7 @@ def recipe(photos: Path, output: Path, *options: str) -> list[str]:
     return [*tiny(photos, output, **own), *options]
 
 
-def run(photos: Path, output: Path, *options: str) -> dict:
+def run(photos: Path, output: Path, *options: str) -> HeadScores:
     config, _ = parse_config(recipe(photos, output, *options))
     return train(config)
 

@@ -52,7 +52,7 @@ def three_headed(name: str = STUDENT, **options: object) -> torch.nn.Module:
 @pytest.mark.parametrize(("fusion", "change"), [("softmax", lambda x: x.softmax(-1)), ("logits", lambda x: x)])
 def test_the_fused_head_of_three_is_the_mean_of_all(fusion: str, change: object) -> None:
     logits = answers()
-    mean = torch.stack([change(one) for one in logits]).mean(0)  # type: ignore[operator]
+    mean = torch.stack([change(one) for one in logits]).mean(0)
     output = StudentOutput.of(dict(zip(("cls", "dist", "patch"), logits, strict=True)))
     fused = head_log_probabilities(output, fusion)["fused"].exp()
     torch.testing.assert_close(fused, mean if fusion == "softmax" else mean.softmax(-1))
@@ -113,7 +113,7 @@ STUDENTS = {
 def test_the_patch_head_is_the_mean_over_places_of_the_dense_logits(name: str, options: dict[str, object]) -> None:
     model = three_headed(name, **options)
     with torch.no_grad():
-        last = model.forward_features(IMAGES)  # type: ignore[operator]
+        last = model.forward_features(IMAGES)
         for grid in ((4, 4), (2, 2), (1, 2), (1, 1)):
             dense = dense_logits_of(model, last, grid)
             assert dense.shape == (2, *grid, 5)
@@ -138,8 +138,8 @@ def test_the_dense_logits_are_the_distillation_heads_answer_to_each_patch_token(
 def test_any_grid_is_averaged_as_adaptive_pooling_does(grid: tuple[int, int]) -> None:
     model = three_headed()
     with torch.no_grad():
-        last = model.forward_features(IMAGES)  # type: ignore[operator]
-        maps = model.head_dist(last[:, 2:]).mT.unflatten(2, (4, 4))  # type: ignore[operator]
+        last = model.forward_features(IMAGES)
+        maps = model.head_dist(last[:, 2:]).mT.unflatten(2, (4, 4))
         expected = torch.nn.functional.adaptive_avg_pool2d(maps, grid).movedim(1, -1)
         torch.testing.assert_close(dense_logits_of(model, last, grid), expected)
 
