@@ -232,7 +232,7 @@ def test_a_run_of_a_recipe_that_is_now_refused_says_which_key(
     run = shutil.copytree(runs / "distilled", tmp_path / "run")
     recipe = yaml.safe_load((run / "config.yaml").read_text())
     for section, keys, expected in (
-        ("teacher", {"kind": "average"}, "config.yaml: teacher.kind: average takes the student's own weights"),
+        ("teacher", {"kind": "average"}, "config.yaml: teacher.kind: average, but with train.ema_decay 0"),
         ("train", {"epochs": -1}, "config.yaml: train.epochs: -1"),
     ):
         (run / "config.yaml").write_text(yaml.safe_dump({**recipe, section: {**recipe[section], **keys}}))
