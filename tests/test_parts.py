@@ -110,7 +110,8 @@ def test_a_student_starts_from_a_checkpoint_as_the_recipe_says(tmp_path: Path) -
         student = built(
             student__name="vit_tiny_patch16_224", student__checkpoint=tmp_path / "plain.safetensors", **options
         )
-        cosine = torch.cosine_similarity(*student.backbone.cls_token[0].detach(), dim=0)
+        cls, dist = student.backbone.cls_token[0].detach()
+        cosine = torch.cosine_similarity(cls, dist, dim=0)
         return float(cosine), torch.equal(student.backbone.head.weight, plain.head.weight)
 
     alike, has_own_head = started()
