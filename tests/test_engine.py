@@ -13,7 +13,7 @@ from deit_kd import Batch, TeacherOutput
 from deit_kd.asking import evaluate, score_teacher
 from deit_kd.engine import Trainer, train
 from tests.helpers import ONE_PROCESS
-from tests.tiny_parts import make_batch, pixel_teacher, tiny_student, tiny_trainer
+from tests.tiny_parts import make_batch, pixel_teacher, tiny_learner, tiny_student, tiny_trainer
 
 
 def terms(trainer: Trainer, step: int = 0) -> Tensor:
@@ -71,6 +71,32 @@ def test_a_clipped_gradient_has_the_norm_that_is_asked_for() -> None:
         moves.append(torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)]))
     torch.testing.assert_close(moves[1], moves[0] / 4, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(moves[2], moves[0], rtol=1e-3, atol=1e-6)
+
+
+def applied_beside(gradient_of_connectors: float) -> tuple[bool, list[Tensor]]:
+    """Return whether a step is applied, and the student's weights after it."""
+    learner = tiny_learner(tiny_student(), clip_grad_norm=0.1, connectors=nn.Linear(2, 2))
+    assert learner.connectors is not None
+    for module, gradient in ((learner.model, 1.0), (learner.connectors, gradient_of_connectors)):
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+    learner.begin(0)
+    applied = learner.measure(torch.amp.GradScaler("cpu", enabled=False))
+    learner.apply(applied)
+    return bool(applied), weights(learner.model)
+
+
+def test_clipping_takes_the_norm_of_the_student_and_not_of_its_connectors() -> None:
+    (small, without), (large, beside) = applied_beside(0.0), applied_beside(1e6)
+    assert small
+    assert large
+    assert all(torch.equal(one, other) for one, other in zip(without, beside, strict=True))
+
+
+def test_a_gradient_of_the_connectors_that_is_not_finite_leaves_out_the_step() -> None:
+    applied, after = applied_beside(float("nan"))
+    assert not applied
+    assert all(torch.equal(one, other) for one, other in zip(after, weights(tiny_student()), strict=True))
 
 
 def test_the_average_follows_the_model_and_starts_with_it() -> None:

@@ -161,7 +161,11 @@ def test_a_run_killed_around_the_stop_ends_bit_for_bit(whole: Finished, tmp_path
 
 
 def test_two_processes_across_the_stop_give_the_losses_of_one(photos_root: Path, teacher: Path, tmp_path: Path) -> None:
-    options = {"student__drop_path": 0.0, "distill__temperature": 1.0}  # drop-path's seed names the process
+    options: dict[str, Any] = {
+        "student__drop_path": 0.0,
+        "distill__temperature": 1.0,
+    }  # the path's seed names the process
+    options["distill__terms"] = [GUIDE, {"kind": "pooled"}]  # DDP waits for the connectors of the one that goes on
     assert main(["train", *guided(photos_root, tmp_path / "one", teacher, **options)]) == 0
     two = guided(photos_root, tmp_path / "two", teacher, **options)
     run_on_two(["train", *two], tmp_path / "said.txt")

@@ -98,6 +98,16 @@ def test_it_is_the_engines_average_itself_and_gets_no_gradient(photos_root: Path
     assert run.student.backbone.head_dist.weight.grad is not None
 
 
+def test_its_heads_are_fused_as_the_recipe_scores_them(photos_root: Path, tmp_path: Path) -> None:
+    run = prepare(parse_config(own(photos_root, tmp_path / "run", evaluate__fusion="logits"))[0], ONE_PROCESS)
+    lesson, batch = ready_lesson(run), make_batch(4)
+    teacher: Any = build_trainer(connect(run, lesson), lesson).distiller.teacher
+    for head in (teacher.network.backbone.head, teacher.network.backbone.head_dist):
+        nn.init.normal_(head.weight)  # or the two fusions are nearly the same
+    heads = teacher.network(batch.images).logits.values()
+    torch.testing.assert_close(teacher(batch).needed_logits(), (sum(heads) / 2).log_softmax(-1))
+
+
 def test_it_teaches_after_its_warm_up_and_a_killed_run_ends_bit_for_bit(
     photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

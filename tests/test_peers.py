@@ -20,7 +20,7 @@ from deit_kd.engine import Trainer
 from deit_kd.evaluation.sources import open_source
 from deit_kd.interfaces import InputError, Missing, Student, StudentOutput, head_log_probabilities
 from deit_kd.jobs.quantize import training_options
-from deit_kd.losses import LogitTerm
+from deit_kd.losses import LogitTerm, soft_distillation
 from deit_kd.mutual import MutualDistiller, mean_of_others, spoken
 from deit_kd.origins import open_origin
 from deit_kd.rehearsal import Rehearsal
@@ -242,6 +242,21 @@ def test_no_step_reads_a_value_from_the_device_and_each_begins_with_weights_of_i
     rehearsal.evaluate(rehearsal.batch(4, 16, 3))
     assert not torch.equal(run.student.backbone.head.weight, run.peers[1].student.backbone.head.weight)
     assert rehearsal.state().keys() == made.state().keys()
+
+
+def test_two_heads_teach_fused_as_the_recipe_scores_them(photos_root: Path, tmp_path: Path) -> None:
+    options = {**NO_TEACHER, "peers": [VIT], "evaluate__fusion": "logits"}
+    run = prepare(parse_config(tiny(photos_root, tmp_path / "run", **options))[0], ONE_PROCESS)
+    lesson, batch = ready_lesson(run), make_batch(4)
+    distiller = build_trainer(connect(run, lesson), lesson).distiller
+    for student in (run.student.eval(), run.peers[0].student.eval()):
+        for head in (student.backbone.head, student.backbone.head_dist):
+            nn.init.normal_(head.weight)  # or the two fusions are nearly the same
+    outputs = [member.answer(batch) for member in distiller.members]
+    for checked, own, other in zip(distiller.everyone(batch), outputs, outputs[::-1], strict=True):
+        said = (other.cls_logits + other.dist_logits) / 2
+        expected = soft_distillation(own.dist_logits, said, 1.0).mean()
+        torch.testing.assert_close(checked.terms.others["peers"], expected)
 
 
 # Whole runs.
