@@ -244,7 +244,9 @@ def test_a_split_of_which_nothing_can_be_read_is_refused() -> None:
 SKIP = {"data__on_error": "skip", "train__epochs": 2, "train__checkpoint_every_steps": 4}
 
 
-def test_a_run_that_skips_lists_what_it_left_out_and_counts_only_what_it_saw(bad_root: Path, tmp_path: Path) -> None:
+def test_a_run_that_skips_lists_what_it_left_out_and_counts_only_what_it_saw(
+    bad_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", *tiny(bad_root, tmp_path / "run", **SKIP)]) == 0
     lines = errors(tmp_path / "run")
     assert {(line["split"], line["path"]) for line in lines} == {
@@ -259,6 +261,7 @@ def test_a_run_that_skips_lists_what_it_left_out_and_counts_only_what_it_saw(bad
     of_validation = [(line["step"], line["epoch"]) for line in lines if line["split"] == "validation"]
     assert of_validation == [(0, None)] * 2 + [(6, 0)] * 2 + [(12, 1)] * 2
     assert [record["missing"] for record in records(tmp_path / "run") if record["kind"] == "step"][-1] == 12
+    assert " % on 19 images" in capsys.readouterr().out  # the teacher's score
     found = heads_in(tmp_path / "run")
     assert found["n"] == 19
     assert set(found["unreadable"]) == set(BAD_VALIDATION)

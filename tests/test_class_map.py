@@ -403,6 +403,12 @@ def test_a_fitted_teacher_that_cannot_teach_is_to_be_fitted_longer() -> None:
         check_score("it", 64.0, 1.0, [0] * 50 + [1] * 50, None, fitted=True)
 
 
+@pytest.mark.parametrize("fitted", [True, False])
+def test_too_few_photos_to_tell_a_teacher_from_guessing_are_the_reason_that_is_given(fitted: bool) -> None:
+    with pytest.raises(InputError, match=r"on 5 .* below 100\.00 %; so few cannot .*: validate on more"):
+        check_score("it", 80.0, 1.0, [0, 0, 0, 1, 1], None, fitted=fitted)
+
+
 def test_a_class_of_many_columns_is_merged_without_padding_all_others():
     columns = [[7], [3], *([column] for column in range(10, 20)), [*range(20, 900)], [901, 902]]
     merging, logits = ClassMap(columns), torch.randn(2, 3, 1000, generator=torch.Generator().manual_seed(0))

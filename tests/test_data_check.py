@@ -39,7 +39,7 @@ def test_a_sound_tree_is_counted_and_passes(tree: Path, capsys: pytest.CaptureFi
     code, findings = check(tree)
     assert code == 0
     assert findings["counts"] == {split: {"cat": 3, "dog": 3} for split in ("train", "validation")}
-    assert "12 x 8 to 12 x 10 pixels" in capsys.readouterr().out
+    assert "12 to 12 pixels wide, 8 to 10 high" in capsys.readouterr().out
 
 
 def test_an_unreadable_photo_is_listed_and_fails(tree: Path) -> None:

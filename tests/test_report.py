@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -295,6 +296,12 @@ def test_an_svg_takes_its_ink_and_its_width_from_the_page() -> None:
 )
 def test_figures_of_odd_numbers_can_be_drawn(figure: Any) -> None:
     assert as_png(figure).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("y", [[3.0], [3.0, math.nan], [math.nan, 3.0, math.nan]])
+def test_a_line_of_one_value_is_drawn_as_a_point(y: list[float]) -> None:
+    series = Series("s", range(len(y)), y, "#000000")
+    assert line_charts([Chart("t", "x", "y", [series])]).axes[0].lines[0].get_marker() == "o"
 
 
 def test_a_place_without_a_chart_stays_empty() -> None:

@@ -39,7 +39,7 @@ def line_charts(charts: Sequence[Chart], columns: int = 1) -> Figure:
 
 def _draw_lines(axis: Axes, chart: Chart) -> None:
     for line in chart.series:
-        lonely = "o" if len(line.x) == 1 else None
+        lonely = "o" if np.isfinite(line.y).sum() == 1 else None
         axis.plot(line.x, line.y, color=line.colour, linestyle=line.dash, marker=lonely)
         axis.update_datalim([(x, 0) for x in line.x], updatey=False)  # also where it has no value
     for _, level in chart.levels:

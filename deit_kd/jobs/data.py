@@ -69,7 +69,7 @@ def check_data(splits: Splits, processes: int, json_file: Path | None) -> bool:
     sizes = [finding.size for finding in findings if finding.size is not None]
     if sizes:
         widths, heights = zip(*sizes, strict=True)
-        say(f"sizes: {min(widths)} x {min(heights)} to {max(widths)} x {max(heights)} pixels")
+        say(f"sizes: {min(widths)} to {max(widths)} pixels wide, {min(heights)} to {max(heights)} high")
     others = _not_taken(splits)
     if others:
         kinds = ", ".join(f"{others[kind]} {kind or 'without one'}" for kind in sorted(others))

@@ -77,17 +77,17 @@ def _met(
             processes=run.processes,
         )
         run.errors.tell()
-    score = facts["score"]
+    score, labels = facts["score"], run.splits.validation.labels
     shares = run.processes.gather(predictions.cpu().numpy())
+    whole = np.empty(len(labels), dtype=np.int64)
+    for rank, share in enumerate(shares):
+        whole[rank :: len(shares)] = share
+    seen = labels[whole >= 0]
     if not facts["random_weights"]:
-        labels = run.splits.validation.labels
-        whole = np.empty(len(labels), dtype=np.int64)
-        for rank, share in enumerate(shares):
-            whole[rank :: len(shares)] = share
         if section.min_top1 != 0:
             check_columns(facts, run.classes, labels, whole)
-        check_score(facts["name"], score["top1"], score["nll"], labels, section.min_top1, bool(section.fit.epochs))
-    _say_met(run, role, teacher, facts, section.role)
+        check_score(facts["name"], score["top1"], score["nll"], seen, section.min_top1, bool(section.fit.epochs))
+    _say_met(run, role, teacher, facts, section.role, len(seen))
     return facts, predictions
 
 
@@ -99,16 +99,16 @@ def _met_headless(
     if not facts["random_weights"]:
         labels = run.splits.validation.labels
         check_features(facts["name"], facts["score"], labels, section.min_top1, bool(section.fit.epochs))
-    _say_met(run, role, teacher, facts, section.role)
+    _say_met(run, role, teacher, facts, section.role, len(run.splits.validation))
     return facts
 
 
-def _say_met(run: Run, role: str, teacher: Answers, facts: dict[str, Any], keys: str) -> None:
+def _say_met(run: Run, role: str, teacher: Answers, facts: dict[str, Any], keys: str, images: int) -> None:
     if run.processes.is_main:
         for line in teacher.lines(role):
             say(in_keys_of(keys, line))
         known = f", from {facts['score']['images']} of training" if "images" in facts["score"] else ""
-        say(f"{role}: {facts['name']}, {score_text(facts['score'], 2)} % on {len(run.splits.validation)} images{known}")
+        say(f"{role}: {facts['name']}, {score_text(facts['score'], 2)} % on {images} images{known}")
         if facts["random_weights"]:
             say(f"warning: the {role} has random weights and teaches nothing")
 

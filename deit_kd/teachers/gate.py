@@ -36,7 +36,7 @@ def check_score(
         name: of the teacher.
         top1: measured through the same resize as in training, in percent.
         nll: measured in the same way; not finite if an output is not.
-        labels: of the validation set.
+        labels: of the validation images that could be read.
         min_top1: the recipe's minimum, in percent; None is `least_top1`.
         fitted: whether it was trained on these photos, so that its classes and preprocessing are right.
     """
@@ -49,7 +49,7 @@ def check_score(
     if top1 < least:
         raise InputError(
             f"teacher.min_top1: {name} scores {top1:.2f} % on {len(labels)} validation images, below {least:.2f} %; "
-            f"{_cure('classes, size or normalisation', fitted)}, or lower teacher.min_top1"
+            f"{_cure('classes, size or normalisation', fitted, least)}, or lower teacher.min_top1"
         )
 
 
@@ -74,11 +74,13 @@ def check_features(
         raise InputError(
             f"teacher.min_top1: the features of {name} score {score['knn']:.2f} % by k-NN, from {score['images']} "
             f"training images to {len(labels)} of validation, below {least:.2f} %; "
-            f"{_cure('size or normalisation', fitted)}, or lower teacher.min_top1"
+            f"{_cure('size or normalisation', fitted, least)}, or lower teacher.min_top1"
         )
 
 
-def _cure(doubtful: str, fitted: bool) -> str:
+def _cure(doubtful: str, fitted: bool, least: float) -> str:
+    if least >= 100:
+        return "so few cannot tell it from guessing: validate on more (data.validation_fraction)"
     if fitted:
         return "it was fitted on too few steps: raise teacher.fit.epochs"
     return f"its {doubtful} may be wrong: see docs/guide/teachers.md"
