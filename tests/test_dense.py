@@ -11,9 +11,10 @@ from torch import Tensor
 
 from deit_kd.engine import Distiller
 from deit_kd.interfaces import Batch, InputError, StudentOutput, TeacherOutput
-from deit_kd.losses import DenseTerm, LogitTerm, Objective, hard_distillation, soft_distillation
+from deit_kd.losses import DenseTerm, LogitTerm, Needs, Objective, hard_distillation, soft_distillation
 from deit_kd.models.create import create_model
 from deit_kd.models.tokens import answer_with_patches, names_of_heads
+from deit_kd.runs.lesson import Lesson
 from deit_kd.schedules import Schedule, always
 from deit_kd.students import ConnectedStudent, Connectors
 from deit_kd.teachers import EnsembleTeacher
@@ -261,6 +262,13 @@ def test_places_and_features_come_from_one_pass() -> None:
     answer = teacher(batch)
     assert torch.equal(answer.dense_logits, dense)
     assert list(answer.features) == ["pooled"]
+
+
+def test_places_are_answered_only_while_they_are_needed() -> None:
+    lesson, batch = Lesson(asked()), make_batch(2)
+    for dense in (True, False):
+        teacher: Any = lesson.teacher_for(Needs(True, (), dense))
+        assert (teacher(batch).dense_logits is not None) == dense
 
 
 def test_places_are_in_the_datasets_classes() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -22,6 +24,7 @@ from deit_kd.interfaces import Link, StudentOutput, TeacherOutput
 from deit_kd.losses import (
     FeatureTerm,
     LogitTerm,
+    Needs,
     Shapes,
     guide,
     map_links,
@@ -33,6 +36,7 @@ from deit_kd.losses import (
 )
 from deit_kd.losses.pooled import normalised
 from deit_kd.losses.standardised import default_temperature
+from deit_kd.runs.lesson import Lesson
 from deit_kd.runs.parts import build_objective
 from deit_kd.schedules import Schedule, always
 from deit_kd.students import ConnectedStudent, Connectors
@@ -605,6 +609,35 @@ def test_a_guided_teacher_gives_the_answers_of_one_and_the_features_of_the_other
     assert torch.equal(output.logits, answers(make_batch(2, side=32)).logits)
     assert output.features is not None
     assert torch.equal(output.features[POOLED], guide_network(make_batch(2, side=32)).features[POOLED])
+
+
+STAGE = Link("guide", "block", "layer2", 6, 6)
+
+
+def test_a_teacher_computes_features_only_while_they_are_needed() -> None:
+    lesson, batch = Lesson(frozen("test_resnet")), make_batch(2, side=32)
+    asked: Any = lesson.teacher_for(Needs(True, (STAGE,)))
+    assert list(asked(batch).features) == ["layer2"]
+    rest: Any = lesson.teacher_for(Needs(True, ()))
+    assert rest(batch).features is None
+    assert lesson.teacher_for(Needs(False, ())) is lesson.answers is None
+
+
+def test_whoever_is_no_longer_needed_is_freed() -> None:
+    batch = make_batch(2, side=32)
+    for needs, answers_are_needed in ((Needs(True, ()), True), (Needs(False, (STAGE,)), False)):
+        answers, guide_network = frozen("resnet10t"), frozen("test_resnet")
+        known = weakref.ref(guide_network if answers_are_needed else answers)
+        lesson = Lesson(answers, guide=guide_network)
+        both: Any = lesson.teacher_for(Needs(True, (STAGE,)))
+        output = both(batch)
+        assert (output.logits is None, list(output.features)) == (False, ["layer2"])
+        del answers, guide_network, both
+        rest: Any = lesson.teacher_for(needs)
+        gc.collect()
+        assert known() is None
+        output = rest(batch)
+        assert (output.logits is not None, output.features is not None) == (answers_are_needed, not answers_are_needed)
 
 
 @settings(max_examples=20, deadline=None)
