@@ -49,6 +49,11 @@ def nearest(value: str, known: Iterable[str]) -> str:
     return f" (nearest: {', '.join(close)})" if close else ""
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun, of which only the last word changes: ``1 photo``, ``2 classes``."""
+    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 class Missing(NamedTuple):
     """A view that is missing from its batch because its photo cannot be read."""
 

@@ -328,7 +328,7 @@ def test_a_falling_mix_needs_every_epoch_of_the_run(
     store = tmp_path / "store"
     assert main(["store", "build", *dense(photos_root, None), "--store", str(store), "--epochs", "1"]) == 0
     said = refused(["train", *dense(photos_root, tmp_path / "run", teacher__store=store)], capsys)
-    assert "holds 1 epochs of views, and the run has 3, but the dense labels of a view belong to one step" in said
+    assert "holds 1 epoch of views, and the run has 3, but the dense labels of a view belong to one step" in said
 
 
 @pytest.mark.parametrize(

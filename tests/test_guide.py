@@ -453,7 +453,7 @@ def test_a_guide_of_one_grid_spreads_over_its_depth() -> None:
         ({"stages": ["layer1"], "blocks": [12]}, "no block 12; use 0 to 11"),
         ({"stages": ["layer1"], "blocks": [-1]}, "no block -1"),
         ({"blocks": [0, 1]}, "2 blocks cannot be compared with 3 stages"),
-        ({"stages": []}, "1 blocks cannot be compared with 0 stages"),
+        ({"stages": []}, "1 block cannot be compared with 0 stages"),
         ({"grid": 16}, "cannot be averaged to one of 16 x 16"),
         ({"grid": 3}, "cannot be averaged to one of 3 x 3"),
     ],

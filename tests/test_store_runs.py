@@ -263,7 +263,7 @@ def test_a_longer_run_cycles_and_keeps_to_its_epochs_when_the_store_has_grown(ho
     options = {"teacher.store": tmp_path / "store", "train.epochs": 3}
     with console.capture() as capture:
         records = home.train(tmp_path / "run", **options)
-    assert "1 epochs of views, repeated for 3 epochs" in capture.get()
+    assert "1 epoch of views, repeated for 3 epochs" in capture.get()
     home.build(tmp_path / "store", 2)
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     checkpoints[-1].unlink()

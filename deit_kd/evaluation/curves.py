@@ -14,7 +14,7 @@ from typing_extensions import NotRequired, TypedDict
 from deit_kd.console import score_text
 from deit_kd.figures import Chart, Key, Mark, Series, colour_of
 from deit_kd.files import checked
-from deit_kd.interfaces import ANSWERS, InputError
+from deit_kd.interfaces import ANSWERS, InputError, counted
 from deit_kd.run_folder import METRICS_FILE, FeatureRecord, ScoreRecord, kept_weights, name_of_run, record_of_peer
 
 Step = Annotated[int, Field(ge=0, lt=2**63)]
@@ -250,7 +250,10 @@ def troubles_of(records: Records) -> str:
     """Return a sentence about the steps that were left out and the teacher's answers that were not finite."""
     steps = [record for record in records if record["kind"] == "step"]
     left_out, wrong = (sum(record.get(key, 0) for record in steps) for key in ("bad_steps", "teacher_not_finite"))
-    return f"{left_out} steps left out because the gradient was not finite; {wrong} teacher answers were not finite"
+    return (
+        f"{counted(left_out, 'step')} left out because the gradient was not finite; "
+        f"{counted(wrong, 'teacher answer')} not finite"
+    )
 
 
 def scores_of(epoch: Mapping[str, Any]) -> Any:

@@ -33,7 +33,7 @@ from deit_kd.figures import (
     token_chart,
 )
 from deit_kd.files import new_folder, write_atomically, write_json
-from deit_kd.interfaces import ANSWERS, PAIRS, InputError
+from deit_kd.interfaces import ANSWERS, PAIRS, InputError, counted
 from deit_kd.metrics import names_in_every_head
 from deit_kd.run_folder import CONFIG_FILE, HEADS_FILE, peer_folders
 
@@ -192,9 +192,10 @@ def _facts(config: Config, facts: Mapping[str, Any], heads: Mapping[str, Any]) -
         else f"{teacher['name']}, {score_text(heads['teacher'] or teacher['score'], 2)} %",
         "learned from": described(config),
         "data": _data_words(config, facts),
-        "training": f"{train.epochs} epochs, batch {train.batch_size}, seed {config.seed}, precision {train.precision}",
-        "scored": f"{heads['n']} validation images, weights: {heads['weights']}"
-        + (f", {len(heads['unreadable'])} unreadable images left out" if heads["unreadable"] else ""),
+        "training": f"{counted(train.epochs, 'epoch')}, batch {train.batch_size}, seed {config.seed}, "
+        f"precision {train.precision}",
+        "scored": f"{counted(heads['n'], 'validation image')}, weights: {heads['weights']}"
+        + (f", {counted(len(heads['unreadable']), 'unreadable image')} left out" if heads["unreadable"] else ""),
     }
 
 
@@ -202,7 +203,7 @@ def _data_words(config: Config, facts: Mapping[str, Any]) -> str:
     """Describe the photos, and what was taken of them."""
     words = f"{config.data.root or config.data.name}, {len(facts['classes'])} classes"
     if "images" in facts:
-        words += f", {facts['images']['train']} training images"
+        words += f", {counted(facts['images']['train'], 'training image')}"
     return f"{words} ({config.data.taken})" if config.data.taken else words
 
 

@@ -8,12 +8,13 @@ from typing import Any
 from rich.table import Table
 
 from deit_kd.console import console, say
-from deit_kd.interfaces import ANSWERS
+from deit_kd.interfaces import ANSWERS, counted
 
 
 def print_scores(result: Mapping[str, Any]) -> None:
     """Print every head's scores of an evaluation, with their 95 % intervals, and what calibration improves."""
-    table = Table(title=f"{result['student']}: {result['n']} images, weights: {result['weights']}; [95 % interval]")
+    images = counted(result["n"], "image")
+    table = Table(title=f"{result['student']}: {images}, weights: {result['weights']}; [95 % interval]")
     columns = {"top-1 %": "top1", "top-5 %": "top5", "NLL": "nll", "Brier": "brier", "ECE": "ece"}
     for column in ("head", *columns, "T", "NLL at T"):
         table.add_column(column, justify="left" if column == "head" else "right")

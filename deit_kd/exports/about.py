@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deit_kd.interfaces import Preprocessing, printable
+from deit_kd.interfaces import Preprocessing, counted, printable
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class About:
                 "",
                 f"Exported as `{format_name}`. {how_to_load}",
                 "",
-                f"- Data: {_text(self.data)}, {len(self.classes)} classes, seen at {seen.image_size} px "
+                f"- Data: {_text(self.data)}, {counted(len(self.classes), 'class')}, seen at {seen.image_size} px "
                 f"(mean {list(seen.mean)}, std {list(seen.std)}, {seen.interpolation}, crop {seen.crop_fraction}, "
                 f"{seen.crop_mode})",
                 *(f"- Teacher: {line}" for line in self._teacher_lines()),

@@ -23,7 +23,7 @@ from deit_kd.data import Photos, Splits
 from deit_kd.data.sharing import PREFETCHED
 from deit_kd.distributed import Processes, process_group
 from deit_kd.engine import Distiller, StepResult, Trainer, train
-from deit_kd.interfaces import Batch, InputError, Teacher
+from deit_kd.interfaces import Batch, InputError, Teacher, counted
 from deit_kd.kernels import preferred_attention
 from deit_kd.losses import Objective
 from deit_kd.machine import kind, seconds_of
@@ -132,7 +132,7 @@ def _report(
     say(
         f"{config.student.name}, {config.data.image_size} px, {taught_by}, batch "
         f"{config.train.batch_size}, {config.train.precision}, {kind(processes.device)} with "
-        f"{torch.get_num_threads()} threads and {config.data.workers} workers"
+        f"{counted(torch.get_num_threads(), 'thread')} and {counted(config.data.workers, 'worker')}"
     )
     print_rates("images/s", clock.rates, 1)
     say("")

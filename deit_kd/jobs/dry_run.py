@@ -21,7 +21,7 @@ from deit_kd.config import Config
 from deit_kd.console import duration_text, say, size_text
 from deit_kd.distributed import Processes, process_group
 from deit_kd.engine import StepResult, Trainer, train
-from deit_kd.interfaces import DENSE, POOLED, Batch, InputError, Teacher, TeacherOutput
+from deit_kd.interfaces import DENSE, POOLED, Batch, InputError, Teacher, TeacherOutput, counted
 from deit_kd.machine import seconds_of
 from deit_kd.memory import peak_memory
 from deit_kd.rehearsal import Rehearsal
@@ -194,8 +194,9 @@ def _lesson(run: Run) -> Lesson:
             continue
         if is_unfitted(recipe, run.splits) and run.processes.is_main:
             say(
-                f"{role}: {recipe.teacher.name} is not fitted yet; a fit of {recipe.teacher.fit.epochs} epochs comes "
-                "first and is not counted here; measured with untrained weights"
+                f"{role}: {recipe.teacher.name} is not fitted yet; a fit of "
+                f"{counted(recipe.teacher.fit.epochs, 'epoch')} comes first and is not counted here; "
+                "measured with untrained weights"
             )
     return ready_lesson(run, may_fit=False)
 
@@ -248,7 +249,7 @@ def _tell(run: Run, trainer: Trainer, needs: Needs) -> None:
         say(
             f"time: about {duration_text(needs.time.epoch_seconds)} per epoch ({run.loader.steps_per_epoch} steps of "
             f"{needs.time.step_seconds:.3g} s, evaluation {needs.time.evaluation_seconds:.3g} s per batch), "
-            f"{duration_text(config.epochs * needs.time.epoch_seconds)} for {config.epochs} epochs"
+            f"{duration_text(config.epochs * needs.time.epoch_seconds)} for {counted(config.epochs, 'epoch')}"
         )
     say(
         f"disk: {size_text(copies * needs.checkpoint)} for checkpoints ({config.keep_checkpoints} kept, the "

@@ -32,6 +32,7 @@ from deit_kd.evaluation.sources import Source, open_source
 from deit_kd.evaluation.tables import print_comparison, print_probe, print_scores, print_students
 from deit_kd.evaluation.written import PREDICTIONS_FILE, write_evaluation
 from deit_kd.files import read_json
+from deit_kd.interfaces import counted
 from deit_kd.run_folder import HEADS_FILE
 
 EVALUATIONS = Path("runs/eval")  # of students that have no run
@@ -161,7 +162,7 @@ def tell(heads: dict[str, Any], examination: Examination, folder: Path) -> None:
         )
     if "labels" in heads:
         labels = heads["labels"]
-        say(f"labels: {labels['file']}; {labels['left_out']} images without a right answer are left out")
+        say(f"labels: {labels['file']}; left out: {counted(labels['left_out'], 'image')} without a right answer")
     print_scores(heads)
     print_comparison(heads)
     if "probe" in heads:

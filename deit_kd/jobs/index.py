@@ -5,6 +5,7 @@ from __future__ import annotations
 from deit_kd.config import Config
 from deit_kd.console import say
 from deit_kd.data import index_shards, index_tree
+from deit_kd.interfaces import counted
 
 
 def index(config: Config, splits: list[str], processes: int) -> None:
@@ -25,4 +26,4 @@ def index(config: Config, splits: list[str], processes: int) -> None:
     else:
         made = index_tree(root=data.root, train_split=data.train_split, validation_split=data.validation_split)
     for place, photos in made.items():
-        say(f"{place}: {photos} photos")
+        say(f"{place}: {counted(photos, 'photo')}")

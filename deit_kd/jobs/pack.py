@@ -15,7 +15,7 @@ from deit_kd.data import Photos, one_split
 from deit_kd.data.shard_index import Manifest
 from deit_kd.data.subsets import share_of
 from deit_kd.files import check_writable, held
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, counted
 from deit_kd.interrupts import raise_pending
 from deit_kd.packing import Look, check_room, keep_to_plan, pack, record_packed
 from deit_kd.places import photos_root
@@ -57,9 +57,9 @@ def pack_tree(
         manifest = _pack_all(config, parts, out, look, shard_bytes, threads)
     for split, record in manifest["splits"].items():
         count, size = len(record["shards"]), sum(shard["size"] for shard in record["shards"])
-        say(f"{split}: {record['photos']} photos in {count} shard{'s' * (count != 1)}, {size_text(size)}")
+        say(f"{split}: {counted(record['photos'], 'photo')} in {counted(count, 'shard')}, {size_text(size)}")
     for split, names in manifest["left_out"].items():
-        say(f"{split}: {len(names)} photos could not be packed, see left_out in {out}/manifest.json")
+        say(f"{split}: {counted(len(names), 'photo')} could not be packed, see left_out in {out}/manifest.json")
     say(f"packed in {duration_text(time.perf_counter() - since)}: --data.name shards --data.root {out}")
 
 

@@ -20,7 +20,7 @@ from deit_kd.engine import autocast
 from deit_kd.evaluation.sources import data_options, load_student, open_source
 from deit_kd.exports.opened import SUFFIX, open_exported
 from deit_kd.files import check_file_to_be, write_atomically
-from deit_kd.interfaces import InputError, Preprocessing, head_probabilities, printable
+from deit_kd.interfaces import InputError, Preprocessing, counted, head_probabilities, printable
 from deit_kd.interrupts import raise_pending
 from deit_kd.run_folder import is_model
 from deit_kd.runs import parts
@@ -86,7 +86,7 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
     content = io.StringIO()
     _write(content, rows)
     write_atomically(csv_file, content.getvalue().encode())
-    say(f"{len(files) - len(unreadable)} images: {csv_file}")
+    say(f"{counted(len(files) - len(unreadable), 'image')}: {csv_file}")
     return len(unreadable)
 
 

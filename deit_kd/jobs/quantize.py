@@ -22,7 +22,7 @@ from deit_kd.evaluation.speed import images_per_second
 from deit_kd.exports import About, CannotHold, Choices, export, missing_libraries
 from deit_kd.exports.opened import OpenedModel, open_exported
 from deit_kd.files import check_writable, write_json
-from deit_kd.interfaces import InputError, StudentOutput
+from deit_kd.interfaces import InputError, StudentOutput, counted
 from deit_kd.metrics import compare_heads
 from deit_kd.models.integers import BITS, kept_in_float
 from deit_kd.origins import recipe_of
@@ -278,7 +278,8 @@ def _lines(heads: Mapping[str, Any]) -> list[str]:
     ]
     return [
         f"size: {numbers}",
-        f"speed: {'; '.join(rates)}; {speed['device']}, {speed['threads']} threads, batches of {speed['batch']}",
+        f"speed: {'; '.join(rates)}; {speed['device']}, {counted(speed['threads'], 'thread')}, "
+        f"batches of {speed['batch']}",
         f"in floating point: {floats}",
     ]
 

@@ -10,7 +10,7 @@ import torch
 from deit_kd.config import Config
 from deit_kd.console import say, size_text
 from deit_kd.distributed import process_group
-from deit_kd.interfaces import POOLED, Batch, InputError
+from deit_kd.interfaces import POOLED, Batch, InputError, counted
 from deit_kd.randomness import generator
 from deit_kd.runs import parts
 from deit_kd.runs.viewing import build_loader_of_all, cached
@@ -63,7 +63,7 @@ def check(config: Config, folder: str, samples: int) -> dict[str, float]:
         batches = loader.views(np.stack(np.divmod(drawn, views), axis=1), config.evaluate.batch_size)
         result = _compare(store, teacher, batches, processes.device, shares_of_dense(config, loader))
         if processes.is_main:
-            say(f"store: {folder}, all checksums match; {len(drawn)} views run again:")
+            say(f"store: {folder}, all checksums match; {counted(len(drawn), 'view')} run again:")
             for name, share in result.items():
                 say(f"  {name}: {100 * share:.2f} % {FOUND[name]} (at most {100 * ACCEPTED[name]:g} %)")
         wrong = [name for name, share in result.items() if not share <= ACCEPTED[name]]
@@ -88,8 +88,8 @@ def info(folder: str) -> None:
     record, views = store.record, store.manifest["views"]
     kept = "only the hard label" if not record.holds_logits else f"{min(record.top, record.classes)} logits"
     say(
-        f"{folder}: {store.epochs} epochs of {views} views, {store.manifest['validation']} validation images, "
-        f"{size_text(store.bytes_on_disk)}"
+        f"{folder}: {counted(store.epochs, 'epoch')} of {views} views, "
+        f"{store.manifest['validation']} validation images, {size_text(store.bytes_on_disk)}"
     )
     vector = "" if record.width is None else f", a vector of {record.width}"
     places = "" if record.grid is None else f", the class of each of {record.grid[0]} x {record.grid[1]} places"

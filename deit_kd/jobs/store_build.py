@@ -14,7 +14,7 @@ from deit_kd.config import Config
 from deit_kd.console import SECONDS_BETWEEN_LINES, ViewMeter, duration_text, say, size_text
 from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes, from_main, on_main, process_group
-from deit_kd.interfaces import Batch, InputError
+from deit_kd.interfaces import Batch, InputError, counted
 from deit_kd.machine import seconds_of
 from deit_kd.runs import parts
 from deit_kd.runs.data_errors import DataErrors, merge
@@ -76,7 +76,7 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
         if processes.is_main:
             whole = store.record.bytes_per_view * loader.views_per_epoch * epochs
             say(
-                f"store: {folder}, {epochs} epochs of {loader.views_per_epoch} views, "
+                f"store: {folder}, {counted(epochs, 'epoch')} of {loader.views_per_epoch} views, "
                 f"{store.record.bytes_per_view} bytes each: {size_text(whole)}"
             )
             if epochs < config.train.epochs and epochs % config.augment.repeats:
@@ -93,7 +93,8 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
         total = epochs * loader.views_per_epoch
         last = _fill_epochs(store, recorder, loader, whole_epochs, epochs, processes, batch_size, errors)
         if processes.is_main:
-            say(f"store: {store.folder} holds {store.epochs} epochs{_saving(recorder, last, total, processes.device)}")
+            saving = _saving(recorder, last, total, processes.device)
+            say(f"store: {store.folder} holds {counted(store.epochs, 'epoch')}{saving}")
 
 
 def join(config: Config, folder: str | None) -> None:
@@ -110,7 +111,7 @@ def join(config: Config, folder: str | None) -> None:
     with LabelStore.lock(folder):
         plan = plan_of(folder)
         if plan is None:
-            say(f"store: {folder} has no parts to join; it holds {store.epochs} epochs")
+            say(f"store: {folder} has no parts to join; it holds {counted(store.epochs, 'epoch')}")
             return
         _refuse_missing(store, plan)
         names = [epoch_part(epoch) for epoch in range(plan["epochs"])]
@@ -121,7 +122,10 @@ def join(config: Config, folder: str | None) -> None:
         store.verify([VALIDATION, *names])
         merge(store.folder, [Share(number, plan).folder(folder) for number in range(1, plan["parts"] + 1)])
         forget_parts(store)
-    say(f"store: {folder} holds {store.epochs} epochs, joined from {plan['parts']} parts; all checksums match")
+    say(
+        f"store: {folder} holds {counted(store.epochs, 'epoch')}, joined from {counted(plan['parts'], 'part')}; "
+        "all checksums match"
+    )
 
 
 def _refuse_missing(store: LabelStore, plan: Plan) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from deit_kd.features import POOLED
-from deit_kd.interfaces import InputError, Link, nearest
+from deit_kd.interfaces import InputError, Link, counted, nearest
 
 Shapes = Mapping[str, Sequence[int]]  # of one image's features, by name: [D, h, w] or [D]
 STAGES = 3  # of a guide or of relations, unless a recipe names them
@@ -53,8 +53,8 @@ def map_links(
             raise InputError(f"distill.terms: the student has no block {place}; use 0 to {len(own) - 1}")
     if len(places) != len(chosen) or not chosen:
         raise InputError(
-            f"distill.terms: {len(places)} blocks cannot be compared with {len(chosen)} stages; name the same "
-            "number of each"
+            f"distill.terms: {counted(len(places), 'block')} cannot be compared with "
+            f"{counted(len(chosen), 'stage')}; name the same number of each"
         )
     names = list(own)
     pairs = [(names[place], stage) for place, stage in zip(places, chosen, strict=True)]

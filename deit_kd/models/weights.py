@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, counted
 from deit_kd.models.layouts import from_transformers, is_transformers
 
 TOKEN_NOISE = 0.1  # share of the class token's spread: two identical tokens would stay alike (cosine .999 in the paper)
@@ -55,7 +55,7 @@ class Account:
             "newly initialised": self.initialised,
             "left out": self.left_out,
         }
-        loaded = f"weights: {len(self.loaded)} tensors loaded from {self.source}"
+        loaded = f"weights: {counted(len(self.loaded), 'tensor')} loaded from {self.source}"
         return [loaded] + [f"weights: {what}: {', '.join(names)}" for what, names in changes.items() if names]
 
 

@@ -15,7 +15,7 @@ from deit_kd.checkpoint import CheckpointWriter
 from deit_kd.console import say, score_text, size_text
 from deit_kd.distributed import on_main
 from deit_kd.engine import StepResult, Trainer, train
-from deit_kd.interfaces import ANSWERS, Batch, InputError, Stopped, speaker
+from deit_kd.interfaces import ANSWERS, Batch, InputError, Stopped, counted, speaker
 from deit_kd.interrupts import stopped_by
 from deit_kd.losses import FeatureTerm, Objective, Term
 from deit_kd.memory import peak_memory, reset_peak_memory
@@ -283,7 +283,7 @@ def _named_views(run: Run, bad: BadStep) -> list[dict[str, Any]]:
 
 def _step_note(step: int, total: int, record: dict[str, Any], kind: str) -> str:
     if record["loss"] is None:
-        return f"step {step}/{total}  no finite loss in {record['bad_steps']} steps, which were left out"
+        return f"step {step}/{total}  no finite loss in {counted(record['bad_steps'], 'step')}, left out"
     heads = {} if kind == "none" and "alpha" not in record else {"cls": record["classification"]}
     heads |= {} if kind == "none" else {"dist": record["distillation"]}
     parts = [f"{head} {'-' if loss is None else f'{loss:.3f}'}" for head, loss in heads.items()]
@@ -293,9 +293,9 @@ def _step_note(step: int, total: int, record: dict[str, Any], kind: str) -> str:
         terms += f", {kind} {term['loss']:.3f} x {term['weight']:.3g}"
         terms += f" (cos {term['cosine']:.2f})" if "cosine" in term else ""
     if record["bad_steps"]:
-        terms += f", {record['bad_steps']} steps left out"
+        terms += f", {counted(record['bad_steps'], 'step')} left out"
     if record["teacher_not_finite"]:
-        terms += f", {record['teacher_not_finite']} teacher answers not finite"
+        terms += f", {counted(record['teacher_not_finite'], 'teacher answer')} not finite"
     return f"step {step}/{total}  {terms}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from deit_kd.console import say
 from deit_kd.distributed import Processes
 from deit_kd.files import write_atomically
-from deit_kd.interfaces import Batch, InputError
+from deit_kd.interfaces import Batch, InputError, counted
 from deit_kd.interrupts import raise_pending
 from deit_kd.run_folder import DATA_ERRORS_FILE, lines_until
 
@@ -91,7 +91,7 @@ class DataErrors:
                 f"data.max_errors: {found} photos are unreadable, more than {self._most}; the last: {last}"
             )
         if found > known and self._processes.is_main:
-            say(f"left out: {found} photos so far, the last: {last}")
+            say(f"left out: {counted(found, 'photo')} so far, the last: {last}")
 
     def views(self, split: str) -> int:
         """Return how many views of a split were missing, as of the last `tell`."""

@@ -11,7 +11,7 @@ from deit_kd.asking import score_teacher
 from deit_kd.config import Guide, TeacherSection, in_keys_of, keys_of
 from deit_kd.console import say, score_text
 from deit_kd.distributed import on_main
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, counted
 from deit_kd.models.state import tensors_hash
 from deit_kd.run_folder import TeacherFacts, read_facts
 from deit_kd.runs import parts
@@ -108,7 +108,8 @@ def _say_met(run: Run, role: str, teacher: Answers, facts: dict[str, Any], keys:
         for line in teacher.lines(role):
             say(in_keys_of(keys, line))
         known = f", from {facts['score']['images']} of training" if "images" in facts["score"] else ""
-        say(f"{role}: {facts['name']}, {score_text(facts['score'], 2)} % on {images} images{known}")
+        seen = counted(images, "image")
+        say(f"{role}: {facts['name']}, {score_text(facts['score'], 2)} % on {seen}{known}")
         if facts["random_weights"]:
             say(f"warning: the {role} has random weights and teaches nothing")
 

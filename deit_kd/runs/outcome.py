@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from deit_kd.console import console
+from deit_kd.interfaces import counted
 from deit_kd.models.state import save_local_dir
 from deit_kd.run_folder import STUDENT_FOLDER, FeatureRecord, HeadScores, ScoreRecord
 from deit_kd.runs.prepared import Run
@@ -19,7 +20,7 @@ def print_heads(result: Mapping[str, Any], whose: str | None = None) -> None:
     """Print the table of a ``heads.json``; `whose` is the network's name, where there are several."""
     unreadable = f" ({len(result['unreadable'])} more cannot be read)" if result["unreadable"] else ""
     named = "" if whose is None else f"{whose}: "
-    table = Table(title=f"{named}{result['n']} images{unreadable}, weights: {result['weights']}")
+    table = Table(title=f"{named}{counted(result['n'], 'image')}{unreadable}, weights: {result['weights']}")
     agreement = result["agreement"]
     is_taught = any(agreement.get(f"{head}_teacher") is not None for head in result["heads"])
     for column in ("head", "top-1 %", "top-5 %", "NLL", *(("agrees with teacher",) if is_taught else ())):

@@ -15,7 +15,7 @@ from deit_kd.data import Splits
 from deit_kd.distributed import Processes, on_main
 from deit_kd.engine import Trainer
 from deit_kd.files import write_atomically, write_json
-from deit_kd.interfaces import InputError, Rest
+from deit_kd.interfaces import InputError, Rest, counted
 from deit_kd.kernels import choose_kernels, preferred_attention
 from deit_kd.learner import Learner
 from deit_kd.models import last_block
@@ -247,8 +247,9 @@ def _account_of(student: TimmStudent) -> dict[str, Any] | None:
 def _say_start(run: Run, trainer: Trainer, first_step: int) -> None:
     size = _peer_text(run.student) if run.peers else _size_text(run.student)
     say(
-        f"{run.config.student.name}: {size}, {len(run.splits.train)} training images, "
-        f"{len(run.classes)} classes, {run.config.train.epochs} epochs of {run.loader.steps_per_epoch} steps"
+        f"{run.config.student.name}: {size}, {counted(len(run.splits.train), 'training image')}, "
+        f"{counted(len(run.classes), 'class')}, {counted(run.config.train.epochs, 'epoch')} of "
+        f"{counted(run.loader.steps_per_epoch, 'step')}"
         + (f", continued from step {first_step}" if first_step else "")
         + f"; writes {run.folder}"
     )

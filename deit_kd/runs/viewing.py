@@ -12,6 +12,7 @@ from deit_kd.config import Config
 from deit_kd.console import say, size_text
 from deit_kd.data import CAN_SHARE, CHANNELS, PILLOW, PREFETCHED, Decoded, Photos, batches_ahead
 from deit_kd.distributed import Processes, together
+from deit_kd.interfaces import counted
 from deit_kd.runs.parts import skips
 from deit_kd.views import EXECUTOR_VERSION, Drawing, Executor, Transform, training_transform
 
@@ -55,7 +56,8 @@ def cached(config: Config, photos: Photos, processes: Processes) -> Photos:
     if processes.is_main and kept.decoded is not None:
         size = size_text(len(kept.decoded.pixels))
         say(
-            f"cache: {len(kept)} photos decoded, {size} " + ("in main memory" if cache == "memory" else "on the device")
+            f"cache: {counted(len(kept), 'photo')} decoded, {size} "
+            + ("in main memory" if cache == "memory" else "on the device")
         )
     return kept
 

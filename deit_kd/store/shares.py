@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from deit_kd.console import duration_text
 from deit_kd.files import held, read_json, write_json, write_unless_there
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, counted
 from deit_kd.store.folder import LabelStore, epoch_part, said_clearly
 from deit_kd.store.manifest import PARTS, VALIDATION
 
@@ -167,7 +167,9 @@ class Share:
 
 
 def _said(plan: Plan) -> str:
-    return f"{plan['parts']} parts of {plan['epochs']} epochs with --batch_size {plan['batch_size']}"
+    return (
+        f"{counted(plan['parts'], 'part')} of {counted(plan['epochs'], 'epoch')} with --batch_size {plan['batch_size']}"
+    )
 
 
 def plan_of(store: str | Path) -> Plan | None:

@@ -10,7 +10,7 @@ from deit_kd.config import Config
 from deit_kd.console import say
 from deit_kd.data import Photos
 from deit_kd.distributed import from_main, together
-from deit_kd.interfaces import InputError
+from deit_kd.interfaces import InputError, counted
 from deit_kd.run_folder import ScoreRecord, read_facts
 from deit_kd.runs.prepared import Run
 from deit_kd.store import (
@@ -64,7 +64,7 @@ def stored_teacher(run: Run) -> StoredTeacher:
     needed = min(epochs, config.train.epochs)
     if needed < config.train.epochs and not has_constant_mix(config):
         raise InputError(
-            f"teacher.store: {config.teacher.store} holds {epochs} epochs of views, and the run has "
+            f"teacher.store: {config.teacher.store} holds {counted(epochs, 'epoch')} of views, and the run has "
             f"{config.train.epochs}, but the dense labels of a view belong to one step while their mix changes; run "
             "deit-kd store build with more epochs, or build another store with a constant mix"
         )
@@ -78,8 +78,8 @@ def stored_teacher(run: Run) -> StoredTeacher:
 
     together(processes, look)
     if processes.is_main:
-        cycled = f", repeated for {config.train.epochs} epochs" if needed < config.train.epochs else ""
-        say(f"store: {config.teacher.store}, {needed} epochs of views{cycled}; the teacher is not loaded")
+        cycled = f", repeated for {counted(config.train.epochs, 'epoch')}" if needed < config.train.epochs else ""
+        say(f"store: {config.teacher.store}, {counted(needed, 'epoch')} of views{cycled}; the teacher is not loaded")
     run.loader.cycle_views(epochs)
     run.loader.order_as(store.views_version)
     return StoredTeacher(store, epochs, checksums)
@@ -94,8 +94,8 @@ def _epochs_to_read(run: Run, store: LabelStore) -> int:
     begun = epochs if facts is None else facts.get("view_epochs", epochs)
     if begun > epochs:
         raise InputError(
-            f"resume: {run.folder} was started with {begun} epochs of the store, which now has {epochs}; restore them, "
-            "or name another output"
+            f"resume: {run.folder} was started with {counted(begun, 'epoch')} of the store, which now has {epochs}; "
+            "restore them, or name another output"
         )
     return begun
 
@@ -106,9 +106,9 @@ def _epochs_of_all_photos(epochs: int, config: Config) -> int:
     if epochs >= repeats:
         return epochs // repeats * repeats
     raise InputError(
-        f"teacher.store: {config.teacher.store} holds {epochs} epochs of views, but with augment.repeats {repeats} it "
-        f"takes {repeats} to show every photo; run deit-kd store build with --epochs {repeats} or a multiple of it, or "
-        f"train for {epochs} epochs"
+        f"teacher.store: {config.teacher.store} holds {counted(epochs, 'epoch')} of views, but with "
+        f"augment.repeats {repeats} it takes {repeats} to show every photo; run deit-kd store build with "
+        f"--epochs {repeats} or a multiple of it, or train for {counted(epochs, 'epoch')}"
     )
 
 
