@@ -31,7 +31,8 @@ class Rehearsal:
         self._mode = FakeTensorMode()
         averages = [learner.ema for learner in trainer.learners if learner.ema is not None]
         generators = [value for average in averages for value in vars(average).values()]
-        copies = {id(value): value for value in generators if isinstance(value, torch.Generator)}
+        shared = [trainer.processes, *(value for value in generators if isinstance(value, torch.Generator))]
+        copies: dict[int, Any] = {id(value): value for value in shared}
         with FakeCopyMode(self._mode):
             self._trainer: Trainer = copy.deepcopy(trainer, copies)
         # A copy of an optimiser forgets that it reads from the device whether to leave out a step.

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from deit_kd.views import executor as executor_module
 from deit_kd.views import reference
 from tests.executed import buffer, drawn, executor, photos
 
+PATCH = interpreter._patch_lang_tensor
 CASES = (("rand-m9-n8-p1.0-mstd0.5-inc1", 15, torch.bfloat16), ("3a", 5, torch.float32))
+
+
+def patched(tensor: Any, *scope: Any) -> None:
+    """Do as Triton; but Triton 3.6 takes the int of an array [1], which numpy 2.5 refuses."""
+    PATCH(tensor, *scope)
+    tensor.__index__ = lambda number: number.handle.data.item()
 
 
 def made(policy: str, operations: int, dtype: torch.dtype, by_kernels: bool) -> Tensor:
@@ -21,6 +31,7 @@ def made(policy: str, operations: int, dtype: torch.dtype, by_kernels: bool) -> 
     return chosen(buffer(photos()), which, rows)
 
 
+interpreter._patch_lang_tensor = patched
 by_kernels = [made(*case, by_kernels=True) for case in CASES]
 executor_module._primitives = lambda device: reference
 assert all(torch.equal(made(*case, by_kernels=False), views) for case, views in zip(CASES, by_kernels, strict=True))

@@ -27,7 +27,8 @@ class Profile(NamedTuple):
 def profiled(act: Callable[[], object], device: torch.device, steps: int, most: int = 8) -> Profile:
     """Return the profile of `act`, which does so many steps, with its slowest kernels."""
     on_gpu = device.type == "cuda"
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
+    activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as recorded:  # torch 2.11 warns otherwise
         act()
         if on_gpu:
             torch.cuda.synchronize(device)
