@@ -125,7 +125,7 @@ def test_a_teacher_is_fitted_by_the_keys_of_its_fit(photos_root: Path, tmp_path:
     fit = {
         "augment": {"auto_augment": "rand-m5-n1", "color_jitter": 0.1, "mixup": 0.4, "erasing": 0.2, "repeats": 2},
         "optim": {"name": "sgd", "lr": 0.01, "lr_reference_batch": 16, "weight_decay": 0.01, "warmup_epochs": 0},
-        **{"epochs": 1, "batch_size": 6, "ema_decay": 0.5, "drop_path": 0.1, "folder": str(tmp_path)},
+        **{"epochs": 1, "batch_size": 6, "ema_decay": 0.5, "drop_path": 0.3, "folder": str(tmp_path)},
     }
     made = recipe(photos_root, teacher__random_weights=None, train__accumulation_steps=2)
     made = made.with_keys(teacher={"fit": Fit.model_validate(fit)})
@@ -134,7 +134,7 @@ def test_a_teacher_is_fitted_by_the_keys_of_its_fit(photos_root: Path, tmp_path:
         assert run[section] == made.model_dump(mode="json")["teacher"]["fit"][section]
     taught = {name: run["train"][name] for name in ("epochs", "batch_size", "ema_decay", "accumulation_steps")}
     assert taught == {"epochs": 1, "batch_size": 6, "ema_decay": 0.5, "accumulation_steps": 1}
-    assert run["student"]["drop_path"] == 0.1
+    assert run["student"]["drop_path"] == 0.3
     assert run["distill"]["kind"] == "none"
 
 
