@@ -403,6 +403,11 @@ def test_a_fitted_teacher_that_cannot_teach_is_to_be_fitted_longer() -> None:
         check_score("it", 64.0, 1.0, [0] * 50 + [1] * 50, None, fitted=True)
 
 
+def test_a_minimum_of_100_that_the_recipe_sets_is_no_sign_of_too_few_photos() -> None:
+    with pytest.raises(InputError, match=r"below 100\.00 %; it was fitted on too few steps"):
+        check_score("it", 80.0, 1.0, [0] * 50 + [1] * 50, 100.0, fitted=True)
+
+
 @pytest.mark.parametrize("fitted", [True, False])
 def test_too_few_photos_to_tell_a_teacher_from_guessing_are_the_reason_that_is_given(fitted: bool) -> None:
     with pytest.raises(InputError, match=r"on 5 .* below 100\.00 %; so few cannot .*: validate on more"):

@@ -49,7 +49,7 @@ def check_score(
     if top1 < least:
         raise InputError(
             f"teacher.min_top1: {name} scores {top1:.2f} % on {len(labels)} validation images, below {least:.2f} %; "
-            f"{_cure('classes, size or normalisation', fitted, least)}, or lower teacher.min_top1"
+            f"{_cure('classes, size or normalisation', fitted, min_top1, least)}, or lower teacher.min_top1"
         )
 
 
@@ -74,12 +74,12 @@ def check_features(
         raise InputError(
             f"teacher.min_top1: the features of {name} score {score['knn']:.2f} % by k-NN, from {score['images']} "
             f"training images to {len(labels)} of validation, below {least:.2f} %; "
-            f"{_cure('size or normalisation', fitted, least)}, or lower teacher.min_top1"
+            f"{_cure('size or normalisation', fitted, least_score, least)}, or lower teacher.min_top1"
         )
 
 
-def _cure(doubtful: str, fitted: bool, least: float) -> str:
-    if least >= 100:
+def _cure(doubtful: str, fitted: bool, asked: float | None, least: float) -> str:
+    if asked is None and least >= 100:
         return "so few cannot tell it from guessing: validate on more (data.validation_fraction)"
     if fitted:
         return "it was fitted on too few steps: raise teacher.fit.epochs"
