@@ -266,7 +266,8 @@ def test_a_checkpoint_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
 def test_it_answers_on_the_gpu_as_on_the_cpu() -> None:
     frozen = tiny_teacher(device=torch.device("cuda"))
     there = frozen(make_batch(4).to(torch.device("cuda"))).logits.cpu()
-    torch.testing.assert_close(there, tiny_teacher()(make_batch(4)).logits, rtol=1e-3, atol=1e-3)
+    here = tiny_teacher()(make_batch(4)).logits
+    assert (there - here).norm() < 5e-3 * here.norm()  # convolutions round to TF32
 
 
 def with_statistics(name: str) -> FrozenTeacher:
