@@ -59,7 +59,7 @@ def simulate(count: int, seconds: float) -> Asked:
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     stores = [Counting(server.clone()) for _ in range(count)]
     processes = [Processes(rank, count, torch.device("cpu"), TIMEOUT) for rank in range(count)]
-    signs = [Signs(store, rank) for rank, store in enumerate(stores)]  # type: ignore[arg-type]
+    signs = [Signs(store, rank) for rank, store in enumerate(stores)]
     for each in signs:
         each.begin()
     watches = []

@@ -304,7 +304,8 @@ def train(
     after_step: Callable[[int, StepResult], None],
 ) -> None:
     """Train from `first_step` to the end; `after_step(steps_done, result)` is called after every step."""
-    trainer.student.model.train()
+    for learner in trainer.learners:
+        learner.model.train()
     stream = iter(batches)
     for step in range(first_step, total_steps):
         after_step(step + 1, trainer.step(stream, step))
