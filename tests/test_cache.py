@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import pickle
+from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -84,6 +88,32 @@ def test_another_process_sees_the_photos_while_they_are_there_and_nothing_is_lef
     assert not path.exists()
     with pytest.raises(OSError, match=r"cannot be mapped"):
         sent.with_shared_pixels()
+
+
+@pytest.mark.skipif(not CAN_SHARE, reason="memory without a name exists on Linux")
+def test_a_worker_that_is_not_forked_is_sent_no_pixels(odd: Photos) -> None:
+    kept = odd.cached("memory", CPU)
+    assert kept.decoded is not None
+    sent = ForkingPickler.dumps(kept)
+    assert len(sent) < len(kept.decoded.pixels)
+    assert pixels(pickle.loads(sent)) == pixels(odd)
+
+
+@pytest.fixture
+def start_method() -> Iterator[None]:
+    """The way in which this process starts others, which a test may change."""
+    before = multiprocessing.get_start_method()
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.usefixtures("start_method")
+def test_workers_that_are_not_forked_make_the_same_views(photos_root: Path, tmp_path: Path) -> None:
+    options = {"data__workers": 1, "data__cache": "memory", "distill__kind": "none"}
+    for method in ("fork", "spawn"):  # other systems spawn workers, and Python 3.14 does not fork them either
+        multiprocessing.set_start_method(method, force=True)
+        assert main(["train", *tiny(photos_root, tmp_path / method, **options)]) == 0
+    assert records(tmp_path / "fork") == records(tmp_path / "spawn")
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -95,6 +95,15 @@ class Decoded:
             return self
         _refuse_what_does_not_fit("device", len(self.offsets), len(self.pixels), device)
         return replace(self, pixels=self.pixels.to(device), shared=None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a worker that is not forked is sent: not the pixels, if it finds them itself."""
+        return {**vars(self), "pixels": self.pixels if self.shared is None or not len(self.pixels) else None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if state["pixels"] is None:
+            vars(self)["pixels"] = self.with_shared_pixels().pixels
 
     def without_pixels(self) -> Decoded:
         """Return everything but the pixels, for another process of this machine."""
