@@ -235,10 +235,9 @@ def _term_charts(runs: Mapping[str, Records]) -> dict[str, Chart]:
     charts = {
         "terms": losses.chart("Further terms, unweighted", "step", ""),
         "connectors": cosines.chart("Compared features: student and teacher", "step", "cosine"),
-        "weights": weights.chart("Weights in the loss", "step", ""),
     }
-    if not any(len(set(line.y)) > 1 for line in weights.series):
-        del charts["weights"]
+    if any(len(set(line.y)) > 1 for line in weights.series):
+        charts["weights"] = weights.chart("Weights in the loss", "step", "")
     return {name: chart for name, chart in charts.items() if chart.series}
 
 
