@@ -43,7 +43,7 @@ from deit_kd.jobs.bench import ONLINE, SETTLING_STEPS, STEP, STORED, Clock, open
 from deit_kd.models.create import size_argument
 from deit_kd.openmp import SPIN_COUNT
 from deit_kd.origins import open_origin
-from deit_kd.runs import parts
+from deit_kd.runs.photos import build_splits
 from deit_kd.teaching.fit import fitted_teacher
 
 TIMMS_LOOP, TIMMS_STEP = "timm: loop, teacher online", "timm: student's step"
@@ -93,7 +93,7 @@ class Timm:
     def __init__(self, config: Config, steps: int, photos: int) -> None:
         self._config, self._steps = config, steps
         self._device = pick_device(config.train.device)
-        splits = parts.build_splits(config)
+        splits = build_splits(config)
         self._loader = self._build_loader(some_photos(splits.train, photos))
         classes = splits.train.classes
         teacher = timms_teacher(config, len(classes), Processes(0, 1, self._device), splits).to(self._device)
@@ -211,7 +211,7 @@ def timms_side(config: Config, options: dict[str, Any]) -> Iterator[tuple[Act, A
 @contextmanager
 def our_side(config: Config, options: dict[str, Any]) -> Iterator[tuple[Act, Act]]:
     """Yield how to settle and how to run a part of ours."""
-    processes, splits = start(config.train.device), parts.build_splits(config)
+    processes, splits = start(config.train.device), build_splits(config)
     names = {label: name for name, label in OURS.items()}
     with open_parts(config, processes, splits, options["rounds"], options["steps"], options["photos"]) as timed:
         timed.warm_up()

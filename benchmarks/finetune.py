@@ -26,6 +26,7 @@ from deit_kd.jobs.train import train
 from deit_kd.origins import open_model
 from deit_kd.run_folder import HEADS_FILE
 from deit_kd.runs import parts
+from deit_kd.runs.photos import build_evaluation_loader, build_splits
 
 RECIPE = Path(__file__).parent.parent / "configs" / "photos.yaml"
 
@@ -58,12 +59,10 @@ def run(options: dict[str, Any], common: list[str], output: Path) -> dict[str, A
 def graft_changes(plain: Path, options: dict[str, Any], common: list[str]) -> str:
     """Say how far grafting a token moves the class head of the pre-trained model, on its own validation set."""
     config = config_of({**options, "student.checkpoint": plain}, common)
-    classes = parts.build_splits(config).validation.classes
+    classes = build_splits(config).validation.classes
     grafted = parts.build_student(config, classes, torch.device("cpu")).eval()
     model = open_model("benchmark", plain / "student").eval()
-    loader = parts.build_evaluation_loader(
-        config, parts.build_splits(config).validation, Processes(0, 1, torch.device("cpu"))
-    )
+    loader = build_evaluation_loader(config, build_splits(config).validation, Processes(0, 1, torch.device("cpu")))
     changed = seen = 0
     distance = 0.0
     for batch in loader:

@@ -30,7 +30,7 @@ from deit_kd.evaluation.sources import open_source
 from deit_kd.interfaces import InputError
 from deit_kd.jobs.evaluate import evaluate_folds
 from deit_kd.run_folder import HEADS_FILE
-from deit_kd.runs import parts
+from deit_kd.runs.photos import build_splits
 from deit_kd.teaching.fit import fitted_teacher, guide_config, teacher_folder
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -74,7 +74,7 @@ def plan(options: argparse.Namespace, common: list[str], arms: Mapping[str, Any]
                 raise InputError(f"--arms: {twin} and {name} are the same recipe; say what tells them apart")
             found: dict[str, Job] = {}
             for role, one in roles(config, arm).items():
-                folder = teacher_folder(one, parts.build_splits(one))
+                folder = teacher_folder(one, build_splits(one))
                 log = options.to / f"teacher-{folder.name}-{fold}.log"
                 job = Job(folder, log, (sys.executable, __file__, "--fit", role, *arguments))
                 found[role] = fits.setdefault(folder, job)
@@ -146,7 +146,7 @@ def fit(role: str, config: Config) -> None:
     """Fit the teacher, or the guide, of a recipe unless it is there."""
     config = guide_config(config) if role == "guide" else config
     with process_group(config.train.device) as processes:
-        fitted_teacher(config, processes, parts.build_splits(config))
+        fitted_teacher(config, processes, build_splits(config))
 
 
 def read_arms(file: Path, base: str | None) -> dict[str, dict[str, Any]]:

@@ -31,6 +31,7 @@ from PIL import Image
 from rich.table import Table
 
 from deit_kd.console import console, say
+from deit_kd.runs.photos import agreed_splits
 
 CLASSES, VALIDATION_SHARE = 1000, 25  # one validation photo for so many training photos, as in ImageNet
 MEGABYTE = 2**20
@@ -67,7 +68,6 @@ def started(root: Path, began: float, workers: int) -> dict[str, Any]:
     from deit_kd.distributed import process_group
     from deit_kd.engine import Trainer  # noqa: F401 (as a run imports it)
     from deit_kd.jobs.train import train  # noqa: F401
-    from deit_kd.runs import parts
     from deit_kd.runs.viewing import build_training_loader, cached
 
     recipe = ["--data.root", str(root), "--data.image_size", "8", "--train.batch_size", "256", "--distill.kind", "none"]
@@ -75,7 +75,7 @@ def started(root: Path, began: float, workers: int) -> dict[str, Any]:
     found: dict[str, Any] = {"imports": time.time() - began}
     with process_group("cpu") as processes:
         before = memory()
-        splits = parts.agreed_splits(config, processes)
+        splits = agreed_splits(config, processes)
         found["listed"] = time.time() - began
         splits = splits._replace(train=cached(config, splits.train, processes))
         loader = build_training_loader(config, splits.train, processes)

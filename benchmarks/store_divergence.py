@@ -21,7 +21,7 @@ from torch import Tensor
 from deit_kd.config import Config, build_parser, parse_config
 from deit_kd.distributed import start
 from deit_kd.losses import soft_distillation
-from deit_kd.runs import parts
+from deit_kd.runs.photos import build_splits
 from deit_kd.runs.viewing import build_training_loader
 from deit_kd.store import Record
 from deit_kd.teaching.fit import online_teacher
@@ -33,7 +33,7 @@ TOPS = (1, 3, 5, 10, 50, 100)
 def answers(config: Config) -> Tensor:
     """Return the teacher's logits [n, C] for the views of the first epoch."""
     processes = start(config.train.device)
-    splits = parts.build_splits(config)
+    splits = build_splits(config)
     loader = build_training_loader(config, splits.train, processes)
     teacher, _ = online_teacher(config, processes, splits)
     view_ids = np.stack([np.zeros(loader.views_per_epoch, dtype=np.int64), np.arange(loader.views_per_epoch)], axis=1)

@@ -14,8 +14,8 @@ from deit_kd.cli import main
 from deit_kd.config import parse_config
 from deit_kd.distributed import Processes
 from deit_kd.interfaces import InputError
-from deit_kd.runs import parts
 from deit_kd.runs.opening import open_folder
+from deit_kd.runs.photos import build_splits
 from deit_kd.runs.run import prepare
 from tests.helpers import ONE_PROCESS, STUDENT_ARGS, Finished, as_arguments, refused, snapshot, tiny, write_photos
 
@@ -210,7 +210,7 @@ def test_a_process_without_a_validation_image_is_refused_rather_than_waited_for(
     root = write_photos(tmp_path / "photos", {"train": 8, "validation": 1})
     config, _ = parse_config(tiny(root, tmp_path / "run", augment__mixup=0, augment__cutmix=0))
     with pytest.raises(InputError, match="data: 3 validation images are fewer than 4 processes; use fewer"):
-        prepare(config, Processes(0, 4, torch.device("cpu")), parts.build_splits(config))
+        prepare(config, Processes(0, 4, torch.device("cpu")), build_splits(config))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -22,7 +22,7 @@ from deit_kd.cli import main
 from deit_kd.config import Config
 from deit_kd.data import load_image
 from deit_kd.interfaces import Preprocessing
-from deit_kd.runs import parts
+from deit_kd.runs.photos import build_splits
 from deit_kd.runs.viewing import build_training_loader
 from deit_kd.views import evaluation_transform
 from tests.helpers import (
@@ -69,7 +69,7 @@ def test_the_student_sees_other_views_than_those_its_teacher_learned(finished: F
     fit = Config.model_validate(yaml.safe_load((next(finished.teachers.iterdir()) / "config.yaml").read_text()))
     own = Config.model_validate(yaml.safe_load((finished.folder / "config.yaml").read_text()))
     alike = own.model_copy(update={"augment": fit.augment, "train": fit.train})
-    photos = parts.build_splits(own).train
+    photos = build_splits(own).train
     taught, seen = (
         [batch.images for batch in build_training_loader(config, photos, ONE_PROCESS).batches(0)]
         for config in (fit, alike)

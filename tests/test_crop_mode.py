@@ -17,7 +17,7 @@ from deit_kd.cli import main
 from deit_kd.config import Config, build_parser, differences, parse_config
 from deit_kd.evaluation.sources import open_source
 from deit_kd.interfaces import InputError, Preprocessing
-from deit_kd.runs import parts
+from deit_kd.runs.photos import build_evaluation_transform
 from deit_kd.teaching.store_identity import validation_identity
 from deit_kd.views import evaluation_transform
 from tests.helpers import MEAN, STD, Finished, evaluated, heads_in, refused, tiny, write_photos
@@ -55,7 +55,7 @@ def test_a_published_model_is_scored_on_timms_own_views(name: str, capsys: pytes
     config, _ = parse_config(open_source(name).recipe, build_parser("eval"))
     cfg = timm.get_pretrained_cfg(name)
     theirs = create_transform(**resolve_data_config(pretrained_cfg=cfg.to_dict()))
-    torch.testing.assert_close(parts.build_evaluation_transform(config)(wide()), theirs(wide()), rtol=0, atol=1e-6)
+    torch.testing.assert_close(build_evaluation_transform(config)(wide()), theirs(wide()), rtol=0, atol=1e-6)
     assert config.data.crop_mode == cfg.crop_mode
     assert "warning" not in capsys.readouterr().out
 

@@ -20,7 +20,7 @@ from deit_kd.config import parse_config
 from deit_kd.data import Photos, Splits, load_image
 from deit_kd.data.names import Names
 from deit_kd.data.photos import split_by_hash
-from deit_kd.runs.parts import agreed_splits
+from deit_kd.runs.photos import agreed_splits
 from tests.helpers import CLASSES, ONE_PROCESS, REPOSITORY, as_arguments, write_photos
 from tests.tiny_parts import array_photos, folder_splits
 

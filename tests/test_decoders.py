@@ -19,7 +19,7 @@ from deit_kd.config import parse_config
 from deit_kd.data import UnreadableImage, decoder_named, one_split
 from deit_kd.data.decode import decoded
 from deit_kd.interfaces import InputError
-from deit_kd.runs.parts import build_splits
+from deit_kd.runs.photos import build_splits
 from deit_kd.runs.viewing import build_training_loader
 from deit_kd.teaching.fit import teacher_folder
 from tests.helpers import CLASSES, ONE_PROCESS, heads_in, records, refused, tiny

@@ -19,7 +19,7 @@ from deit_kd.config import parse_config
 from deit_kd.data import DeviceLoader, Draws, Photos, TrainingBatchSampler, UnreadableImage
 from deit_kd.data.sharing import one_ahead
 from deit_kd.interfaces import Batch, Missing
-from deit_kd.runs.parts import build_splits
+from deit_kd.runs.photos import build_splits
 from deit_kd.runs.viewing import build_training_loader
 from deit_kd.teaching.fit import teacher_folder
 from deit_kd.views import Drawing, Executor

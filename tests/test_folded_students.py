@@ -17,7 +17,7 @@ from deit_kd.config import parse_config
 from deit_kd.evaluation.folds import folded_students
 from deit_kd.evaluation.sources import open_source
 from deit_kd.metrics import bootstrap_means, interval, mcnemar
-from deit_kd.runs.parts import build_splits
+from deit_kd.runs.photos import build_splits
 from tests.helpers import heads_in, refused, tiny, write_photos
 
 ARMS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from deit_kd.data import Splits
 from deit_kd.data.folds import deal, one_fold
 from deit_kd.data.photos import split_by_hash
 from deit_kd.interfaces import InputError
-from deit_kd.runs.parts import build_splits
+from deit_kd.runs.photos import build_splits
 from deit_kd.teaching.fit import teacher_folder
 from deit_kd.teaching.store_identity import identity
 from tests.helpers import REPOSITORY, refused, tiny, write_photos

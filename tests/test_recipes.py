@@ -17,7 +17,7 @@ from deit_kd.cli import main
 from deit_kd.config import Config, parse_config
 from deit_kd.config.shipped import RECIPES
 from deit_kd.runs.opening import open_folder
-from deit_kd.runs.parts import build_splits
+from deit_kd.runs.photos import build_splits
 from deit_kd.teaching.fit import teacher_folder
 from deit_kd.teaching.store_identity import identity
 from tests.helpers import ONE_PROCESS, REPOSITORY, TINY, as_arguments, heads_in, records, refused, tiny, write_photos

@@ -20,7 +20,7 @@ from deit_kd.data.photos import Photos
 from deit_kd.data.subsets import CLASS_LISTS, class_names, share_of, with_classes
 from deit_kd.interfaces import InputError
 from deit_kd.origins import imagenet_names
-from deit_kd.runs.parts import build_splits
+from deit_kd.runs.photos import build_splits
 from deit_kd.teaching.store_identity import identity
 from tests.helpers import FIVE_CLASSES, REPOSITORY, refused, tiny, write_photos
 from tests.tiny_parts import folder_splits

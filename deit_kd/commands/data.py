@@ -33,7 +33,7 @@ def _data_check(arguments: Arguments) -> int:
     config = _of_folder(config, others["root"])
     from deit_kd.jobs.data import check_data, tell_taken
     from deit_kd.machine import available_cores
-    from deit_kd.runs.parts import build_splits
+    from deit_kd.runs.photos import build_splits
 
     splits, share = build_splits(config), config.data.validation_fraction
     if splits.validation.source is splits.train.source and config.data.folds is None:

@@ -32,6 +32,7 @@ from deit_kd.probes import (
     token_attention,
 )
 from deit_kd.runs import parts
+from deit_kd.runs.photos import build_evaluation_transform
 from deit_kd.teachers import FrozenTeacher
 
 COLLAPSED = 0.995  # two class tokens end at .999 in the paper, a class and a distillation token begin at .06
@@ -152,7 +153,7 @@ def _distance(heads: dict[str, Tensor]) -> Tensor:
 
 
 def _batch(examination: Examination, rows: list[int]) -> Batch:
-    transform = parts.build_evaluation_transform(examination.config)
+    transform = build_evaluation_transform(examination.config)
     indices = examination.answers.indices[rows].tolist()
     images = torch.stack([transform(examination.photos.image(index)) for index in indices])
     labels = examination.answers.labels[rows]

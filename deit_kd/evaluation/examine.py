@@ -23,8 +23,8 @@ from deit_kd.interfaces import Batch, InputError, Preprocessing, head_probabilit
 from deit_kd.metrics import judge
 from deit_kd.models.state import tensors_hash
 from deit_kd.run_folder import ScoreRecord
-from deit_kd.runs import parts
 from deit_kd.runs.held_out import check_own_fold
+from deit_kd.runs.photos import build_evaluation_loader, build_splits, compare_photos, with_labels
 from deit_kd.students import TimmStudent
 from deit_kd.teachers import NetworkTeacher
 from deit_kd.teaching.stored import StoredAnswers
@@ -96,7 +96,7 @@ def examine(source: Source, config: Config, split: str, processes: Processes, la
     teacher = teacher_of(source, config, _named_by(matched, photos), processes)
     stored = teacher if isinstance(teacher, StoredAnswers) else None
     network = None if isinstance(teacher, StoredAnswers) else teacher
-    batches = parts.build_evaluation_loader(config, photos, processes, skip=True)
+    batches = build_evaluation_loader(config, photos, processes, skip=True)
     mine: dict[int, str] = {}
     answers = collect(
         student,
@@ -163,7 +163,7 @@ def _photos(source: Source, config: Config, split: str, processes: Processes) ->
 
     def found() -> Photos:
         if split in ("train", "validation"):
-            splits = parts.build_splits(parts.with_labels(config))
+            splits = build_splits(with_labels(config))
             if source.run is not None:
                 check_own_fold(source.run, config.data, splits)
             photos: Photos = getattr(splits, split)
@@ -185,7 +185,7 @@ def _photos(source: Source, config: Config, split: str, processes: Processes) ->
             return found()
 
     photos = together(processes, listed)
-    parts.compare_photos(processes, {split: photos})
+    compare_photos(processes, {split: photos})
     return photos
 
 

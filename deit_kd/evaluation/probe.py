@@ -15,6 +15,7 @@ from deit_kd.features import POOLED
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.metrics.linear import judge_features
 from deit_kd.runs import parts
+from deit_kd.runs.photos import build_evaluation_loader, build_splits, with_labels
 from deit_kd.runs.vectors import Vectors, collect_vectors
 from deit_kd.students import TimmStudent
 
@@ -29,8 +30,8 @@ def probe(examination: Examination) -> dict[str, Any] | None:
     Raises:
         InputError: the split holds training photos; see also `collect_vectors`.
     """
-    config, processes = parts.with_labels(examination.config), examination.processes
-    train = together(processes, lambda: _same_classes(parts.build_splits(config).train, examination.photos))
+    config, processes = with_labels(examination.config), examination.processes
+    train = together(processes, lambda: _same_classes(build_splits(config).train, examination.photos))
     shared = _files(train) & _files(examination.photos)
     if examination.split == "train" or shared:
         raise InputError(
@@ -76,5 +77,5 @@ def _vectors_of(student: TimmStudent, examination: Examination, photos: Photos) 
         assert features is not None
         return features[POOLED]
 
-    batches = parts.build_evaluation_loader(config, photos, processes, skip=True)
+    batches = build_evaluation_loader(config, photos, processes, skip=True)
     return collect_vectors(examination.source.name, ask, batches, processes)

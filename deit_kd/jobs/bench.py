@@ -32,6 +32,7 @@ from deit_kd.runs import parts
 from deit_kd.runs.attention import attention_kernel
 from deit_kd.runs.lesson import Answers, Lesson, build_distiller, connect
 from deit_kd.runs.memory_format import lay_out_teachers
+from deit_kd.runs.photos import build_splits
 from deit_kd.runs.prepared import Run
 from deit_kd.runs.progress import Progress
 from deit_kd.runs.run import build_trainer, prepare
@@ -85,7 +86,7 @@ def bench(config: Config, rounds: int, steps: int, photos: int, other_compile: b
     if config.peers:
         raise InputError("peers: bench times one student; time each alone with --peers [], or use train --dry-run")
     with process_group(config.train.device) as processes:
-        splits = parts.build_splits(config)
+        splits = build_splits(config)
         with open_parts(config, processes, splits, rounds, steps, photos, other_compile) as timed:
             clock = _measure(timed, processes.device, rounds)
         views = len(splits.train) // config.augment.repeats * config.augment.repeats

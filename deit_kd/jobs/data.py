@@ -20,16 +20,16 @@ from deit_kd.data.listing import not_taken
 from deit_kd.data.source import TreeFiles
 from deit_kd.files import write_json
 from deit_kd.interrupts import raise_pending
-from deit_kd.runs import parts
+from deit_kd.runs.photos import build_splits, tell_unread
 
 
 def tell_taken(config: Config, splits: Splits) -> None:
     """Print what part of the photos a recipe takes, if not all."""
-    parts.tell_unread(config)
+    tell_unread(config)
     if not config.data.taken:
         return
     everything = config.with_keys(data={"classes": None, "rest": None, "fraction": None, "per_class": None})
-    whole = parts.build_splits(everything)
+    whole = build_splits(everything)
     (train, validation), (all_train, all_validation) = splits, whole
     named = str(len(train.classes))
     if train.rest is not None:

@@ -23,7 +23,7 @@ from deit_kd.files import check_file_to_be, write_atomically
 from deit_kd.interfaces import InputError, Preprocessing, counted, head_probabilities, printable
 from deit_kd.interrupts import raise_pending
 from deit_kd.run_folder import is_model
-from deit_kd.runs import parts
+from deit_kd.runs.photos import build_evaluation_transform
 from deit_kd.students import open_quantized
 from deit_kd.views import Transform
 
@@ -58,7 +58,7 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
         check_file_to_be("--csv", csv_file)
     with process_group(config.train.device) as processes:
         classes, answer = _from_model(place) if is_model(str(place)) else _from_run(place, config, processes)
-        transform = parts.build_evaluation_transform(config)
+        transform = build_evaluation_transform(config)
         rows: list[Row] = []
         unreadable: list[str] = []
         for start_at in range(0, len(files), config.evaluate.batch_size):

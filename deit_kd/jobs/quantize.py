@@ -30,6 +30,7 @@ from deit_kd.places import TEACHER_OF_RUN
 from deit_kd.run_folder import HEADS_FILE, QUANTIZED_FILE, read_facts
 from deit_kd.runs import parts
 from deit_kd.runs.held_out import check_own_fold
+from deit_kd.runs.photos import build_evaluation_loader, build_splits, with_labels
 from deit_kd.students import TimmStudent, int8_kernels, open_quantized, save_quantized
 
 CPU = Processes(0, 1, torch.device("cpu"))
@@ -179,7 +180,7 @@ def quantize(source: Source, config: Config, trained: Source, bits: int, folder:
 
 def _photos(source: Source, config: Config) -> Photos:
     assert source.run is not None
-    splits = parts.build_splits(parts.with_labels(config))
+    splits = build_splits(with_labels(config))
     check_own_fold(source.run, config.data, splits)
     if splits.validation.classes != source.classes:
         raise InputError(f"data.root: has other classes than {source.name}; name photos of its classes")
@@ -222,7 +223,7 @@ def _in_onnx(source: Source, config: Config, about: About, folder: Path) -> _InO
 
 
 def _answers(student: nn.Module, photos: Photos, config: Config, precision: str) -> Answers:
-    batches = parts.build_evaluation_loader(config, photos, CPU, skip=True)
+    batches = build_evaluation_loader(config, photos, CPU, skip=True)
     return collect(student, None, batches, classes=len(photos.classes), processes=CPU, precision=precision)
 
 

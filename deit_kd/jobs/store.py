@@ -12,7 +12,7 @@ from deit_kd.console import say, size_text
 from deit_kd.distributed import process_group
 from deit_kd.interfaces import POOLED, Batch, InputError, counted
 from deit_kd.randomness import generator
-from deit_kd.runs import parts
+from deit_kd.runs.photos import agreed_splits
 from deit_kd.runs.viewing import build_loader_of_all, cached
 from deit_kd.store import VALIDATION, Gap, LabelStore, epoch_part, plan_of, progress_of_parts
 from deit_kd.teachers import FrozenTeacher, NetworkTeacher
@@ -45,7 +45,7 @@ def check(config: Config, folder: str, samples: int) -> dict[str, float]:
     if samples < 1:
         raise InputError(f"--samples: {samples} is not above 0")
     with process_group(config.train.device) as processes:
-        splits = parts.agreed_splits(config, processes)
+        splits = agreed_splits(config, processes)
         splits = splits._replace(train=cached(config, splits.train, processes))
         loader = build_loader_of_all(config, splits.train, processes)
         store = open_store(folder)

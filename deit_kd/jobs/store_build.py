@@ -16,9 +16,9 @@ from deit_kd.data import Splits, TrainingLoader
 from deit_kd.distributed import Processes, from_main, on_main, process_group
 from deit_kd.interfaces import Batch, InputError, counted
 from deit_kd.machine import seconds_of
-from deit_kd.runs import parts
 from deit_kd.runs.data_errors import DataErrors, merge
 from deit_kd.runs.opening import claimed
+from deit_kd.runs.photos import agreed_splits, build_data_errors
 from deit_kd.runs.viewing import build_loader_of_all, cached
 from deit_kd.store import (
     MANIFEST,
@@ -67,7 +67,7 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
     with process_group(config.train.device) as processes, ExitStack() as stack:
         if share is not None:
             on_main(processes, partial(share.refuse_other, folder))
-        splits = parts.agreed_splits(config, processes)
+        splits = agreed_splits(config, processes)
         splits = splits._replace(train=cached(config, splits.train, processes))
         loader = build_loader_of_all(config, splits.train, processes)
         with _one_fit(config, folder, splits, processes, share):
@@ -82,7 +82,7 @@ def build(config: Config, folder: str | None, epochs: int | None, batch_size: in
             if epochs < config.train.epochs and epochs % config.augment.repeats:
                 say(f"warning: {_better_epochs(epochs, config.augment.repeats)}")
         place = store.folder if share is None else share.folder(folder)
-        errors = parts.build_data_errors(config, splits, place, processes)
+        errors = build_data_errors(config, splits, place, processes)
         if share is None or share.number == 1:
             fill_validation(config, store, teacher, splits, processes, errors)
         recorder = RecordingTeacher(teacher, store, shares_of_dense(config, loader))

@@ -20,10 +20,10 @@ from deit_kd.interrupts import stopped_by
 from deit_kd.losses import FeatureTerm, Objective, Term
 from deit_kd.memory import peak_memory, reset_peak_memory
 from deit_kd.run_folder import CHECKPOINTS, METRICS_FILE, FeatureRecord, ScoreRecord, kept_weights
-from deit_kd.runs import parts
 from deit_kd.runs.journal import Journal
 from deit_kd.runs.lesson import Lesson, build_distiller
 from deit_kd.runs.peers import split_scores
+from deit_kd.runs.photos import skips
 from deit_kd.runs.prepared import AfterEpoch, Run
 from deit_kd.runs.progress import BadStep, Progress
 from deit_kd.schedules import Schedule
@@ -127,7 +127,7 @@ class Course:
         record |= self._weights(record, run.objective, self.trainer.distiller.objective)
         for peer, member in zip(run.peers, self.trainer.distiller.members[1:], strict=True):
             record["peers"][peer.name] |= self._weights(record["peers"][peer.name], peer.objective, member.objective)
-        if parts.skips(run.config):
+        if skips(run.config):
             run.errors.tell()
             record["missing"] = run.errors.views("train")  # so far
         self.journal.record("step", progress.step, record)

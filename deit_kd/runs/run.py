@@ -46,6 +46,7 @@ from deit_kd.runs.memory_format import Choices, lay_out_teachers, memory_format_
 from deit_kd.runs.opening import open_folder
 from deit_kd.runs.outcome import head_scores, print_heads, save_student
 from deit_kd.runs.peers import build_peers, save_peer
+from deit_kd.runs.photos import agreed_splits, build_data_errors, build_evaluation_loader, skips
 from deit_kd.runs.prepared import AfterEpoch, Peer, Run
 from deit_kd.runs.progress import Progress
 from deit_kd.runs.viewing import build_training_loader, cached, makers_of, training_order
@@ -72,7 +73,7 @@ def prepare(
         raise InputError("train.precision: fp16 needs CUDA; use bf16 or off on the CPU")
     check_tracking(config.tracking.wandb)
     choose_kernels(processes.device, config.train.deterministic)
-    splits = splits or parts.agreed_splits(config, processes)
+    splits = splits or agreed_splits(config, processes)
     if len(splits.validation) < processes.count:
         raise InputError(
             f"data: {len(splits.validation)} validation images are fewer than {processes.count} processes; use fewer "
@@ -98,14 +99,14 @@ def prepare(
         splits=splits,
         folder=folder,
         loader=build_training_loader(config, splits.train, processes),
-        validation=parts.build_evaluation_loader(config, splits.validation, processes),
+        validation=build_evaluation_loader(config, splits.validation, processes),
         student=student,
         optimizer=optimizer,
         data_facts=data_facts,
         schedule=schedule,
         checkpoint=checkpoint,
         peers=peers,
-        errors=parts.build_data_errors(
+        errors=build_data_errors(
             config, splits, folder, processes, first_step=0 if checkpoint is None else checkpoint["progress"]["step"]
         ),
     )
@@ -197,7 +198,7 @@ def build_trainer(run: Run, lesson: Lesson, first_step: int = 0) -> Trainer:
         processes=processes,
         accumulation_steps=config.train.accumulation_steps,
         seed=config.seed,
-        skip=parts.skips(config),
+        skip=skips(config),
         total_steps=run.loader.total_steps,
     )
 

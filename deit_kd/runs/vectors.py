@@ -14,7 +14,7 @@ from deit_kd.distributed import Processes, from_main
 from deit_kd.features import POOLED
 from deit_kd.interfaces import Batch, InputError
 from deit_kd.metrics import score_neighbours
-from deit_kd.runs import parts
+from deit_kd.runs.photos import agreed_splits, build_evaluation_loader, with_labels
 from deit_kd.runs.prepared import Run
 from deit_kd.teachers import FrozenTeacher
 
@@ -73,7 +73,7 @@ def score_headless(run: Run, teacher: FrozenTeacher) -> dict[str, Any]:
         return features[POOLED]
 
     processes = run.processes
-    few = parts.build_evaluation_loader(run.config, _few_labelled(run), processes, skip=True)
+    few = build_evaluation_loader(run.config, _few_labelled(run), processes, skip=True)
     watched = run.errors.watch("validation", run.validation)
     teacher.ask_for((POOLED,))
     known, asked = (
@@ -93,7 +93,7 @@ def _few_labelled(run: Run) -> Photos:
     """
     labelled = run.splits.train
     if run.config.data.unlabelled is not None:
-        own = parts.with_labels(run.config).with_keys(data={"fraction": None})
-        labelled = parts.agreed_splits(own, run.processes).train
+        own = with_labels(run.config).with_keys(data={"fraction": None})
+        labelled = agreed_splits(own, run.processes).train
     plain = replace(labelled, decoded=None, short_side=None, decoder=run.splits.validation.decoder)
     return share_of(plain, None, max(1, MOST_KNOWN // len(run.classes)))

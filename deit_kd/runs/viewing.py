@@ -13,7 +13,7 @@ from deit_kd.console import say, size_text
 from deit_kd.data import CAN_SHARE, CHANNELS, PILLOW, PREFETCHED, Decoded, Photos, batches_ahead
 from deit_kd.distributed import Processes, together
 from deit_kd.interfaces import counted
-from deit_kd.runs.parts import skips
+from deit_kd.runs.photos import skips
 from deit_kd.views import EXECUTOR_VERSION, Drawing, Executor, Transform, training_transform
 
 FLOAT32 = 4  # bytes

@@ -32,6 +32,7 @@ from deit_kd.randomness import VIEWS_VERSION, derive
 from deit_kd.run_folder import HEADS_FILE
 from deit_kd.runs import parts
 from deit_kd.runs.opening import claimed
+from deit_kd.runs.photos import agreed_splits, build_splits, with_labels
 from deit_kd.runs.run import execute, prepare
 from deit_kd.runs.viewing import makers_of
 from deit_kd.store import LabelStore
@@ -65,8 +66,8 @@ def _found_or_fitted(config: Config, processes: Processes, splits: Splits) -> Pa
     if config.teacher.name is None:
         raise InputError("teacher.name: is not set; name a timm model such as resnet18")
     if config.data.unlabelled is not None:
-        config = parts.with_labels(config)
-        splits = parts.agreed_splits(config, processes)
+        config = with_labels(config)
+        splits = agreed_splits(config, processes)
     key, folder = _key(config, splits), teacher_folder(config, splits)
     if _is_there(role, folder, processes):
         return folder
@@ -150,7 +151,7 @@ def unfitted_teacher(config: Config, classes: tuple[str, ...], processes: Proces
 
 def _key(config: Config, splits: Splits, views: int = VIEWS_VERSION) -> dict[str, Any]:
     if config.data.unlabelled is not None:
-        splits = parts.build_splits(parts.with_labels(config))
+        splits = build_splits(with_labels(config))
     found_by = {name for name in TeacherSection.model_fields if effects().get(f"teacher.{name}", FIT) & FIT}
     found_by -= {"image_size"}  # it is among what is seen, as the first version had it
     teacher = config.teacher.model_dump(mode="json", include=found_by, exclude={"fit": {"folder"}})

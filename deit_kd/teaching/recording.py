@@ -19,6 +19,7 @@ from deit_kd.interfaces import DENSE, POOLED, Batch, InputError, TeacherOutput
 from deit_kd.randomness import VIEWS_VERSION
 from deit_kd.runs import parts
 from deit_kd.runs.data_errors import DataErrors
+from deit_kd.runs.photos import build_evaluation_loader
 from deit_kd.runs.prepared import AfterEpoch, Run
 from deit_kd.store import (
     VALIDATION,
@@ -187,7 +188,7 @@ def fill_validation(
     if processes.share(store.holds(VALIDATION)):
         return
     asked = _Listener(teacher, store.record.of_whole_images)
-    batches = parts.build_evaluation_loader(config, splits.validation, processes)
+    batches = build_evaluation_loader(config, splits.validation, processes)
     score, _ = score_teacher(
         asked,
         processes.busy_over("runs the teacher", errors.watch("validation", batches)),
