@@ -160,15 +160,19 @@ PRETRAINING: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("unread", [0, 1])
 def test_a_teacher_whose_features_say_nothing_is_refused(
-    photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    unread: int, photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    root = shutil.copytree(photos_root, tmp_path / "photos")
+    for photo in sorted((root / "validation").rglob("*.png"))[:unread]:
+        photo.write_bytes(b"no photo")
     file = save_teacher(tmp_path / "teacher") / "model.safetensors"
     state = load_file(file)
     save_file({name: tensor * 0 if tensor.is_floating_point() else tensor for name, tensor in state.items()}, file)
-    options = {"teacher__random_weights": None, "teacher__checkpoint": str(file.parent)}
-    said = refused(["train", *tiny(photos_root, tmp_path / "run", **PRETRAINING, **options)], capsys)
-    assert "by k-NN, from 48 training images to 21 of validation, below" in said
+    own = {"data__on_error": "skip", "teacher__random_weights": None, "teacher__checkpoint": str(file.parent)}
+    said = refused(["train", *tiny(root, tmp_path / "run", **{**PRETRAINING, **own})], capsys)
+    assert f"by k-NN, from 48 training images to {21 - unread} of validation, below" in said
     assert not (tmp_path / "run/run.json").exists()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,8 +61,10 @@ def collect_vectors(
     return Vectors(labels[order], features[order])
 
 
-def score_headless(run: Run, teacher: FrozenTeacher) -> dict[str, Any]:
+def score_headless(run: Run, teacher: FrozenTeacher) -> tuple[dict[str, Any], np.ndarray]:
     """Return the k-NN score of a teacher without a head, from training photos to those of validation.
+
+    With it come the labels of the validation photos that could be read.
 
     Raises:
         InputError: see `collect_vectors`.
@@ -83,7 +86,8 @@ def score_headless(run: Run, teacher: FrozenTeacher) -> dict[str, Any]:
     teacher.ask_for(())
     run.errors.tell()
     pairs = known.features, known.labels, asked.features, asked.labels
-    return from_main(processes, lambda: score_neighbours(*pairs), "compares the teacher's features")
+    score = from_main(processes, lambda: score_neighbours(*pairs), "compares the teacher's features")
+    return score, asked.labels.numpy()
 
 
 def _few_labelled(run: Run) -> Photos:
