@@ -263,6 +263,22 @@ def test_starting_from_weights_is_not_resuming(finished: Finished, photos_root: 
     assert torch.isfinite(torch.tensor(records(tmp_path / "run")[0]["loss"]))
 
 
+def test_epochs_that_are_not_scored_leave_the_same_student(photos_root: Path, tmp_path: Path) -> None:
+    ends = []
+    for every, scored in ((1, [0, 1, 2]), (2, [1, 2]), (9, [2])):
+        output = tmp_path / str(every)
+        options = {"train__epochs": 3, "evaluate__every_epochs": every, "distill__kind": "soft"}
+        assert main(["train", *tiny(photos_root, output, **options)]) == 0
+        ends.append((load_file(output / "student/model.safetensors"), heads_in(output)))
+        kinds = [(record["kind"], record["epoch"]) for record in records(output)]
+        assert [epoch for kind, epoch in kinds if kind == "epoch"] == scored
+        assert (output / "checkpoints/best.safetensors").is_file()
+    (weights, heads), *others = ends
+    for own_weights, own_heads in others:
+        assert all(torch.equal(own_weights[name], tensor) for name, tensor in weights.items())
+        assert own_heads == heads
+
+
 def test_the_best_epoch_can_be_scored_and_started_from(finished: Finished, tmp_path: Path) -> None:
     best = finished.folder / "checkpoints" / BEST
     epochs = [record for record in records(finished.folder) if record["kind"] == "epoch"]

@@ -60,6 +60,8 @@ class Evaluate(Section):
     """mean of the two heads' softmaxes, as in the paper, or of their logits, as in timm and deit"""
     batch_size: int = key(128, NOTHING, gt=0)
     """images per process"""
+    every_epochs: int = key(1, NOTHING, gt=0)
+    """score the heads after every so many epochs, and after the last"""
     report: bool = key(True, NOTHING)
     """write report/report.html at the end of the run"""
 

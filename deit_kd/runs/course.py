@@ -70,6 +70,7 @@ class Course:
         finally:
             self.checkpoints.wait()
         if not self.scores:  # all steps had been done already
+            self.trainer.align_buffers()
             self.scores = self._score()
         self._stop_if_asked()
         return self.scores
@@ -196,9 +197,16 @@ class Course:
             )
 
     def _end_epoch(self) -> None:
-        """Score the epoch that has ended; if a signal comes first, the checkpoint notes that it is not scored yet."""
+        """Score the epoch that has ended, if it is due; if a signal comes first, the checkpoint notes what is left."""
         run, step = self.run, self.progress.step
         epoch = step // run.loader.steps_per_epoch - 1
+        # Heads that no label has taught say nothing of an epoch: the newest is then the best.
+        newest_is_best = not run.objective.learns_from_labels
+        self.trainer.align_buffers()
+        if (epoch + 1) % run.config.evaluate.every_epochs and step < run.loader.total_steps:
+            self._save(newest_is_best)
+            self.progress.restart_clock()
+            return
         scores = self._score()
         self.progress.epoch_is_scored = False
         self._stop_if_asked()
@@ -211,18 +219,16 @@ class Course:
             say(_epoch_note(epoch, run.config.train.epochs, scores, self.teacher_score))
         heads = own[kept_weights(own)]["heads"]
         top1 = heads[speaker(heads)]["top1"]
-        # Heads that no label has taught say nothing of an epoch: the newest is then the best.
-        is_best = top1 > self.progress.best_top1 or not run.objective.learns_from_labels
+        is_best = top1 > self.progress.best_top1 or newest_is_best
         self.progress.best_top1 = max(top1, self.progress.best_top1)
         self._save(is_best)
         self.progress.restart_clock()
 
     def _score(self) -> dict[str, Any]:
-        run, trainer = self.run, self.trainer
-        trainer.align_buffers()
+        run = self.run
         epoch = run.errors.step // run.loader.steps_per_epoch - 1
         scores = evaluate(
-            trainer.weights(),
+            self.trainer.weights(),
             run.errors.watch("validation", self.watch.until_signal(run.validation), epoch),
             classes=len(run.classes),
             total=len(run.splits.validation),
