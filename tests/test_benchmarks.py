@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as parquet
 import pytest
 import torch
 
@@ -111,16 +112,45 @@ def test_spans_of_an_average_are_compared_in_one_run(photos_root: Path, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_heads_are_compared_over_seeds(runs: Path, tmp_path: Path, program: Program) -> None:
+@pytest.fixture
+def seeds(runs: Path, tmp_path: Path) -> Path:
+    """A folder of two evaluated runs, as they are named for their seeds."""
     for run, name in (("plain", "none-0"), ("distilled", "hard-0")):
-        shutil.copytree(runs / run, tmp_path / name)
-        assert main(["eval", str(tmp_path / name)]) == 0
-    printed = program("compare_heads", str(tmp_path), "--variants", "hard", "--seeds", "0")
+        shutil.copytree(runs / run, tmp_path / "seeds" / name)
+        assert main(["eval", str(tmp_path / "seeds" / name)]) == 0
+    return tmp_path / "seeds"
+
+
+def test_heads_are_compared_over_seeds(seeds: Path, program: Program) -> None:
+    printed = program("compare_heads", str(seeds), "--variants", "hard", "--seeds", "0")
     rows = [[cell.strip() for cell in line.split("│")] for line in printed.splitlines() if "│ hard" in line]
-    heads = heads_in(tmp_path / "hard-0")["heads"]
+    heads = heads_in(seeds / "hard-0")["heads"]
     assert len(rows) == 4
     for name in ("cls", "dist"):
         assert [row[3] for row in rows if row[2] == name] == [f"{heads[name]['top1']:.1f}"]
+
+
+def test_answers_are_kept_and_compared(seeds: Path, tmp_path: Path, program: Program) -> None:
+    arms = {}
+    for name in ("none", "hard"):
+        arms[name] = str(shutil.copytree(seeds / f"{name}-0/eval/validation", tmp_path / name))
+    file = str(tmp_path / "answers.parquet")
+    program("kept_answers", file, "--add", arms["none"])
+    program("kept_answers", file, "--add", arms["hard"], arms["none"])  # one of them again
+    printed = program("kept_answers", file, "--base", "none")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    heads = heads_in(Path(arms["hard"]))["heads"]
+    found = {(arm, head): top1 for arm, head, top1, *_ in rows}
+    assert len(found) == len(rows)
+    assert found["hard", "dist"] == f"{heads['dist']['top1']:.1f}"
+    (plain,) = (row for row in rows if row[:2] == ["none", "cls"])
+    assert plain[3:] == ["", "", ""]
+    predictions = Path(arms["hard"]) / "predictions.parquet"
+    parquet.write_table(parquet.read_table(predictions)[:5], predictions)
+    with pytest.raises(InputError, match=r"is of other photos than .*answers.parquet; name another file"):
+        program("kept_answers", file, "--add", arms["hard"])
+    with pytest.raises(InputError, match=r"--base: 'soft' is not in .*; use one of hard, none"):
+        program("kept_answers", file, "--base", "soft")
 
 
 def test_zoo_judges_the_smallest_model_of_every_family(tmp_path: Path, program: Program) -> None:
