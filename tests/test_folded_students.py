@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as parquet
 import pytest
 import torch
+import yaml
 
 from deit_kd.cli import main
 from deit_kd.config import parse_config
@@ -18,7 +19,7 @@ from deit_kd.evaluation.folds import folded_students
 from deit_kd.evaluation.sources import open_source
 from deit_kd.metrics import bootstrap_means, interval, mcnemar
 from deit_kd.runs.photos import build_splits
-from tests.helpers import heads_in, refused, tiny, write_photos
+from tests.helpers import STUDENT, heads_in, refused, tiny, write_photos
 
 ARMS: dict[str, dict[str, Any]] = {
     "soft": {"distill__kind": "soft", "teacher__random_weights": None, "teacher__fit__epochs": 1},
@@ -158,6 +159,24 @@ def test_a_teacher_with_another_recipe_makes_another_student(home: Path, tmp_pat
     recipe = (teacher / "config.yaml").read_text()
     (teacher / "config.yaml").write_text(recipe.replace("label_smoothing: 0.1", "label_smoothing: 0.2"))
     assert grouped([home / "soft-0", folder]) == [("soft", [0]), ("other", [1])]
+
+
+@pytest.mark.parametrize("learner", ["student", "peer"])
+def test_folds_that_start_from_runs_are_one_student_if_these_are(home: Path, tmp_path: Path, learner: str) -> None:
+    def began_with(source: Path, fold: int) -> Path:
+        folder = shutil.copytree(home / f"none-{fold}", tmp_path / f"{source.name}-of-{fold}")
+        recipe = yaml.safe_load((folder / "config.yaml").read_text())
+        if learner == "student":
+            recipe["student"]["checkpoint"] = str(source)
+        else:
+            recipe["peers"] = [{"name": STUDENT, "checkpoint": str(source)}]
+        (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+        return folder
+
+    first, second = began_with(home / "soft-0", 0), began_with(home / "soft-1", 1)
+    assert len(grouped([first, second])) == 1
+    assert len(grouped([first, began_with(home / "none-1", 1)])) == 2
+    assert len(grouped([first, home / "none-1"])) == 2
 
 
 def test_two_runs_of_the_same_fold_are_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,8 +74,8 @@ def fold_scores(heads: Mapping[str, Any]) -> str:
 def folded_students(runs: Sequence[tuple[Source, Config]]) -> list[FoldedStudent]:
     """Group runs that differ only in the fold that they hold out and in keys that never change a result.
 
-    The weights of a fold's own teacher may also differ if they come from a run: its recipe is compared instead. Runs
-    with different seeds are different students.
+    The weights of a fold's own teacher, and those that a student starts from, may also differ if they come from a run:
+    its recipe is compared instead. Runs with different seeds are different students.
 
     Args:
         runs: each with its recipe, command-line overrides included.
@@ -109,23 +109,27 @@ def folded_students(runs: Sequence[tuple[Source, Config]]) -> list[FoldedStudent
 
 
 def recipe_but_fold(run: Path, learners: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return what the result of a run depends on besides its photos: its recipe and its teachers' recipes.
+    """Return what the result of a run depends on besides its photos: its recipe, and those of the runs that it uses.
 
     Args:
         run: its folder.
         learners: the runs that have learned from it.
     """
+
+    def recipes_of(sources: Iterable[str | None]) -> list[dict[str, Any]]:
+        runs = [run_of(path_of(source)) for source in sources if source is not None]
+        return [recipe_but_fold(one, (*learners, run)) for one in runs if one is not None and one not in learners]
+
     keys = flat(Config().model_dump(mode="json")) | flat(read_recipe(run / CONFIG_FILE))
+    keys["student.checkpoint"] = recipes_of([keys["student.checkpoint"]]) or keys["student.checkpoint"]
+    keys["peers"] = [
+        {**peer, "checkpoint": recipes_of([peer.get("checkpoint")]) or peer.get("checkpoint")} for peer in keys["peers"]
+    ]
     teacher: Any = read_facts(run)["teacher"] or {}
-    sources = [run_of(path_of(source)) for source in _sources_of(teacher)]
     return {
         "classes": read_facts(run)["classes"],
         **{key: keys[key] for key in sorted(keys) if effects().get(key) != NOTHING and key != "data.fold"},
-        "teachers' runs": [
-            recipe_but_fold(source, (*learners, run))
-            for source in sources
-            if source is not None and source not in learners
-        ],
+        "teachers' runs": recipes_of(_sources_of(teacher)),
     }
 
 
