@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 
@@ -11,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["DEIT_KD_CACHE"] = tempfile.mkdtemp(prefix="deit-kd-cache-")  # indexes of large sets; not the user's
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, kind in (("distilled", "hard"), ("plain", "none")):
         assert main(["train", *short(home / "photos", home / name, distill__kind=kind)]) == 0
     return home
+
+
+@pytest.fixture
+def start_method() -> Iterator[None]:
+    """The way in which this process starts others, which a test may change."""
+    before = multiprocessing.get_start_method()
+    yield
+    multiprocessing.set_start_method(before, force=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import pickle
-from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -97,14 +96,6 @@ def test_a_worker_that_is_not_forked_is_sent_no_pixels(odd: Photos) -> None:
     sent = ForkingPickler.dumps(kept)
     assert len(sent) < len(kept.decoded.pixels)
     assert pixels(pickle.loads(sent)) == pixels(odd)
-
-
-@pytest.fixture
-def start_method() -> Iterator[None]:
-    """The way in which this process starts others, which a test may change."""
-    before = multiprocessing.get_start_method()
-    yield
-    multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.mark.usefixtures("start_method")

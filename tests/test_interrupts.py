@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -9,15 +10,18 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.data import Dataset
 
 from deit_kd import cli
 from deit_kd.cli import main
+from deit_kd.data.loader import in_workers
 from deit_kd.distributed import process_group
+from deit_kd.interrupts import EXIT_CODES
 from deit_kd.stopping import Watch
 from deit_kd.teachers import FrozenTeacher
 from tests.helpers import FIT_STEPS, ONE_PROCESS, Finished, assert_same_end, elsewhere, newest_two, tiny
@@ -225,3 +229,25 @@ def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run(
     assert not (place / "heads.json").exists()
     assert main(["train", *arguments]) == 0
     assert_same_end(finished, tmp_path)
+
+
+class _HitWhileItStarts(Dataset[int]):
+    """Sends the worker that it comes to all signals, as a terminal and SLURM do, before the worker can ignore any."""
+
+    def __reduce__(self) -> Any:
+        return _HitWhileItStarts, (True,)
+
+    def __init__(self, is_in_worker: bool = False) -> None:
+        for number in EXIT_CODES if is_in_worker else ():
+            os.kill(os.getpid(), number)
+
+    def __getitem__(self, index: Any) -> int:
+        return int(index)
+
+
+@pytest.mark.usefixtures("start_method")
+def test_a_signal_to_a_worker_that_is_still_importing_is_left_to_the_program() -> None:
+    multiprocessing.set_start_method("spawn", force=True)
+    batches = in_workers(_HitWhileItStarts(), cast(Any, [[3], [4]]), list, workers=1, ahead=1, has_gpu=False)
+    assert list(batches) == [[3], [4]]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(EXIT_CODES)

@@ -10,8 +10,10 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import resource_tracker
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -26,6 +28,7 @@ from deit_kd.data.order import TrainingBatchSampler, ViewKey
 from deit_kd.data.photos import Photos
 from deit_kd.data.sharing import PREFETCHED, SharedBuffers, one_ahead, received
 from deit_kd.interfaces import Batch, InputError
+from deit_kd.interrupts import EXIT_CODES
 from deit_kd.randomness import seed_view
 from deit_kd.views.transforms import Transform
 
@@ -97,7 +100,9 @@ class _Plainly(Generic[Loaded]):
         if self.batches.num_workers:
             _keep_pages_shared()
         try:
-            yield from self.batches
+            with _out_of_earshot():
+                batches = iter(self.batches)
+            yield from batches
         except InputError as error:
             raise InputError(str(error).strip().rpartition(f"{type(error).__name__}: ")[2]) from error
         except (OSError, EOFError):
@@ -150,9 +155,22 @@ def _end_workers() -> None:
 atexit.register(_end_workers)  # registered after multiprocessing's own, so it runs before it
 
 
+@contextmanager
+def _out_of_earshot() -> Iterator[None]:
+    """Start processes that hear no signals, even before `_serve`: one that is not forked imports for seconds first."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
+    try:
+        if multiprocessing.get_start_method() != "fork":
+            resource_tracker.ensure_running()  # the first worker would start it, which lets signals in again
+            signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(worker: int) -> None:
     """Leave signals to the process that trains: a terminal and SLURM send them to workers, too."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in EXIT_CODES:
         signal.signal(number, signal.SIG_IGN)
 
 
