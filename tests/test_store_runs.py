@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -37,7 +38,16 @@ from deit_kd.store import VALIDATION, LabelStore, Record, epoch_part
 from deit_kd.teaching import recording
 from deit_kd.teaching.stored import stored_teacher
 from tests.forked import run_on_two
-from tests.helpers import assert_same_scores, before_steps, evaluated, heads_in, refused, tiny
+from tests.helpers import (
+    assert_same_scores,
+    before_steps,
+    evaluated,
+    heads_in,
+    refused,
+    short,
+    signal_in_step,
+    tiny,
+)
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
 PHOTOS_PER_CLASS = {"train": 15, "validation": 6}
@@ -256,6 +266,26 @@ def test_a_recording_run_that_was_interrupted_fills_the_rest_when_it_is_resumed(
         home.train(tmp_path / "run", **options)
     assert home.train(tmp_path / "run", **options, resume="auto") == unbroken
     same_answers(LabelStore(tmp_path / "store"), LabelStore(hard), EPOCHS)
+
+
+@pytest.fixture(scope="module")
+def stopped(photos_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The arguments that resume a run which recorded a store and was stopped in its second epoch."""
+    place = tmp_path_factory.mktemp("stopped")
+    record = {"teacher.store": place / "store", "teacher.store_mode": "record", "train.batch_size": 12}
+    arguments = ["train", *short(photos_root, place / "run", **record), "--resume", "auto"]
+    with signal_in_step(signal.SIGTERM, 5):
+        assert main(arguments) == 143
+    return arguments
+
+
+def test_a_resumed_run_records_into_no_store_that_lacks_what_it_has_behind_it(
+    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused([*stopped, "--teacher.store", str(tmp_path / "other")], capsys)
+    assert "other lacks epoch 0 of the views" in said
+    assert "store build --epochs 1" in said
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_longer_run_cycles_and_keeps_to_its_epochs_when_the_store_has_grown(home: Home, tmp_path: Path) -> None:

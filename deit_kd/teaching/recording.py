@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from deit_kd.runs.data_errors import DataErrors
 from deit_kd.runs.photos import build_evaluation_loader
 from deit_kd.runs.prepared import AfterEpoch, Run
 from deit_kd.store import (
+    MANIFEST,
     VALIDATION,
     VIEWS_FIELD,
     LabelStore,
@@ -58,6 +60,7 @@ def recording(
     """
     config, processes = run.config, run.processes
     assert config.teacher.store is not None
+    on_main(processes, lambda: _refuse_gap(run), f"looks into {config.teacher.store}")
     with writing(config, config.teacher.store, run.splits, run.loader, processes, teacher, checkpoint) as store:
         fill_validation(config, store, teacher, run.splits, processes, run.errors)
         recorder = RecordingTeacher(teacher, store, shares_of_dense(config, run.loader))
@@ -70,6 +73,24 @@ def recording(
         if processes.is_main:
             say(f"store: filling {config.teacher.store}, {store.record.bytes_per_view} bytes per view")
         yield recorder, after_epoch
+
+
+def _refuse_gap(run: Run) -> None:
+    """Refuse a store without the views of an epoch that a resumed run will not see again: it would keep that gap.
+
+    Raises:
+        InputError: so it is.
+    """
+    folder = str(run.config.teacher.store)
+    done = 0 if run.checkpoint is None else run.checkpoint["progress"]["step"] // run.loader.steps_per_epoch
+    is_there = (Path(folder).expanduser() / MANIFEST).is_file()
+    held = LabelStore(folder).epochs if is_there else 0
+    if held < done:
+        raise InputError(
+            f"teacher.store: {folder} lacks epoch {held} of the views, which {run.folder} has behind it; name the "
+            f"store that the run filled, fill this one first with deit-kd store build --epochs {done}, or record no "
+            "more (--teacher.store null --teacher.store_mode read)"
+        )
 
 
 @contextmanager
