@@ -288,6 +288,14 @@ def test_a_resumed_run_records_into_no_store_that_lacks_what_it_has_behind_it(
     assert not (tmp_path / "other").exists()
 
 
+def test_a_run_that_records_is_not_resumed_as_one_that_reads(
+    stopped: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused([*stopped, "--teacher.store_mode", "read"], capsys)
+    assert "was started with a teacher that answers itself" in said
+    assert "teacher.store_mode record" in said
+
+
 def test_a_longer_run_cycles_and_keeps_to_its_epochs_when_the_store_has_grown(home: Home, tmp_path: Path) -> None:
     home.build(tmp_path / "store", 1)
     options = {"teacher.store": tmp_path / "store", "train.epochs": 3}
@@ -361,7 +369,7 @@ def test_another_form_of_record_is_refused_on_resume(
 ) -> None:
     home.train(tmp_path / "run", **{"teacher.store": hard, "train.epochs": 1})
     arguments = home.arguments(output=tmp_path / "run", resume="auto", **{"teacher.store": soft, "train.epochs": 1})
-    assert "was started with other weights for the teacher" in refused(["train", *arguments], capsys)
+    assert "was started with another label store" in refused(["train", *arguments], capsys)
 
 
 def ready(arguments: list[str]) -> Any:

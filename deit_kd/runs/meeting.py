@@ -117,5 +117,12 @@ def _refuse_other_teacher(run: Run, role: str, facts: dict[str, Any]) -> None:
     before: Any = read_facts(run.folder)["teacher"] or {}
     if role == "guide" and "guide" in before:
         before = before["guide"]
-    if any(before.get(key) != facts.get(key) for key in ("weights", "store")):
+    if before.get("weights") != facts.get("weights"):
         raise InputError(f"resume: {run.folder} was started with other weights for the {role}; name the same ones")
+    if before.get("store") != facts.get("store"):
+        raise InputError(
+            f"resume: {run.folder} was started with another label store; read the same one (teacher.store)"
+            if before.get("store")
+            else f"resume: {run.folder} was started with a teacher that answers itself, not from a label store; leave "
+            "out teacher.store, or fill it with teacher.store_mode record"
+        )
