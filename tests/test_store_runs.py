@@ -296,6 +296,18 @@ def test_a_run_that_records_is_not_resumed_as_one_that_reads(
     assert "teacher.store_mode record" in said
 
 
+def test_a_finished_run_whose_store_is_gone_ends_as_before(stopped: list[str], tmp_path: Path) -> None:
+    run = Path(stopped[stopped.index("--output") + 1])
+    shutil.copytree(run, tmp_path / "run")
+    store = shutil.copytree(run.parent / "store", tmp_path / "store")
+    moved = [*stopped, "--output", str(tmp_path / "run"), "--teacher.store", str(store)]
+    assert main(moved) == 0
+    heads = heads_in(tmp_path / "run")
+    shutil.rmtree(store)
+    assert main(moved) == 0
+    assert heads_in(tmp_path / "run") == heads
+
+
 def test_a_longer_run_cycles_and_keeps_to_its_epochs_when_the_store_has_grown(home: Home, tmp_path: Path) -> None:
     home.build(tmp_path / "store", 1)
     options = {"teacher.store": tmp_path / "store", "train.epochs": 3}

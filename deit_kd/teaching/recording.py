@@ -82,7 +82,10 @@ def _refuse_gap(run: Run) -> None:
         InputError: so it is.
     """
     folder = str(run.config.teacher.store)
-    done = 0 if run.checkpoint is None else run.checkpoint["progress"]["step"] // run.loader.steps_per_epoch
+    step = 0 if run.checkpoint is None else run.checkpoint["progress"]["step"]
+    if step == run.loader.total_steps:  # a finished run adds no views
+        return
+    done = step // run.loader.steps_per_epoch
     is_there = (Path(folder).expanduser() / MANIFEST).is_file()
     held = LabelStore(folder).epochs if is_there else 0
     if held < done:
