@@ -10,6 +10,7 @@ compared with the base's fused head, or with its class head where it has no othe
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,28 @@ import pyarrow.parquet as parquet
 from rich.console import Console
 from rich.table import Table
 
+from deit_kd.evaluation.written import PREDICTIONS_FILE
+
+
+def answers(folder: Path) -> dict[str, list[str]]:
+    """Return the path and the label of every image that an evaluation scored, by path, and each head's answer."""
+    said = parquet.read_table(folder / PREDICTIONS_FILE).sort_by("path").to_pydict()
+    heads = [name.removesuffix("_top5") for name in said if name.endswith("_top5")]
+    firsts = {head: [first for first, *_ in said[f"{head}_top5"]] for head in heads}
+    teacher = {"teacher": said["teacher_top1"]} if "teacher_top1" in said else {}
+    return {"path": said["path"], "label": said["label"], **firsts, **teacher}
+
 
 def right(run: Path) -> dict[str, np.ndarray]:
     """Return for each head whether it was right [n], by the images' paths."""
-    answers = parquet.read_table(run / "eval" / "validation" / "predictions.parquet").sort_by("path").to_pydict()
-    heads = [name.removesuffix("_top5") for name in answers if name.endswith("_top5")]
-    labels = np.array(answers["label"])
-    return {head: np.array([row[0] for row in answers[f"{head}_top5"]]) == labels for head in heads}
+    said = answers(run / "eval" / "validation")
+    labels = np.array(said["label"])
+    return {head: np.array(own) == labels for head, own in said.items() if head not in ("path", "label", "teacher")}
+
+
+def speaker(heads: Collection[str]) -> str:
+    """Return the head that speaks for a student: the fused one, or the class head where there is no other."""
+    return "fused_softmax" if "fused_softmax" in heads else "cls"
 
 
 def paired_interval(gains: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
@@ -42,10 +58,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
     of_base = [right(options.folder / f"{options.base}-{seed}") for seed in options.seeds]
-    speaker = "fused_softmax" if "fused_softmax" in of_base[0] else "cls"
-    base = np.stack([heads[speaker] for heads in of_base])
+    main_head = speaker(of_base[0])
+    base = np.stack([heads[main_head] for heads in of_base])
     table = Table(title=f"top-1 %, {base.shape[1]} images, seeds {options.seeds}")
-    for column in ("variant", "head", "mean", "by seed", f"over {options.base}'s {speaker}", "95 % interval"):
+    for column in ("variant", "head", "mean", "by seed", f"over {options.base}'s {main_head}", "95 % interval"):
         table.add_column(column)
     for variant in [options.base, *options.variants]:
         by_seed = [right(options.folder / f"{variant}-{seed}") for seed in options.seeds]

@@ -16,13 +16,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
-from compare_heads import paired_interval
+from compare_heads import answers, paired_interval, speaker
 from rich.console import Console
 from rich.table import Table
 
 from deit_kd.interfaces import InputError
-
-FUSED = "fused_softmax"
 
 
 def add(file: Path, folders: Sequence[Path]) -> None:
@@ -33,18 +31,12 @@ def add(file: Path, folders: Sequence[Path]) -> None:
     """
     kept = parquet.read_table(file).to_pydict() if file.is_file() else {}
     for folder in folders:
-        said = parquet.read_table(folder / "predictions.parquet").sort_by("path").to_pydict()
-        photos = {name: said[name] for name in ("path", "label")}
+        said = answers(folder)
+        photos = {name: said.pop(name) for name in ("path", "label")}
         if kept and any(kept[name] != column for name, column in photos.items()):
             raise InputError(f"--add: {folder} is of other photos than {file}; name another file")
         others = {name: column for name, column in kept.items() if not name.startswith(f"{folder.name}/")}
-        heads = {
-            f"{folder.name}/{name.removesuffix('_top5')}": [first for first, *_ in said[name]]
-            for name in said
-            if name.endswith("_top5")
-        }
-        if "teacher_top1" in said:
-            heads[f"{folder.name}/teacher"] = said["teacher_top1"]
+        heads = {f"{folder.name}/{head}": column for head, column in said.items()}
         kept = {**photos, **others, **heads}
     coded = {name: arrow.array(column).dictionary_encode() for name, column in kept.items() if name != "path"}
     table = arrow.table({"path": arrow.array(kept["path"])} | coded)
@@ -56,16 +48,16 @@ def compare(file: Path, base: str) -> Table:
     kept = parquet.read_table(file).to_pydict()
     labels = np.array(kept["label"])
     right = {name: np.array(column) == labels for name, column in kept.items() if "/" in name}
-    heads = [name for name in right if name.startswith(f"{base}/")]
+    heads = [name.removeprefix(f"{base}/") for name in right if name.startswith(f"{base}/")]
     if not heads:
         arms = sorted({name.split("/")[0] for name in right})
         raise InputError(f"--base: {base!r} is not in {file}; use one of {', '.join(arms)}")
-    speaker = f"{base}/{FUSED}" if f"{base}/{FUSED}" in heads else f"{base}/cls"
+    main_head = f"{base}/{speaker(heads)}"
     table = Table(title=f"top-1 %, {len(labels)} photos, each scored once")
-    for column in ("arm", "head", "top-1", f"over {speaker}", "95 % interval", "alone right"):
+    for column in ("arm", "head", "top-1", f"over {main_head}", "95 % interval", "alone right"):
         table.add_column(column)
     for name, own in right.items():
-        gains = own.astype(float) - right[speaker]
+        gains = own.astype(float) - right[main_head]
         low, high = paired_interval(gains[None])
         alone = f"{int((gains > 0).sum())} : {int((gains < 0).sum())}"
         compared = (f"{100 * gains.mean():+.1f}", f"{low:+.1f} to {high:+.1f}", alone)
