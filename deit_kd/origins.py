@@ -35,7 +35,7 @@ from deit_kd.models.state import published_state, read_state, tensors_hash
 from deit_kd.models.tokens import answer_with_patches
 from deit_kd.models.weights import fit_weights, holds_distillation_token, holds_second_head
 from deit_kd.places import LOCAL_DIR, TEACHER_OF_RUN, path_of
-from deit_kd.run_folder import CONFIG_FILE, QUANTIZED_FILE, STUDENT_FOLDER, Facts, read_facts, run_of
+from deit_kd.run_folder import CONFIG_FILE, HEADS_FILE, QUANTIZED_FILE, STUDENT_FOLDER, Facts, read_facts, run_of
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -205,10 +205,10 @@ def _student_of(key: str, name: str, place: Path, run: Path) -> Origin:
     if not place.exists():
         raise InputError(f"{key}: {name} is not there; name a run, or a file in its checkpoints")
     if not file.is_file():
-        raise InputError(
-            f"{key}: {name} holds no weights, since the run is not finished; name one of its checkpoints, or finish it "
-            "with --resume auto"
-        )
+        why, cure = "holds no weights, since the run is not finished", "finish it with --resume auto"
+        if (run / HEADS_FILE).is_file():
+            why, cure = f"has lost {STUDENT_FOLDER}/{WEIGHTS_FILE}", f"delete {run} and train it again"
+        raise InputError(f"{key}: {name} {why}; name one of its checkpoints, or {cure}")
     recipe, facts = recipe_of(run), read_facts(run)
     classes, student = tuple(facts["classes"]), recipe.student
     if student.name is None:

@@ -277,6 +277,20 @@ def test_a_fit_that_goes_on_is_not_called_anew(
     assert "anew" not in said
 
 
+def test_a_fitted_teacher_that_lost_its_weights_is_to_be_deleted(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teachers = shutil.copytree(finished.teachers, tmp_path / "teachers")
+    (fitted,) = (path for path in teachers.iterdir() if path.is_dir())
+    shutil.rmtree(fitted / "student")
+    options = ["--data.workers", "0", "--teacher.fit.folder", str(teachers), "--output", str(tmp_path / "run")]
+    said = refused(["train", *finished.arguments, *options], capsys)
+    assert f"{fitted} has lost student/model.safetensors; " in said
+    assert f"delete {fitted} and train it again" in said
+    shutil.rmtree(fitted)
+    assert "teacher: fitting test_resnet" in train_again(finished, tmp_path / "run", capsys, *options[:4])
+
+
 def test_a_fit_that_is_refused_speaks_of_its_own_folder(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

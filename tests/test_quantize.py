@@ -20,7 +20,7 @@ from deit_kd.config import Config, build_parser, parse_config
 from deit_kd.evaluation.sources import load_student, open_source
 from deit_kd.exports import missing_libraries
 from deit_kd.interfaces import StudentOutput
-from deit_kd.jobs.quantize import training_options
+from deit_kd.jobs.quantize import _lines, training_options
 from deit_kd.metrics import compare_heads
 from deit_kd.models.integers import RoundedLinear, kept_in_float, rounded_linears, to_integers
 from deit_kd.students import TimmStudent, open_quantized, save_quantized
@@ -43,6 +43,7 @@ ABOUT = {
     "crop_mode": "center",
     "fusion": "softmax",
 }
+LEVIT = {"name": "levit_128s", "image_size": 64, "args": {"embed_dim": [16, 32, 48], "depth": [1, 1, 1]}}
 SHARE = {8: 0.03, 4: 0.03}  # of the largest logit: an activation next to a half may be rounded the other way
 
 
@@ -158,6 +159,22 @@ def test_heads_keep_8_bits_and_everything_but_linear_layers_stays_in_floating_po
     assert kept_in_float(backbone).keys() == {*expected, "biases"}
 
 
+def test_a_batch_norm_is_named_once_with_all_its_numbers_and_what_it_counts_is_not_in_floating_point() -> None:
+    backbone = rounded(8, **LEVIT).backbone
+    kept = kept_in_float(backbone)
+    assert kept["stem.conv1.bn"] == 3 * backbone.get_submodule("stem.conv1.bn").num_features  # its biases are elsewhere
+    integers = sum(layer.weight.numel() for layer in rounded_linears(backbone).values())
+    state = backbone.state_dict().values()
+    assert sum(kept.values()) + integers == sum(tensor.numel() for tensor in state if tensor.is_floating_point())
+
+
+def test_of_many_parts_in_floating_point_the_largest_are_printed() -> None:
+    heads = {"bytes": {}, "float": {f"part{number}": number for number in range(1, 12)}}
+    heads["speed"] = {"images_per_second": {}, "over_fp32": {}, "device": "CPU", "threads": 1, "batch": 1}
+    largest = ", ".join(f"part{number} {number}" for number in range(11, 3, -1))
+    assert _lines(heads)[-1] == f"in floating point: {largest}, and 6 in 3 others"
+
+
 @needs_torchao
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
@@ -167,7 +184,7 @@ def test_heads_keep_8_bits_and_everything_but_linear_layers_stays_in_floating_po
         {"name": "vit_tiny_patch16_224"},  # a token is grafted onto it
         {"name": "vit_tiny_patch16_224", "distilled": False},
         {"patches": True},  # a third head, on the patches
-        {"name": "levit_128s", "image_size": 64, "args": {"embed_dim": [16, 32, 48], "depth": [1, 1, 1]}},
+        LEVIT,
     ],
     ids=["token", "grafted", "one head", "patches", "no token"],
 )
@@ -250,7 +267,7 @@ def test_what_was_measured_is_told(in_integers: dict[int, Path]) -> None:
     assert speed["images_per_second"]["integers"]["median"] > 0
     assert speed["device"] in card
     assert card.count("| integers | ") == 3
-    assert "in floating point: cls_token 64, " in card
+    assert ", cls_token 64, " in card
     assert card.index("## Weights of 8 bits") < card.index("## Classes") < card.index("## Recipe")
 
 

@@ -265,6 +265,7 @@ def _rows(heads: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+LARGEST = 8  # parts in floating point that are printed by name; heads.json names them all
 COLUMNS = ("answers by", "head", "float, top-1 %", "top-1 %", "difference [95 %]", "alone right", "p", "NLL [95 %]")
 
 
@@ -272,7 +273,10 @@ def _lines(heads: Mapping[str, Any]) -> list[str]:
     """Return, in words, the size, the speed, and what is not an integer."""
     sizes, speed = heads["bytes"], heads["speed"]
     numbers = ", ".join(f"{name} {size_text(count)}" for name, count in sizes.items())
-    floats = ", ".join(f"{name} {count}" for name, count in heads["float"].items())
+    by_size = sorted(heads["float"].items(), key=lambda found: -found[1])
+    floats = ", ".join(f"{name} {count}" for name, count in by_size[:LARGEST])
+    if others := by_size[LARGEST:]:
+        floats += f", and {sum(count for _, count in others)} in {counted(len(others), 'other')}"
     rates = [
         f"{name} {rate['median']:.0f} images/s" + (f" ({_ratio(ratio)})" if name != "fp32" else "")
         for (name, rate), ratio in zip(speed["images_per_second"].items(), speed["over_fp32"].values(), strict=True)

@@ -125,12 +125,16 @@ def bits_of(backbone: nn.Module) -> int | None:
 
 
 def kept_in_float(backbone: nn.Module) -> dict[str, int]:
-    """Return what stays in floating point besides the biases: numbers by name, with ``*`` for those of blocks."""
+    """Return what stays in floating point, how many numbers by name: one name for all biases, ``*`` for all blocks.
+
+    A batch norm's running mean and variance count with it.
+    """
     integers = {f"{path}.weight" for path in rounded_linears(backbone)}
     found: dict[str, int] = {}
     for name, tensor in backbone.state_dict().items():
-        if name in integers:
+        if name in integers or not tensor.is_floating_point():
             continue
-        group = "biases" if name.endswith(".bias") else re.sub(r"\.\d+(?=\.)", ".*", name.removesuffix(".weight"))
+        module = re.sub(r"\.(weight|running_mean|running_var)$", "", name)
+        group = "biases" if name.endswith(".bias") else re.sub(r"\.\d+(?=\.)", ".*", module)
         found[group] = found.get(group, 0) + tensor.numel()
     return found
