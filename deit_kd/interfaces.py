@@ -120,7 +120,10 @@ class Batch(NamedTuple):
         """Return `values` [B] at their places, with `filler` where views are missing: [places]."""
         if not self.missing:
             return values
-        return values.new_full((self.places,), filler).index_copy(0, self.rows().to(values.device), values)
+        rows = self.rows()
+        if values.device.type == "cuda":
+            rows = rows.pin_memory().to(values.device, non_blocking=True)
+        return values.new_full((self.places,), filler).index_copy(0, rows, values)
 
     def missing_ids(self) -> Tensor:
         """Return epoch and position [places - B, 2] of the training views that are missing."""

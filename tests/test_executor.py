@@ -283,6 +283,11 @@ def test_making_views_never_waits_for_a_gpu() -> None:
         fast.mix(fast(photos_there, which, rows), targets, rows)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton starts where there is a GPU")
+def test_where_triton_cannot_start_pytorch_makes_the_views() -> None:
+    assert executor_module._primitives(torch.device("cuda")) is executor_module.reference
+
+
 def test_kernels_have_the_bits_of_the_reference(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="the kernels need Triton")
     script = REPOSITORY / "tests" / "interpreted.py"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,6 +99,15 @@ def test_a_step_waits_for_nothing(device: torch.device, tmp_path: Path) -> None:
     assert result.terms.isfinite().all()
     columns = store.find(ids, pinned=device.type == "cuda").values()
     assert all(column.is_pinned() == (device.type == "cuda") for column in columns)
+
+
+def test_a_step_that_lacks_a_view_waits_for_nothing(device: torch.device) -> None:
+    trainer = on(device, "bf16", skip=True)
+    batch = make_batch(8).without([Missing(2, 2, 0, 2, "unreadable")]).to(device)
+    trainer.step(iter([batch]), 0)
+    with no_waiting(device):
+        result = trainer.step(iter([batch]), 1)
+    assert result.terms.isfinite().all()
 
 
 @contextmanager
@@ -271,11 +281,13 @@ def test_the_estimate_of_a_dry_run_is_within_a_tenth_of_the_real_peak(
     rehearsal = Rehearsal(trainer_of(photos_root, tmp_path / "cpu", torch.device("cpu")))
     for step in range(2):
         rehearsal.step([rehearsal.batch(views, size, len(CLASSES))], step)
+    gc.collect()
+    others = torch.cuda.memory_allocated(device)  # of other tests
     trainer = trainer_of(photos_root, tmp_path / device_name, device)
     trainer.step(iter([make_batch(views, side=size)]), 0)  # cuDNN tries algorithms, in any workspace
     torch.cuda.reset_peak_memory_stats(device)
     trainer.step(iter([make_batch(views, side=size)]), 1)
-    assert rehearsal.peak_bytes == pytest.approx(torch.cuda.max_memory_allocated(device), rel=0.1)
+    assert rehearsal.peak_bytes == pytest.approx(torch.cuda.max_memory_allocated(device) - others, rel=0.1)
 
 
 def test_a_student_answers_alike_on_both(device: torch.device) -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -17,7 +20,9 @@ from deit_kd.config import parse_config
 from deit_kd.console import console
 from deit_kd.evaluation.curves import charts_of, read_records
 from deit_kd.figures import line_charts
+from deit_kd.interfaces import InputError, StudentOutput
 from deit_kd.origins import recipe_of
+from deit_kd.runs.lesson import _check_same
 from deit_kd.teaching.fit import teacher_folder
 from tests.forked import run_on_two
 from tests.helpers import FULL, Finished, heads_in, records, refused, tiny
@@ -453,3 +458,13 @@ def test_a_resumed_run_with_another_guide_is_refused(
     shutil.rmtree(tmp_path / "run" / "student")
     other = ["--resume", "auto", "--guide.checkpoint", str(teacher / "seed-1")]
     assert "other weights for the guide" in refused(["train", *arguments, *other], capsys)
+
+
+@given(scale=st.floats(1e-4, 1e4), seed=st.integers(0, 99))
+def test_a_network_whose_answers_change_when_it_is_asked_is_refused_at_any_scale(scale: float, seed: int) -> None:
+    chance = torch.Generator().manual_seed(seed)
+    logits, noise = (torch.randn(2, 10, generator=chance) for _ in range(2))
+    answer = StudentOutput(scale * logits)
+    _check_same("the student", answer, StudentOutput((scale * logits).bfloat16().float()))
+    with pytest.raises(InputError, match="the student answers differently when it is asked for features"):
+        _check_same("the student", answer, StudentOutput(scale * (logits + noise)))

@@ -206,7 +206,10 @@ def _check_same(whose: str, plain: StudentOutput | TeacherOutput, asked: Student
     after: dict[str, Any]
     before, after = ({**output._asdict(), **(output.features or {})} for output in (plain, asked))
     for name, value in before.items():
-        if isinstance(value, torch.Tensor) and not torch.allclose(value, after[name], rtol=1e-2, atol=1e-3):
+        if not isinstance(value, torch.Tensor):
+            continue
+        rounding = 0.03 * float(value.abs().max())  # of bf16, in two graphs of torch.compile
+        if not torch.allclose(value, after[name], rtol=0, atol=rounding):
             raise InputError(
                 f"distill.terms: {whose} answers differently when it is asked for features (timm's "
                 "forward_intermediates skips a layer); name another network"

@@ -96,9 +96,15 @@ def build_training_loader(config: Config, photos: Photos, processes: Processes) 
         views = data.Views(kept, making, config.seed, skips(config))
         has_gpu = processes.device.type == "cuda"
         return data.PillowLoader(views, batch_sampler, mixing, section.workers, pin_memory=has_gpu, ahead=ahead)
+    executor = Executor(image_size=section.image_size, mean=section.mean, std=section.std, device=processes.device)
+    if processes.is_main and processes.device.type == "cuda" and not executor.uses_kernels:
+        say(
+            "views: Triton cannot start its kernels here (it needs a C compiler and the headers of Python), so PyTorch "
+            "makes them: the same bits, but slower"
+        )
     return data.DeviceLoader(
         data.Draws(kept, making, config.seed, skips(config)),
-        Executor(image_size=section.image_size, mean=section.mean, std=section.std, device=processes.device),
+        executor,
         batch_sampler,
         label_smoothing=mixing.label_smoothing,
         workers=section.workers,

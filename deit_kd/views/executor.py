@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from subprocess import CalledProcessError
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -174,7 +175,10 @@ def _primitives(device: torch.device) -> ModuleType:
         return reference
     try:
         from deit_kd.views import kernels
-    except ImportError:  # Triton comes with torch on Linux only
+
+        if device.type == "cuda":
+            kernels.start()
+    except (ImportError, RuntimeError, OSError, CalledProcessError):  # Triton comes with torch on Linux only
         return reference
     return kernels
 

@@ -33,6 +33,15 @@ _HALF_WEIGHT = tl.constexpr(1 << (2 * WEIGHT_BITS - 1))
 _TO_NOISE = tl.constexpr(32 - NOISE_BITS)
 
 
+def start() -> None:
+    """Let Triton build what it launches kernels with.
+
+    Raises:
+        RuntimeError, OSError, CalledProcessError: it finds no GPU, no C compiler, or no headers of Python.
+    """
+    _ = triton.runtime.driver.active.utils
+
+
 def resize_lines(
     pixels: Tensor, start: Tensor, step: Tensor, pitch: Tensor, shape: tuple[int, int], first: Tensor, weights: Tensor
 ) -> Tensor:
