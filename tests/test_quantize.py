@@ -169,8 +169,8 @@ def test_a_batch_norm_is_named_once_with_all_its_numbers_and_what_it_counts_is_n
 
 
 def test_of_many_parts_in_floating_point_the_largest_are_printed() -> None:
-    heads = {"bytes": {}, "float": {f"part{number}": number for number in range(1, 12)}}
-    heads["speed"] = {"images_per_second": {}, "over_fp32": {}, "device": "CPU", "threads": 1, "batch": 1}
+    speed = {"images_per_second": {}, "over_fp32": {}, "device": "CPU", "threads": 1, "batch": 1}
+    heads = {"bytes": {}, "float": {f"part{number}": number for number in range(1, 12)}, "speed": speed}
     largest = ", ".join(f"part{number} {number}" for number in range(11, 3, -1))
     assert _lines(heads)[-1] == f"in floating point: {largest}, and 6 in 3 others"
 
