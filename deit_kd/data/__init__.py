@@ -4,13 +4,13 @@ from deit_kd.data.cache import CAN_SHARE, CHANNELS, Decoded
 from deit_kd.data.decode import UnreadableImage, load_image
 from deit_kd.data.decoders import PILLOW, decoder_named
 from deit_kd.data.device_loader import DeviceLoader, Draws
-from deit_kd.data.folder import folders_above_classes, index_tree, unread_note
+from deit_kd.data.folder import folders_above_classes, index_tree
 from deit_kd.data.folds import joined
 from deit_kd.data.loader import PillowLoader, TrainingLoader, Views, build_evaluation_loader, lost_worker
 from deit_kd.data.mixing import Mixing
 from deit_kd.data.order import TrainingBatchSampler
 from deit_kd.data.photos import Photos, Splits
-from deit_kd.data.sets import build_splits, one_split
+from deit_kd.data.sets import build_splits, one_split, unread_note
 from deit_kd.data.shard_sets import index_shards
 from deit_kd.data.sharing import PREFETCHED, batches_ahead
 from deit_kd.data.subsets import share_of, with_classes

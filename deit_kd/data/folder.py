@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from deit_kd.data.listing import listed_classes
 from deit_kd.data.photos import Photos, Splits, split_by_hash
 from deit_kd.data.source import TreeFiles
+from deit_kd.data.split_names import refuse_missing, refuse_splits, shortened, split_words
 from deit_kd.interfaces import InputError
 from deit_kd.places import photos_root
-
-MOST_NAMED = 8  # folders in a message
 
 
 def folder(
@@ -31,7 +31,8 @@ def folder(
     under `root`.
 
     Raises:
-        InputError: the tree is missing or empty, or a class has no images.
+        InputError: the tree is missing or empty, a class has no images, or what would be classes are splits by their
+            names: folders of folders, such as ``Training`` and ``Testing``.
     """
     top = photos_root(root)
     train_folder, validation_folder = top / train_split, top / validation_split
@@ -40,23 +41,21 @@ def folder(
             f"data.train_split: {train_folder} is not a folder, though {validation_folder} is; name the training folder"
         )
     if not validation_folder.is_dir():
+        if not train_folder.is_dir():
+            there = _folders_of(top)
+            refuse_missing(train_split, top, there)
+            refuse_splits([name for name in there if split_words(name) and _holds_folders_alone(top / name)], top)
         return split_by_hash(_scan(train_folder if train_folder.is_dir() else top), validation_fraction)
     return Splits(_scan(train_folder), _scan(validation_folder))
 
 
-def unread_note(root: str | None, train_split: str, validation_split: str) -> str | None:
-    """Return the line that names the folders beside a training split from which `folder` holds out photos.
-
-    One of them may have been meant to be the validation split. None if there are none.
-    """
+def unread_in_tree(root: str | None, train_split: str, validation_split: str) -> list[str]:
+    """Return the folders beside a training split from which `folder` holds out photos."""
     top = photos_root(root)
-    if (top / validation_split).is_dir() or not (top / train_split).is_dir():
-        return None
-    beside = (place for place in top.iterdir() if place.is_dir() and place != top / train_split)
-    unread = sorted(place.name for place in beside if not place.name.startswith("."))
-    more = " …" if len(unread) > MOST_NAMED else ""
-    said = f"{root} has no folder {validation_split!r}, so photos of {train_split!r} are held out; not read: "
-    return f"data.validation_split: {said}{', '.join(unread[:MOST_NAMED])}{more}" if unread else None
+    training = top / train_split
+    if (top / validation_split).is_dir() or not training.is_dir() or training == top:
+        return []
+    return [name for name in _folders_of(top) if top / name != training]
 
 
 def index_tree(*, root: str | None, train_split: str, validation_split: str) -> dict[str, int]:
@@ -87,13 +86,19 @@ def one_split_of_tree(root: str | None, split: str) -> Photos:
     """
     top = photos_root(root)
     if not (top / split).is_dir():
-        there = sorted(place.name for place in top.iterdir() if place.is_dir())
-        more = " …" if len(there) > MOST_NAMED else ""
-        raise InputError(
-            f"split: {top / split} is not there; use one of {', '.join(there[:MOST_NAMED])}{more}, or . for photos "
-            "without splits"
-        )
+        there = shortened(_folders_of(top))
+        raise InputError(f"split: {top / split} is not there; use one of {there}, or . for photos without splits")
     return _scan(top / split)
+
+
+def _folders_of(top: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _holds_folders_alone(place: Path) -> bool:
+    """Whether a folder has folders and no image of its own."""
+    inside = list(os.scandir(place))
+    return not any(one.name.lower().endswith(IMG_EXTENSIONS) for one in inside) and any(one.is_dir() for one in inside)
 
 
 def _scan(split_folder: Path, indexed: bool = False) -> Photos:

@@ -81,6 +81,12 @@ def hugging_face(
     return split_by_hash(parts[0], validation_fraction) if len(parts) == 1 else Splits(*parts)
 
 
+def unread_in_hub(root: str | None, train_split: str, validation_split: str) -> list[str]:
+    """Return the splits beside a training split from which `hugging_face` holds out photos."""
+    found = _loaded(root)
+    return [] if validation_split in found else [name for name in found if name != train_split]
+
+
 def one_split_of_hub(
     root: str | None, split: str, image_column: str | None = None, label_column: str | None = None
 ) -> Photos:

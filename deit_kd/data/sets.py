@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 from deit_kd.data.digits import digits
 from deit_kd.data.downloads import cifar10, cifar100, imagenette
-from deit_kd.data.folder import folder, one_split_of_tree
+from deit_kd.data.folder import folder, one_split_of_tree, unread_in_tree
 from deit_kd.data.folds import one_fold
-from deit_kd.data.hugging_face import hugging_face, one_split_of_hub
+from deit_kd.data.hugging_face import hugging_face, one_split_of_hub, unread_in_hub
 from deit_kd.data.photos import Photos, Splits
-from deit_kd.data.shard_sets import one_split_of_shards, shards
+from deit_kd.data.shard_sets import one_split_of_shards, shards, unread_in_shards
+from deit_kd.data.split_names import shortened
 from deit_kd.data.subsets import share_of, with_classes, with_rest
 from deit_kd.data.unlabelled import unlabelled_photos
 from deit_kd.interfaces import InputError, nearest
@@ -24,6 +25,7 @@ SETS: dict[str, Callable[..., Splits]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
 }
+UNREAD = {"folder": unread_in_tree, "shards": unread_in_shards, "hf": unread_in_hub}
 
 
 def build_splits(
@@ -97,6 +99,16 @@ def _check_same_classes(splits: Splits) -> None:
         if names
     ]
     raise InputError(f"data.root: class folders differ between the splits ({'; '.join(differences)}); make them agree")
+
+
+def unread_note(*, name: str, root: str | None, train_split: str, validation_split: str) -> str | None:
+    """Return the line that names what lies beside a training split from which photos are held out.
+
+    Some of it may have been meant to be the validation split. None if there is nothing.
+    """
+    unread = UNREAD[name](root, train_split, validation_split) if name in UNREAD else []
+    said = f"{root} has no split {validation_split!r}, so photos of {train_split!r} are held out; not read: "
+    return f"data.validation_split: {said}{shortened(unread)}" if unread else None
 
 
 def one_split(

@@ -28,6 +28,7 @@ from deit_kd.data.shard_index import (
     write_found,
 )
 from deit_kd.data.shards import Shard, Shards
+from deit_kd.data.split_names import refuse_missing, refuse_splits
 from deit_kd.data.staging import staged
 from deit_kd.interfaces import InputError
 from deit_kd.places import TAR_SHARDS, photos_root
@@ -60,6 +61,10 @@ def shards(
     train, validation = _place(top, train_split), _place(top, validation_split)
     if validation is None:
         check_complete(top, validation_split, top / validation_split, [])
+        if train is None:
+            words = sorted({word for name in shards_in(top) for word in _words_of(name)})
+            refuse_missing(train_split, top, words)
+            refuse_splits(words, top)
         split = "." if train is None else train_split
         return split_by_hash(one_split_of_shards(root, split, stage), validation_fraction)
     if train is None:
@@ -79,6 +84,16 @@ def one_split_of_shards(root: str | None, split: str, stage: str | None = None) 
     """
     top = photos_root(root, TAR_SHARDS)
     return _photos(top, split, stage, _said(top, [split]))
+
+
+def unread_in_shards(root: str | None, train_split: str, validation_split: str) -> list[str]:
+    """Return the shards, and the folders of some, beside a training split from which `shards` holds out photos."""
+    top = photos_root(root, TAR_SHARDS)
+    train = _place(top, train_split)
+    if train is None or _place(top, validation_split) is not None or train_split == ".":
+        return []
+    folders = sorted(place.name for place in top.iterdir() if place != top / train_split and shards_in(place))
+    return folders + [name for name in shards_in(top) if train.folder != top or name not in train.shards]
 
 
 def index_shards(*, root: str | None, splits: Sequence[str], processes: int) -> dict[str, int]:
@@ -132,8 +147,12 @@ def _place(top: Path, split: str) -> Place | None:
     """Return where the shards of a split are: in its folder, or in `top` with its name as a word of theirs."""
     if below := shards_in(top / split):
         return Place(top / split, below)
-    flat = [name for name in shards_in(top) if split in re.split(r"[-_.]", name)]
+    flat = [name for name in shards_in(top) if split in _words_of(name)]
     return Place(top, flat) if flat else None
+
+
+def _words_of(shard: str) -> list[str]:
+    return re.split(r"[-_.]", shard.removesuffix(".tar"))
 
 
 def _complete(top: Path, split: str) -> Place:

@@ -53,10 +53,11 @@ def agreed_splits(config: Config, processes: Processes) -> Splits:
 
 
 def tell_unread(config: Config) -> None:
-    """Print which folders of a tree the recipe does not read, if it has to hold out photos of its training split."""
-    section = config.data
-    is_tree = section.name == "folder"
-    note = data.unread_note(section.root, section.train_split, section.validation_split) if is_tree else None
+    """Print which splits the recipe does not read, if it has to hold out photos of its training split."""
+    where = config.data
+    note = data.unread_note(
+        name=where.name, root=where.root, train_split=where.train_split, validation_split=where.validation_split
+    )
     if note is not None:
         say(note)
 
