@@ -230,6 +230,15 @@ def test_numbers_out_of_order_do_not_name_columns_without_names():
     assert mapped(("1", "2", "3"), columns=3, label_set=None) is None
 
 
+@pytest.mark.parametrize("rest", [None, "7"])
+def test_columns_that_are_made_for_the_classes_have_their_names(rest: str | None) -> None:
+    classes = tuple(sorted(NUMERALS))
+    assert list(classes) != sorted(classes, key=int)
+    frozen = teacher(random_weights=True, classes=classes, rest=rest)
+    assert frozen(batch(torch.zeros(2, 3, 32, 32))).logits.shape == (2, len(classes))
+    assert not any("no names" in line or "<-" in line for line in frozen.lines())
+
+
 def test_own_labels_that_are_the_same_twice_are_refused(tmp_path: Path):
     fields = {"columns": 4, "label_names": ("crane", "dog", "cat", "crane"), "timm_tag": False, "label_set": None}
     with pytest.raises(InputError, match="columns 0 and 3; write the number"):

@@ -303,12 +303,16 @@ def test_a_fit_that_is_refused_speaks_of_its_own_folder(
     assert f"teacher.fit.folder: {taken} holds something that is not a run" in said
 
 
-def test_other_photos_fit_anew(finished: Finished, photos_root: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("options", [[], ["--data.fraction", "0.5"]])
+def test_other_photos_fit_anew(
+    options: list[str], finished: Finished, photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = shutil.copytree(photos_root, tmp_path / "photos")
     (root / "train" / "dots" / "000.png").rename(root / "train" / "dots" / "renamed.png")
     teachers = shutil.copytree(finished.teachers, tmp_path / "teachers")
-    options = ["--data.workers", "0", "--data.root", str(root), "--teacher.fit.folder", str(teachers)]
-    assert "data.train: " in train_again(finished, tmp_path / "run", capsys, *options)
+    own = ["--data.workers", "0", "--data.root", str(root), "--teacher.fit.folder", str(teachers)]
+    said = " ".join(train_again(finished, tmp_path / "run", capsys, *own, *options).split())
+    assert f"teacher: fitting test_resnet, since none in {teachers} was fitted on these photos" in said
 
 
 def test_the_fitted_teacher_is_scored_before_the_first_step(

@@ -25,7 +25,7 @@ from deit_kd.origins import recipe_of
 from deit_kd.runs.lesson import _check_same
 from deit_kd.teaching.fit import teacher_folder
 from tests.forked import run_on_two
-from tests.helpers import FULL, Finished, heads_in, records, refused, tiny
+from tests.helpers import FULL, Finished, heads_in, records, refused, tiny, write_photos
 from tests.started import kill
 from tests.tiny_parts import folder_splits
 
@@ -243,6 +243,18 @@ def test_a_guide_of_its_own_has_its_size_its_gate_and_its_place_in_the_records(
     again = guided(photos_root, tmp_path / "refused", teacher, **{**guide, "guide__min_top1": 100})
     assert "guide.min_top1: test_resnet scores" in refused(["train", *again], capsys)
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"data__classes": ["12", "2", "30"], "data__rest": "0"}])
+def test_a_teacher_is_fitted_to_classes_that_are_numbers_in_the_order_of_their_letters(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    root = write_photos(tmp_path / "photos", {"train": 3, "validation": 1}, ("12", "2", "30", "4"))
+    fit = {key: FULL[key] for key in FULL if key.startswith("teacher__")} | {"teacher__min_top1": 0}
+    fit |= {"teacher__fit__folder": str(tmp_path / "kept"), "teacher__fit__epochs": 1, "train__epochs": 1}
+    small = {"train__batch_size": 4, "teacher__fit__batch_size": 4, "optim__warmup_epochs": 0}
+    fit |= small | {"teacher__fit__optim__warmup_epochs": 0}
+    assert main(["train", *tiny(root, tmp_path / "run", **{**OPTIONS, **fit, **options})]) == 0
 
 
 def test_a_guide_alone_needs_no_token_and_is_fitted_in_the_same_command(

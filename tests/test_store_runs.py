@@ -130,6 +130,19 @@ def soft(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home.build(tmp_path_factory.mktemp("soft") / "store", **{"distill.kind": "soft"}).folder
 
 
+@pytest.mark.parametrize("parts", [[], ["--part", "1/2"]])
+def test_one_recipe_that_names_its_store_builds_it_checks_it_and_trains_with_it(
+    parts: list[str], home: Home, tmp_path: Path
+) -> None:
+    recipe = home.arguments(**{"teacher.store": tmp_path / "store", "train.epochs": 1})
+    assert main(["store", "build", *recipe, *parts]) == 0
+    if parts:
+        assert main(["store", "build", *recipe, "--part", "2/2"]) == 0
+        assert main(["store", "build", *recipe, "--join"]) == 0
+    assert main(["store", "check", str(tmp_path / "store"), *recipe, "--samples", "20"]) == 0
+    assert main(["train", *recipe, "--output", str(tmp_path / "run")]) == 0
+
+
 @pytest.fixture
 def no_teacher() -> Iterator[None]:
     def refuse(module: nn.Module, *_: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from deit_kd.commands.shared import Arguments, asks_for_help
-from deit_kd.config import build_parser, parse_config
+from deit_kd.config import Config, build_parser, parse_config
 from deit_kd.interfaces import InputError, nearest
 from deit_kd.places import check_there, check_training
 
@@ -41,7 +41,7 @@ def _store_build(arguments: Arguments) -> None:
 
         join(config, folder)
         return
-    check_training(config)
+    _check_asking(config)
     from deit_kd.jobs.store_build import build
 
     build(config, others["store"], others["epochs"], others["batch_size"], others["part"])
@@ -53,7 +53,7 @@ def _store_check(arguments: Arguments) -> None:
     parser.add_argument("--samples", type=int, default=500, help="number of views to check against the teacher")
     config, others = parse_config(arguments, parser)
     check_there("teacher.store", others["folder"], "make one with deit-kd store build")
-    check_training(config)
+    _check_asking(config)
     from deit_kd.jobs.store import check
 
     check(config, others["folder"], others["samples"])
@@ -71,6 +71,11 @@ def _store_info(arguments: Arguments) -> None:
     from deit_kd.jobs.store import info
 
     info(arguments[0])
+
+
+def _check_asking(config: Config) -> None:
+    """Raise an InputError if what is needed to ask the teacher itself is missing; its store need not be there."""
+    check_training(config.with_keys(teacher={"store": None, "store_mode": "read"}))
 
 
 STORE_VERBS: dict[str, Callable[[Arguments], None]] = {

@@ -100,6 +100,8 @@ def build_teacher(
     label_names = None if origin.is_published else origin.classes
     if random_weights and label_set is not None:
         label_names = label_set_names(label_set)
+    elif random_weights and class_map is None:
+        label_names = classes
     columns = len(label_names or classes) * head if random_weights else _columns(architecture, origin, head)
     seed_initialisation("teacher", seed)
     network = _network(architecture, arguments, size, columns, None if random_weights else origin)

@@ -220,13 +220,16 @@ def _in_the_recipes_keys(message: str, teacher: TeacherSection) -> str:
 
 
 def _why(key: dict[str, Any], folder: Path) -> str:
-    """Say which fields differ from the most similar fitted teacher of that name."""
+    """Say which fields differ from the most similar teacher of that name that was fitted on the same photos."""
     name = folder.name.rsplit("-", 1)[0]
     files = [path for path in folder.parent.glob(f"{name}-*/{KEY_FILE}") if path.parent != folder]
     others = [read_json(path, dict[str, Any]) for path in files]
     if not others:
         return ""
-    found = min((_changed(other, key) for other in others), key=len)
+    alike = [other for other in others if other.get("data", {}).get("train") == key["data"]["train"]]
+    if not alike:
+        return f", since none in {folder.parent} was fitted on these photos"
+    found = min((_changed(other, key) for other in alike), key=len)
     return f" from scratch, since an existing one differs: {'; '.join(found)}"
 
 
