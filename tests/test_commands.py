@@ -198,6 +198,19 @@ def test_predict_takes_photos_of_any_kind_and_writes_a_file(finished: Finished, 
     assert [row["path"] for row in csv.DictReader((tmp_path / "out.csv").read_text().splitlines())] == files
 
 
+def test_predict_takes_every_image_below_a_folder(
+    finished: Finished, photos_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = photos_root / "validation"
+    files = [str(path) for path in sorted(folder.glob("*/*.png"))]
+    one = str(photos_root / "train" / "dots" / "003.png")
+    assert predicted([str(finished.folder), str(folder), one], capsys) == predicted(
+        [str(finished.folder), *files, one], capsys
+    )
+    assert "has no images (.jpg" in refused(["predict", str(finished.folder), str(tmp_path)], capsys)
+    assert "is not there" in refused(["predict", str(finished.folder), str(tmp_path / "nowhere")], capsys)
+
+
 @pytest.mark.parametrize("where", ["stdout", "file"])
 def test_predict_answers_for_the_good_photos_and_names_each_bad_one(
     where: str, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]

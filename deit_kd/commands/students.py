@@ -82,7 +82,7 @@ def _check_evaluation(options: dict[str, Any]) -> None:
 def predict(arguments: Arguments) -> int:
     """Print the classes of images; return 1 if some of them cannot be read."""
     parser = _run_parser("deit-kd predict")
-    parser.add_argument("files", type=str, nargs="+", help="images")
+    parser.add_argument("files", type=str, nargs="+", help="images, or folders of some")
     parser.add_argument("--head", choices=[*ANSWERS, "all"], default="fused", help="which head answers")
     parser.add_argument("--csv", type=str, default=None, help="CSV file to write; standard output unless set")
     if arguments and is_model(arguments[0]) and not asks_for_help(arguments):

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+from rich.progress import track
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from deit_kd.config import Config
-from deit_kd.console import say
+from deit_kd.console import console, say
 from deit_kd.data import UnreadableImage, load_image
+from deit_kd.data.listing import list_images
 from deit_kd.distributed import Processes, process_group
 from deit_kd.engine import autocast
 from deit_kd.evaluation.sources import data_options, load_student, open_source
@@ -31,7 +34,7 @@ Answer = Callable[[Tensor], dict[str, Tensor]]  # images [B, 3, H, W] to probabi
 Row = tuple[str, str, str, str]  # path, head, class, probability
 
 
-def predict(place: Path, config: Config, files: list[Path], head: str, csv_file: Path | None) -> int:
+def predict(place: Path, config: Config, images: list[Path], head: str, csv_file: Path | None) -> int:
     """Write ``path,head,class,probability`` for each image, to `csv_file` or to standard output.
 
     A file that cannot be read has no rows, and a line on standard error says why.
@@ -39,7 +42,7 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
     Args:
         place: folder of a finished run, or an ONNX model exported from one.
         config: the run's, or what the model records of it.
-        files: images.
+        images: files, and folders whose images are all meant, in the order of their names.
         head: one of `ANSWERS`, or ``all``; a student of one head has ``cls`` alone,
             which is then also the fused one.
         csv_file: where to write; None is standard output.
@@ -48,12 +51,10 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
         How many of the files cannot be read.
 
     Raises:
-        InputError: a file is missing, none can be read, `csv_file` has no folder, or the student has no such head.
-            Nothing is written then.
+        InputError: a file is missing, a folder has no images, none can be read, `csv_file` has no folder, or the student
+            has no such head. Nothing is written then.
     """
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise InputError(f"{missing[0]}: is not a file; name image files")
+    files = [file for named in images for file in _files_of(named)]
     if csv_file is not None:
         check_file_to_be("--csv", csv_file)
     with process_group(config.train.device) as processes:
@@ -61,7 +62,8 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
         transform = build_evaluation_transform(config)
         rows: list[Row] = []
         unreadable: list[str] = []
-        for start_at in range(0, len(files), config.evaluate.batch_size):
+        starts = range(0, len(files), config.evaluate.batch_size)
+        for start_at in track(starts, "predicting", console=console, transient=True, disable=not console.is_terminal):
             views = _read(files[start_at : start_at + config.evaluate.batch_size], transform, unreadable)
             if not views:
                 continue
@@ -88,6 +90,17 @@ def predict(place: Path, config: Config, files: list[Path], head: str, csv_file:
     write_atomically(csv_file, content.getvalue().encode())
     say(f"{counted(len(files) - len(unreadable), 'image')}: {csv_file}")
     return len(unreadable)
+
+
+def _files_of(place: Path) -> list[Path]:
+    if place.is_dir():
+        found = [place / name for name in sorted(list_images(place, "", str(place)).names)]
+        if not found:
+            raise InputError(f"{place}: has no images ({', '.join(IMG_EXTENSIONS)}); name a folder with some")
+        return found
+    if not place.is_file():
+        raise InputError(f"{place}: is not there; name image files or folders of some")
+    return [place]
 
 
 def _read(files: list[Path], transform: Transform, unreadable: list[str]) -> list[tuple[Path, Tensor]]:
