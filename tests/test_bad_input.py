@@ -250,7 +250,7 @@ RUN_CASES = [
     (["eval", "RUN", "--images", '["a.png"]'], "--images: names what --diagnose shows, and it is off; add --diagnose"),
     (["predict", "RUN"], "the following arguments are required: files; see deit-kd predict --help"),
     (["eval", "RUN", "--evaluate.fuson", "logits"], "evaluate.fuson: unknown key (nearest: evaluate.fusion"),
-    (["predict", "RUN", "nowhere.png"], "nowhere.png: is not a file"),
+    (["predict", "RUN", "nowhere.png"], "nowhere.png: is not there"),
     (["predict", "RUN", "RUN/heads.json"], "heads.json: cannot be read as an image"),
     (["predict", "RUN", "PHOTO", "--head", "second"], "second"),
     (["predict", "RUN", "PHOTO", "--csv", "nowhere/out.csv"], "nowhere/out.csv"),

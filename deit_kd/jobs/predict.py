@@ -51,8 +51,8 @@ def predict(place: Path, config: Config, images: list[Path], head: str, csv_file
         How many of the files cannot be read.
 
     Raises:
-        InputError: a file is missing, a folder has no images, none can be read, `csv_file` has no folder, or the student
-            has no such head. Nothing is written then.
+        InputError: a file is missing, a folder has no images, none can be read, `csv_file` has no folder, or the
+            student has no such head. Nothing is written then.
     """
     files = [file for named in images for file in _files_of(named)]
     if csv_file is not None:
