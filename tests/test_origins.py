@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -151,6 +152,17 @@ def test_weights_of_a_network_that_answers_otherwise_are_refused(
         tiny_student(checkpoint=str(mapped), args=args, name=name)
     with pytest.raises(InputError, match=f"teacher.args: .* would answer differently .*{reason}"):
         teacher(checkpoint=str(mapped), name=name, args=args)
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints/best.safetensors", "student", "student/model.safetensors"])
+def test_weights_that_do_not_fit_say_which_options_name_their_model(mapped: Path, inside: str) -> None:
+    wider = {**STUDENT_ARGS, "embed_dim": 2 * STUDENT_ARGS["embed_dim"]}
+    with pytest.raises(InputError, match="name its own model: --student.name") as refused:
+        tiny_student(checkpoint=str(mapped / inside), args=wider)
+    _, name, _, args = shlex.split(str(refused.value).partition("own model: ")[2])
+    account = tiny_student(checkpoint=str(mapped / inside), name=name, args=json.loads(args)).account
+    assert account is not None
+    assert not account.initialised
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ def fit_weights(
     new_heads: bool = False,
     token: str = "cls",
     strict: bool = False,
+    own_model: str | None = None,
 ) -> Account:
     """Load `state` into `model`, adapt what can only be adapted in one way, and account for every tensor.
 
@@ -115,6 +116,7 @@ def fit_weights(
         token: ``cls`` starts a distillation token that the source lacks from its class token, with a little
             noise, and the token's head from the class head; ``scratch`` leaves both as initialised.
         strict: nothing may be new, derived or left out, as for a teacher or a run's own student.
+        own_model: the keys that name the model of the weights, for the error; None if it is not known.
 
     Raises:
         InputError: a tensor is missing, unknown or of another shape, with the first differences.
@@ -162,7 +164,8 @@ def fit_weights(
     if problems:
         shown = "; ".join(sorted(problems)[:3])
         of_one_size = all("attention_biases" in problem for problem in problems)
-        cure = "set the image size that its attention biases belong to" if of_one_size else "name its own model"
+        named = "name its own model" if own_model is None else f"name its own model: {own_model}"
+        cure = "set the image size that its attention biases belong to" if of_one_size else named
         raise InputError(f"{key}: {source} does not fit the model ({len(problems)} differences: {shown}); {cure}")
     account.left_out.sort()
     model.load_state_dict(_together(model, fitted))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from torch import nn
@@ -128,12 +129,27 @@ def _fit(
     token: str,
 ) -> Account:
     account = fit_weights(
-        key, backbone, origin.state, source=origin.name, new_heads=new_heads, token=token, strict=strict
+        key,
+        backbone,
+        origin.state,
+        source=origin.name,
+        new_heads=new_heads,
+        token=token,
+        strict=strict,
+        own_model=_named(origin),
     )
     if origin.layer_norm_eps is not None and strict:
         set_layer_norm_eps(backbone, origin.layer_norm_eps)
     refuse_other_twin(key, backbone, origin, architecture, args, image_size)
     return account
+
+
+def _named(origin: Origin) -> str | None:
+    """Return the options that name the network of the weights, as far as they are known."""
+    if origin.architecture is None:
+        return None
+    args = {name: value for name, value in origin.model_args.items() if name != "img_size"}
+    return f"--student.name {origin.architecture}" + (f" --student.args '{json.dumps(args)}'" if args else "")
 
 
 def _freeze(backbone: nn.Module, what: str) -> None:
