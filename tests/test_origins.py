@@ -157,7 +157,7 @@ def test_weights_of_a_network_that_answers_otherwise_are_refused(
 @pytest.mark.parametrize("inside", ["", "checkpoints/best.safetensors", "student", "student/model.safetensors"])
 def test_weights_that_do_not_fit_say_which_options_name_their_model(mapped: Path, inside: str) -> None:
     wider = {**STUDENT_ARGS, "embed_dim": 2 * STUDENT_ARGS["embed_dim"]}
-    with pytest.raises(InputError, match="name its own model: --student.name") as refused:
+    with pytest.raises(InputError, match=r"name its own model: --student\.name") as refused:
         tiny_student(checkpoint=str(mapped / inside), args=wider)
     _, name, _, args = shlex.split(str(refused.value).partition("own model: ")[2])
     account = tiny_student(checkpoint=str(mapped / inside), name=name, args=json.loads(args)).account
