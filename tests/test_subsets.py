@@ -144,7 +144,9 @@ REFUSED_CLASSES = [
     ([], "data.classes: names no class; name two or more"),
     ("imagenet10", "data.classes: imagenet10 is neither a file nor one of imagenet100, imagenette, imagewoof (nearest"),
     ("a", "data.classes: a is neither a file nor one of"),
-    ([["a"], "b"], "data.classes"),
+    ([["a"], "b"], "data.classes: "),
+    ([True, "b"], "True is no name; put names such as yes, no, null and 1.0 in quotes"),
+    (["a", None], "None is no name; put names"),
 ]
 
 

@@ -126,8 +126,14 @@ class Data(Section):
     @field_validator("classes", mode="before")
     @classmethod
     def _name_numbers(cls, value: Any) -> Any:
-        """Return the classes with names for numbers, which YAML makes of the names of some folders."""
-        return [str(name) if type(name) is int else name for name in value] if isinstance(value, list) else value
+        """Return the classes with names for whole numbers; YAML makes other things of some names, which are refused."""
+        if not isinstance(value, list):
+            return value
+        named = [str(name) if type(name) is int else name for name in value]
+        for name in named:
+            if not isinstance(name, str):
+                raise ValueError(f"{name!r} is no name; put names such as yes, no, null and 1.0 in quotes")
+        return named
 
     @property
     def taken(self) -> str:
