@@ -91,6 +91,23 @@ def test_folders_that_look_like_splits_are_classes_where_the_recipe_says_so(
     assert not capsys.readouterr().out
 
 
+@pytest.mark.parametrize("pair", [("train", "validation"), ("Train", "Test")])
+def test_data_sets_side_by_side_and_splits_below_classes_are_no_classes(pair: tuple[str, str], tmp_path: Path) -> None:
+    for name in ("clothes", "flowers"):
+        write_photos(tmp_path / "sets" / name, dict.fromkeys(pair, 2))
+    with pytest.raises(InputError, match=r"clothes holds what look like splits \(.*\); name that folder, or move"):
+        folder_splits(tmp_path / "sets")
+    assert folder_splits(tmp_path / "sets", train_split=".").train.classes == ("clothes", "flowers")
+    assert folder_splits(tmp_path / "sets" / "flowers", train_split=pair[0], validation_split=pair[1])
+
+
+def test_a_tree_one_level_too_high_is_told_the_folder(tmp_path: Path) -> None:
+    inner = write_photos(tmp_path / "photos" / "clothes", {"": 4})
+    with pytest.raises(InputError, match=f"has one class, 'clothes'; name {inner} if its folders are the classes"):
+        folder_splits(tmp_path / "photos")
+    assert folder_splits(inner).train.classes == CLASSES
+
+
 @pytest.mark.parametrize(("form", "unread"), [(as_tree, "val"), (as_shards, "val-0.tar"), (as_hub, "val")])
 def test_what_lies_beside_a_training_split_without_validation_is_named(
     form: Any, unread: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

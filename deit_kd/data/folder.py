@@ -16,6 +16,8 @@ from deit_kd.data.split_names import refuse_missing, refuse_splits, shortened, s
 from deit_kd.interfaces import InputError
 from deit_kd.places import photos_root
 
+LOOKED_INTO = 8  # classes of a tree without splits, to see whether the splits are below them
+
 
 def folder(
     *,
@@ -32,7 +34,7 @@ def folder(
 
     Raises:
         InputError: the tree is missing or empty, a class has no images, or what would be classes are splits by their
-            names: folders of folders, such as ``Training`` and ``Testing``.
+            names (folders of folders, such as ``Training`` and ``Testing``) or hold some.
     """
     top = photos_root(root)
     train_folder, validation_folder = top / train_split, top / validation_split
@@ -42,9 +44,7 @@ def folder(
         )
     if not validation_folder.is_dir():
         if not train_folder.is_dir():
-            there = _folders_of(top)
-            refuse_missing(train_split, top, there)
-            refuse_splits([name for name in there if split_words(name) and _holds_folders_alone(top / name)], top)
+            _check_has_no_splits(top, train_split)
         return split_by_hash(_scan(train_folder if train_folder.is_dir() else top), validation_fraction)
     return Splits(_scan(train_folder), _scan(validation_folder))
 
@@ -95,10 +95,31 @@ def _folders_of(top: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _holds_folders_alone(place: Path) -> bool:
-    """Whether a folder has folders and no image of its own."""
-    inside = list(os.scandir(place))
-    return not any(one.name.lower().endswith(IMG_EXTENSIONS) for one in inside) and any(one.is_dir() for one in inside)
+def _check_has_no_splits(top: Path, train_split: str) -> None:
+    """Raise an InputError if the folders of a tree without splits look like splits, or like data sets with some."""
+    there = _folders_of(top)
+    refuse_missing(train_split, top, there)
+    refuse_splits([name for name in there if split_words(name) and _folders_alone(top / name)], top)
+    for name in there[:LOOKED_INTO]:
+        refuse_splits(_folders_alone(top / name), top / name, "name that folder, or move the splits above the classes")
+
+
+def tree_within(photos: Photos) -> Path | None:
+    """Return the folder of the only class of a tree if it holds several folders, which may be the classes."""
+    place = None if photos.root is None else photos.root / photos.classes[0]
+    return place if place is not None and place.is_dir() and len(_folders_alone(place)) > 1 else None
+
+
+def _folders_alone(place: Path) -> list[str]:
+    """Return the folders in a folder; none if it has an image of its own."""
+    found = []
+    with os.scandir(place) as inside:
+        for entry in inside:
+            if entry.name.lower().endswith(IMG_EXTENSIONS):
+                return []
+            if entry.is_dir():
+                found.append(entry.name)
+    return sorted(found)
 
 
 def _scan(split_folder: Path, indexed: bool = False) -> Photos:

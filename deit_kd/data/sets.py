@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from deit_kd.data.digits import digits
 from deit_kd.data.downloads import cifar10, cifar100, imagenette
-from deit_kd.data.folder import folder, one_split_of_tree, unread_in_tree
+from deit_kd.data.folder import folder, one_split_of_tree, tree_within, unread_in_tree
 from deit_kd.data.folds import one_fold
 from deit_kd.data.hugging_face import hugging_face, one_split_of_hub, unread_in_hub
 from deit_kd.data.photos import Photos, Splits
@@ -78,7 +78,9 @@ def build_splits(
         splits = Splits(*(with_classes(photos, classes) for photos in splits))
     _check_same_classes(splits)
     if len(splits.train.classes) < 2:
-        raise InputError(f"data.root: {root} has one class, {splits.train.classes[0]!r}; add the folder of another")
+        within = tree_within(splits.train)
+        cure = "add the folder of another" if within is None else f"name {within} if its folders are the classes"
+        raise InputError(f"data.root: {root} has one class, {splits.train.classes[0]!r}; {cure}")
     if folds is not None and fold is not None:
         splits = one_fold(splits, folds, fold)
     if unlabelled is not None:

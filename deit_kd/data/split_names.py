@@ -12,6 +12,7 @@ USUAL = {
     *("train", "training", "trn", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing"),
     *("unlabelled", "unlabeled"),
 }
+NAME_THEM = "set data.train_split and data.validation_split to two of them"
 MOST_NAMED = 8  # in a message
 
 
@@ -24,7 +25,7 @@ def refuse_missing(train_split: str, where: object, there: Sequence[str]) -> Non
         )
 
 
-def refuse_splits(names: Sequence[str], where: object) -> None:
+def refuse_splits(names: Sequence[str], where: object, cure: str = NAME_THEM) -> None:
     """Refuse names that would be taken for classes, or for parts of one split, if they name two splits or more.
 
     ``Training`` and ``Testing`` do, and so do ``seg_train`` and ``seg_test``; ``test tube`` and ``test strip`` do not.
@@ -33,8 +34,8 @@ def refuse_splits(names: Sequence[str], where: object) -> None:
         return
     splits = [name for name in names if split_words(name)]
     raise InputError(
-        f"data.root: {where} holds what look like splits ({shortened(splits)}); set data.train_split and "
-        "data.validation_split to two of them, or data.train_split to . if they are none"
+        f"data.root: {where} holds what look like splits ({shortened(splits)}); {cure}, or set data.train_split . if "
+        "they are none"
     )
 
 
